@@ -1,0 +1,49 @@
+# Every target sets up what it needs in a virtual environment in this checkout, once.
+#   make test PYTEST_ARGS="-k denoise -x"      some of the tests
+#   make test PYTHON=python3.12                another Python, for a new environment
+PYTHON      ?= python3
+VENV        ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+BIN      := $(VENV)/bin
+METADATA := pyproject.toml setup.py
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    sample from the bundled model"
+	@echo "make test    run the tests             PYTEST_ARGS=... are passed on"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
+
+demo: $(VENV)/.core
+	$(BIN)/python -m cmfast demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .coverage .coverage.* coverage.xml htmlcov
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamps say what is installed, and are newer than the files that declare it.
+$(VENV)/.core: $(METADATA) | $(BIN)/pip
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.dev: $(METADATA) | $(BIN)/pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $(VENV)/.core $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: '$(PYTHON)' must be Python 3.10 or newer and have venv." >&2; \
+		echo "       Debian, Ubuntu: apt-get install python3-venv. Another Python: make ... PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,3 @@
+from cmfast.cli import main
+
+raise SystemExit(main())

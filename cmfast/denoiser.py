@@ -1,0 +1,172 @@
+"""A network with its preconditioning, and how solvers see a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast import ops
+from cmfast.ops import _check
+from cmfast.precondition import Preconditioner
+
+#: D(x, sigma) or D(x, sigma, labels): a denoised batch from a noisy one.
+DenoiserFn = Callable[..., Tensor]
+
+
+class Denoiser(nn.Module):
+    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): Song et al. 2023, eq. 5.
+
+    Args:
+        network: F(x, timesteps) or, if class-conditional, F(x, timesteps, labels); [B, C, ...] to the same shape.
+        preconditioner: default: that of a consistency model.
+        sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
+        image_shape: (C, H, W) the model makes; None if not known.
+        num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one.
+
+    >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> bool((denoiser(x, 0.002) == x).all())
+    True
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        preconditioner: Preconditioner | None = None,
+        *,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        image_shape: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        self.network = network
+        self.preconditioner = preconditioner or Preconditioner.consistency(sigma_min=sigma_min)
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self.image_shape = tuple(image_shape) if image_shape else None
+        self.num_classes = num_classes if num_classes is not None else getattr(network, "num_classes", None)
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype the network takes its input in: that of its first floating parameter; None if it has none."""
+        if isinstance(self.network, nn.Module):
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU if there are none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False
+    ) -> Tensor:
+        """The denoised batch [B, C, H, W] in the dtype of x.
+
+        Args: x [B, C, H, W] noisy, data units; sigma [B], scalar or number; labels int64 [B] if class-conditional;
+            clip: clamp to [-1, 1].
+        Raises: ValueError: sigma with other dimensions, negative or NaN; labels missing, not wanted, of the wrong
+            shape or out of range (values are looked at on the CPU only).
+        """
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor(float(sigma), dtype=_check.sigma_dtype(x), device=x.device)
+        evaluate = Evaluator(self, labels=labels, clip=clip)
+        return evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma)), x, sigma)
+
+    def check_labels(self, labels: Tensor | None, batch: int) -> None:
+        """ValueError unless `labels` fit this model and a batch of that size."""
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels were given to an unconditional model: leave them out")
+            return
+        wanted = f"labels must be int64 [B] with B = {batch} and values from 0 to {self.num_classes - 1}"
+        if labels is None:
+            raise ValueError(f"labels are missing and the model is class-conditional: {wanted}")
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{wanted}, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        if labels.shape != (batch,):
+            raise ValueError(f"{wanted}, got {list(labels.shape)}")
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+            low, high = labels.min().item(), labels.max().item()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{wanted}, got values from {low} to {high}")
+
+    def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F(c_in x, c_noise): the network alone, on an input that is scaled already."""
+        return (
+            self.network(model_input, c_noise)
+            if labels is None
+            else self.network(model_input, c_noise, labels)
+        )
+
+
+class Evaluator:
+    """A model as solvers and losses see it: scaled input in, network output out, and the scalings between.
+
+    A `Denoiser` is evaluated through its network, so that a step can be computed from the network's output without
+    storing D. Anything else that maps (x, sigma[, labels]) to a denoised batch, a wrapped or overridden Denoiser
+    included, counts as a network that is itself the denoiser.
+    """
+
+    def __init__(
+        self, model: Denoiser | DenoiserFn, *, labels: Tensor | None = None, clip: bool = False
+    ) -> None:
+        self.labels, self.clip = labels, clip
+        self.model: Any = model
+        self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward
+        self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
+        self.dtype: torch.dtype | None = None
+        self._check: Callable[[Tensor | None, int], None] | None = None
+        if self.fused:
+            self.model = model.network_output  # type: ignore[union-attr]
+            self.dtype = model.input_dtype  # type: ignore[union-attr]
+            self._set_scaling(model.preconditioner)  # type: ignore[union-attr]
+            self._check = model.check_labels  # type: ignore[union-attr]
+
+    @classmethod
+    def of_network(
+        cls, network: Callable[..., Tensor], preconditioner: Preconditioner, *, clip: bool = False
+    ) -> Evaluator:
+        """From F(model_input, c_noise) and its preconditioner."""
+        evaluator = cls(network, clip=clip)
+        evaluator.fused = True
+        evaluator._set_scaling(preconditioner)
+        return evaluator
+
+    def _set_scaling(self, preconditioner: Preconditioner) -> None:
+        self.scaling = {"sigma_data": preconditioner.sigma_data, "boundary": preconditioner.boundary}
+
+    def scale_input(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's input at (x, sigma) and c_noise [B]."""
+        return ops.scale_input(x, sigma, sigma_data=self.scaling["sigma_data"], dtype=self.dtype)
+
+    def __call__(self, model_input: Tensor, c_noise: Tensor) -> Tensor:
+        """The network's output [B, C, H, W] in its own dtype. Labels are checked at the first call."""
+        if self._check is not None:
+            self._check(self.labels, model_input.shape[0])
+            self._check = None
+        if self.labels is None:
+            return self.model(model_input, c_noise)
+        return self.model(model_input, c_noise, self.labels)
+
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """Keyword arguments of operations that write a network input."""
+        return {"sigma_data": self.scaling["sigma_data"], "dtype": self.dtype}
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """Keyword arguments of operations that go from a network output to the next input."""
+        return {**self.scaling, "clip": self.clip, "dtype": self.dtype}
+
+    def denoised(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """D from the network's output."""
+        return ops.denoise(model_output, x, sigma, clip=self.clip, **self.scaling)

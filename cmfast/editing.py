@@ -1,0 +1,158 @@
+"""Zero-shot editing with a consistency model: Song et al. 2023, algorithm 4 and appendix D.
+
+One editor serves all: an image is mapped by `transform`, the known part of it (mask = 1) is kept, the model fills the
+rest in, `inverse` maps back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmfast import ops, schedules
+from cmfast.noise import NoiseFn
+from cmfast.samplers import Model, Sigmas, _evaluator, _floats, _on_device
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@torch.no_grad()
+def edit(
+    model: Model,
+    reference: Tensor,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    mask: Tensor,
+    transform: Map = _identity,
+    inverse: Map = _identity,
+    labels: Tensor | None = None,
+    noise_fn: NoiseFn = torch.randn_like,
+    sigma_min: float = schedules.SIGMA_MIN,
+    end_sigma: float | None = None,
+) -> Tensor:
+    """Images [B, C, H, W] that agree with `reference` where the transformed mask is 1.
+
+    At each level: D, clamped; y = mask transform(reference) + (1 - mask) transform(D); x = inverse(y) + noise of the
+    next level.
+
+    Args:
+        reference: [B, C, H, W] in [-1, 1]; only its known part is looked at.
+        x: [B, C, H, W] noise to start from, of level sigmas[0].
+        mask: broadcasts to transform(reference); 1 keeps, 0 is filled in.
+        transform, inverse: a linear map and its inverse.
+        end_sigma: as in `sample_multistep`.
+
+    Raises: ValueError: shapes differ, or the mask does not broadcast.
+    """
+    if reference.shape != x.shape:
+        raise ValueError(f"reference must have the shape of x {list(x.shape)}, got {list(reference.shape)}")
+    known = transform(reference)
+    try:
+        mask = torch.broadcast_to(mask.to(known), known.shape)
+    except RuntimeError:
+        shapes = f"{list(mask.shape)} against {list(known.shape)}"
+        raise ValueError(f"mask does not broadcast to the transformed image: {shapes}") from None
+    evaluate = _evaluator(model, labels, clip=True)
+    levels = _floats(sigmas, least=1)
+    sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
+    noise_scale = (sigma**2 - sigma_min**2).clamp(min=0).sqrt()
+    for i in range(len(levels)):
+        denoised = evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma[i])), x, sigma[i]).clamp(-1, 1)
+        x = inverse(torch.lerp(transform(denoised), known, mask))
+        if i + 1 < len(levels) or end_sigma is not None:
+            x, _, _ = ops.add_noise(x, noise_fn(x), noise_scale[i + 1])
+    return x
+
+
+def _orthogonal(first: np.ndarray) -> Tensor:
+    """An orthogonal matrix whose first column points along `first`, by QR; float64."""
+    matrix = np.eye(len(first))
+    matrix[:, 0] = first / np.linalg.norm(first)
+    matrix = np.linalg.qr(matrix)[0]
+    return torch.from_numpy(-matrix if matrix[:, 0].sum() < 0 else matrix)
+
+
+def colorize(
+    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: object
+) -> tuple[Tensor, Tensor]:
+    """Colour for grey images. Returns the result and the reference, which holds the luminance of `images` alone.
+
+    Args: images [B, 3, H, W] in [-1, 1]; the rest as in `edit`.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"colorize needs images [B, 3, H, W], got {list(images.shape)}")
+    basis = _orthogonal(np.asarray([0.2989, 0.5870, 0.1140])).to(images)
+    mask = torch.tensor([1.0, 0.0, 0.0], device=images.device).view(3, 1, 1)
+
+    def transform(image: Tensor) -> Tensor:
+        return torch.einsum("bchw,cd->bdhw", image, basis)
+
+    def inverse(channels: Tensor) -> Tensor:
+        return torch.einsum("bdhw,cd->bchw", channels, basis)
+
+    reference = inverse(transform(images) * mask)
+    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)  # type: ignore[arg-type]
+    return result, reference
+
+
+def super_resolve(
+    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, *, patch_size: int = 8, **options: object
+) -> tuple[Tensor, Tensor]:
+    """Detail for images known as means of patch_size x patch_size pixels. Returns the result and those means.
+
+    Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; the rest as in `edit`.
+    """
+    if images.ndim != 4 or images.shape[-1] % patch_size or images.shape[-2] % patch_size:
+        raise ValueError(
+            f"super_resolve needs images [B, C, H, W] with H and W multiples of {patch_size}, got {list(images.shape)}"
+        )
+    height, width = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    basis = _orthogonal(np.ones(patch_size**2)).to(images)
+    mask = torch.zeros(patch_size**2, device=images.device)
+    mask[0] = 1
+
+    def patches(image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, patches, pixels of a patch]."""
+        split = image.unflatten(-1, (width, patch_size)).unflatten(-3, (height, patch_size))
+        return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+    def assemble(split: Tensor) -> Tensor:
+        grid = split.unflatten(-2, (height, width)).unflatten(-1, (patch_size, patch_size))
+        return grid.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+    def transform(image: Tensor) -> Tensor:
+        return patches(image) @ basis
+
+    def inverse(coefficients: Tensor) -> Tensor:
+        return assemble(coefficients @ basis.T)
+
+    split = patches(images)
+    reference = assemble(split.mean(-1, keepdim=True).expand_as(split))
+    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)  # type: ignore[arg-type]
+    return result, reference
+
+
+def inpaint(
+    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, mask: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    """Fill in where `mask` is 0. Returns the result and the reference, black (-1) where it is not known.
+
+    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; the rest as in
+        `edit`.
+    """
+    try:
+        mask = torch.broadcast_to(mask.to(images), images.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask does not broadcast to images: {list(mask.shape)} against {list(images.shape)}"
+        ) from None
+    reference = torch.lerp(torch.full_like(images, -1.0), images, mask)
+    return edit(model, reference, x, sigmas, mask=mask, **options), reference  # type: ignore[arg-type]

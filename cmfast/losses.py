@@ -1,0 +1,236 @@
+"""The losses: denoising, consistency training and distillation, progressive distillation.
+
+Models are `Denoiser`s (or any D(x, sigma, labels)); each brings its own preconditioning, so that a consistency student
+can learn from an EDM teacher. Every loss returns per-sample terms [B], float32 or wider; take `["loss"].mean()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmfast import ops, schedules
+from cmfast.denoiser import Evaluator
+from cmfast.ops import _check
+from cmfast.samplers import Model
+
+#: Distances between two denoised batches, by name.
+LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
+SOLVERS = ("heun", "euler")
+#: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`.
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def distance(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    loss_norm: str = "l2",
+    lpips: Perceptual | None = None,
+    huber_c: float | None = None,
+) -> Tensor:
+    """Per sample [B]: weight times the distance of x and target [B, C, H, W].
+
+    `l1`, `l2`: means over the sample. `l2-32`: l2 of both resized to 32 x 32, bilinear. `huber`: pseudo-Huber of the
+    sample vector, c = 0.00054 sqrt(D) unless given (Song & Dhariwal 2023). `lpips`: that of the `lpips` module given.
+
+    Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
+    """
+    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
+    if loss_norm == "lpips":
+        if lpips is None:
+            raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+        return lpips(x, target) * weight
+    if loss_norm == "l2-32":
+        x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
+    if loss_norm == "huber":
+        c = 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
+        return ops.weighted_loss(x, target, weight, norm="huber", huber_c=c)
+    return ops.weighted_loss(x, target, weight, norm="l1" if loss_norm == "l1" else "l2")
+
+
+def denoising_loss(
+    model: Model,
+    x_start: Tensor,
+    sigma: Tensor,
+    *,
+    noise: Tensor | None = None,
+    labels: Tensor | None = None,
+    weighting: str = "karras",
+    sigma_data: float = 0.5,
+) -> dict[str, Tensor]:
+    """||D(x_start + sigma noise, sigma) - x_start||^2: the EDM objective, Karras et al. 2022, eq. 2.
+
+    Args: x_start [B, C, H, W] in [-1, 1]; sigma [B]; noise like x_start; labels int64 [B].
+    Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse).
+    """
+    noise = torch.randn_like(x_start) if noise is None else noise
+    evaluate = Evaluator(model, labels=labels)
+    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **evaluate.input_options)
+    denoised = evaluate.denoised(evaluate(model_input, c_noise), x_t, sigma)
+    xs_mse = ops.weighted_loss(denoised, x_start, torch.ones_like(sigma))
+    mse = xs_mse * ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
+
+
+@contextmanager
+def _saved_random_state(x: Tensor) -> Iterator[Callable[[], None]]:
+    """A function that puts torch's generators back as they are now, so that two models draw the same dropout.
+
+    The original restores the CPU's alone, so that its masks differ on a GPU.
+    """
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, x.device)
+
+    yield restore
+
+
+def _grid_sigma(index: Tensor, num_scales: int, x: Tensor, levels: dict[str, float]) -> Tensor:
+    """Karras levels of (fractional) indices [B], in the dtype of noise levels for x."""
+    sigma = schedules.karras_sigma(index.to(_check.sigma_dtype(x)), num_scales, **levels)
+    return torch.as_tensor(sigma)
+
+
+def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
+    if indices is None:
+        return torch.randint(0, high, (x_start.shape[0],), device=x_start.device)
+    if indices.shape != (x_start.shape[0],):
+        raise ValueError(f"indices must be [B] with B = {x_start.shape[0]}, got {list(indices.shape)}")
+    return indices
+
+
+@torch.no_grad()
+def _solve(
+    teacher: Model, labels: Tensor | None, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, solver: str
+) -> Tensor:
+    """One step of the teacher's probability-flow ODE, [B, C, H, W]."""
+    evaluate = Evaluator(teacher, labels=labels)
+    options = evaluate.step_options
+    model_output = evaluate(*evaluate.scale_input(x_t, sigma))
+    if solver == "euler":
+        return ops.euler_step(model_output, x_t, sigma, next_sigma, **options)[0]
+    next_input = ops.heun_predictor(model_output, x_t, sigma, next_sigma, **options)
+    return ops.heun_corrector(model_output, evaluate(*next_input), x_t, sigma, next_sigma, **options)[0]
+
+
+def consistency_loss(
+    model: Model,
+    target_model: Model,
+    x_start: Tensor,
+    num_scales: int,
+    *,
+    teacher_model: Model | None = None,
+    solver: str = "heun",
+    noise: Tensor | None = None,
+    indices: Tensor | None = None,
+    labels: Tensor | None = None,
+    loss_norm: str = "l2",
+    lpips: Perceptual | None = None,
+    huber_c: float | None = None,
+    weighting: str = "uniform",
+    sigma_data: float = 0.5,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> dict[str, Tensor]:
+    """Consistency distillation with a teacher, consistency training without: Song et al. 2023, algorithms 2 and 3.
+
+    Of two neighbouring points on one trajectory, D_student(x_t, t) should be D_target(x_t2, t2), t2 < t. x_t2 comes
+    from x_t by a step of the teacher's ODE, or without a teacher from the same noise: x_start + t2 noise.
+
+    Args:
+        target_model: gives the target, without gradient: an average of the student, or the student itself.
+        x_start: [B, C, H, W] in [-1, 1]; num_scales: levels of the Karras grid, 2 or more.
+        solver: `heun` or `euler`, the teacher's step.
+        noise: like x_start; indices: [B] from 0 to num_scales - 2; both drawn from torch's generator if not given.
+        lpips: the module for `loss_norm="lpips"`; weighting: of snr(t), see `ops.loss_weight`.
+
+    Student and target see the same dropout mask. Returns per-sample `loss` [B].
+    Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape.
+    """
+    if target_model is None:
+        raise ValueError("target_model is missing: give an average of the model, or the model itself")
+    if num_scales < 2:
+        raise ValueError(f"num_scales must be 2 or more, got {num_scales}")
+    _check.choice("solver", solver, SOLVERS)
+    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
+    noise = torch.randn_like(x_start) if noise is None else noise
+    indices = _draw_indices(indices, num_scales - 1, x_start)
+    levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    sigma = _grid_sigma(indices, num_scales, x_start, levels)
+    next_sigma = _grid_sigma(indices + 1, num_scales, x_start, levels)
+
+    student, target = Evaluator(model, labels=labels), Evaluator(target_model, labels=labels)
+    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    with _saved_random_state(x_start) as restore:
+        denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
+        with torch.no_grad():
+            if teacher_model is None:
+                x_t2, *_ = ops.add_noise(x_start, noise, next_sigma)
+            else:
+                x_t2 = _solve(teacher_model, labels, x_t, sigma, next_sigma, solver)
+            restore()
+            target_output = target(*target.scale_input(x_t2, next_sigma))
+            denoised_target = target.denoised(target_output, x_t2, next_sigma)
+    weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    loss = distance(
+        denoised, denoised_target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c
+    )
+    return {"loss": loss}
+
+
+def progressive_distillation_loss(
+    model: Model,
+    teacher_model: Model,
+    x_start: Tensor,
+    num_scales: int,
+    *,
+    noise: Tensor | None = None,
+    indices: Tensor | None = None,
+    labels: Tensor | None = None,
+    loss_norm: str = "l2",
+    lpips: Perceptual | None = None,
+    huber_c: float | None = None,
+    weighting: str = "uniform",
+    sigma_data: float = 0.5,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> dict[str, Tensor]:
+    """One student Euler step should land where two half-steps of the teacher do: Salimans & Ho 2022.
+
+    The teacher goes t -> t2 -> t3; the student's target is the D whose Euler step leads from x_t to x_t3:
+    x_t - t (x_t3 - x_t) / (t3 - t). Arguments as `consistency_loss`; indices are from 0 to num_scales - 1.
+    """
+    if num_scales < 1:
+        raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
+    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
+    noise = torch.randn_like(x_start) if noise is None else noise
+    indices = _draw_indices(indices, num_scales, x_start)
+    levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    # num_scales intervals have num_scales + 1 ends.
+    sigma, mid_sigma, next_sigma = (
+        _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
+    )
+    student = Evaluator(model, labels=labels)
+    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
+    with torch.no_grad():
+        x_mid = _solve(teacher_model, labels, x_t, sigma, mid_sigma, "euler")
+        x_next = _solve(teacher_model, labels, x_mid, mid_sigma, next_sigma, "euler")
+        ratio = sigma / (next_sigma - sigma)
+        target = x_t - ratio.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * (x_next - x_t)
+    weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    return {
+        "loss": distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
+    }

@@ -1,0 +1,174 @@
+"""Where noise comes from: counters (seed, sample index, draw), or the original's three generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cmfast import ops
+
+#: x -> standard normal noise like x.
+NoiseFn = Callable[[Tensor], Tensor]
+
+#: The draw number that labels use; noise counts up from 0.
+LABEL_DRAW = 0xFFFFFFFF
+
+
+class CounterNoise:
+    """Noise of samples `index` [B] under `seed`: the k-th call is draw k, whatever batch they come in.
+
+    >>> x = torch.empty(2, 1, 4, 4)
+    >>> first = CounterNoise(0, torch.tensor([5, 6]))(x)
+    >>> alone = CounterNoise(0, torch.tensor([6]))(x[:1])
+    >>> bool((first[1] == alone[0]).all())
+    True
+    """
+
+    def __init__(self, seed: int, index: Tensor) -> None:
+        self.seed, self.index, self.draw = seed, index, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] != self.index.shape[0]:
+            raise ValueError(f"x has a batch of {x.shape[0]}, the noise of {self.index.shape[0]} samples")
+        noise = ops.normal(self.seed, self.index, tuple(x.shape[1:]), draw=self.draw, dtype=x.dtype)
+        self.draw += 1
+        return noise
+
+
+def counter_labels(seed: int, index: Tensor, num_classes: int) -> Tensor:
+    """A class for each sample, int64 [B], from (seed, index[b]) alone."""
+    return ops.uniform_int(seed, index, num_classes, draw=LABEL_DRAW)
+
+
+def get_generator(name: str, num_samples: int = 0, seed: int = 0) -> Any:
+    """The generators of openai/consistency_models by its names: `dummy`, `determ`, `determ-indiv`.
+
+    Raises: ValueError: another name; the message lists the known ones.
+    """
+    if name == "dummy":
+        return TorchGenerator()
+    if name == "determ":
+        return DeterministicGenerator(num_samples, seed)
+    if name == "determ-indiv":
+        return DeterministicIndividualGenerator(num_samples, seed)
+    raise ValueError(f"unknown generator {name!r}; known: dummy, determ, determ-indiv")
+
+
+class TorchGenerator:
+    """torch's global generator."""
+
+    def randn(self, *size: int, **options: Any) -> Tensor:
+        return torch.randn(*size, **options)
+
+    def randint(self, *args: Any, **options: Any) -> Tensor:
+        return torch.randint(*args, **options)
+
+    def randn_like(self, x: Tensor, **options: Any) -> Tensor:
+        return torch.randn_like(x, **options)
+
+
+class _IndexedGenerator:
+    """Numbers of sample i do not depend on batch size or rank count; ranks take turns over the indices.
+
+    Args: num_samples: how many samples there will be in all; seed.
+    """
+
+    def __init__(self, num_samples: int, seed: int = 0) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be 1 or more for this generator, got {num_samples}")
+        ready = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if ready else 0
+        self.world_size = dist.get_world_size() if ready else 1
+        self.num_samples = num_samples
+        self.done_samples = 0
+        self.seed = self._stream_seed = seed
+        self._generators: dict[str, list[torch.Generator]] = {}
+
+    def _seeds(self) -> list[int]:
+        """One seed for each torch generator behind this one."""
+        raise NotImplementedError
+
+    def _on(self, device: torch.device | str | None) -> list[torch.Generator]:
+        """The torch generators of a device, made when first asked for."""
+        key = str(torch.device(device or "cpu"))
+        if key not in self._generators:
+            self._generators[key] = [torch.Generator(key).manual_seed(seed) for seed in self._seeds()]
+        return self._generators[key]
+
+    def _indices(self, batch: int) -> list[int]:
+        """This rank's samples; past the end the last one again, as the original has it."""
+        start = self.done_samples + self.rank
+        return [min(start + i * self.world_size, self.num_samples - 1) for i in range(batch)]
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
+        raise NotImplementedError
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """Samples before this index are made already."""
+        self.done_samples = done_samples
+
+    def get_seed(self) -> int:
+        return self.seed
+
+    def set_seed(self, seed: int) -> None:
+        """Start over from a seed. As in the original, `get_seed` goes on naming the first."""
+        self._stream_seed = seed
+        self._generators.clear()
+
+
+class DeterministicGenerator(_IndexedGenerator):
+    """`determ`: every draw makes the numbers of all samples with one generator and keeps this batch's."""
+
+    def _seeds(self) -> list[int]:
+        return [self._stream_seed]
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
+        (generator,) = self._on(device)
+        everything = torch.randn(
+            self.num_samples, *size[1:], generator=generator, dtype=dtype, device=device
+        )
+        return everything[self._indices(size[0])]
+
+    def randint(
+        self, low: int, high: int, size: tuple[int, ...], dtype: torch.dtype = torch.long, device: Any = "cpu"
+    ) -> Tensor:
+        (generator,) = self._on(device)
+        shape = (self.num_samples, *size[1:])
+        everything = torch.randint(low, high, shape, generator=generator, dtype=dtype, device=device)
+        return everything[self._indices(size[0])]
+
+    def set_done_samples(self, done_samples: int) -> None:
+        super().set_done_samples(done_samples)
+        self.set_seed(self.seed)
+
+
+class DeterministicIndividualGenerator(_IndexedGenerator):
+    """`determ-indiv`: a generator for each sample, seeded with index + num_samples seed."""
+
+    def _seeds(self) -> list[int]:
+        return [i + self.num_samples * self._stream_seed for i in range(self.num_samples)]
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
+        generators = self._on(device)
+        rows = [
+            torch.randn(1, *size[1:], generator=generators[i], dtype=dtype, device=device)
+            for i in self._indices(size[0])
+        ]
+        return torch.cat(rows)
+
+    def randint(
+        self, low: int, high: int, size: tuple[int, ...], dtype: torch.dtype = torch.long, device: Any = "cpu"
+    ) -> Tensor:
+        generators = self._on(device)
+        rows = [
+            torch.randint(low, high, (1, *size[1:]), generator=generators[i], dtype=dtype, device=device)
+            for i in self._indices(size[0])
+        ]
+        return torch.cat(rows)

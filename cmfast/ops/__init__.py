@@ -1,0 +1,34 @@
+"""The public operations: arguments are checked here, then a path is chosen.
+
+Plain functions for people with a sampling or training loop of their own. Today every call takes the reference
+path (`cmfast.reference`), so results are those of plain PyTorch on any device.
+"""
+
+from cmfast.ops.images import to_uint8
+from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, weighted_loss
+from cmfast.ops.noise import add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
+from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
+from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
+
+__all__ = [
+    "WEIGHTINGS",
+    "add_noise",
+    "add_noise_pair",
+    "c_noise",
+    "consistency_loss",
+    "denoise",
+    "denoise_to_uint8",
+    "euler_step",
+    "heun_corrector",
+    "heun_predictor",
+    "init_noise",
+    "loss_weight",
+    "midpoint_corrector",
+    "normal",
+    "renoise",
+    "scale_input",
+    "scalings",
+    "to_uint8",
+    "uniform_int",
+    "weighted_loss",
+]

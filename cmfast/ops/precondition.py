@@ -1,0 +1,96 @@
+"""Preconditioning: from the state to the network's input, and from its output to D."""
+
+import torch
+from torch import Tensor
+
+from cmfast import reference
+from cmfast.ops import _check
+from cmfast.ops.images import ROUNDINGS
+
+
+def scalings(
+    sigma: Tensor, *, sigma_data: float | None = 0.5, boundary: float = 0.002
+) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in at noise levels `sigma` (any shape): Song et al. 2023, appendix C.
+
+    `boundary` is the level at which D is the identity: sigma_min for a consistency model, 0 for EDM.
+
+    >>> c_skip, c_out, c_in = scalings(torch.tensor([0.002, 80.0]))
+    >>> c_skip[0].item(), c_out[0].item()
+    (1.0, 0.0)
+
+    Raises:
+        TypeError: sigma is not a floating tensor.
+        ValueError: sigma_data is not positive.
+    """
+    _check.float_tensor("sigma", sigma, min_ndim=0)
+    _check.sigma_data_value(sigma_data)
+    return reference.scalings(sigma, sigma_data=sigma_data, boundary=boundary)
+
+
+def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
+    """The time the network is given, 250 ln(sigma + 1e-44); shape of `sigma`."""
+    _check.float_tensor("sigma", sigma, min_ndim=0)
+    return reference.c_noise(sigma, sigma_data=sigma_data)
+
+
+def scale_input(
+    x: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The network's input c_in(sigma) x, [B, ...] in `dtype` (default: that of x), and c_noise [B].
+
+    Args: x [B, ...] state; sigma scalar or [B], in data units.
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+    """
+    _check.float_tensor("x", x)
+    _check.sigma_level("sigma", sigma, x)
+    _check.sigma_data_value(sigma_data)
+    return reference.scale_input(x, sigma, sigma_data=sigma_data, dtype=dtype)
+
+
+def check_step(model_output: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float | None) -> None:
+    """What every operation from a network output checks first."""
+    _check.float_tensor("x_t", x_t)
+    _check.float_tensor("model_output", model_output)
+    _check.same_shape(x_t=x_t, model_output=model_output)
+    _check.sigma_level("sigma", sigma, x_t)
+    _check.sigma_data_value(sigma_data)
+
+
+def denoise(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float | None = 0.5,
+    boundary: float = 0.002,
+    clip: bool = False,
+) -> Tensor:
+    """D = c_skip(sigma) x_t + c_out(sigma) F: Song et al. 2023, eq. 5. [B, ...] in the dtype of x_t.
+
+    Args: model_output F [B, ...]; x_t [B, ...]; sigma scalar or [B]; clip: clamp D to [-1, 1].
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> bool((denoise(torch.randn_like(x), x, torch.tensor(0.002)) == x).all())
+    True
+    """
+    check_step(model_output, x_t, sigma, sigma_data)
+    return reference.denoise(model_output, x_t, sigma, sigma_data=sigma_data, boundary=boundary, clip=clip)
+
+
+def denoise_to_uint8(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float | None = 0.5,
+    boundary: float = 0.002,
+    rounding: str = "trunc",
+) -> Tensor:
+    """`denoise`, clamped, as pixels: uint8 [B, H, W, C] from [B, C, H, W]. `rounding` as in `to_uint8`."""
+    check_step(model_output, x_t, sigma, sigma_data)
+    _check.choice("rounding", rounding, ROUNDINGS)
+    return reference.denoise_to_uint8(
+        model_output, x_t, sigma, sigma_data=sigma_data, boundary=boundary, rounding=rounding
+    )

@@ -1,0 +1,44 @@
+"""The operations in plain PyTorch: what is right.
+
+Every function here takes any floating dtype, float64 included, and any device, imports torch alone,
+and is the yardstick of every fast path. Coefficients and sums are computed in float32 (float64 when an
+input is float64), whatever the dtype of the tensors; results are rounded once, at the end.
+"""
+
+from cmfast.reference.images import to_uint8
+from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, weighted_loss
+from cmfast.reference.noise import (
+    add_noise,
+    add_noise_pair,
+    init_noise,
+    normal,
+    philox4x32,
+    renoise,
+    uniform_int,
+)
+from cmfast.reference.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
+from cmfast.reference.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
+
+__all__ = [
+    "WEIGHTINGS",
+    "add_noise",
+    "add_noise_pair",
+    "c_noise",
+    "consistency_loss",
+    "denoise",
+    "denoise_to_uint8",
+    "euler_step",
+    "heun_corrector",
+    "heun_predictor",
+    "init_noise",
+    "loss_weight",
+    "midpoint_corrector",
+    "normal",
+    "philox4x32",
+    "renoise",
+    "scale_input",
+    "scalings",
+    "to_uint8",
+    "uniform_int",
+    "weighted_loss",
+]

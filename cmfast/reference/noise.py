@@ -1,0 +1,145 @@
+"""Noising, and noise that depends on (seed, sample index, draw number, element) alone.
+
+The generator is Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (element // 4, draw, sample index low,
+high), so that a sample's noise is the same for any batch size, rank count and device. Normals by Box-Muller.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cmfast.reference._common import compute_dtype, per_sample
+from cmfast.reference.precondition import _denoise, scale_input
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32 on four int64 tensors holding 32-bit words; four tensors of 32-bit words.
+
+    Products of two 32-bit words wrap in int64, but keep their low 64 bits: the two halves are then shifts and masks.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
+        high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
+    """The four Philox words of `groups` consecutive groups of elements, each [B, groups]."""
+    index = index.to(torch.int64)[:, None]
+    group = torch.arange(groups, device=index.device)[None, :]
+    shape = (index.shape[0], groups)
+    draw_word = torch.as_tensor(draw, dtype=torch.int64, device=index.device) & _MASK
+    counter = (
+        group.expand(shape),
+        draw_word.expand(shape),
+        (index & _MASK).expand(shape),
+        ((index >> 32) & _MASK).expand(shape),
+    )
+    return philox4x32(counter, seed)
+
+
+def normal(
+    seed: int | Tensor,
+    index: Tensor,
+    shape: tuple[int, ...],
+    *,
+    draw: int | Tensor = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """N(0, 1) of shape [B, *shape] for sample indices `index` [B] and draw number `draw`.
+
+    Element i of a sample takes word i % 4 of the counter with first word i // 4. Per pair of words (a, b):
+    u = (a + 1/2) / 2^32 rounded to float32, r = sqrt(-2 ln u), and r cos(2 pi b / 2^32), r sin(2 pi b / 2^32).
+    The transcendental functions run in float64: their float32 forms round differently in the tail of a vector
+    than in its body, and noise must not depend on the batch size.
+    """
+    numel = math.prod(shape)
+    words = _words(seed, index, draw, -(-numel // 4))
+    pairs = []
+    for a, b in (words[:2], words[2:]):
+        u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
+        angle = b.to(torch.float32).double() * (2 * math.pi * 2.0**-32)
+        radius = torch.sqrt(-2 * torch.log(u.double()))
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    z = torch.stack(pairs, dim=-1).flatten(1)[:, :numel]
+    return z.to(dtype).reshape(index.shape[0], *shape)
+
+
+def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
+    """One integer in [0, high) per sample, int64 [B]: the top of the 64-bit product of a word and `high`."""
+    (word, *_) = _words(seed, index, draw, 1)
+    return (word[:, 0] * high) >> 32
+
+
+def init_noise(
+    noise: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_T = sigma noise, the first network input and c_noise."""
+    wide = compute_dtype(noise)
+    x = (noise.to(wide) * per_sample(sigma, noise, wide)).to(noise.dtype)
+    return x, *scale_input(x, sigma, sigma_data=sigma_data, dtype=dtype)
+
+
+def add_noise(
+    x_start: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    *,
+    input_sigma: Tensor | None = None,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t = x_start + sigma noise, the network input and c_noise at `input_sigma` (default sigma).
+
+    The two levels differ where noise is added to a noisy state: churn and ancestral steps.
+    """
+    wide = compute_dtype(x_start, noise)
+    x_t = (x_start.to(wide) + per_sample(sigma, x_start, wide) * noise.to(wide)).to(x_start.dtype)
+    level = sigma if input_sigma is None else input_sigma
+    return x_t, *scale_input(x_t, level, sigma_data=sigma_data, dtype=dtype)
+
+
+def add_noise_pair(
+    x_start: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Both points of a pair on one trajectory from one draw: `add_noise` at sigma and at next_sigma."""
+    first = add_noise(x_start, noise, sigma, sigma_data=sigma_data, dtype=dtype)
+    return first, add_noise(x_start, noise, next_sigma, sigma_data=sigma_data, dtype=dtype)
+
+
+def renoise(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    noise: Tensor,
+    *,
+    sigma_min: float = 0.002,
+    sigma_data: float | None = 0.5,
+    boundary: float = 0.002,
+    clip: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' = D + sqrt(sigma'^2 - sigma_min^2) noise (Song et al. 2023, algorithm 1), the network input and c_noise."""
+    wide = compute_dtype(model_output, x_t)
+    denoised = _denoise(model_output, x_t, sigma, sigma_data, boundary, clip, wide)
+    level = per_sample(next_sigma, x_t, wide)
+    scale = (level**2 - sigma_min**2).clamp(min=0).sqrt()
+    x_next = (denoised + scale * noise.to(wide)).to(x_t.dtype)
+    return x_next, *scale_input(x_next, next_sigma, sigma_data=sigma_data, dtype=dtype or model_output.dtype)

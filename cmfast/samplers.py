@@ -1,0 +1,377 @@
+"""The sampling algorithms. Each is a loop of network calls and one operation between them.
+
+A model is a `Denoiser`, or any D(x, sigma[, labels]) -> denoised batch. Noise levels are known before a loop starts,
+so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, which is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmfast import ops, schedules
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator
+from cmfast.noise import NoiseFn
+from cmfast.ops import _check
+
+Sigmas = Sequence[float] | Tensor
+#: Called at every network call with x, i, sigma, sigma_hat and denoised.
+Callback = Callable[[dict[str, Any]], None]
+Model = Denoiser | DenoiserFn | Evaluator
+
+
+def _evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
+    if isinstance(model, Evaluator):
+        return model
+    return Evaluator(model, labels=labels, clip=clip)
+
+
+def _floats(sigmas: Sigmas, *, least: int) -> list[float]:
+    """The levels as floats: the one host read, before the loop."""
+    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    if len(levels) < least:
+        raise ValueError(f"sigmas needs {least} or more noise levels, got {len(levels)}")
+    if not all(level >= 0 for level in levels) or not all(level > 0 for level in levels[:-1]):
+        raise ValueError(f"sigmas must be positive, only the last may be 0, none NaN; got {levels}")
+    return levels
+
+
+def _on_device(levels: Sequence[float], x: Tensor) -> Tensor:
+    """The levels as one tensor beside x: a step takes its scalars from here, with no copy of its own."""
+    return torch.tensor(levels, dtype=_check.sigma_dtype(x), device=x.device)
+
+
+def _steps(count: int, progress: bool) -> Iterable[int]:
+    if not progress:
+        return range(count)
+    from tqdm.auto import trange
+
+    return trange(count)
+
+
+def _report(
+    callback: Callback | None,
+    evaluate: Evaluator,
+    model_output: Tensor,
+    x: Tensor,
+    i: int,
+    sigma: Tensor,
+    sigma_hat: Tensor,
+) -> None:
+    """Give a callback what it needs; D is computed for its sake only."""
+    if callback is not None:
+        denoised = evaluate.denoised(model_output, x, sigma_hat)
+        callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma_hat, "denoised": denoised})
+
+
+@torch.no_grad()
+def sample_onestep(
+    model: Model, x: Tensor, sigmas: Sigmas, *, labels: Tensor | None = None, clip_denoised: bool = True
+) -> Tensor:
+    """D(x, sigmas[0]): one network call. x = sigmas[0] noise, [B, C, H, W]."""
+    return sample_multistep(model, x, _floats(sigmas, least=1)[:1], labels=labels, clip_denoised=clip_denoised)
+
+
+@torch.no_grad()
+def sample_multistep(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    labels: Tensor | None = None,
+    noise_fn: NoiseFn = torch.randn_like,
+    clip_denoised: bool = True,
+    sigma_min: float = schedules.SIGMA_MIN,
+    end_sigma: float | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Song et al. 2023, algorithm 1: denoise, add noise of the next level, denoise again.
+
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels at which the model is evaluated.
+        end_sigma: add noise of this level to the result too, sqrt(end_sigma^2 - sigma_min^2); the original always
+        does (with a level of sigma_min that adds nothing, but draws). None: do not.
+    """
+    evaluate = _evaluator(model, labels, clip_denoised)
+    levels = _floats(sigmas, least=1)
+    sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
+    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    for i in _steps(len(levels), progress):
+        model_output = evaluate(model_input, c_noise)
+        _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
+        if i + 1 == len(levels) and end_sigma is None:
+            return evaluate.denoised(model_output, x, sigma[i])
+        x, model_input, c_noise = ops.renoise(
+            model_output,
+            x,
+            sigma[i],
+            sigma[i + 1],
+            noise_fn(x),
+            sigma_min=sigma_min,
+            **evaluate.step_options,
+        )
+    return x
+
+
+@torch.no_grad()
+def sample_euler(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    labels: Tensor | None = None,
+    clip_denoised: bool = True,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler steps of the probability-flow ODE from sigmas[0] to sigmas[-1]: first order, n - 1 network calls."""
+    evaluate = _evaluator(model, labels, clip_denoised)
+    levels = _floats(sigmas, least=2)
+    sigma = _on_device(levels, x)
+    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    for i in _steps(len(levels) - 1, progress):
+        model_output = evaluate(model_input, c_noise)
+        _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
+        x, model_input, c_noise = ops.euler_step(
+            model_output, x, sigma[i], sigma[i + 1], **evaluate.step_options
+        )
+    return x
+
+
+def sample_progdist(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
+    """Euler steps that stop at the last positive level: how progressively distilled models are sampled."""
+    levels = _floats(sigmas, least=2)
+    return sample_euler(model, x, levels[:-1] if levels[-1] == 0 else levels, **options)
+
+
+def _churned(
+    levels: list[float], s_churn: float, s_tmin: float, s_tmax: float
+) -> tuple[list[float], list[bool]]:
+    """The raised levels sigma_hat = (1 + gamma) sigma, and where they are raised: Karras et al. 2022, algorithm 2."""
+    steps = len(levels) - 1
+    gamma = min(s_churn / steps, 2**0.5 - 1)
+    # Compared in float32, as levels held in a float32 tensor are.
+    low, high = np.float32(s_tmin), np.float32(s_tmax)
+    raised = [gamma > 0 and bool(low <= np.float32(sigma) <= high) for sigma in levels[:-1]]
+    return [s * (1 + gamma) if up else s for s, up in zip(levels[:-1], raised, strict=True)], raised
+
+
+def _second_order(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    midpoint: bool,
+    labels: Tensor | None = None,
+    noise_fn: NoiseFn = torch.randn_like,
+    clip_denoised: bool = True,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    draw_unused: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The loop that Heun's method and the midpoint method share: churn, predict, correct."""
+    evaluate = _evaluator(model, labels, clip_denoised)
+    levels = _floats(sigmas, least=2)
+    hats, raised = _churned(levels, s_churn, s_tmin, s_tmax)
+    # The midpoint of a rho = 3 Karras schedule, or for Heun's method the end of the step.
+    mids = (
+        [((hat ** (1 / 3) + to ** (1 / 3)) / 2) ** 3 for hat, to in zip(hats, levels[1:], strict=True)]
+        if midpoint
+        else levels[1:]
+    )
+    added = [
+        s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)
+    ]
+    sigma, hat, mid, churn = (_on_device(values, x) for values in (levels, hats, mids, added))
+    options = evaluate.step_options
+    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    for i in _steps(len(levels) - 1, progress):
+        noise = noise_fn(x) if raised[i] or draw_unused else None
+        if raised[i]:
+            x, model_input, c_noise = ops.add_noise(
+                x, noise, churn[i], input_sigma=hat[i], **evaluate.input_options
+            )
+        model_output = evaluate(model_input, c_noise)
+        _report(callback, evaluate, model_output, x, i, sigma[i], hat[i])
+        if mids[i] == 0:
+            x, model_input, c_noise = ops.euler_step(model_output, x, hat[i], sigma[i + 1], **options)
+            continue
+        mid_input, mid_noise = ops.heun_predictor(model_output, x, hat[i], mid[i], **options)
+        mid_output = evaluate(mid_input, mid_noise)
+        if midpoint:
+            x, model_input, c_noise = ops.midpoint_corrector(
+                model_output, mid_output, x, hat[i], mid[i], sigma[i + 1], **options
+            )
+        else:
+            x, model_input, c_noise = ops.heun_corrector(
+                model_output, mid_output, x, hat[i], sigma[i + 1], **options
+            )
+    return x
+
+
+@torch.no_grad()
+def sample_heun(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
+    """Karras et al. 2022, algorithm 2: Heun's method with churn; 2 n - 3 network calls for n levels ending in 0.
+
+    Args: x [B, C, H, W] = sigmas[0] noise; labels; noise_fn; clip_denoised;
+        s_churn, s_tmin, s_tmax, s_noise: noise raised at each step by min(s_churn / steps, sqrt(2) - 1) between
+        the levels s_tmin and s_tmax, with noise scaled by s_noise;
+        draw_unused: draw noise at every step, also where none is added, as the original does (generators stay in
+        step with it); progress; callback.
+    """
+    return _second_order(model, x, sigmas, midpoint=False, **options)
+
+
+@torch.no_grad()
+def sample_dpm(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
+    """DPM-Solver-2 with churn: the slope at the midpoint of a rho = 3 schedule. Arguments as `sample_heun`."""
+    return _second_order(model, x, sigmas, midpoint=True, **options)
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    labels: Tensor | None = None,
+    noise_fn: NoiseFn = torch.randn_like,
+    clip_denoised: bool = True,
+    draw_unused: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling: an Euler step down to sigma_down, then noise of sigma_up, which lands at the next level."""
+    evaluate = _evaluator(model, labels, clip_denoised)
+    levels = _floats(sigmas, least=2)
+    pairs = [schedules.ancestral_levels(a, b) for a, b in zip(levels, levels[1:], strict=False)]
+    downs, ups = zip(*pairs, strict=True)
+    sigma, down, up = _on_device(levels, x), _on_device(downs, x), _on_device(ups, x)
+    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    for i in _steps(len(levels) - 1, progress):
+        model_output = evaluate(model_input, c_noise)
+        _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
+        x, model_input, c_noise = ops.euler_step(model_output, x, sigma[i], down[i], **evaluate.step_options)
+        noise = noise_fn(x) if ups[i] > 0 or draw_unused else None
+        if ups[i] > 0:
+            x, model_input, c_noise = ops.add_noise(
+                x, noise, up[i], input_sigma=sigma[i + 1], **evaluate.input_options
+            )
+    return x
+
+
+@torch.no_grad()
+def sample_midpoint_ancestral(
+    slope: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    ts: Sigmas,
+    *,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Midpoint steps of size h = 1 / len(ts) along dx/dt = slope(x, t): x + h slope(x + h/2 slope(x, t), t + h/2).
+
+    As in the original, `slope` gives a derivative, not a denoised batch, and the steps are equal whatever ts holds.
+    """
+    levels = ts.tolist() if isinstance(ts, Tensor) else [float(t) for t in ts]
+    h = 1 / len(levels)
+    batch = x.new_ones(x.shape[0])
+    times = _on_device(levels, x)
+    for i in _steps(len(levels), progress):
+        dn = slope(x, times[i] * batch)
+        dn_2 = slope(x + (h / 2) * dn, (times[i] + h / 2) * batch)
+        x = x + h * dn_2
+        if callback is not None:
+            callback({"x": x, "tn": times[i], "dn": dn, "dn_2": dn_2})
+    return x
+
+
+#: Samplers by the original's names.
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "onestep": sample_onestep,
+    "multistep": sample_multistep,
+    "heun": sample_heun,
+    "euler": sample_euler,
+    "dpm": sample_dpm,
+    "ancestral": sample_euler_ancestral,
+    "progdist": sample_progdist,
+}
+
+
+def sampler_sigmas(
+    sampler: str,
+    *,
+    steps: int | None = None,
+    sigmas: Sigmas | None = None,
+    ts: Sequence[int] | None = None,
+    num_scales: int = 40,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> list[float]:
+    """The noise levels of a sampler from exactly one of `steps`, `sigmas`, `ts` (default: steps=1, 18 for solvers).
+
+    For `multistep`: the levels of the model's evaluations: `steps=2` is [80, 1.382], which is `ts=(0, 22, 39)` of
+    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0.
+
+    Raises: ValueError: an unknown sampler, more than one of the three, or levels that make no schedule.
+
+    >>> [round(s, 3) for s in sampler_sigmas("multistep", steps=2)]
+    [80.0, 1.382]
+    >>> [round(s, 3) for s in sampler_sigmas("multistep", ts=(0, 22, 39))]
+    [80.0, 1.382]
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if sum(given is not None for given in (steps, sigmas, ts)) > 1:
+        raise ValueError("give one of steps, sigmas and ts, not more")
+    few = sampler in ("onestep", "multistep")
+    options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    if sigmas is not None:
+        levels = _floats(sigmas, least=1 if few else 2)
+        if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+            raise ValueError(f"sigmas must decrease, got {levels}")
+        return levels
+    if ts is not None:
+        levels = schedules.multistep_sigmas(ts, num_scales, **options)
+        # The last index is where sampling ends; noise of sigma_min adds nothing.
+        return levels[:-1] if few else [*levels, 0.0]
+    if sampler == "onestep" and steps not in (None, 1):
+        raise ValueError(f"the onestep sampler takes one step, got steps={steps}; use sampler='multistep'")
+    if few:
+        return schedules.step_sigmas(steps or 1, **options)
+    count = 18 if steps is None else steps
+    return schedules.karras_sigmas(count + (sampler == "progdist"), dtype=torch.float64, **options).tolist()
+
+
+def sample(
+    model: Model,
+    noise: Tensor,
+    *,
+    sampler: str = "multistep",
+    sigmas: Sigmas | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Images in [-1, 1], [B, C, H, W], from unit noise of that shape.
+
+    Args: sampler: one of `SAMPLERS`; sigmas: its noise levels (default: those of `sampler_sigmas(sampler)`); labels
+        int64 [B] if class-conditional; options: the sampler's own.
+
+    >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")
+    >>> images.shape
+    torch.Size([2, 1, 8, 8])
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    levels = sampler_sigmas(sampler) if sigmas is None else _floats(sigmas, least=1)
+    x, _, _ = ops.init_noise(noise, _on_device(levels[:1], noise)[0])
+    return SAMPLERS[sampler](model, x, levels, labels=labels, **options).clamp(-1, 1)

@@ -1,0 +1,177 @@
+"""Noise levels of sampling and training, and the curricula of consistency training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cmfast.ops import WEIGHTINGS, loss_weight
+
+__all__ = [
+    "WEIGHTINGS",
+    "ancestral_levels",
+    "ema_and_scales",
+    "karras_sigma",
+    "karras_sigmas",
+    "lognormal_sigmas",
+    "loss_weight",
+    "multistep_sigmas",
+    "step_sigmas",
+]
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+
+
+def karras_sigma(
+    index: Tensor | float,
+    num_scales: int,
+    *,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> Tensor | float:
+    """Level `index` of num_scales: (smax^(1/rho) + i / (N - 1) (smin^(1/rho) - smax^(1/rho)))^rho.
+
+    Karras et al. 2022, eq. 5: index 0 is sigma_max, N - 1 is sigma_min; a number or a tensor, fractions allowed.
+    """
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    fraction = index / max(num_scales - 1, 1)
+    if not isinstance(fraction, Tensor):
+        # The ends exactly, so that a level can be compared with sigma_min.
+        if fraction in (0, 1):
+            return sigma_min if fraction else sigma_max
+    return (high + fraction * (low - high)) ** rho
+
+
+def karras_sigmas(
+    num_scales: int,
+    *,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+    append_zero: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """`num_scales` levels from sigma_max down to sigma_min, and 0 if `append_zero`: [N + 1] or [N].
+
+    Raises: ValueError: num_scales below 1.
+
+    >>> karras_sigmas(3).tolist()
+    [80.0, 2.5152..., 0.002..., 0.0]
+    """
+    if num_scales < 1:
+        raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
+    index = torch.arange(num_scales, dtype=torch.float64)
+    sigmas = torch.as_tensor(
+        karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    )
+    if append_zero:
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    return sigmas.to(dtype=dtype, device=device)
+
+
+def multistep_sigmas(
+    ts: Sequence[int],
+    num_scales: int = 40,
+    *,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> list[float]:
+    """Noise levels of grid indices `ts`, as openai/consistency_models names the steps of multistep sampling.
+
+    Raises: ValueError: an index that is not on the grid of num_scales levels, or indices that do not increase.
+
+    >>> [round(sigma, 3) for sigma in multistep_sigmas((0, 22, 39), 40)]
+    [80.0, 1.382, 0.002]
+    """
+    bad = [t for t in ts if not 0 <= t <= num_scales - 1]
+    if bad:
+        raise ValueError(f"ts are indices of {num_scales} levels, from 0 to {num_scales - 1}; got {bad[0]}")
+    if len(ts) < 2:
+        raise ValueError(f"ts needs two indices or more, the last of which is where sampling ends; got {list(ts)}")
+    if any(b <= a for a, b in zip(ts, ts[1:], strict=False)):
+        raise ValueError(f"ts must increase, got {list(ts)}")
+    options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    return [float(karras_sigma(t, num_scales, **options)) for t in ts]
+
+
+def step_sigmas(
+    steps: int, *, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> list[float]:
+    """The levels at which multistep sampling in `steps` network calls evaluates the model.
+
+    On the original's grid of 40 levels: index 0 for one step; 0 and 22 for two (Song et al. 2023 found it by search
+    on ImageNet-64); evenly spaced indices, i 39 / steps rounded, for more.
+
+    Raises: ValueError: steps not from 1 to 39.
+
+    >>> [round(sigma, 3) for sigma in step_sigmas(2)]
+    [80.0, 1.382]
+    """
+    if not 1 <= steps <= 39:
+        raise ValueError(f"steps must be from 1 to 39 for multistep sampling, got {steps}")
+    ts = [0, 22] if steps == 2 else [round(i * 39 / steps) for i in range(steps)]
+    return multistep_sigmas([*ts, 39], 40, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:-1]
+
+
+def ancestral_levels(sigma: float, next_sigma: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up): step down to the first, then add noise of the second, and land at next_sigma."""
+    up = next_sigma * math.sqrt(max(sigma**2 - next_sigma**2, 0.0)) / sigma
+    return math.sqrt(max(next_sigma**2 - up**2, 0.0)), up
+
+
+def lognormal_sigmas(noise: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """exp(mean + std noise): the training noise levels of Karras et al. 2022, from standard normals."""
+    return torch.exp(mean + std * noise)
+
+
+def ema_and_scales(
+    target_ema_mode: str,
+    start_ema: float,
+    scale_mode: str,
+    start_scales: int,
+    end_scales: int,
+    total_steps: int,
+    distill_steps_per_iter: int,
+) -> Callable[[int], tuple[float, int]]:
+    """step -> (EMA rate of the target, number of scales): the four schedules of Song et al. 2023, as coded.
+
+    `fixed`/`fixed`: start_ema, start_scales. `fixed`/`progressive`: N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2)
+    - 1) + 1. `adaptive`/`progressive`: the same N and mu(k) = exp(s0 ln mu0 / (N - 1)). `fixed`/`progdist`: scales
+    halve every distill_steps_per_iter steps, with twice as long for the last two stages, and the target never moves.
+
+    Raises: ValueError: another pair of modes; the message lists the known ones.
+    """
+    modes = (target_ema_mode, scale_mode)
+    known = [("fixed", "fixed"), ("fixed", "progressive"), ("adaptive", "progressive"), ("fixed", "progdist")]
+    if modes not in known:
+        pairs = ", ".join("/".join(pair) for pair in known)
+        raise ValueError(f"unknown target_ema_mode/scale_mode {'/'.join(map(str, modes))}; known: {pairs}")
+
+    def progressive(step: int) -> int:
+        growth = (step / total_steps) * ((end_scales + 1) ** 2 - start_scales**2)
+        return max(math.ceil(math.sqrt(growth + start_scales**2) - 1), 1)
+
+    def progdist(step: int) -> int:
+        scales = max(start_scales // 2 ** int(step // distill_steps_per_iter), 2)
+        if scales > 2:
+            return scales
+        # Two scales, then one, each held for twice the stage length from the step at which two is reached.
+        late = max(step - distill_steps_per_iter * (math.log2(start_scales) - 1), 0)
+        return max(2 // 2 ** int(late // (distill_steps_per_iter * 2)), 1)
+
+    def at_step(step: int) -> tuple[float, int]:
+        if modes == ("fixed", "fixed"):
+            return float(start_ema), int(start_scales)
+        if modes == ("fixed", "progdist"):
+            return 1.0, progdist(step)
+        scales = progressive(step)
+        ema = start_ema if target_ema_mode == "fixed" else math.exp(start_scales * math.log(start_ema) / scales)
+        return float(ema), scales + 1
+
+    return at_step

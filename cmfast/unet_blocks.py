@@ -1,0 +1,238 @@
+"""Building blocks of the U-Net: normalisation, resampling, residual blocks, attention, timestep embedding.
+
+Names of submodules (`in_layers`, `emb_layers`, `proj_out`, ...) are those of the published checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NUM_GROUPS = 32
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
+    """A 1-d, 2-d or 3-d convolution."""
+    return _CONVS[dims](*args, **kwargs)
+
+
+def zero_(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero and return it: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(
+    timesteps: Tensor, dim: int, dtype: torch.dtype = torch.float32, max_period: float = 10000.0
+) -> Tensor:
+    """[cos(t f_0), cos(t f_1), ..., sin(t f_0), ...] with f_i = max_period^(-i / (dim // 2)).
+
+    timesteps [B], any real dtype, may be fractional  →  [B, dim] in `dtype` (float32 or float64); an odd `dim`
+    ends in a zero. The frequencies are made on the device of `timesteps`: nothing is copied from the host.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, device=timesteps.device, dtype=dtype) * -math.log(max_period) / half
+    args = timesteps.to(dtype)[:, None] * torch.exp(exponents)
+    embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+class GroupNorm32(nn.GroupNorm):
+    """GroupNorm with 32 groups whose statistics never are 16-bit.
+
+    [B, C, ...] → same shape, dtype and layout. float16 and bfloat16 are normalised in float32, float32 and
+    float64 as they are; weights of another dtype are cast to that of the computation.
+
+    Raises:
+        ValueError: `channels` is not a multiple of 32.
+    """
+
+    def __init__(self, channels: int):
+        if channels % NUM_GROUPS:
+            raise ValueError(
+                f"channels={channels} cannot be split into {NUM_GROUPS} groups: choose model_channels and "
+                f"channel_mult so that every product is a multiple of {NUM_GROUPS}"
+            )
+        super().__init__(NUM_GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class TimestepBlock(nn.Module):
+    """A module whose forward takes (x, emb)."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A sequence that hands the embedding to the children that take one."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+        super().__init__()
+        self.scale_factor = (1.0, 2.0, 2.0) if dims == 3 else 2.0
+        if use_conv:
+            self.conv = conv_nd(dims, channels, channels, 3, padding=1)
+        self.use_conv = use_conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=self.scale_factor, mode="nearest")
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution or by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+        super().__init__()
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
+        else:
+            self.op = _AVERAGE_POOLS[dims](stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(TimestepBlock):
+    """GroupNorm, SiLU, convolution, twice, added to a skip connection; the embedding enters halfway.
+
+    x [B, C, ...], emb [B, E]  →  [B, out_channels, ...] in the dtype of the convolutions; the spatial size is
+    doubled by `up`, halved by `down`. With `use_scale_shift_norm` the embedding scales and shifts the second
+    normalisation, else it is added before it. `use_checkpoint` recomputes the block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.dropout = dropout
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.updown = up or down
+
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        if up:
+            self.h_upd, self.x_upd = Upsample(channels, False, dims), Upsample(channels, False, dims)
+        elif down:
+            self.h_upd, self.x_upd = Downsample(channels, False, dims), Downsample(channels, False, dims)
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            # The generator's state is saved only where there is a dropout mask to draw again: reading it stalls
+            # the device once per block.
+            has_mask = self.dropout > 0 and self.training
+            return checkpoint(self._forward, x, emb, use_reentrant=False, preserve_rng_state=has_mask)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        in_norm, in_act, in_conv = self.in_layers
+        out_norm, out_act, drop, out_conv = self.out_layers
+
+        h = in_act(in_norm(x))
+        if self.updown:
+            h, x = self.h_upd(h), self.x_upd(x)
+        h = in_conv(h)
+
+        emb_out = self.emb_layers(emb).to(h.dtype)
+        emb_out = emb_out.reshape(emb_out.shape + (1,) * (h.ndim - 2))
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = out_norm(h) * (1 + scale) + shift
+        else:
+            h = out_norm(h + emb_out)
+        h = out_conv(drop(out_act(h)))
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, with a residual connection. [B, C, ...] → the same.
+
+    The projection's channels are ordered (q k v, heads, d) as in the published checkpoints.
+
+    Raises:
+        ValueError: the channels cannot be divided into heads.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        if num_head_channels != -1:
+            if num_head_channels < 1 or channels % num_head_channels:
+                raise ValueError(
+                    f"num_head_channels={num_head_channels} does not divide the {channels} channels of an "
+                    "attention layer"
+                )
+            num_heads = channels // num_head_channels
+        elif num_heads < 1 or channels % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide the {channels} channels of an attention layer"
+            )
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.norm = GroupNorm32(channels)
+        self.qkv = conv_nd(dims, channels, 3 * channels, 1)
+        self.proj_out = zero_(conv_nd(dims, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        batch, channels, *spatial = x.shape
+        # Positions before channels: the fused attention kernels need d contiguous. For channels_last activations
+        # this is a view, for contiguous ones the one copy that is needed.
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, S, 3 C]
+        q, k, v = (
+            qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, S, d]
+        h = h.transpose(2, 3).reshape(batch, channels, *spatial)
+        return x + self.proj_out(h)

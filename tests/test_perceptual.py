@@ -1,0 +1,425 @@
+"""LPIPS against the lpips package and piq, on trunks with random weights: nothing is downloaded."""
+
+import copy
+import functools
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmfast.ops.lpips import lpips_layer
+from cmfast.perceptual import LPIPS
+from cmfast.reference import lpips as reference
+
+ROOT = Path(__file__).parents[1]
+EXTRA = 'pip install "cmfast[lpips]"'
+MODELS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+NETS = list(MODELS)
+MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}
+
+
+@functools.cache
+def random_weights(net):
+    """A state dict of the whole `features` of torchvision's model."""
+    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
+    with torch.device("meta"):
+        features = getattr(torchvision.models, MODELS[net])().features
+    generator = torch.Generator().manual_seed(2303)
+    weights = {}
+    for name, parameter in features.named_parameters():
+        std = (2 / parameter[0].numel()) ** 0.5 if name.endswith("weight") else 0.1
+        weights[name] = std * torch.randn(parameter.shape, generator=generator)
+    return weights
+
+
+def random_features(net):
+    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
+    with torch.device("meta"):
+        features = getattr(torchvision.models, MODELS[net])().features
+    features.to_empty(device="cpu").load_state_dict(random_weights(net))
+    return features
+
+
+@functools.cache
+def package_heads(net):
+    lpips = pytest.importorskip("lpips", reason=EXTRA)
+    path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@functools.cache
+def make(net, pooling=None):
+    """Ours. Shared between tests: change a deep copy."""
+    pytest.importorskip("lpips", reason=EXTRA)
+    return LPIPS(net, pooling=pooling, trunk_weights=random_weights(net))
+
+
+def make_lpips_package(net):
+    lpips = pytest.importorskip("lpips", reason=EXTRA)
+    model = SimpleNamespace(features=random_features(net))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lpips.pretrained_networks.tv, MODELS[net], lambda pretrained: model)
+        peer = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    return lambda x, y: peer.to(x.dtype)(x, y).flatten()
+
+
+def make_piq():
+    piq = pytest.importorskip("piq", reason="pip install piq")
+    heads = list(package_heads("vgg").values())
+    model = SimpleNamespace(features=random_features("vgg"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", lambda url, progress: heads)
+        patch.setattr(piq.perceptual, "vgg16", lambda pretrained, progress: model)
+        peer = piq.LPIPS(replace_pooling=True, reduction="none")
+    return lambda x, y: peer((x + 1) / 2.0, (y + 1) / 2.0)
+
+
+def images(*shape, dtype=torch.float32, seed=0):
+    """A pair in [-1, 1], the second near the first."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    y = (x + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(-1, 1)
+    return x.to(dtype), y.to(dtype)
+
+
+def value_and_grads(distance, x, y):
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    d = distance(x, y)
+    scale = torch.arange(1, len(d) + 1, dtype=d.dtype)  # so that a mix-up of samples shows
+    return [d.detach(), *torch.autograd.grad((scale * d).sum(), (x, y))]
+
+
+def assert_agree(ours, theirs, rtol):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).norm() <= rtol * b.norm()
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("size", [(33, 48), (64, 64)], ids=str)
+def test_agrees_with_lpips_package(net, size):
+    model, peer = make(net, "max"), make_lpips_package(net)
+    x, y = images(2, 3, *size)
+    ours = value_and_grads(lambda x, y: model(x, y, resize=False), x, y)
+    assert_agree(ours, value_and_grads(peer, x, y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_default_agrees_with_piq(dtype, rtol):
+    model, peer = copy.deepcopy(make("vgg")).to(dtype), make_piq()
+    x, y = images(2, 3, 32, 48, dtype=dtype)
+    ours = value_and_grads(lambda x, y: model(x, y, resize=False), x, y)
+    assert_agree(ours, value_and_grads(peer, x, y), rtol)
+
+
+@torch.no_grad()
+def test_is_the_distance_of_the_original_losses():
+    """As in consistency_losses of openai/consistency_models: resize below a width of 256, then piq."""
+    x, y = images(1, 3, 20, 24)
+    resized = [F.interpolate(image, size=224, mode="bilinear") for image in (x, y)]
+    assert_agree([make("vgg")(x, y)], [make_piq()(*resized)], rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size, resized", [((40, 255), True), ((300, 99), True), ((40, 256), False)], ids=str)
+def test_width_decides_on_resizing(size, resized):
+    model = make("alex")
+    pair = images(1, 3, *size)
+    if resized:
+        same = [F.interpolate(image, size=224, mode="bilinear") for image in pair]
+    else:
+        same = pair
+    torch.testing.assert_close(model(*pair), model(*same, resize=False))
+
+
+@torch.no_grad()
+def test_value_range():
+    model = make("alex")
+    x, y = images(2, 3, 32, 32)
+    expected = model(x, y, resize=False)
+    unit = model((x + 1) / 2, (y + 1) / 2, resize=False, value_range=(0, 1))
+    byte = model((x + 1) * 127.5, (y + 1) * 127.5, resize=False, value_range=(0, 255))
+    torch.testing.assert_close(unit, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(byte, expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_gray_counts_as_three_equal_channels():
+    model = make("alex")
+    x, y = images(2, 1, 32, 40)
+    expected = model(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1), resize=False)
+    torch.testing.assert_close(model(x, y, resize=False), expected)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_empty_batch(net):
+    assert make(net)(torch.zeros(0, 3, 32, 32), torch.zeros(0, 3, 32, 32)).shape == (0,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("net", NETS)
+def test_smallest_image(net, pooling):
+    model, size = make(net, pooling), MIN_SIZE[net]
+    assert model(*images(1, 3, size, size), resize=False).isfinite().all()
+    for shape in (size - 1, size), (size, size - 1):
+        with pytest.raises(ValueError, match=f"x must be {size} or more high and wide for '{net}', got"):
+            model(*images(1, 3, *shape), resize=False)
+
+
+def test_pooling_keeps_its_windows():
+    averages = [layer for layer in make("squeeze", "avg").trunk if isinstance(layer, nn.AvgPool2d)]
+    assert [(layer.kernel_size, layer.stride, layer.ceil_mode) for layer in averages] == [(3, 2, True)] * 3
+    assert not any(isinstance(layer, nn.MaxPool2d) for layer in make("squeeze", "avg").trunk)
+    assert make("squeeze").pooling == make("alex").pooling == "max"
+
+
+@torch.no_grad()
+def test_dtypes():
+    model = make("alex")
+    x, y = images(2, 3, 32, 32, dtype=torch.bfloat16)
+    expected = model(x.float(), y.float(), resize=False)
+    assert torch.equal(model(x, y, resize=False), expected)
+    assert torch.equal(model(x.float(), y, resize=False), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(x, y, resize=False)
+    assert autocast.dtype == torch.float32
+    torch.testing.assert_close(autocast, expected, rtol=0.1, atol=0)
+    double = copy.deepcopy(model).double()(x, y, resize=False)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), expected)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_equal_images_have_distance_zero_and_gradient_zero(net):
+    x, _ = images(2, 3, 32, 32)
+    d, *grads = value_and_grads(lambda x, y: make(net)(x, y, resize=False), x, x)
+    assert torch.equal(d, torch.zeros(2))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_where_all_features_are_zero():
+    pytest.importorskip("torchvision", reason=EXTRA)
+    model = LPIPS("alex", pretrained=False)  # biases are zero, so zeros stay zeros
+    model.trunk[0].weight.fill_(1)
+    black, white = torch.full((1, 3, 32, 32), -1.0, requires_grad=True), torch.ones(1, 3, 32, 32)
+    with torch.autograd.detect_anomaly():  # raises on a NaN in any step, also where the ReLU hides it later
+        d = model(black, white, resize=False)
+        d.sum().backward()
+    assert d > 0
+    assert torch.equal(black.grad, torch.zeros_like(black))
+
+
+def test_target_costs_no_graph():
+    model, traced = copy.deepcopy(make("alex")), []
+    model.trunk[0].register_forward_hook(lambda module, inputs, output: traced.append(output.requires_grad))
+    x, y = images(1, 3, 32, 32)
+    model(x.requires_grad_(), y, resize=False)
+    assert sorted(traced) == [False, True]
+    model(x, y.requires_grad_(), resize=False)
+    assert traced[2:] == [True, True]
+
+
+def test_weights_are_seen_by_no_optimizer_and_no_checkpoint():
+    holder = nn.ModuleDict({"net": nn.Linear(2, 2), "lpips": make("alex")})
+    assert not list(make("alex").parameters())
+    assert not any(buffer.requires_grad for buffer in make("alex").buffers())
+    assert list(holder.state_dict()) == ["net.weight", "net.bias"]
+    holder.load_state_dict(nn.ModuleDict({"net": nn.Linear(2, 2)}).state_dict())
+    x, y = images(1, 3, 32, 32)
+    expected = make("alex")(x, y, resize=False)
+    assert torch.equal(copy.deepcopy(holder).train()["lpips"](x, y, resize=False), expected)
+
+
+def test_caller_keeps_their_weights():
+    """Neither shared nor changed."""
+    pytest.importorskip("torchvision", reason=EXTRA)
+    weights = {name: weight.clone() for name, weight in random_weights("alex").items()}
+    model = LPIPS("alex", trunk_weights=weights, pretrained=False)
+    before = model.trunk[0].weight.clone()
+    weights["0.weight"].zero_()
+    assert torch.equal(model.trunk[0].weight, before)
+
+
+def test_import_is_lean():
+    code = "import sys, cmfast.perceptual; print({'torchvision', 'lpips', 'piq', 'scipy'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_constructor_does_not_import_lpips(monkeypatch):
+    pytest.importorskip("lpips", reason=EXTRA)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lpips"]:
+        monkeypatch.delitem(sys.modules, name)
+    LPIPS("alex", trunk_weights=random_weights("alex"))
+    assert "lpips" not in sys.modules
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_heads_are_those_of_the_package(net):
+    heads = torch.cat([weight.flatten() for weight in package_heads(net).values()])
+    assert torch.equal(make(net).heads, heads)
+
+
+def test_weights_from_files_and_whole_models(tmp_path):
+    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
+    whole = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save(whole, tmp_path / "trunk.pth")
+    torch.save(package_heads("squeeze"), tmp_path / "heads.pth")
+    files = {"trunk_weights": tmp_path / "trunk.pth", "head_weights": str(tmp_path / "heads.pth")}
+    model = LPIPS("squeeze", **files)
+    assert torch.equal(model.trunk[12].expand3x3.weight, whole["features.12.expand3x3.weight"])
+    assert torch.equal(model.heads, make("squeeze").heads)
+
+
+def test_download_that_fails_says_what_to_do_and_that_works(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(RuntimeError) as error:
+        LPIPS("squeeze")
+    cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
+    for words in "no route to host", url, str(cached), 'trunk_weights="squeezenet1_1-b8a52dc0.pth"':
+        assert words in str(error.value)
+
+    weights = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save(weights, cached)
+    model = LPIPS("squeeze", head_weights=package_heads("squeeze"))
+    assert torch.equal(model.trunk[0].weight, weights["features.0.weight"])
+
+
+@pytest.mark.parametrize("package", ["torchvision", "lpips"])
+def test_missing_package_names_the_extra(package, monkeypatch):
+    weights = random_weights("alex")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'pip install "cmfast\[lpips\]"'):
+        LPIPS("alex", trunk_weights=weights)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"net": "vgg19"}, ValueError, "unknown net 'vgg19'; known: vgg, alex, squeeze"),
+        ({"pooling": "mean"}, ValueError, "unknown pooling 'mean'; known: avg, max"),
+        ({"trunk_weights": 3}, TypeError, "trunk_weights must be a state dict or the path of one, got int"),
+        ({"trunk_weights": {}}, ValueError, "vgg16, with features.0.weight .* got no such entry"),
+        ({"trunk_weights": "nowhere.pth"}, FileNotFoundError, "nowhere.pth"),
+    ],
+)
+def test_constructor_errors(arguments, error, message):
+    pytest.importorskip("torchvision", reason=EXTRA)
+    with pytest.raises(error, match=message):
+        LPIPS(**arguments)
+
+
+def test_weights_of_another_network():
+    with pytest.raises(ValueError, match=r"features.0.weight \[64, 3, 11, 11\], got \[64, 3, 3, 3\]"):
+        LPIPS("alex", trunk_weights=random_weights("vgg"))
+    with pytest.raises(ValueError, match=r"head_weights must hold .* of \(64, 192, 384, 256, 256\) channels"):
+        LPIPS("alex", trunk_weights=random_weights("alex"), head_weights=package_heads("vgg"))
+
+
+@pytest.mark.parametrize(
+    "x, target, message",
+    [
+        ([3, 32, 32], [3, 32, 32], r"x must be \[B, 3, H, W\] or \[B, 1, H, W\], got \[3, 32, 32\]"),
+        ([1, 4, 32, 32], [1, 4, 32, 32], r"x must be .* got \[1, 4, 32, 32\]"),
+        ([1, 3, 32, 32], [1, 3, 32, 33], r"target must have the shape of x .*, got \[1, 3, 32, 33\]"),
+        ([2, 3, 32, 32], [1, 3, 32, 32], "target must have the shape of x"),
+        ([1, 3, 32, 32], [1, 1, 32, 32], "target must have the shape of x"),
+        ([1, 3, 0, 32], [1, 3, 0, 32], "x must be 1 or more high and wide"),
+    ],
+)
+def test_shape_errors(x, target, message):
+    with pytest.raises(ValueError, match=message):
+        make("alex")(torch.zeros(x), torch.zeros(target))
+
+
+def test_other_errors_of_forward():
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"value_range must be \(low, high\) with low < high, got \(1, -1\)"):
+        make("alex")(x, x, value_range=(1, -1))
+    with pytest.raises(TypeError, match="x must have a floating dtype, got torch.uint8"):
+        make("alex")(x.byte(), x)
+    with pytest.raises(TypeError, match="target is float64, the weights of LPIPS are torch.float32"):
+        make("alex")(x, x.double())
+    with pytest.raises(ValueError, match="x is on meta, the weights of LPIPS on cpu"):
+        make("alex")(x.to("meta"), x.to("meta"))
+
+
+def layer_inputs(*shape, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    f, g = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return f.to(dtype), g.to(dtype), torch.rand(shape[1], generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10], ids=["unit", "as small as epsilon"])
+def test_layer_is_the_formula(scale):
+    f, g, weight = layer_inputs(2, 5, 3, 4, scale=scale)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for b in range(2):
+        for i in range(3):
+            for j in range(4):
+                u, v = f[b, :, i, j], g[b, :, i, j]
+                delta = u / (u.dot(u) ** 0.5 + 1e-10) - v / (v.dot(v) ** 0.5 + 1e-10)
+                expected[b] += weight.dot(delta**2) / 12
+    torch.testing.assert_close(lpips_layer(f, g, weight), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+def test_layer_gradcheck():
+    inputs = [tensor.requires_grad_() for tensor in layer_inputs(2, 3, 2, 2)]
+    torch.autograd.gradcheck(reference.lpips_layer, inputs, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_accumulates_in_float32(dtype):
+    f, g, weight = layer_inputs(2, 512, 3, 3, dtype=dtype, scale=300)  # squares overflow float16
+    assert torch.equal(lpips_layer(f, g, weight), lpips_layer(f.float(), g.float(), weight.float()))
+
+
+def test_layer_compiles_in_one_graph():
+    inputs = layer_inputs(2, 3, 4, 4)
+    compiled = torch.compile(lpips_layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), lpips_layer(*inputs))
+
+
+@torch.no_grad()
+def test_lpips_compiles_in_one_graph():
+    x, y = images(1, 3, 32, 32)
+    compiled = torch.compile(make("alex"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, y, resize=False), make("alex")(x, y, resize=False))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"features": torch.zeros(3, 4)}, ValueError, r"features must be \[B, C, H, W\], got \[3, 4\]"),
+        ({"features": torch.zeros(2, 3, 4, 4).int()}, TypeError, "features must have a floating dtype"),
+        ({"target_features": torch.zeros(2, 3, 4, 5)}, ValueError, "target_features must have the shape of"),
+        ({"target_features": None}, TypeError, "target_features must be a torch.Tensor, got NoneType"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must be \[C\] with C = 3, got \[4\]"),
+        ({"weight": torch.zeros(1, 3, 1, 1)}, ValueError, r"weight must be \[C\]"),
+        ({"weight": torch.zeros(3).long()}, TypeError, "weight must have a floating dtype, got torch.int64"),
+    ],
+)
+def test_layer_errors(change, error, message):
+    arguments = {
+        "features": torch.zeros(2, 3, 4, 4),
+        "target_features": torch.zeros(2, 3, 4, 4),
+        "weight": torch.zeros(3),
+    }
+    with pytest.raises(error, match=message):
+        lpips_layer(**(arguments | change))
