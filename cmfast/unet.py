@@ -22,6 +22,10 @@ from .unet_blocks import (
 )
 
 
+def _weight_dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 class UNetModel(nn.Module):
     """F(x, timesteps, y): a U-Net with residual blocks, attention at chosen levels and timestep embedding.
 
@@ -37,7 +41,7 @@ class UNetModel(nn.Module):
     dims                   1, 2 or 3 spatial dimensions; 3-d data is resampled in the inner two only
     num_classes            class-conditional where not None
     use_checkpoint         recompute activations in the backward pass
-    use_fp16               kept in `config` only: `convert_torso` sets the dtype, forward takes it from the weights
+    use_fp16               kept in `config` only: forward takes the dtype of the weights, see `convert_torso`
     num_heads              attention heads where num_head_channels is -1
     num_head_channels      width of a head
     num_heads_upsample     heads of the decoder where different, -1 for `num_heads`
@@ -140,7 +144,7 @@ class UNetModel(nn.Module):
         skip_channels = [channels]  # of every tensor the decoder will concatenate
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, width)]
+                layers: list[nn.Module] = [res_block(channels, width)]
                 channels = width
                 if 2**level in attention_resolutions:
                     layers.append(attention(channels, num_heads))
@@ -181,7 +185,7 @@ class UNetModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the torso (encoder, middle, decoder): that of its weights now."""
-        return self.input_blocks[0][0].weight.dtype
+        return _weight_dtype(self.input_blocks[0])
 
     def convert_torso(self, dtype: torch.dtype) -> "UNetModel":
         """Cast the convolutions of encoder, middle and decoder to `dtype`, in place; returns the model.
@@ -205,20 +209,20 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Apply the network.
 
-        x          [B, in_channels, ...], floating point, any layout; spatial size divisible by 2^(levels − 1)
+        x          [B, in_channels, ...], floating point, any layout; size divisible by 2^(levels − 1)
         timesteps  [B], any real dtype, may be fractional (the c_noise of a preconditioner)
-        y          [B] int64 or int32 labels below num_classes; if and only if the network is class-conditional
+        y          [B] int64 or int32 labels below num_classes, if and only if it is class-conditional
 
-        Returns [B, out_channels, ...] in the dtype of x. Inside, the torso computes in the dtype of its weights
-        (or of `torch.autocast`) and the embedding in that of `time_embed`.
+        Returns [B, out_channels, ...] in the dtype of x. Inside, the torso computes in the dtype of its
+        weights (or of `torch.autocast`) and the embedding in that of `time_embed`.
 
         Raises:
-            ValueError: an argument of the wrong rank, shape or dtype; labels missing, superfluous, or out of range
-                (values are looked at on the CPU only, and not while compiling).
+            ValueError: an argument of the wrong rank, shape or dtype; labels missing, superfluous, or out
+                of range (values are looked at on the CPU only, and not while compiling).
         """
         self._check_inputs(x, timesteps, y)
 
-        weights_dtype = self.time_embed[0].weight.dtype
+        weights_dtype = _weight_dtype(self.time_embed)
         embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
         emb = self.time_embed(
             timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype)
@@ -234,7 +238,7 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(self.out[-1].weight.dtype)).to(x.dtype)
+        return self.out(h.to(_weight_dtype(self.out))).to(x.dtype)
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
         """Everything that can be known from shapes and dtypes: no value on a device is read."""
@@ -262,14 +266,15 @@ class UNetModel(nn.Module):
                     f"y is None: expected labels, the network has num_classes={self.num_classes}"
                 )
             raise ValueError("y was given: expected None, the network is unconditional (num_classes=None)")
-        if y is None:
+        if y is None or self.num_classes is None:
             return
         if y.shape != x.shape[:1]:
             raise ValueError(f"y has shape {list(y.shape)}: expected [{x.shape[0]}], one label per sample")
         if y.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"y has dtype {y.dtype}: expected torch.int64 or torch.int32")
-        # Reading labels on a device would stall it, and break a graph; there they are trusted.
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
+        # Reading labels on a device would stall it, and break a graph; fake tensors have no values to read.
+        readable = y.device.type == "cpu" and type(y) is Tensor and not torch.compiler.is_compiling()
+        if readable and y.numel():
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"y has labels from {low} to {high}: expected 0 to {self.num_classes - 1}")

@@ -33,7 +33,7 @@ def timestep_embedding(
 ) -> Tensor:
     """[cos(t f_0), cos(t f_1), ..., sin(t f_0), ...] with f_i = max_period^(-i / (dim // 2)).
 
-    timesteps [B], any real dtype, may be fractional  →  [B, dim] in `dtype` (float32 or float64); an odd `dim`
+    timesteps [B], any real dtype, may be fractional  →  [B, dim] in `dtype` (float32, float64); an odd `dim`
     ends in a zero. The frequencies are made on the device of `timesteps`: nothing is copied from the host.
     """
     half = dim // 2
@@ -74,7 +74,7 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the embedding to the children that take one."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
@@ -132,7 +132,6 @@ class ResBlock(TimestepBlock):
     ):
         super().__init__()
         out_channels = out_channels or channels
-        self.dropout = dropout
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.updown = up or down
@@ -140,10 +139,9 @@ class ResBlock(TimestepBlock):
         self.in_layers = nn.Sequential(
             GroupNorm32(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
-        if up:
-            self.h_upd, self.x_upd = Upsample(channels, False, dims), Upsample(channels, False, dims)
-        elif down:
-            self.h_upd, self.x_upd = Downsample(channels, False, dims), Downsample(channels, False, dims)
+        if self.updown:
+            resample = Upsample if up else Downsample
+            self.h_upd, self.x_upd = resample(channels, False, dims), resample(channels, False, dims)
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
@@ -159,9 +157,8 @@ class ResBlock(TimestepBlock):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
-            # The generator's state is saved only where there is a dropout mask to draw again: reading it stalls
-            # the device once per block.
-            has_mask = self.dropout > 0 and self.training
+            # Keeping the generator's state stalls the device: only where a dropout mask must be drawn again.
+            has_mask = self.training and float(self.out_layers[2].p) > 0  # type: ignore[arg-type]
             return checkpoint(self._forward, x, emb, use_reentrant=False, preserve_rng_state=has_mask)
         return self._forward(x, emb)
 
@@ -227,8 +224,8 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         batch, channels, *spatial = x.shape
-        # Positions before channels: the fused attention kernels need d contiguous. For channels_last activations
-        # this is a view, for contiguous ones the one copy that is needed.
+        # Positions before channels: the fused attention kernels need d contiguous. Of channels_last
+        # activations this is a view; of contiguous ones it is a copy, the only one.
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, S, 3 C]
         q, k, v = (
             qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -300,6 +300,19 @@ def test_download_that_fails_says_what_to_do_and_that_works(tmp_path, monkeypatc
     assert torch.equal(model.trunk[0].weight, weights["features.0.weight"])
 
 
+@torch.no_grad()
+def test_random_weights_need_no_download_and_no_lpips(monkeypatch):
+    pytest.importorskip("torchvision", reason=EXTRA)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
+    distances = []
+    for _ in range(2):
+        torch.manual_seed(2303)
+        distances.append(LPIPS("squeeze", pretrained=False)(*images(2, 3, 32, 32), resize=False))
+    assert torch.equal(*distances)
+    assert (distances[0] > 0.01).all()
+
+
 @pytest.mark.parametrize("package", ["torchvision", "lpips"])
 def test_missing_package_names_the_extra(package, monkeypatch):
     weights = random_weights("alex")
