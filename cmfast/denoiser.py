@@ -66,9 +66,7 @@ class Denoiser(nn.Module):
         """Where the parameters are; the CPU if there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def forward(
-        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False) -> Tensor:
         """The denoised batch [B, C, H, W] in the dtype of x.
 
         Args: x [B, C, H, W] noisy, data units; sigma [B], scalar or number; labels int64 [B] if class-conditional;
@@ -101,11 +99,7 @@ class Denoiser(nn.Module):
 
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(c_in x, c_noise): the network alone, on an input that is scaled already."""
-        return (
-            self.network(model_input, c_noise)
-            if labels is None
-            else self.network(model_input, c_noise, labels)
-        )
+        return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
 class Evaluator:
@@ -116,9 +110,7 @@ class Evaluator:
     included, counts as a network that is itself the denoiser.
     """
 
-    def __init__(
-        self, model: Denoiser | DenoiserFn, *, labels: Tensor | None = None, clip: bool = False
-    ) -> None:
+    def __init__(self, model: Denoiser | DenoiserFn, *, labels: Tensor | None = None, clip: bool = False) -> None:
         self.labels, self.clip = labels, clip
         self.model: Any = model
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward

@@ -80,9 +80,7 @@ def _orthogonal(first: np.ndarray) -> Tensor:
     return torch.from_numpy(-matrix if matrix[:, 0].sum() < 0 else matrix)
 
 
-def colorize(
-    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: object
-) -> tuple[Tensor, Tensor]:
+def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: object) -> tuple[Tensor, Tensor]:
     """Colour for grey images. Returns the result and the reference, which holds the luminance of `images` alone.
 
     Args: images [B, 3, H, W] in [-1, 1]; the rest as in `edit`.

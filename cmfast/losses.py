@@ -183,9 +183,7 @@ def consistency_loss(
             target_output = target(*target.scale_input(x_t2, next_sigma))
             denoised_target = target.denoised(target_output, x_t2, next_sigma)
     weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
-    loss = distance(
-        denoised, denoised_target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c
-    )
+    loss = distance(denoised, denoised_target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
     return {"loss": loss}
 
 
@@ -231,6 +229,4 @@ def progressive_distillation_loss(
         ratio = sigma / (next_sigma - sigma)
         target = x_t - ratio.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * (x_next - x_t)
     weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
-    return {
-        "loss": distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
-    }
+    return {"loss": distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)}

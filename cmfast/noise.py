@@ -131,9 +131,7 @@ class DeterministicGenerator(_IndexedGenerator):
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
         (generator,) = self._on(device)
-        everything = torch.randn(
-            self.num_samples, *size[1:], generator=generator, dtype=dtype, device=device
-        )
+        everything = torch.randn(self.num_samples, *size[1:], generator=generator, dtype=dtype, device=device)
         return everything[self._indices(size[0])]
 
     def randint(

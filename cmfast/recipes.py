@@ -76,9 +76,7 @@ def train_mnist(
     out = Path(out)
     training, _ = data.mnist()
     torch.manual_seed(seed)
-    edm = Trainer(
-        mnist_model(), edm_loss, training, replace(MNIST_EDM, steps=edm_steps, seed=seed), out / "edm.pt"
-    )
+    edm = Trainer(mnist_model(), edm_loss, training, replace(MNIST_EDM, steps=edm_steps, seed=seed), out / "edm.pt")
     teacher = edm.run(progress=progress)
     options = replace(MNIST_CD, steps=cd_steps, seed=seed + 1)
     cd = Trainer(

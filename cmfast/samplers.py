@@ -136,9 +136,7 @@ def sample_euler(
     for i in _steps(len(levels) - 1, progress):
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
-        x, model_input, c_noise = ops.euler_step(
-            model_output, x, sigma[i], sigma[i + 1], **evaluate.step_options
-        )
+        x, model_input, c_noise = ops.euler_step(model_output, x, sigma[i], sigma[i + 1], **evaluate.step_options)
     return x
 
 
@@ -148,9 +146,7 @@ def sample_progdist(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> 
     return sample_euler(model, x, levels[:-1] if levels[-1] == 0 else levels, **options)
 
 
-def _churned(
-    levels: list[float], s_churn: float, s_tmin: float, s_tmax: float
-) -> tuple[list[float], list[bool]]:
+def _churned(levels: list[float], s_churn: float, s_tmin: float, s_tmax: float) -> tuple[list[float], list[bool]]:
     """The raised levels sigma_hat = (1 + gamma) sigma, and where they are raised: Karras et al. 2022, algorithm 2."""
     steps = len(levels) - 1
     gamma = min(s_churn / steps, 2**0.5 - 1)
@@ -187,18 +183,14 @@ def _second_order(
         if midpoint
         else levels[1:]
     )
-    added = [
-        s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)
-    ]
+    added = [s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)]
     sigma, hat, mid, churn = (_on_device(values, x) for values in (levels, hats, mids, added))
     options = evaluate.step_options
     model_input, c_noise = evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         noise = noise_fn(x) if raised[i] or draw_unused else None
         if raised[i]:
-            x, model_input, c_noise = ops.add_noise(
-                x, noise, churn[i], input_sigma=hat[i], **evaluate.input_options
-            )
+            x, model_input, c_noise = ops.add_noise(x, noise, churn[i], input_sigma=hat[i], **evaluate.input_options)
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], hat[i])
         if mids[i] == 0:
@@ -211,9 +203,7 @@ def _second_order(
                 model_output, mid_output, x, hat[i], mid[i], sigma[i + 1], **options
             )
         else:
-            x, model_input, c_noise = ops.heun_corrector(
-                model_output, mid_output, x, hat[i], sigma[i + 1], **options
-            )
+            x, model_input, c_noise = ops.heun_corrector(model_output, mid_output, x, hat[i], sigma[i + 1], **options)
     return x
 
 
@@ -262,9 +252,7 @@ def sample_euler_ancestral(
         x, model_input, c_noise = ops.euler_step(model_output, x, sigma[i], down[i], **evaluate.step_options)
         noise = noise_fn(x) if ups[i] > 0 or draw_unused else None
         if ups[i] > 0:
-            x, model_input, c_noise = ops.add_noise(
-                x, noise, up[i], input_sigma=sigma[i + 1], **evaluate.input_options
-            )
+            x, model_input, c_noise = ops.add_noise(x, noise, up[i], input_sigma=sigma[i + 1], **evaluate.input_options)
     return x
 
 

@@ -66,9 +66,7 @@ def karras_sigmas(
     if num_scales < 1:
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
     index = torch.arange(num_scales, dtype=torch.float64)
-    sigmas = torch.as_tensor(
-        karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    )
+    sigmas = torch.as_tensor(karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
     if append_zero:
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     return sigmas.to(dtype=dtype, device=device)

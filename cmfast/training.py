@@ -88,9 +88,7 @@ class Trainer:
         options = self.options
         batches = self.data.batches(options.batch_size, seed=options.seed, start_step=self.step)
         self.model.train()
-        with tqdm(
-            total=options.steps, initial=self.step, disable=not progress, desc=self.state_path.stem
-        ) as bar:
+        with tqdm(total=options.steps, initial=self.step, disable=not progress, desc=self.state_path.stem) as bar:
             while self.step < options.steps:
                 images, labels = next(batches)
                 self.losses.append(self._train_step(images, labels))

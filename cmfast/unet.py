@@ -138,9 +138,7 @@ class UNetModel(nn.Module):
         last_level = len(widths) - 1
 
         channels = widths[0]
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, channels, 3, padding=1))]
-        )
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, channels, 3, padding=1))])
         skip_channels = [channels]  # of every tensor the decoder will concatenate
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -224,9 +222,7 @@ class UNetModel(nn.Module):
 
         weights_dtype = _weight_dtype(self.time_embed)
         embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
-        emb = self.time_embed(
-            timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype)
-        )
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
 
@@ -257,14 +253,10 @@ class UNetModel(nn.Module):
                 f"{self.num_levels} levels halve it {self.num_levels - 1} times"
             )
         if timesteps.shape != x.shape[:1]:
-            raise ValueError(
-                f"timesteps has shape {list(timesteps.shape)}: expected [{x.shape[0]}], one per sample"
-            )
+            raise ValueError(f"timesteps has shape {list(timesteps.shape)}: expected [{x.shape[0]}], one per sample")
         if (y is None) != (self.num_classes is None):
             if y is None:
-                raise ValueError(
-                    f"y is None: expected labels, the network has num_classes={self.num_classes}"
-                )
+                raise ValueError(f"y is None: expected labels, the network has num_classes={self.num_classes}")
             raise ValueError("y was given: expected None, the network is unconditional (num_classes=None)")
         if y is None or self.num_classes is None:
             return

@@ -151,9 +151,7 @@ class ResBlock(TimestepBlock):
             nn.Dropout(dropout),
             zero_(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = (
-            nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -208,9 +206,7 @@ class AttentionBlock(nn.Module):
                 )
             num_heads = channels // num_head_channels
         elif num_heads < 1 or channels % num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} does not divide the {channels} channels of an attention layer"
-            )
+            raise ValueError(f"num_heads={num_heads} does not divide the {channels} channels of an attention layer")
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
         self.norm = GroupNorm32(channels)
@@ -227,9 +223,7 @@ class AttentionBlock(nn.Module):
         # Positions before channels: the fused attention kernels need d contiguous. Of channels_last
         # activations this is a view; of contiguous ones it is a copy, the only one.
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, S, 3 C]
-        q, k, v = (
-            qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, S, d]
         h = h.transpose(2, 3).reshape(batch, channels, *spatial)
         return x + self.proj_out(h)

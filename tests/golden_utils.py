@@ -29,9 +29,7 @@ def golden_tensor(k: int, name: str, shape: torch.Size) -> Tensor:
     """The k-th tensor of a golden state dict, float64: sqrt(2) scale sin(12.9898 i + 78.233 k), norms + 1."""
     numel = shape.numel()
     scale = (numel // shape[0]) ** -0.5 if len(shape) > 1 else 0.1
-    values = (
-        torch.arange(numel, dtype=torch.float64).mul_(12.9898).add_(78.233 * k).sin_().mul_(2**0.5 * scale)
-    )
+    values = torch.arange(numel, dtype=torch.float64).mul_(12.9898).add_(78.233 * k).sin_().mul_(2**0.5 * scale)
     if len(shape) == 1 and name.endswith("weight"):
         values += 1
     return values.view(shape)

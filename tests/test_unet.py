@@ -104,17 +104,13 @@ def test_config_is_json_and_rebuilds_the_network():
     config = json.loads(json.dumps(model.config))
     again = UNetModel(**config)
     assert again.config == model.config == config
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_residual_branches_and_output_start_at_zero():
     model = UNetModel(**SMALL)
     zero = {name for name, p in model.named_parameters() if name.endswith("weight") and not p.any()}
-    expected = {
-        name for name in model.state_dict() if name.endswith(("out_layers.3.weight", "proj_out.weight"))
-    }
+    expected = {name for name in model.state_dict() if name.endswith(("out_layers.3.weight", "proj_out.weight"))}
     assert zero == expected | {"out.2.weight"}
     assert not model(*inputs()).any()
 
@@ -127,9 +123,7 @@ def test_new_attention_order_changes_nothing():
 
 @pytest.mark.parametrize("resblock_updown", [True, False], ids=["resblock", "plain"])
 @pytest.mark.parametrize("conv_resample", [True, False], ids=["conv", "pool"])
-@pytest.mark.parametrize(
-    "dims, shape", [(1, (3, 8)), (2, (3, 8, 16)), (3, (3, 5, 8, 4))], ids=["1d", "2d", "3d"]
-)
+@pytest.mark.parametrize("dims, shape", [(1, (3, 8)), (2, (3, 8, 16)), (3, (3, 5, 8, 4))], ids=["1d", "2d", "3d"])
 def test_dims(dims, shape, conv_resample, resblock_updown):
     model = small_unet(dims=dims, conv_resample=conv_resample, resblock_updown=resblock_updown).double()
     args = inputs(2, shape, dtype=torch.float64)
@@ -324,9 +318,7 @@ def test_checkpointing_keeps_less():
 # --- one graph ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "num_classes, use_checkpoint", [(None, False), (4, True)], ids=["plain", "recompute"]
-)
+@pytest.mark.parametrize("num_classes, use_checkpoint", [(None, False), (4, True)], ids=["plain", "recompute"])
 def test_compiles_as_one_graph_with_gradient(num_classes, use_checkpoint):
     model = small_unet(num_classes=num_classes, use_checkpoint=use_checkpoint)
     args = inputs(2, num_classes=num_classes)
@@ -363,9 +355,7 @@ def test_compiles_with_16_bit_torso_and_autocast():
         assert relative_error(compiled(*args), model(*args)) < 0.05
 
 
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
-)
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor():
     model = small_unet(channel_mult=(1,), num_res_blocks=0).requires_grad_(False)
     args = inputs(2)

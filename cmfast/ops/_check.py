@@ -16,9 +16,7 @@ def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
     if x.ndim < min_ndim:
-        raise ValueError(
-            f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}"
-        )
+        raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
 
 def same_shape(**tensors: Tensor) -> None:

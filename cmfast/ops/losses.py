@@ -31,9 +31,7 @@ def _check_norm(norm: str, huber_c: float, weight: Tensor, x: Tensor) -> None:
         raise ValueError(f"huber_c must be 0 or more, got {huber_c}")
 
 
-def weighted_loss(
-    x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2", huber_c: float = 0.0
-) -> Tensor:
+def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2", huber_c: float = 0.0) -> Tensor:
     """Per sample [B]: weight times the mean of |x - y| (`l1`) or (x - y)^2 (`l2`), or times the pseudo-Huber
     distance sqrt(||x - y||^2 + c^2) - c of the whole sample vector (`huber`), float32 or wider.
 

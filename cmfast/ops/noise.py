@@ -70,9 +70,7 @@ def add_noise(
     _check_data(x_start, noise, sigma, sigma_data)
     if input_sigma is not None:
         _check.sigma_level("input_sigma", input_sigma, x_start)
-    return reference.add_noise(
-        x_start, noise, sigma, input_sigma=input_sigma, sigma_data=sigma_data, dtype=dtype
-    )
+    return reference.add_noise(x_start, noise, sigma, input_sigma=input_sigma, sigma_data=sigma_data, dtype=dtype)
 
 
 def add_noise_pair(

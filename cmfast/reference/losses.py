@@ -26,9 +26,7 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
     raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
 
 
-def weighted_loss(
-    x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2", huber_c: float = 0.0
-) -> Tensor:
+def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2", huber_c: float = 0.0) -> Tensor:
     """Per sample: weight times a distance of x and target [B, ...], in the accumulation dtype [B].
 
     `l1`, `l2`: the mean of |x - y| or (x - y)^2. `huber`: sqrt(||x - y||^2 + c^2) - c of the whole sample vector,

@@ -60,9 +60,7 @@ def heun_predictor(
     wide = compute_dtype(model_output, x_t)
     d = _slope(model_output, x_t, sigma, sigma_data, boundary, clip, wide)
     dt = per_sample(next_sigma.to(wide) - sigma.to(wide), x_t, wide)
-    return scale_input(
-        x_t.to(wide) + d * dt, next_sigma, sigma_data=sigma_data, dtype=dtype or model_output.dtype
-    )
+    return scale_input(x_t.to(wide) + d * dt, next_sigma, sigma_data=sigma_data, dtype=dtype or model_output.dtype)
 
 
 def heun_corrector(
