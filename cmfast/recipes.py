@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmfast import data, losses, schedules
+from cmfast import checkpoint, data, losses, schedules
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import Preconditioner
 from cmfast.training import LossFn, Trainer, TrainOptions
@@ -71,20 +71,43 @@ def train_mnist(
     cd_steps: int = MNIST_CD.steps,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Trainer]:
-    """Both stages, resumed where `out` holds a checkpoint; the trainers by stage, `edm` and `cd`."""
+) -> list[Path]:
+    """Both stages, resumed where `out` holds a checkpoint. Writes and returns `teacher.safetensors` and
+    `model.safetensors` (float16), and `loss.png`."""
     out = Path(out)
     training, _ = data.mnist()
     torch.manual_seed(seed)
-    edm = Trainer(mnist_model(), edm_loss, training, replace(MNIST_EDM, steps=edm_steps, seed=seed), out / "edm.pt")
+    edm_options = replace(MNIST_EDM, steps=edm_steps, seed=seed)
+    edm = Trainer(mnist_model(), edm_loss, training, edm_options, out / "edm.pt")
     teacher = edm.run(progress=progress)
-    options = replace(MNIST_CD, steps=cd_steps, seed=seed + 1)
-    cd = Trainer(
-        as_consistency_model(teacher),
-        distillation_loss(teacher, MNIST_SCALES),
-        training,
-        options,
-        out / "cd.pt",
-    )
-    cd.run(progress=progress)
-    return {"edm": edm, "cd": cd}
+    cd_options = replace(MNIST_CD, steps=cd_steps, seed=seed + 1)
+    loss_fn = distillation_loss(teacher, MNIST_SCALES)
+    cd = Trainer(as_consistency_model(teacher), loss_fn, training, cd_options, out / "cd.pt")
+    student = cd.run(progress=progress)
+
+    paths = [out / "teacher.safetensors", out / "model.safetensors", out / "loss.png"]
+    for model, path in zip((teacher, student), paths):
+        checkpoint.save(model, path, dtype=torch.float16)
+    plot_losses({"EDM pre-training": edm.losses, "consistency distillation": cd.losses}, paths[2])
+    return paths
+
+
+def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
+    """The loss of each step, and its running mean, one panel a curve."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), squeeze=False)
+    for panel, (title, losses_) in zip(panels[0], curves.items()):
+        window = max(1, len(losses_) // 50)
+        values = torch.tensor(losses_)
+        panel.plot(values, linewidth=0.5, alpha=0.4)
+        if len(values):
+            means = values.unfold(0, window, 1).mean(1)
+            panel.plot(torch.arange(len(means)) + window - 1, means)
+        panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

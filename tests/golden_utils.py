@@ -13,8 +13,8 @@ GOLDEN = Path(__file__).parent / "golden"
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
-# The full-size network magnifies rounding: its golden numbers lie 2.4e-4 from a float64 run. The original code
-# itself misses them by 2.8e-5 with one thread instead of two, by 1.5e-4 without oneDNN.
+# The full-size network magnifies rounding: its golden numbers lie 2.4e-4 from a float64 run. The original
+# code itself misses them by 2.8e-5 with one thread instead of two, by 1.5e-4 without oneDNN.
 FULL_SIZE_TOLERANCE = 5e-4
 
 

@@ -1,0 +1,318 @@
+"""Loading and saving: a `Denoiser` from the original's `.pt` files, from ours, and from diffusers models."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cmfast import unet_config
+from cmfast.denoiser import Denoiser
+from cmfast.precondition import PRECONDITIONINGS, Preconditioner
+from cmfast.unet import UNetModel
+
+#: The bundled model.
+BUNDLED = Path(__file__).parent / "assets" / "mnist.safetensors"
+
+#: Keywords of `load` that describe the noise levels; every other one is an argument of `UNetModel`.
+SCHEDULE_KEYWORDS = ("sigma_data", "sigma_min", "sigma_max", "rho")
+NETWORK_KEYWORDS = tuple(inspect.signature(UNetModel).parameters)
+
+_HEADER_KEY = "cmfast"
+_VERSION = 1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Names of wrappers that add themselves in front of every tensor's name: DDP, torch.compile, Denoiser.
+_PREFIXES = ("module.", "_orig_mod.", "network.")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be loaded or a model that cannot be saved, with the reason."""
+
+
+def load(
+    path: str | os.PathLike | nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    preconditioning: str | None = None,
+    **overrides: Any,
+) -> Denoiser:
+    """A `Denoiser` in evaluation mode.
+
+    Args:
+        path: what to load; None: the bundled model.
+            - A `.pt` file of the original code: a state dict, read without executing anything it contains. The
+              network's arguments are found from names and shapes.
+            - A safetensors file: one that `save` wrote, or bare weights as above.
+            - A folder of diffusers (a pipeline or a UNet2DModel), or such an object, which is wrapped, not copied.
+        device: where the model goes. Default: the CPU; an object stays where it is.
+        dtype: None: that of the file. float16, bfloat16: of the convolutions between the first and the last, as in
+            the original's fp16 mode; the rest becomes float32. float32, float64: of everything.
+        preconditioning: "consistency" or "edm". Default: what the file says; bare weights are a consistency model,
+            except where the file's name starts with `edm_` (the published teachers).
+        overrides: arguments of `UNetModel`, and sigma_data, sigma_min, sigma_max, rho, where they differ from what
+            the file says or what is missing there: weights do not show `image_size` and `num_head_channels`
+            (or `num_heads`), which are known for the published models and must be given for others.
+
+    Raises:
+        FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
+        CheckpointError (a ValueError): not a checkpoint, or not one of this network, with what to check.
+        ValueError: an unknown preconditioning or dtype. TypeError: an unknown keyword.
+        ImportError: a diffusers model, without diffusers.
+
+    >>> import tempfile
+    >>> network = UNetModel(8, 3, 32, 3, 1, [2], channel_mult=(1, 2), num_head_channels=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Denoiser(network, sigma_max=70.0), f"{folder}/model.safetensors")
+    ...     model = load(f"{folder}/model.safetensors")
+    >>> model.sigma_max, model.network.config["channel_mult"]
+    (70.0, [1, 2])
+    """
+    if preconditioning is not None and preconditioning not in PRECONDITIONINGS:
+        known = ", ".join(PRECONDITIONINGS)
+        raise ValueError(f"unknown preconditioning {preconditioning!r}; known: {known}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+    unknown = [name for name in overrides if name not in NETWORK_KEYWORDS + SCHEDULE_KEYWORDS]
+    if unknown:
+        known = ", ".join(SCHEDULE_KEYWORDS + NETWORK_KEYWORDS)
+        raise TypeError(f"load() got an unknown keyword {', '.join(unknown)}; known: {known}")
+
+    if path is None and not BUNDLED.is_file():
+        raise FileNotFoundError(f"the bundled model is missing from this installation: {BUNDLED}")
+    source = BUNDLED if path is None else path
+    if not isinstance(source, str | os.PathLike) or Path(source).is_dir():
+        network, settings = _read_diffusers(source, overrides)
+    else:
+        network, settings = _read_file(Path(source), overrides)
+    settings |= {name: overrides[name] for name in SCHEDULE_KEYWORDS if name in overrides}
+    denoiser = _build_denoiser(network, settings, preconditioning).eval()
+    if device is not None:
+        denoiser.to(device)
+    return _cast(denoiser, dtype or settings.get("dtype"))
+
+
+def save(denoiser: Denoiser, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
+    """Write a `Denoiser` around a `UNetModel` to a safetensors file that `load` reads without further arguments.
+
+    The file appears complete or not at all: it is written beside `path` under another name, flushed to the disk,
+    then renamed. A file that was there before stays as it was if anything fails.
+
+    Args:
+        dtype: None: every tensor as it is, so that loading gives the same bits. Otherwise the dtype in the file
+            only: `load` converts back to the dtype that the model has now.
+
+    Raises:
+        CheckpointError: the network is not a `UNetModel`.
+        FileNotFoundError, IsADirectoryError, PermissionError, OSError: the file cannot be written.
+    """
+    network = getattr(denoiser.network, "_orig_mod", denoiser.network)  # torch.compile wraps
+    if not isinstance(network, UNetModel):
+        raise CheckpointError(
+            f"only a Denoiser around a UNetModel can be saved, this one holds a {type(network).__name__}"
+        )
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+
+    header: dict[str, Any] = {
+        "version": _VERSION,
+        "network": network.config,
+        "sigma_data": denoiser.preconditioner.sigma_data,
+        "boundary": denoiser.preconditioner.boundary,
+        "sigma_min": denoiser.sigma_min,
+        "sigma_max": denoiser.sigma_max,
+        "rho": denoiser.rho,
+        "image_shape": denoiser.image_shape,
+        "num_classes": denoiser.num_classes,
+    }
+    if dtype is not None:
+        header["dtype"] = str(network.dtype).removeprefix("torch.")
+    tensors = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    _write_atomically(tensors, {_HEADER_KEY: json.dumps(header)}, Path(path))
+
+
+def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    path = Path(os.path.realpath(path))  # of a symbolic link, the file it points to is replaced, not the link
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write into {folder}")
+
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_diffusers(source: Any, overrides: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    for name in overrides:
+        if name not in SCHEDULE_KEYWORDS:
+            raise TypeError(f"{name} does not apply to a diffusers model, which knows its architecture")
+    from cmfast.compat.diffusers import read_network  # an optional extra, and a layer above this one
+
+    return read_network(source)
+
+
+def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dict[str, Any]]:
+    """The network on the CPU, its parameters mapped from the file where possible, and the file's settings."""
+    tensors, settings = _read_tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    arguments = {name: value for name, value in overrides.items() if name in NETWORK_KEYWORDS}
+    try:
+        config = settings.pop("network", None) or unet_config.from_shapes(shapes)
+        network = _build_network(config | arguments)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    difference = unet_config.disagreement(expected, shapes)
+    if difference:
+        raise CheckpointError(f"{path} does not fit the network: {difference}")
+    network.load_state_dict(tensors, assign=True)
+    if path.name.startswith("edm_"):
+        settings.setdefault("boundary", 0.0)
+    return network, settings
+
+
+def _build_network(config: dict[str, Any]) -> UNetModel:
+    """On the meta device: the weights come from the file, so none are initialised."""
+    missing = [] if "image_size" in config else ["image_size="]
+    if not {"num_head_channels", "num_heads"} & config.keys():
+        missing.append("num_head_channels= (or num_heads=)")
+    if missing:
+        raise ValueError(
+            f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
+            "them by name, as in load(path, image_size=32, num_head_channels=64)"
+        )
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            f"the network makes {config['out_channels']} channels from {config['in_channels']} (a learned "
+            "variance?), but a Denoiser needs as many out as in"
+        )
+    with torch.device("meta"):
+        return UNetModel(**config)
+
+
+def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditioning: str | None) -> Denoiser:
+    schedule = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho") if name in settings}
+    sigma_data = settings.get("sigma_data", 0.5)
+    boundary = settings.get("boundary")
+    if preconditioning is not None or boundary is None:
+        preconditioner = Preconditioner.by_name(
+            preconditioning or "consistency",
+            sigma_data=sigma_data,
+            sigma_min=schedule.get("sigma_min", 0.002),
+        )
+    else:
+        preconditioner = Preconditioner(sigma_data, boundary)
+    image_shape = settings.get("image_shape")
+    if isinstance(network, UNetModel) and network.dims == 2:
+        image_shape = (network.in_channels, network.image_size, network.image_size)
+    return Denoiser(
+        network, preconditioner, **schedule, image_shape=image_shape, num_classes=settings.get("num_classes")
+    )
+
+
+def _cast(denoiser: Denoiser, dtype: torch.dtype | None) -> Denoiser:
+    if dtype in (torch.float16, torch.bfloat16) and isinstance(denoiser.network, UNetModel):
+        denoiser.network.float().convert_torso(dtype)
+    elif dtype is not None:
+        denoiser.to(dtype)
+    return denoiser
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a file, and the settings of its cmfast header, if it has one."""
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise CheckpointError(f"{path} is empty")
+    # A safetensors file is an 8-byte length and JSON.
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path, start)
+    return _strip_prefixes(_read_pickle(path, start)), {}
+
+
+def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(_damaged(path, "safetensors", start, error)) from error
+    if header is None:
+        return _strip_prefixes(tensors), {}
+    try:
+        settings = json.loads(header)
+        version = settings["version"]
+        if version > _VERSION:
+            raise CheckpointError(f"{path} has format {version}, this cmfast reads up to {_VERSION}: update it")
+        settings["network"] = dict(settings["network"])
+        if "dtype" in settings:
+            settings["dtype"] = getattr(torch, settings["dtype"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its {_HEADER_KEY!r} header is damaged ({error!r})") from error
+    return tensors, settings
+
+
+def _read_pickle(path: Path, start: bytes) -> dict[str, Tensor]:
+    try:
+        # mmap needs the format of PyTorch 1.6; with it, only what is used is read from the disk.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        refused = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        if not refused:
+            raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
+        raise CheckpointError(
+            f"{path} holds pickled Python objects besides tensors; loading those could run any code, so it was "
+            "refused. If you trust the file, make one of weights alone from it: torch.save(torch.load(path, "
+            "weights_only=False).state_dict(), 'weights.pt')"
+        ) from error
+
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path} is not a state dict: {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} no tensor"
+        )
+    return dict(content)
+
+
+def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def _damaged(path: Path, kind: str, start: bytes, error: Exception) -> str:
+    reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+    return f"{path} is no {kind} file, or is cut short or damaged ({reason}); it begins with {start[:24]!r}"

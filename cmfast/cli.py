@@ -1,0 +1,175 @@
+"""The command line: `python -m cmfast sample | demo | train | quality`, also as `cmfast`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmfast import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"cmfast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cmfast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cmfast", description="Consistency models: sample, train.")
+    parser.add_argument("--version", action="version", version=f"cmfast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_sample(commands.add_parser("sample", help="images from a model, as a PNG grid or .npz"))
+    _add_demo(commands.add_parser("demo", help="digits from the bundled model in one step and in two"))
+    _add_train(commands.add_parser("train", help="run a training recipe"))
+    _add_quality(commands.add_parser("quality", help="measure how good the digits of a model are"))
+    return parser
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a .pt or .safetensors checkpoint or a diffusers folder; default: bundled")
+    parser.add_argument("--preconditioning", choices=("consistency", "edm"), help="of a checkpoint that does not say")
+    parser.add_argument("--sampler", default="multistep", help="multistep (default), heun, euler, dpm, ancestral, ...")
+    parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
+    parser.add_argument("--ts", type=_integers, help="indices of the 40-level grid instead, such as 0,22,39")
+    parser.add_argument("--sigmas", type=_numbers, help="noise levels instead, such as 80,1.382")
+    parser.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
+    parser.add_argument("--classes", type=_integers, help="such as 3 or 0,1,2, in turn; default: drawn from the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
+    parser.add_argument("--out", default="samples.png", help="FILE.png or FILE.npz (default: samples.png)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", type=_override,
+                        help="model option that the checkpoint does not hold, such as num_head_channels=64")  # fmt: skip
+    parser.set_defaults(run=_sample)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from cmfast import images
+
+    if arguments.num < 1:
+        raise ValueError(f"--num must be 1 or more, got {arguments.num}")
+    path = images.check_output(arguments.out)
+    model = _load(arguments)
+    from cmfast.engine import Sampler
+
+    sampler = Sampler(
+        model,
+        min(arguments.batch_size, arguments.num),
+        steps=arguments.steps,
+        ts=arguments.ts,
+        sigmas=arguments.sigmas,
+        sampler=arguments.sampler,
+    )
+    classes = arguments.classes
+    if classes is not None:
+        classes = [classes[i % len(classes)] for i in range(arguments.num)]
+    start = time.perf_counter()
+    pixels = sampler.sample(arguments.num, seed=arguments.seed, classes=classes, progress=sys.stderr.isatty())
+    seconds = time.perf_counter() - start
+    images.save(path, pixels, sampler.labels(arguments.num, seed=arguments.seed, classes=classes))
+    print(f"{path}: {arguments.num} images in {seconds:.2f} s ({arguments.num / seconds:.1f} images/s)")
+
+
+def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The model that --model names, or the bundled one, on the device asked for."""
+    import torch
+
+    from cmfast import checkpoint
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = dict(getattr(arguments, "overrides", []))
+    if getattr(arguments, "preconditioning", None):
+        options["preconditioning"] = arguments.preconditioning
+    return checkpoint.load(arguments.model, device=device, **options).eval()
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="out", help="folder for the pictures, made if need be (default: out)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_demo, model=None, device=None)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from cmfast import images
+    from cmfast.engine import Sampler
+
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _load(arguments)
+    classes = [i % 10 for i in range(64)]
+    for steps in (1, 2):
+        sampler = Sampler(model, 64, steps=steps)
+        sampler.sample(64, classes=classes)  # the first call pays for warming up
+        start = time.perf_counter()
+        pixels = sampler.sample(64, seed=arguments.seed, classes=classes)
+        seconds = time.perf_counter() - start
+        path = images.save(folder / f"digits_{steps}step.png", pixels, columns=8)
+        print(f"{path}: 64 images in {steps} step{'s'[: steps - 1]}, {64 / seconds:.0f} images/s on {model.device}")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="mnist", help="which training; known: mnist")
+    parser.add_argument("--out", default="runs/mnist", help="folder for checkpoints and curves; goes on from there")
+    parser.add_argument("--edm-steps", type=int, help="steps of the diffusion pre-training")
+    parser.add_argument("--cd-steps", type=int, help="steps of the distillation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from cmfast import recipes
+
+    if arguments.recipe != "mnist":
+        raise ValueError(f"unknown recipe {arguments.recipe!r}; known: mnist")
+    steps = {"edm_steps": arguments.edm_steps, "cd_steps": arguments.cd_steps}
+    given = {name: value for name, value in steps.items() if value is not None}
+    for path in recipes.train_mnist(arguments.out, seed=arguments.seed, **given):
+        print(path)
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a checkpoint of MNIST digits; default: the bundled one")
+    parser.add_argument("--teacher", help="its teacher, to compare with 18 Heun steps")
+    parser.add_argument("--num", type=int, default=2000, help="images per measurement (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_quality, device=None)
+
+
+def _quality(arguments: argparse.Namespace) -> None:
+    from cmfast import checkpoint, quality
+
+    model = _load(arguments)
+    teacher = checkpoint.load(arguments.teacher).to(model.device).eval() if arguments.teacher else None
+    print(quality.report(model, teacher, num=arguments.num, seed=arguments.seed))
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _override(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value read as Python would read a literal, else as text."""
+    import ast
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

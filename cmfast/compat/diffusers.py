@@ -1,0 +1,97 @@
+"""Networks of diffusers: a UNet2DModel as the network of a `Denoiser`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cmfast.checkpoint import SCHEDULE_KEYWORDS, CheckpointError
+
+SCHEDULER = "CMStochasticIterativeScheduler"
+
+
+class UNet2DNetwork(nn.Module):
+    """F(x, timesteps, y) of a `diffusers.UNet2DModel`, which it holds as `unet`.
+
+    x [B, C, H, W], timesteps [B] (c_noise), y [B] int64 if class-conditional → [B, C, H, W].
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        self.num_classes: int | None = unet.config.num_class_embeds
+        size = unet.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        self.image_shape = (unet.config.in_channels, height, width) if size else None
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.unet(x, timesteps, class_labels=y).sample
+
+
+def read_network(source: Any) -> tuple[UNet2DNetwork, dict[str, Any]]:
+    """The network of a folder, pipeline or UNet2DModel, and the settings (noise levels, shape) that come with it.
+
+    A pipeline's scheduler gives sigma_min, sigma_max, rho and sigma_data.
+
+    Raises:
+        ImportError: diffusers is not installed. TypeError: `source` is none of these.
+        CheckpointError: a folder that holds no UNet2DModel, or the pipeline of another kind of model.
+    """
+    UNet2DModel = _import_unet_class()
+    if isinstance(source, str | os.PathLike):
+        unet, scheduler = _read_folder(Path(source), UNet2DModel)
+    else:
+        unet, scheduler = getattr(source, "unet", source), {}
+        if hasattr(source, "scheduler"):
+            scheduler = {**source.scheduler.config, "_class_name": type(source.scheduler).__name__}
+        if not isinstance(unet, UNet2DModel):
+            expected = "a path, a UNet2DModel of diffusers or a pipeline with one"
+            raise TypeError(f"cannot load a {type(source).__name__}: expected {expected}")
+
+    # Networks of other schedulers take other timesteps and predict something else.
+    if scheduler and scheduler["_class_name"] != SCHEDULER:
+        raise CheckpointError(
+            f"the pipeline has a {scheduler['_class_name']}, expected the {SCHEDULER} of a consistency model"
+        )
+    network = UNet2DNetwork(unet)
+    settings: dict[str, Any] = {name: scheduler[name] for name in SCHEDULE_KEYWORDS if name in scheduler}
+    return network, settings | {"image_shape": network.image_shape, "num_classes": network.num_classes}
+
+
+def _read_folder(folder: Path, UNet2DModel: Any) -> tuple[nn.Module, dict[str, Any]]:
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = _read_json(unet_folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        raise CheckpointError(f"{unet_folder} holds a {config.get('_class_name')}, expected a UNet2DModel")
+    from diffusers.utils import is_accelerate_available
+
+    try:
+        unet = UNet2DModel.from_pretrained(
+            unet_folder, local_files_only=True, low_cpu_mem_usage=is_accelerate_available()
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{unet_folder} could not be loaded by diffusers: {error}") from error
+    return unet, _read_json(folder / "scheduler" / "scheduler_config.json") or {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _import_unet_class() -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError('a diffusers model needs diffusers: pip install "cmfast[diffusers]"') from error
+    return UNet2DModel

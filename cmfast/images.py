@@ -1,0 +1,73 @@
+"""Files of images: a PNG grid to look at, an .npz for the ADM evaluator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+SUFFIXES = (".png", ".npz")
+
+
+def check_output(path: Path | str) -> Path:
+    """The path, if a file can be written there: before hours of sampling rather than after.
+
+    Raises: ValueError: not .png or .npz. OSError: the folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: the output must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: this folder does not exist; make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"{path} cannot be written: no permission")
+    return path
+
+
+def save(path: Path | str, images: Tensor, labels: Tensor | None = None, *, columns: int | None = None) -> Path:
+    """Write uint8 images [N, H, W, C]: a grid if `path` ends in .png, arrays if in .npz.
+
+    The .npz holds `arr_0` uint8 [N, H, W, 3] (grey images repeated) and, if given, `arr_1` the labels [N]: what
+    openai's evaluator takes. The file appears when it is whole.
+    """
+    path = check_output(path)
+    if path.suffix.lower() == ".npz":
+        pixels = images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images
+        arrays = [pixels.numpy()] + ([] if labels is None else [labels.numpy()])
+        return _write(path, lambda file: np.savez(file, *arrays))
+    from PIL import Image
+
+    tiled = grid(images, columns=columns)
+    picture = Image.fromarray(tiled[..., 0] if tiled.shape[-1] == 1 else tiled)
+    return _write(path, lambda file: picture.save(file, format="PNG"))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 images [N, H, W, C] side by side, as one array; by default as square as can be."""
+    n, height, width, channels = images.shape
+    if n == 0:
+        raise ValueError("a picture of no images: ask for 1 or more, or write .npz")
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), dtype=np.uint8)
+    for i, image in enumerate(images.numpy()):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
