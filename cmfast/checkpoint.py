@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cmfast import unet_config
 from cmfast.denoiser import Denoiser
@@ -211,8 +213,15 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
             f"the network makes {config['out_channels']} channels from {config['in_channels']} (a learned "
             "variance?), but a Denoiser needs as many out as in"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipNormal():
         return UNetModel(**config)
+
+
+class _SkipNormal(TorchFunctionMode):
+    """No normal_: the first call on the meta device imports torch's compiler, two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditioning: str | None) -> Denoiser:
@@ -283,15 +292,17 @@ def _read_pickle(path: Path, start: bytes) -> dict[str, Tensor]:
     try:
         # mmap needs the format of PyTorch 1.6; with it, only what is used is read from the disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        refused = "Unsupported global" in str(error) or "Unsupported class" in str(error)
-        if not refused:
-            raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
+    except pickle.UnpicklingError as error:
+        if not re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+            # Torch's own text is about its security setting, which is not what is wrong here.
+            raise CheckpointError(_damaged(path, "PyTorch", start, "no pickled data")) from error
         raise CheckpointError(
             f"{path} holds pickled Python objects besides tensors; loading those could run any code, so it was "
             "refused. If you trust the file, make one of weights alone from it: torch.save(torch.load(path, "
             "weights_only=False).state_dict(), 'weights.pt')"
         ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
 
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -313,6 +324,6 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _damaged(path: Path, kind: str, start: bytes, error: Exception) -> str:
+def _damaged(path: Path, kind: str, start: bytes, error: Exception | str) -> str:
     reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
     return f"{path} is no {kind} file, or is cut short or damaged ({reason}); it begins with {start[:24]!r}"

@@ -49,8 +49,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     parser.add_argument("--out", default="samples.png", help="FILE.png or FILE.npz (default: samples.png)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", type=_override,
-                        help="model option that the checkpoint does not hold, such as num_head_channels=64")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_override,
+        dest="overrides",
+        metavar="NAME=VALUE",
+        help="model option that the checkpoint does not hold, such as num_head_channels=64",
+    )
     parser.set_defaults(run=_sample)
 
 

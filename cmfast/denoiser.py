@@ -76,8 +76,11 @@ class Denoiser(nn.Module):
         """
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(float(sigma), dtype=_check.sigma_dtype(x), device=x.device)
-        evaluate = Evaluator(self, labels=labels, clip=clip)
-        return evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma)), x, sigma)
+        self.check_labels(labels, x.shape[0])
+        sigma_data, boundary = self.preconditioner.sigma_data, self.preconditioner.boundary
+        model_input, c_noise = ops.scale_input(x, sigma, sigma_data=sigma_data, dtype=self.input_dtype)
+        model_output = self.network_output(model_input, c_noise, labels)
+        return ops.denoise(model_output, x, sigma, sigma_data=sigma_data, boundary=boundary, clip=clip)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:
         """ValueError unless `labels` fit this model and a batch of that size."""
@@ -102,33 +105,57 @@ class Denoiser(nn.Module):
         return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
+def denoise_with(
+    network: Callable[..., Tensor], x: Tensor, sigma: Tensor, scalings: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(F, D) with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s."""
+    c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
+    model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
+    return model_output, c_out * model_output + c_skip * x
+
+
 class Evaluator:
     """A model as solvers and losses see it: scaled input in, network output out, and the scalings between.
 
     A `Denoiser` is evaluated through its network, so that a step can be computed from the network's output without
     storing D. Anything else that maps (x, sigma[, labels]) to a denoised batch, a wrapped or overridden Denoiser
     included, counts as a network that is itself the denoiser.
+
+    `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else the dtype of the
+    network's last output.
     """
 
-    def __init__(self, model: Denoiser | DenoiserFn, *, labels: Tensor | None = None, clip: bool = False) -> None:
+    def __init__(
+        self,
+        model: Denoiser | DenoiserFn,
+        *,
+        labels: Tensor | None = None,
+        clip: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.labels, self.clip = labels, clip
         self.model: Any = model
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
-        self.dtype: torch.dtype | None = None
+        self.dtype = dtype
         self._check: Callable[[Tensor | None, int], None] | None = None
         if self.fused:
             self.model = model.network_output  # type: ignore[union-attr]
-            self.dtype = model.input_dtype  # type: ignore[union-attr]
+            self.dtype = dtype or model.input_dtype  # type: ignore[union-attr]
             self._set_scaling(model.preconditioner)  # type: ignore[union-attr]
             self._check = model.check_labels  # type: ignore[union-attr]
 
     @classmethod
     def of_network(
-        cls, network: Callable[..., Tensor], preconditioner: Preconditioner, *, clip: bool = False
+        cls,
+        network: Callable[..., Tensor],
+        preconditioner: Preconditioner,
+        *,
+        clip: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Evaluator:
         """From F(model_input, c_noise) and its preconditioner."""
-        evaluator = cls(network, clip=clip)
+        evaluator = cls(network, clip=clip, dtype=dtype)
         evaluator.fused = True
         evaluator._set_scaling(preconditioner)
         return evaluator

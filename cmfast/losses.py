@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Evaluator
 from cmfast.ops import _check
-from cmfast.samplers import Model
+from cmfast.samplers import Model, _evaluator
 
 #: Distances between two denoised batches, by name.
 LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
 SOLVERS = ("heun", "euler")
 #: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`.
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+#: The name of a weighting (`ops.WEIGHTINGS`), or sigma [B] -> weight [B].
+Weighting = str | Callable[[Tensor], Tensor]
 
 
 def distance(
@@ -54,6 +55,12 @@ def distance(
     return ops.weighted_loss(x, target, weight, norm="l1" if loss_norm == "l1" else "l2")
 
 
+def _weight(sigma: Tensor, weighting: Weighting, sigma_data: float) -> Tensor:
+    if callable(weighting):
+        return weighting(sigma)
+    return ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+
+
 def denoising_loss(
     model: Model,
     x_start: Tensor,
@@ -61,7 +68,7 @@ def denoising_loss(
     *,
     noise: Tensor | None = None,
     labels: Tensor | None = None,
-    weighting: str = "karras",
+    weighting: Weighting = "karras",
     sigma_data: float = 0.5,
 ) -> dict[str, Tensor]:
     """||D(x_start + sigma noise, sigma) - x_start||^2: the EDM objective, Karras et al. 2022, eq. 2.
@@ -70,11 +77,11 @@ def denoising_loss(
     Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse).
     """
     noise = torch.randn_like(x_start) if noise is None else noise
-    evaluate = Evaluator(model, labels=labels)
+    evaluate = _evaluator(model, labels, clip=False)
     x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **evaluate.input_options)
     denoised = evaluate.denoised(evaluate(model_input, c_noise), x_t, sigma)
     xs_mse = ops.weighted_loss(denoised, x_start, torch.ones_like(sigma))
-    mse = xs_mse * ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    mse = xs_mse * _weight(sigma, weighting, sigma_data)
     return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
 
 
@@ -114,7 +121,7 @@ def _solve(
     teacher: Model, labels: Tensor | None, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, solver: str
 ) -> Tensor:
     """One step of the teacher's probability-flow ODE, [B, C, H, W]."""
-    evaluate = Evaluator(teacher, labels=labels)
+    evaluate = _evaluator(teacher, labels, clip=False)
     options = evaluate.step_options
     model_output = evaluate(*evaluate.scale_input(x_t, sigma))
     if solver == "euler":
@@ -137,7 +144,7 @@ def consistency_loss(
     loss_norm: str = "l2",
     lpips: Perceptual | None = None,
     huber_c: float | None = None,
-    weighting: str = "uniform",
+    weighting: Weighting = "uniform",
     sigma_data: float = 0.5,
     sigma_min: float = schedules.SIGMA_MIN,
     sigma_max: float = schedules.SIGMA_MAX,
@@ -170,7 +177,7 @@ def consistency_loss(
     sigma = _grid_sigma(indices, num_scales, x_start, levels)
     next_sigma = _grid_sigma(indices + 1, num_scales, x_start, levels)
 
-    student, target = Evaluator(model, labels=labels), Evaluator(target_model, labels=labels)
+    student, target = (_evaluator(each, labels, clip=False) for each in (model, target_model))
     x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
     with _saved_random_state(x_start) as restore:
         denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
@@ -182,7 +189,7 @@ def consistency_loss(
             restore()
             target_output = target(*target.scale_input(x_t2, next_sigma))
             denoised_target = target.denoised(target_output, x_t2, next_sigma)
-    weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    weight = _weight(sigma, weighting, sigma_data)
     loss = distance(denoised, denoised_target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
     return {"loss": loss}
 
@@ -199,7 +206,7 @@ def progressive_distillation_loss(
     loss_norm: str = "l2",
     lpips: Perceptual | None = None,
     huber_c: float | None = None,
-    weighting: str = "uniform",
+    weighting: Weighting = "uniform",
     sigma_data: float = 0.5,
     sigma_min: float = schedules.SIGMA_MIN,
     sigma_max: float = schedules.SIGMA_MAX,
@@ -220,7 +227,7 @@ def progressive_distillation_loss(
     sigma, mid_sigma, next_sigma = (
         _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
     )
-    student = Evaluator(model, labels=labels)
+    student = _evaluator(model, labels, clip=False)
     x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
     denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
     with torch.no_grad():
@@ -228,5 +235,5 @@ def progressive_distillation_loss(
         x_next = _solve(teacher_model, labels, x_mid, mid_sigma, next_sigma, "euler")
         ratio = sigma / (next_sigma - sigma)
         target = x_t - ratio.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * (x_next - x_t)
-    weight = ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+    weight = _weight(sigma, weighting, sigma_data)
     return {"loss": distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)}

@@ -94,7 +94,11 @@ class _IndexedGenerator:
 
     def _on(self, device: torch.device | str | None) -> list[torch.Generator]:
         """The torch generators of a device, made when first asked for."""
-        key = str(torch.device(device or "cpu"))
+        where = torch.device(device or "cpu")
+        if where.type == "cuda" and where.index is None:
+            # "cuda" and "cuda:0" must not be two generators that draw the same numbers.
+            where = torch.device("cuda", torch.cuda.current_device())
+        key = str(where)
         if key not in self._generators:
             self._generators[key] = [torch.Generator(key).manual_seed(seed) for seed in self._seeds()]
         return self._generators[key]

@@ -63,6 +63,15 @@ _TRUNKS = {
 }
 
 
+def unit_images(image: Tensor, *, resize: bool = True, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """What the losses of consistency models compare: [0, 1], 224 x 224 (bilinear) where narrower than 256 before."""
+    low, high = value_range
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    if resize and image.shape[-1] < 256:
+        image = F.interpolate(image, size=224, mode="bilinear")
+    return (image - low) / (high - low)
+
+
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, v0.1: `ops.lpips_layer` summed over the layers of a trunk.
 
@@ -160,11 +169,8 @@ class LPIPS(nn.Module):
 
     def _normalize(self, image: Tensor, resize: bool, value_range: tuple[float, float]) -> Tensor:
         """Resize, map to [0, 1], standardize with ImageNet's statistics: the original's steps, in order."""
-        low, high = value_range
-        image = image.to(torch.promote_types(image.dtype, torch.float32))
-        if resize:
-            image = F.interpolate(image, size=224, mode="bilinear")
-        image = ((image - low) / (high - low) - self.mean) / self.std  # one channel broadcasts to three
+        image = unit_images(image, resize=resize, value_range=value_range)
+        image = (image - self.mean) / self.std  # one channel broadcasts to three
         return image.to(self.mean.dtype)
 
     def _check_weights_fit(self, name: str, image: Tensor) -> None:

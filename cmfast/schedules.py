@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+
+_Level = TypeVar("_Level", float, Tensor)
 
 
 def karras_sigma(
@@ -79,10 +82,12 @@ def multistep_sigmas(
     sigma_min: float = SIGMA_MIN,
     sigma_max: float = SIGMA_MAX,
     rho: float = RHO,
+    increasing: bool = True,
 ) -> list[float]:
     """Noise levels of grid indices `ts`, as openai/consistency_models names the steps of multistep sampling.
 
-    Raises: ValueError: an index that is not on the grid of num_scales levels, or indices that do not increase.
+    Raises: ValueError: an index that is not on the grid of num_scales levels, fewer than two, or with `increasing`
+        indices that do not increase (the original takes any).
 
     >>> [round(sigma, 3) for sigma in multistep_sigmas((0, 22, 39), 40)]
     [80.0, 1.382, 0.002]
@@ -92,7 +97,7 @@ def multistep_sigmas(
         raise ValueError(f"ts are indices of {num_scales} levels, from 0 to {num_scales - 1}; got {bad[0]}")
     if len(ts) < 2:
         raise ValueError(f"ts needs two indices or more, the last of which is where sampling ends; got {list(ts)}")
-    if any(b <= a for a, b in zip(ts, ts[1:], strict=False)):
+    if increasing and any(b <= a for a, b in zip(ts, ts[1:], strict=False)):
         raise ValueError(f"ts must increase, got {list(ts)}")
     options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     return [float(karras_sigma(t, num_scales, **options)) for t in ts]
@@ -117,10 +122,14 @@ def step_sigmas(
     return multistep_sigmas([*ts, 39], 40, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:-1]
 
 
-def ancestral_levels(sigma: float, next_sigma: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up): step down to the first, then add noise of the second, and land at next_sigma."""
-    up = next_sigma * math.sqrt(max(sigma**2 - next_sigma**2, 0.0)) / sigma
-    return math.sqrt(max(next_sigma**2 - up**2, 0.0)), up
+def ancestral_levels(sigma: _Level, next_sigma: _Level) -> tuple[_Level, _Level]:
+    """(sigma_down, sigma_up): step down to the first, then add noise of the second, and land at next_sigma.
+
+    With r = next_sigma / sigma, at most 1: next_sigma r and next_sigma sqrt(1 - r^2). Numbers or tensors.
+    """
+    ratio = next_sigma / sigma
+    ratio = ratio.clamp(max=1) if isinstance(ratio, Tensor) else min(ratio, 1.0)
+    return next_sigma * ratio, next_sigma * (1 - ratio**2) ** 0.5
 
 
 def lognormal_sigmas(noise: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:

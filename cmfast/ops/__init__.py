@@ -5,7 +5,8 @@ path (`cmfast.reference`), so results are those of plain PyTorch on any device.
 """
 
 from cmfast.ops.images import to_uint8
-from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, weighted_loss
+from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
+from cmfast.ops.lpips import lpips_layer
 from cmfast.ops.noise import add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
 from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
@@ -23,11 +24,13 @@ __all__ = [
     "heun_predictor",
     "init_noise",
     "loss_weight",
+    "lpips_layer",
     "midpoint_corrector",
     "normal",
     "renoise",
     "scale_input",
     "scalings",
+    "snr_weight",
     "to_uint8",
     "uniform_int",
     "weighted_loss",

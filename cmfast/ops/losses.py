@@ -22,6 +22,13 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
     return reference.loss_weight(sigma, weighting, sigma_data=sigma_data)
 
 
+def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
+    """`loss_weight` from the signal-to-noise ratio 1 / sigma^2; shape and dtype of `snr`."""
+    _check.float_tensor("snr", snr, min_ndim=0)
+    _check.choice("weighting", weighting, WEIGHTINGS)
+    return reference.snr_weight(snr, weighting, sigma_data=sigma_data)
+
+
 def _check_norm(norm: str, huber_c: float, weight: Tensor, x: Tensor) -> None:
     _check.choice("norm", norm, NORMS)
     _check.float_tensor("weight", weight, min_ndim=0)
@@ -59,6 +66,7 @@ def consistency_loss(
 ) -> Tensor:
     """`weighted_loss` of D(x_t, sigma), straight from the network output, against the target's D [B, ...]."""
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.float_tensor("target", target)
     _check.same_shape(x_t=x_t, target=target)
     _check_norm(norm, huber_c, weight, x_t)
     return reference.consistency_loss(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from cmfast import reference
 from cmfast.ops import _check
-from cmfast.reference import lpips as reference
 
 
 def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Tensor:

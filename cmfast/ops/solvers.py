@@ -85,6 +85,7 @@ def heun_corrector(
     `model_output_next` is the network's output at the input that `heun_predictor` gave. Returns as `euler_step`.
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.float_tensor("model_output_next", model_output_next)
     _check.same_shape(x_t=x_t, model_output_next=model_output_next)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     return reference.heun_corrector(
@@ -118,6 +119,7 @@ def midpoint_corrector(
     `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave.
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.float_tensor("model_output_mid", model_output_mid)
     _check.same_shape(x_t=x_t, model_output_mid=model_output_mid)
     _check.sigma_level("mid_sigma", mid_sigma, x_t, allow_zero=False)
     _check.sigma_level("next_sigma", next_sigma, x_t)

@@ -6,7 +6,8 @@ input is float64), whatever the dtype of the tensors; results are rounded once, 
 """
 
 from cmfast.reference.images import to_uint8
-from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, weighted_loss
+from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
+from cmfast.reference.lpips import lpips_layer
 from cmfast.reference.noise import (
     add_noise,
     add_noise_pair,
@@ -32,12 +33,14 @@ __all__ = [
     "heun_predictor",
     "init_noise",
     "loss_weight",
+    "lpips_layer",
     "midpoint_corrector",
     "normal",
     "philox4x32",
     "renoise",
     "scale_input",
     "scalings",
+    "snr_weight",
     "to_uint8",
     "uniform_int",
     "weighted_loss",

@@ -12,7 +12,11 @@ WEIGHTINGS = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
 
 def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
     """The weight of each sample's loss, shaped and typed as `sigma` [B]."""
-    snr = sigma**-2
+    return snr_weight(sigma**-2, weighting, sigma_data=sigma_data)
+
+
+def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
+    """`loss_weight` from the signal-to-noise ratio."""
     if weighting == "snr":
         return snr
     if weighting == "snr+1":

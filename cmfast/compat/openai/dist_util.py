@@ -1,0 +1,69 @@
+"""`cm.dist_util`: torch.distributed for one process or for those of torchrun, without MPI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: The GPU of a rank is rank % GPUS_PER_NODE where LOCAL_RANK is not set.
+GPUS_PER_NODE = 8
+
+
+def setup_dist() -> None:
+    """Make the default process group, if there is none: nccl with a GPU, gloo without.
+
+    Raises: RuntimeError: started by mpiexec with several ranks, or with more ranks on this machine than GPUs.
+    """
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", int(os.environ.get("RANK", 0)) % GPUS_PER_NODE))
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"LOCAL_RANK is {local_rank}, but this machine has {torch.cuda.device_count()} GPU(s): start at most "
+                "one process for each"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+        return
+    ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1)))
+    if ranks > 1:
+        raise RuntimeError(
+            f"started by mpiexec with {ranks} ranks: use `torchrun --nproc-per-node {ranks}` in place of `mpiexec "
+            f"-n {ranks} python`"
+        )
+    # A store inside the process: one process needs no port.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def dev() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """What `torch.save` wrote to a file: tensors and plain containers, never code. Every rank reads the file.
+
+    Args: kwargs: of `torch.load`, such as map_location.
+
+    Raises:
+        FileNotFoundError: no such file.
+        cmfast.checkpoint.CheckpointError (a ValueError): empty, cut short, or with pickled Python objects in it.
+    """
+    raise NotImplementedError
+
+
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Copy the tensors of rank 0 to the others, in place."""
+    for parameter in params:
+        with torch.no_grad():
+            dist.broadcast(parameter, 0)

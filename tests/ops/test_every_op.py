@@ -1,0 +1,94 @@
+"""What holds for every operation: precision, layouts, empty batches, gradients, one graph, clear errors."""
+
+import pytest
+import torch
+
+from tests.ops.cases import CASES, SHAPES, flat, inputs
+from tests.tolerances import FLOOR
+
+each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def convert(states, sigmas, dtype):
+    wide = dtype if dtype == torch.float64 else torch.float32
+    return {k: v.to(dtype) for k, v in states.items()}, {k: v.to(wide) for k, v in sigmas.items()}
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(case, dtype, shape):
+    """Rounding of inputs apart, an operation in a low dtype errs by the rounding of its result alone."""
+    states, sigmas = convert(*inputs(case, shape), dtype)
+    exact = flat(case.call(*convert(states, sigmas, torch.float64)))
+    for value, expected in zip(flat(case.call(states, sigmas)), exact, strict=True):
+        assert value.shape == expected.shape
+        if value.numel():
+            error = (value.double() - expected).abs().max()
+            assert error <= FLOOR[dtype] * (1 + expected.abs().max())
+
+
+@each
+@pytest.mark.parametrize("layout", ["channels_last", "misaligned", "expanded"])
+def test_layouts(case, layout):
+    states, sigmas = convert(*inputs(case, (3, 4, 6, 5)), torch.float32)
+    if layout == "expanded":
+        states = {k: v[:1].expand_as(v) for k, v in states.items()}
+    plain = {k: v.contiguous() for k, v in states.items()}
+    if layout == "channels_last":
+        states = {k: v.to(memory_format=torch.channels_last) for k, v in states.items()}
+    elif layout == "misaligned":
+        states = {k: torch.cat([v[:1], v])[1:] for k, v in states.items()}
+    for value, expected in zip(flat(case.call(states, sigmas)), flat(case.call(plain, sigmas)), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+@each
+def test_gradients(case):
+    """Against finite differences, for every state and every noise level."""
+    states, sigmas = inputs(case, (2, 2, 2, 2))
+    names = [*states, *sigmas]
+
+    def call(*values):
+        by_name = dict(zip(names, values, strict=True))
+        return tuple(flat(case.call({k: by_name[k] for k in states}, {k: by_name[k] for k in sigmas})))
+
+    values = [v.requires_grad_(k not in case.no_grad_to) for k, v in {**states, **sigmas}.items()]
+    assert torch.autograd.gradcheck(call, values)
+
+
+@each
+def test_one_graph(case):
+    """torch.compile(fullgraph=True) passes through, forward and backward, and changes nothing."""
+    states, sigmas = convert(*inputs(case, (2, 3, 4, 4)), torch.float32)
+    states = {k: v.requires_grad_() for k, v in states.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    for value, expected in zip(flat(compiled(states, sigmas)), flat(case.call(states, sigmas)), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+        if value.requires_grad:
+            value.sum().backward(retain_graph=True)
+
+
+@each
+def test_wrong_shapes_are_refused(case):
+    states, sigmas = convert(*inputs(case, (2, 3, 4, 4)), torch.float32)
+    for name in list(states)[1:]:
+        with pytest.raises(ValueError, match=r"must have the shape of"):
+            case.call({**states, name: states[name][:, :2]}, sigmas)
+    for name in sigmas:
+        with pytest.raises(ValueError, match=r"scalar or \[B\] with B = 2"):
+            case.call(states, {**sigmas, name: torch.ones(2, 1)})
+    for name in states:
+        with pytest.raises(TypeError, match="floating"):
+            case.call({**states, name: states[name].long()}, sigmas)
+
+
+@each
+@pytest.mark.parametrize("bad", [-1.0, float("nan")], ids=str)
+def test_bad_noise_levels_are_refused(case, bad):
+    states, sigmas = convert(*inputs(case, (2, 3, 4, 4)), torch.float32)
+    for name in [name for name in sigmas if name != "weight"]:
+        with pytest.raises(ValueError, match="not NaN"):
+            case.call(states, {**sigmas, name: torch.tensor([1.0, bad])})

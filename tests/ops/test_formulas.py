@@ -1,0 +1,171 @@
+"""Operations against the formulas of the papers, written out."""
+
+import math
+
+import pytest
+import torch
+
+from cmfast import ops, reference
+
+X = torch.tensor([[[[0.3, -1.2], [2.0, 0.1]]]], dtype=torch.float64)
+F = torch.tensor([[[[0.5, 0.7], [-0.2, 1.1]]]], dtype=torch.float64)
+SIGMA = torch.tensor([1.5], dtype=torch.float64)
+NEXT = torch.tensor([0.4], dtype=torch.float64)
+
+
+def denoised(f, x, sigma, boundary=0.002):
+    c_skip = 0.25 / ((sigma - boundary) ** 2 + 0.25)
+    c_out = 0.5 * (sigma - boundary) / math.sqrt(sigma**2 + 0.25)
+    return c_skip * x + c_out * f
+
+
+@pytest.mark.parametrize("sigma_data", [0.1, 0.5, 1.7])
+@pytest.mark.parametrize("boundary", [0.0, 0.002, 0.3])
+def test_identity_at_the_boundary_bit_for_bit(sigma_data, boundary):
+    x = torch.randn(2, 3, 5, 5)
+    sigma = torch.tensor(boundary).expand(2)
+    assert torch.equal(ops.denoise(torch.randn_like(x), x, sigma, sigma_data=sigma_data, boundary=boundary), x)
+
+
+def test_c_noise_of_zero_is_finite():
+    assert ops.c_noise(torch.tensor([0.0], dtype=torch.float64)).item() == pytest.approx(250 * math.log(1e-44))
+
+
+def test_steps():
+    d = (X - denoised(F, X, 1.5)) / 1.5
+    euler = X + d * (0.4 - 1.5)
+    x, model_input, c_noise = ops.euler_step(F, X, SIGMA, NEXT)
+    torch.testing.assert_close(x, euler)
+    torch.testing.assert_close(model_input, euler / math.sqrt(0.4**2 + 0.25))
+    assert c_noise.item() == pytest.approx(250 * math.log(0.4))
+    torch.testing.assert_close(ops.heun_predictor(F, X, SIGMA, NEXT)[0], model_input)
+    f2 = F.flip(-1)
+    d2 = (euler - denoised(f2, euler, 0.4)) / 0.4
+    torch.testing.assert_close(ops.heun_corrector(F, f2, X, SIGMA, NEXT)[0], X + 0.5 * (d + d2) * (0.4 - 1.5))
+    mid = X + d * (0.9 - 1.5)
+    d_mid = (mid - denoised(f2, mid, 0.9)) / 0.9
+    value = ops.midpoint_corrector(F, f2, X, SIGMA, torch.tensor([0.9], dtype=torch.float64), NEXT)[0]
+    torch.testing.assert_close(value, X + d_mid * (0.4 - 1.5))
+
+
+def test_heun_is_euler_where_the_next_level_is_zero():
+    x, f, f2 = (torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sigma, next_sigma = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 0.5]).double()
+    value, *_ = ops.heun_corrector(f, f2, x, sigma, next_sigma)
+    euler, *_ = ops.euler_step(f, x, sigma, next_sigma)
+    torch.testing.assert_close(value[0], euler[0])
+    assert not torch.allclose(value[1], euler[1])
+    value.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (x, f, f2)) and (f2.grad[0] == 0).all()
+
+
+def test_renoise():
+    noise = X.flip(0, 1, 2, 3)
+    x, *_ = ops.renoise(F, X, SIGMA, NEXT, noise, clip=True)
+    expected = denoised(F, X, 1.5).clamp(-1, 1) + math.sqrt(0.4**2 - 0.002**2) * noise
+    torch.testing.assert_close(x, expected)
+    # Below sigma_min nothing is added.
+    x, *_ = ops.renoise(F, X, SIGMA, torch.tensor([0.001], dtype=torch.float64), noise)
+    torch.testing.assert_close(x, denoised(F, X, 1.5))
+
+
+def test_a_function_is_its_own_denoiser():
+    """sigma_data=None: c_skip = 0, c_out = 1, whatever the state holds."""
+    x = torch.full((1, 1, 1, 2), math.inf)
+    assert torch.equal(ops.denoise(torch.ones_like(x), x, torch.tensor(1.0), sigma_data=None), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("norm, expected", [("l1", 0.75), ("l2", 1.25), ("huber", math.sqrt(5 + 0.09) - 0.3)])
+def test_distances(norm, expected):
+    x = torch.tensor([[1.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
+    value = ops.weighted_loss(x, torch.zeros_like(x), torch.tensor([2.0]), norm=norm, huber_c=0.3)
+    assert value.item() == pytest.approx(2 * expected)
+
+
+def test_huber_without_c_has_gradient_zero_at_zero():
+    x = torch.zeros(1, 3, requires_grad=True)
+    ops.weighted_loss(x, torch.zeros(1, 3), torch.ones(1), norm="huber").sum().backward()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "values, trunc, nearest",
+    [([-1.0, 1.0, 0.0], [0, 255, 127], [0, 255, 128]), ([-7.0, 7.0, math.nan], [0, 255, 0], [0, 255, 0])],
+)
+def test_to_uint8(values, trunc, nearest):
+    x = torch.tensor(values).view(1, 3, 1, 1)
+    assert ops.to_uint8(x).flatten().tolist() == trunc
+    assert ops.to_uint8(x, rounding="nearest").flatten().tolist() == nearest
+    assert ops.to_uint8(x).shape == (1, 1, 1, 3)
+
+
+def test_denoise_to_uint8_is_both_in_one():
+    expected = ops.to_uint8(ops.denoise(F, X, SIGMA))
+    assert torch.equal(ops.denoise_to_uint8(F, X, SIGMA), expected)
+
+
+class TestCounterNoise:
+    @pytest.mark.parametrize(
+        "counter, key, words",
+        [
+            ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+            ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+            (
+                (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+                0x299F31D0_A4093822,
+                (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            ),
+        ],
+    )
+    def test_philox_known_answers(self, counter, key, words):
+        """The known-answer vectors of Random123 for philox4x32-10."""
+        out = reference.philox4x32(tuple(torch.tensor([c]) for c in counter), key)
+        assert tuple(int(word) for word in out) == words
+
+    def test_sample_depends_on_its_index_alone(self):
+        index = torch.tensor([5, 2**33 + 1, 0, 7])
+        together = ops.normal(11, index, (3, 7, 5))
+        for i in range(4):
+            assert torch.equal(ops.normal(11, index[i : i + 1], (3, 7, 5))[0], together[i])
+        assert torch.equal(ops.normal(11, index, (3 * 7 * 5,)), together.flatten(1))
+
+    def test_draws_seeds_and_indices_differ(self):
+        index = torch.arange(64)
+        a = ops.normal(0, index, (512,))
+        others = [ops.normal(0, index, (512,), draw=1), ops.normal(1, index, (512,)), ops.normal(0, index + 64, (512,))]
+        for b in [*others, a.roll(1, 0), a.roll(1, 1)]:
+            # 32,768 pairs: five standard errors of a correlation.
+            assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / 32768**0.5
+
+    def test_is_normal(self):
+        stats = pytest.importorskip("scipy.stats", reason="scipy measures the distribution")
+        z = ops.normal(3, torch.arange(64), (4096,)).flatten().double().numpy()
+        assert stats.kstest(z, "norm").pvalue > 1e-3
+        n = len(z)
+        assert abs(z.mean()) < 5 / n**0.5 and abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+        assert abs(stats.kurtosis(z)) < 5 * (24 / n) ** 0.5 and abs(z).max() > 4
+
+    def test_uniform_int_covers_its_range(self):
+        values = ops.uniform_int(0, torch.arange(20_000), 10)
+        counts = values.bincount(minlength=10)
+        assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * (2000 * 0.9) ** 0.5
+
+    @pytest.mark.parametrize("high", [0, 2**31 + 1])
+    def test_uniform_int_refuses(self, high):
+        with pytest.raises(ValueError, match="high"):
+            ops.uniform_int(0, torch.arange(2), high)
+
+    def test_index_must_be_integers(self):
+        with pytest.raises(TypeError, match="index"):
+            ops.normal(0, torch.ones(2), (3,))
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match="truncated-snr"):
+        ops.loss_weight(torch.ones(1), "nope")
+    with pytest.raises(ValueError, match="l1, l2, huber"):
+        ops.weighted_loss(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), norm="nope")
+    with pytest.raises(ValueError, match="trunc, nearest"):
+        ops.to_uint8(torch.ones(1, 1, 1, 1), rounding="nope")
+    with pytest.raises(ValueError, match="sigma_data"):
+        ops.scalings(torch.ones(1), sigma_data=0.0)

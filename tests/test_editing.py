@@ -1,0 +1,58 @@
+"""Zero-shot editing: what is known is kept. Golden numbers: test_golden.py."""
+
+import pytest
+import torch
+
+from cmfast import editing
+
+SIGMAS = [80.0, 3.0, 0.5]
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+X = 80 * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def model(x, sigma):
+    return torch.tanh(x).roll(1, -1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (16, 16), (1, 1, 16, 16), (2, 1, 1, 16)], ids=str)
+def test_inpaint_keeps_the_known_pixels(shape):
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+    out, reference = editing.inpaint(model, IMAGES, X, SIGMAS, mask)
+    known = mask.expand(2, 3, 16, 16) == 1
+    torch.testing.assert_close(out[known], IMAGES[known])
+    assert (reference[~known] == -1).all() and not torch.allclose(out[~known], IMAGES[~known])
+    # Reversed masks keep the other half.
+    other, _ = editing.inpaint(model, IMAGES, X, SIGMAS, 1 - mask)
+    torch.testing.assert_close(other[~known], IMAGES[~known])
+
+
+def test_colorize_keeps_the_luminance():
+    out, reference = editing.colorize(model, IMAGES, X, SIGMAS)
+    weights = torch.tensor([0.2989, 0.5870, 0.1140])
+    luminance = [torch.einsum("bchw,c->bhw", image, weights) for image in (out, IMAGES, reference)]
+    torch.testing.assert_close(luminance[0], luminance[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(luminance[2], luminance[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8])
+def test_super_resolution_keeps_the_means(patch_size):
+    out, reference = editing.super_resolve(model, IMAGES, X, SIGMAS, patch_size=patch_size)
+    pool = torch.nn.AvgPool2d(patch_size)
+    torch.testing.assert_close(pool(out), pool(IMAGES), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference, pool(IMAGES).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3))
+
+
+def test_oblong_images():
+    out, _ = editing.super_resolve(model, IMAGES[..., :8], X[..., :8], SIGMAS)
+    assert out.shape == (2, 3, 16, 8)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="mask does not broadcast"):
+        editing.inpaint(model, IMAGES, X, SIGMAS, torch.ones(5, 5))
+    with pytest.raises(ValueError, match="shape of x"):
+        editing.edit(model, IMAGES[:1], X, SIGMAS, mask=torch.ones(()))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        editing.super_resolve(model, IMAGES[..., :7], X[..., :7], SIGMAS)
+    with pytest.raises(ValueError, match="3, H, W"):
+        editing.colorize(model, IMAGES[:, :1], X[:, :1], SIGMAS)

@@ -1,0 +1,120 @@
+"""Samplers on distributions whose answer is known, and on bad arguments. Golden numbers: test_golden.py."""
+
+import pytest
+import torch
+
+from cmfast import samplers, schedules
+from cmfast.samplers import SAMPLERS
+from tests.toy import ToyNetwork
+
+
+def gaussian(x, sigma, mean=0.3, std=0.2):
+    """The perfect denoiser of data ~ N(mean, std^2)."""
+    variance = sigma.view(-1, 1, 1, 1) ** 2
+    return (std**2 * x + variance * mean) / (std**2 + variance)
+
+
+NOISE = torch.randn(512, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm", "ancestral"])
+def test_solvers_reach_the_data(sampler):
+    out = samplers.sample(gaussian, NOISE, sampler=sampler, sigmas=schedules.karras_sigmas(80), clip_denoised=False)
+    assert out.mean().item() == pytest.approx(0.3, abs=0.02) and out.std().item() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2), ("dpm", 2)])
+def test_order_of_convergence(sampler, order):
+    """Halving the steps' length divides the error by 2^order; the ODE's solution is known in closed form."""
+
+    def error(steps):
+        sigmas = schedules.karras_sigmas(steps, sigma_min=0.05, sigma_max=5.0, append_zero=False, dtype=torch.float64)
+        x = SAMPLERS[sampler](gaussian, 5 * NOISE, sigmas, clip_denoised=False)
+        exact = 0.3 + (5 * NOISE - 0.3) * ((0.2**2 + 0.05**2) / (0.2**2 + 5.0**2)) ** 0.5
+        return (x - exact).abs().mean().item()
+
+    ratio = error(33) / error(65)
+    assert 0.75 * 2**order < ratio < 1.35 * 2**order
+
+
+def test_churn_adds_noise_only_between_its_bounds():
+    draws = []
+
+    def noise_fn(x):
+        draws.append(x)
+        return torch.zeros_like(x)
+
+    sigmas = schedules.karras_sigmas(10)
+    inside = sum(0.05 <= s <= 50 for s in sigmas.tolist())
+    options = {"noise_fn": noise_fn, "s_churn": 4.0}
+    samplers.sample_heun(gaussian, NOISE[:2], sigmas, s_tmin=0.05, s_tmax=50.0, **options)
+    assert len(draws) == inside
+    samplers.sample_heun(gaussian, NOISE[:2], sigmas, s_tmin=0.05, s_tmax=50.0, draw_unused=True, **options)
+    assert len(draws) == inside + 10
+
+
+def test_multistep_levels_and_calls():
+    seen = []
+
+    def model(x, sigma):
+        seen.append(sigma.tolist())
+        return gaussian(x, sigma)
+
+    samplers.sample_multistep(model, NOISE[:2], [80.0, 1.5, 0.3])
+    assert seen == [pytest.approx([s, s]) for s in (80.0, 1.5, 0.3)]
+
+
+def test_callback_sees_every_call():
+    calls = []
+    samplers.sample_euler(gaussian, NOISE[:2], [3.0, 1.0, 0.0], callback=calls.append)
+    assert [call["i"] for call in calls] == [0, 1] and [float(call["sigma"]) for call in calls] == [3.0, 1.0]
+    torch.testing.assert_close(calls[0]["denoised"], gaussian(NOISE[:2], torch.tensor([3.0, 3.0])).clamp(-1, 1))
+
+
+def test_midpoint_ancestral():
+    """dx/dt = x over t in [0, 1]: e within the method's second order."""
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    out = samplers.sample_midpoint_ancestral(lambda x, t: x, x, [i / 50 for i in range(50)])
+    assert out.item() == pytest.approx(2.718281828, rel=2e-4)
+
+
+def test_no_gradient_and_no_host_read():
+    """A step reads no tensor on the host: on the meta device it could not."""
+    network = ToyNetwork().to("meta")
+    from cmfast import Denoiser
+
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    for name in SAMPLERS:
+        sigmas = schedules.karras_sigmas(4)
+        out = samplers.sample(Denoiser(network), torch.empty(2, 3, 8, 8, device="meta"), sampler=name,
+                              sigmas=sigmas[:2] if name == "multistep" else sigmas, labels=labels)  # fmt: skip
+        assert out.is_meta and not out.requires_grad
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_empty_batch(name):
+    sigmas = [3.0, 1.0, 0.0][: 2 if name == "multistep" else 3]
+    assert samplers.sample(gaussian, NOISE[:0], sampler=name, sigmas=sigmas).shape == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sampler": "nope"}, "known: onestep, multistep, heun"),
+        ({"sampler": "multistep", "steps": 2, "ts": (0, 39)}, "one of steps, sigmas and ts"),
+        ({"sampler": "onestep", "steps": 2}, "takes one step"),
+        ({"sampler": "heun", "sigmas": [1.0]}, "2 or more"),
+        ({"sampler": "heun", "sigmas": [1.0, 2.0]}, "decrease"),
+        ({"sampler": "heun", "sigmas": [1.0, float("nan")]}, "none NaN"),
+        ({"sampler": "heun", "steps": 0}, "num_scales"),
+        ({"sampler": "multistep", "ts": (0, 99)}, "from 0 to 39"),
+    ],
+)
+def test_bad_schedules(options, message):
+    with pytest.raises(ValueError, match=message):
+        samplers.sampler_sigmas(**options)
+
+
+def test_defaults():
+    assert samplers.sampler_sigmas("multistep") == [80.0] and len(samplers.sampler_sigmas("heun")) == 19
+    assert samplers.sampler_sigmas("progdist", steps=4)[-1] == 0 and len(samplers.sampler_sigmas("progdist", steps=4)) == 6
