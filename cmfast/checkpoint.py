@@ -218,10 +218,10 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
 
 
 class _SkipNormal(TorchFunctionMode):
-    """No normal_: the first call on the meta device imports torch's compiler, two seconds."""
+    """No `nn.init.normal_`: its first call on the meta device imports torch's compiler, which takes two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditioning: str | None) -> Denoiser:

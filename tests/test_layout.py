@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "images", "ema"},
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema"},
     {"denoiser", "losses", "samplers", "editing"},
     {"engine", "checkpoint", "training", "data"},
     {"recipes", "quality", "info", "cli", "compat", "__main__"},

@@ -1,0 +1,569 @@
+"""`cm.karras_diffusion`: the denoiser with its losses, the samplers, and zero-shot editing.
+
+The same arguments give the same numbers under the same seeds on a CPU: noise is drawn in the original's order, also
+where it is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast import editing, losses, ops, samplers, schedules
+from cmfast.compat.openai.nn import append_dims, append_zero, mean_flat
+from cmfast.compat.openai.random_util import get_generator
+from cmfast.denoiser import Evaluator, denoise_with
+from cmfast.perceptual import LPIPS, unit_images
+from cmfast.precondition import Preconditioner
+
+__all__ = [
+    "KarrasDenoiser",
+    "append_dims",
+    "append_zero",
+    "get_ancestral_step",
+    "get_sigmas_karras",
+    "get_weightings",
+    "iterative_colorization",
+    "iterative_inpainting",
+    "iterative_superres",
+    "karras_sample",
+    "mean_flat",
+    "sample_dpm",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_midpoint_ancestral",
+    "sample_onestep",
+    "sample_progdist",
+    "stochastic_iterative_sampler",
+    "to_d",
+]
+
+#: D(x, sigma) with sigma [B].
+Denoise = Callable[[Tensor, Tensor], Tensor] | Evaluator
+Callback = Callable[[dict[str, Any]], None] | None
+
+
+def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Tensor:
+    """Loss weights from signal-to-noise ratios: `ops.snr_weight`."""
+    return ops.snr_weight(snrs, weight_schedule, sigma_data=sigma_data)
+
+
+class _UnitLPIPS(LPIPS):
+    """LPIPS of images in [0, 1] at their own size, on the device they are on."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        return super().to(x.device).forward(x, target, resize=False, value_range=(0.0, 1.0))
+
+
+class KarrasDenoiser:
+    """The scalings around a network, and the losses.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        sigma_max, sigma_min, rho: noise levels; D is the identity at sigma_min with `distillation`.
+        weight_schedule: `snr`, `snr+1`, `karras`, `truncated-snr`, `uniform`.
+        distillation: scalings of a consistency model, else of EDM.
+        loss_norm: `l1`, `l2`, `l2-32`, `lpips`.
+
+    A subclass may override `denoise`, `get_scalings` or `get_scalings_for_boundary_condition`: samplers and losses
+    then go through its `denoise`.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        sigma_max: float = 80.0,
+        sigma_min: float = 0.002,
+        rho: float = 7.0,
+        weight_schedule: str = "karras",
+        distillation: bool = False,
+        loss_norm: str = "lpips",
+    ) -> None:
+        self.sigma_data = sigma_data
+        self.sigma_max = sigma_max
+        self.sigma_min = sigma_min
+        self.rho = rho
+        self.weight_schedule = weight_schedule
+        self.distillation = distillation
+        self.loss_norm = loss_norm
+        self.num_timesteps = 40
+
+    @cached_property
+    def lpips_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """LPIPS of images in [0, 1], [B]. Made when a loss first needs it: sampling needs no VGG."""
+        return _UnitLPIPS(pooling="avg")
+
+    def get_snr(self, sigmas: Tensor) -> Tensor:
+        """1 / sigma^2."""
+        return ops.loss_weight(sigmas, "snr")
+
+    def get_sigmas(self, sigmas: Tensor) -> Tensor:
+        """The noise levels themselves."""
+        return sigmas
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in of EDM."""
+        return Preconditioner.edm(self.sigma_data).scalings(torch.as_tensor(sigma))
+
+    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in of a consistency model."""
+        return Preconditioner.consistency(self.sigma_data, self.sigma_min).scalings(torch.as_tensor(sigma))
+
+    def denoise(
+        self, model: Callable[..., Tensor], x_t: Tensor, sigmas: Tensor, **model_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(network output, denoised) at x_t [B, ...] and sigmas [B]; model(x, timesteps, **model_kwargs)."""
+        scalings = self.get_scalings_for_boundary_condition if self.distillation else self.get_scalings
+        return denoise_with(lambda x, t: model(x, t, **model_kwargs), x_t, sigmas, scalings(sigmas))
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        sigmas: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The EDM loss at sigmas [B]: per-sample `xs_mse`, `mse` (weighted) and `loss` (= mse)."""
+        student = _evaluator(self, model, model_kwargs, x_start.dtype)
+        return losses.denoising_loss(student, x_start, sigmas, noise=noise, weighting=self._weights)
+
+    def consistency_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        num_scales: int,
+        model_kwargs: dict[str, Any] | None = None,
+        target_model: Callable[..., Tensor] | None = None,
+        teacher_model: Callable[..., Tensor] | None = None,
+        teacher_diffusion: Any = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Consistency distillation (Heun steps of the teacher), or training without a teacher: per-sample `loss`.
+
+        Raises: ValueError: no target_model, a teacher_model without teacher_diffusion, an unknown loss norm.
+        """
+        if target_model is None:
+            raise ValueError("target_model is missing: give an average of the model, or the model itself")
+        return losses.consistency_loss(
+            _evaluator(self, model, model_kwargs, x_start.dtype),
+            _evaluator(self, target_model, model_kwargs, x_start.dtype),
+            x_start,
+            num_scales,
+            teacher_model=_teacher(teacher_model, teacher_diffusion, model_kwargs, x_start),
+            noise=noise,
+            **self._loss_options,
+        )
+
+    def progdist_losses(
+        self,
+        model: Callable[..., Tensor],
+        x_start: Tensor,
+        num_scales: int,
+        model_kwargs: dict[str, Any] | None = None,
+        teacher_model: Callable[..., Tensor] | None = None,
+        teacher_diffusion: Any = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Progressive distillation: one step of the model for two of the teacher. Per-sample `loss`.
+
+        Raises: ValueError: no teacher_model or teacher_diffusion, an unknown loss norm.
+        """
+        teacher = _teacher(teacher_model, teacher_diffusion, model_kwargs, x_start)
+        if teacher is None:
+            raise ValueError("teacher_model is missing: progressive distillation needs one, and its teacher_diffusion")
+        student = _evaluator(self, model, model_kwargs, x_start.dtype)
+        return losses.progressive_distillation_loss(
+            student, teacher, x_start, num_scales, noise=noise, **self._loss_options
+        )
+
+    def _weights(self, sigmas: Tensor) -> Tensor:
+        return get_weightings(self.weight_schedule, self.get_snr(sigmas), self.sigma_data)
+
+    def _perceptual(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.lpips_loss(unit_images(x), unit_images(target))
+
+    @property
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "loss_norm": self.loss_norm,
+            "lpips": self._perceptual,
+            "weighting": self._weights,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "rho": self.rho,
+        }
+
+
+# As they are here: a subclass, an instance or a patch of the class may hold others.
+_OWN_METHODS = {
+    name: vars(KarrasDenoiser)[name] for name in ("denoise", "get_scalings", "get_scalings_for_boundary_condition")
+}
+
+
+def _evaluator(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    model_kwargs: dict[str, Any] | None,
+    dtype: torch.dtype,
+    clip: bool = False,
+) -> Evaluator:
+    """The model as samplers and losses see it: its network, or where a method is overridden `diffusion.denoise`."""
+    kwargs = model_kwargs or {}
+    if isinstance(diffusion, KarrasDenoiser) and all(
+        getattr(getattr(diffusion, name), "__func__", None) is own for name, own in _OWN_METHODS.items()
+    ):
+        boundary = diffusion.sigma_min if diffusion.distillation else 0.0
+        return Evaluator.of_network(
+            lambda x, t: model(x, t, **kwargs),
+            Preconditioner(diffusion.sigma_data, boundary),
+            clip=clip,
+            dtype=dtype,
+        )
+    return Evaluator(lambda x, sigma: diffusion.denoise(model, x, sigma, **kwargs)[1], clip=clip, dtype=dtype)
+
+
+def _teacher(
+    model: Callable[..., Tensor] | None, diffusion: Any, model_kwargs: dict[str, Any] | None, x_start: Tensor
+) -> Evaluator | None:
+    if model is None:
+        return None
+    if diffusion is None:
+        raise ValueError("teacher_diffusion is missing: the KarrasDenoiser that goes with teacher_model")
+    return _evaluator(diffusion, model, model_kwargs, x_start.dtype)
+
+
+def karras_sample(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    steps: int,
+    clip_denoised: bool = True,
+    progress: bool = False,
+    callback: Callback = None,
+    model_kwargs: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7.0,
+    sampler: str = "heun",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    generator: Any = None,
+    ts: Sequence[int] | None = None,
+) -> Tensor:
+    """Images of `shape` in [-1, 1].
+
+    Args:
+        diffusion: a `KarrasDenoiser`; model(x, timesteps, **model_kwargs).
+        steps: Karras levels; for `multistep` the grid that `ts` are indices of (with diffusion.rho, not rho).
+        sampler: `heun`, `dpm`, `ancestral`, `onestep`, `progdist`, `euler`, `multistep`.
+        generator: from `random_util.get_generator`; None: torch's own.
+
+    Raises: ValueError: an unknown sampler, ts missing or outside the grid.
+    """
+    functions: dict[str, Callable[..., Tensor]] = {
+        "heun": sample_heun,
+        "dpm": sample_dpm,
+        "ancestral": sample_euler_ancestral,
+        "onestep": sample_onestep,
+        "progdist": sample_progdist,
+        "euler": sample_euler,
+        "multistep": stochastic_iterative_sampler,
+    }
+    if sampler not in functions:
+        raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(functions)}")
+    options: dict[str, Any] = {}
+    if sampler in ("heun", "dpm"):
+        options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    elif sampler == "multistep":
+        if ts is None:
+            raise ValueError("ts is missing: the multistep sampler needs grid indices, such as (0, 22, 39) of steps=40")
+        options = {"ts": ts, "t_min": sigma_min, "t_max": sigma_max, "rho": diffusion.rho, "steps": steps}
+    if generator is None:
+        generator = get_generator("dummy")
+
+    sigmas = get_sigmas_karras(steps + (sampler == "progdist"), sigma_min, sigma_max, rho, device=device)
+    noise = generator.randn(*shape, device=device)
+    x, *_ = ops.init_noise(noise, torch.tensor(float(sigma_max), device=noise.device))
+    denoiser = _evaluator(diffusion, model, model_kwargs, x.dtype, clip=clip_denoised)
+    x = functions[sampler](denoiser, x, sigmas, generator, progress=progress, callback=callback, **options)
+    return x.clamp(-1, 1)
+
+
+def get_sigmas_karras(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str | None = "cpu"
+) -> Tensor:
+    """n Karras levels from sigma_max to sigma_min, and 0: [n + 1]."""
+    return schedules.karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, device=device)
+
+
+def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
+    """The slope of the ODE, (x - denoised) / sigma."""
+    return (x - denoised) / append_dims(sigma, x.ndim)
+
+
+def get_ancestral_step(sigma_from: Any, sigma_to: Any) -> tuple[Any, Any]:
+    """(sigma_down, sigma_up): `schedules.ancestral_levels`."""
+    return schedules.ancestral_levels(sigma_from, sigma_to)
+
+
+def _of(denoiser: Denoise, x: Tensor) -> Evaluator:
+    return denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser, dtype=x.dtype)
+
+
+def _only(callback: Callback, *keys: str) -> Callback:
+    """A callback that is given these entries alone."""
+    return callback and (lambda info: callback({key: info[key] for key in keys}))
+
+
+def sample_euler_ancestral(
+    model: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any,
+    progress: bool = False,
+    callback: Callback = None,
+) -> Tensor:
+    """Ancestral sampling with Euler steps: `samplers.sample_euler_ancestral`."""
+    return samplers.sample_euler_ancestral(
+        _of(model, x),
+        x,
+        sigmas,
+        noise_fn=generator.randn_like,
+        draw_unused=True,
+        progress=progress,
+        callback=callback,
+    )
+
+
+def sample_midpoint_ancestral(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    ts: Sequence[float] | Tensor,
+    generator: Any,
+    progress: bool = False,
+    callback: Callback = None,
+) -> Tensor:
+    """Midpoint steps along a slope `model(x, t)`: `samplers.sample_midpoint_ancestral`. Draws nothing."""
+    return samplers.sample_midpoint_ancestral(model, x, ts, progress=progress, callback=callback)
+
+
+def sample_heun(
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any,
+    progress: bool = False,
+    callback: Callback = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun steps with churn: `samplers.sample_heun`."""
+    return samplers.sample_heun(
+        _of(denoiser, x),
+        x,
+        sigmas,
+        noise_fn=generator.randn_like,
+        draw_unused=True,
+        progress=progress,
+        callback=callback,
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
+    )
+
+
+def sample_euler(
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any,
+    progress: bool = False,
+    callback: Callback = None,
+) -> Tensor:
+    """Euler steps: `samplers.sample_euler`. Draws nothing."""
+    callback = _only(callback, "x", "i", "sigma", "denoised")
+    return samplers.sample_euler(_of(denoiser, x), x, sigmas, progress=progress, callback=callback)
+
+
+def sample_dpm(
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any,
+    progress: bool = False,
+    callback: Callback = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+) -> Tensor:
+    """DPM-Solver-2 steps with churn: `samplers.sample_dpm`."""
+    return samplers.sample_dpm(
+        _of(denoiser, x),
+        x,
+        sigmas,
+        noise_fn=generator.randn_like,
+        draw_unused=True,
+        progress=progress,
+        callback=callback,
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
+    )
+
+
+def sample_onestep(
+    distiller: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any = None,
+    progress: bool = False,
+    callback: Callback = None,
+) -> Tensor:
+    """D(x, sigmas[0]): `samplers.sample_onestep`. As in the original, callback is never called."""
+    return samplers.sample_onestep(_of(distiller, x), x, sigmas)
+
+
+def stochastic_iterative_sampler(
+    distiller: Denoise,
+    x: Tensor,
+    sigmas: Any,
+    generator: Any,
+    ts: Sequence[int],
+    progress: bool = False,
+    callback: Callback = None,
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+) -> Tensor:
+    """Denoise at the level of each index in `ts` and add noise of the next: `samplers.sample_multistep`.
+
+    As in the original, sigmas is not looked at and callback is never called; noise of the last level is added to the
+    result, which at `steps - 1` is none.
+    """
+    *levels, end = schedules.multistep_sigmas(
+        ts, steps, sigma_min=t_min, sigma_max=t_max, rho=rho, increasing=False
+    )
+    return samplers.sample_multistep(
+        _of(distiller, x),
+        x,
+        levels,
+        noise_fn=generator.randn_like,
+        sigma_min=t_min,
+        end_sigma=end,
+        progress=progress,
+    )
+
+
+def sample_progdist(
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any = None,
+    progress: bool = False,
+    callback: Callback = None,
+) -> Tensor:
+    """Euler steps without the last level, which is 0: how progressively distilled models are sampled."""
+    return sample_euler(denoiser, x, sigmas[:-1], generator, progress=progress, callback=callback)
+
+
+def _edit(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    distiller: Denoise,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float,
+    t_max: float,
+    rho: float,
+    steps: int,
+    generator: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    *levels, end = schedules.multistep_sigmas(
+        ts, steps, sigma_min=t_min, sigma_max=t_max, rho=rho, increasing=False
+    )
+    noise_fn = (generator or get_generator("dummy")).randn_like
+    return run(
+        _of(distiller, x), images, x, levels, noise_fn=noise_fn, sigma_min=t_min, end_sigma=end, **options
+    )
+
+
+def iterative_colorization(
+    distiller: Denoise,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Colour for images: (result, reference of the luminance alone). `editing.colorize`."""
+    return _edit(editing.colorize, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
+
+
+def iterative_inpainting(
+    distiller: Denoise,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator: Any = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill in where the mask is 0: (result, reference with -1 there). `editing.inpaint`.
+
+    mask: 1 where images are known, broadcasts to them. None: an "S" as in the original, which is unknown in seven
+    images, all that is known in the next seven, and so on. The original draws it in Arial and needs that font as a
+    file; here it is in the font that comes with Pillow, and grows with the image.
+    """
+    mask = _letter_mask(x) if mask is None else mask
+    return _edit(editing.inpaint, distiller, images, x, ts, t_min, t_max, rho, steps, generator, mask=mask)
+
+
+def iterative_superres(
+    distiller: Denoise,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Detail for images known as means of 8 x 8 pixels: (result, those means). `editing.super_resolve`."""
+    return _edit(editing.super_resolve, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
+
+
+def _letter_mask(x: Tensor) -> Tensor:
+    """[B, 1, H, W]: an "S" of zeros for seven images, its complement for the next seven."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = x.shape[-2:]
+    image = Image.new("L", (width, height), color=255)
+    font = ImageFont.load_default(size=width * 250 / 256)
+    ImageDraw.Draw(image).text((width * 50 / 256, 0), "S", font=font, fill=0)
+    outside = torch.from_numpy(np.array(image) > 0).to(x.device)
+    inside_known = torch.arange(x.shape[0], device=x.device) // 7 % 2 == 1
+    return (outside ^ inside_known.view(-1, 1, 1, 1)).to(x.dtype)

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmfast import images
+
+PIXELS = torch.randint(0, 256, (5, 4, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_grid(tmp_path):
+    path = images.save(tmp_path / "grid.png", PIXELS, columns=2)
+    picture = np.asarray(Image.open(path))
+    assert picture.shape == (3 * 4 + 2 * 2, 2 * 6 + 2, 3)
+    assert (picture[6:10, 8:14] == PIXELS[3].numpy()).all() and (picture[12:16, 8:] == 0).all()
+
+
+def test_grey_grid(tmp_path):
+    assert Image.open(images.save(tmp_path / "grid.png", PIXELS[..., :1])).mode == "L"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_is_what_the_evaluator_takes(tmp_path, channels):
+    labels = torch.arange(5)
+    with np.load(images.save(tmp_path / "x.npz", PIXELS[..., :channels], labels)) as arrays:
+        assert arrays.files == ["arr_0", "arr_1"]
+        assert arrays["arr_0"].shape == (5, 4, 6, 3) and arrays["arr_0"].dtype == np.uint8
+        assert (arrays["arr_0"] == PIXELS[..., :channels].numpy()).all() and (arrays["arr_1"] == np.arange(5)).all()
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("x.jpg", ValueError, r"\.png or \.npz"),
+        ("missing/x.png", FileNotFoundError, "does not exist"),
+        ("folder.png", IsADirectoryError, "is a folder"),
+    ],
+)
+def test_bad_output(tmp_path, name, error, message):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(error, match=message):
+        images.check_output(tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = images.save(tmp_path / "x.npz", PIXELS)
+    before = path.read_bytes()
+
+    def full_disk(file, *arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        images.save(path, PIXELS[:1])
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="1 or more"):
+        images.grid(PIXELS[:0])

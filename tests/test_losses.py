@@ -1,0 +1,115 @@
+"""The losses beyond the golden numbers (test_golden.py): what they promise, and bad arguments."""
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast import Denoiser, Preconditioner, losses
+from tests.toy import ToyNetwork
+
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+Y = torch.tensor([0, 1, 2, 3])
+
+
+def toy(seed, preconditioner=None):
+    torch.manual_seed(seed)
+    return Denoiser(ToyNetwork(), preconditioner)
+
+
+class DropoutOnly(nn.Module):
+    """F that is nothing but a dropout mask."""
+
+    def forward(self, x, t):
+        return nn.functional.dropout(torch.ones_like(x), 0.5)
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+def test_student_and_target_see_the_same_dropout(teacher):
+    """With the same mask in both, a small step between levels leaves a small difference; with another, a large one."""
+    model = Denoiser(DropoutOnly())
+    teacher_model = Denoiser(DropoutOnly(), Preconditioner.edm()) if teacher else None
+    for seed in range(3):
+        torch.manual_seed(seed)
+        terms = losses.consistency_loss(model, model, X, 100_000, teacher_model=teacher_model)
+        assert terms["loss"].max() < 1e-3
+    # And the mask of the next call is another one: the generator was not left where it was.
+    torch.manual_seed(0)
+    losses.consistency_loss(model, model, X, 18)
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.rand(()) != after
+
+
+def test_a_perfect_model_has_no_loss():
+    """D of data that is one point: x_start. Consistency training, distillation and progressive distillation agree."""
+
+    def perfect(x, sigma):
+        return X
+
+    for terms in (
+        losses.consistency_loss(perfect, perfect, X, 18),
+        losses.consistency_loss(perfect, perfect, X, 18, teacher_model=perfect),
+        losses.consistency_loss(perfect, perfect, X, 18, teacher_model=perfect, solver="euler"),
+        losses.progressive_distillation_loss(perfect, perfect, X, 4),
+        losses.denoising_loss(perfect, X, torch.rand(4) + 0.1),
+    ):
+        assert terms["loss"].shape == (4,) and terms["loss"].abs().max() < 1e-6
+
+
+def test_euler_and_heun_differ():
+    model, teacher = toy(0), toy(1, Preconditioner.edm())
+    values = []
+    for solver in losses.SOLVERS:
+        torch.manual_seed(0)
+        values.append(losses.consistency_loss(model, model, X, 6, teacher_model=teacher, labels=Y, solver=solver)["loss"])
+    assert not torch.allclose(*values)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2-32", "huber"])
+def test_gradient_reaches_the_student_alone(norm):
+    model, target, teacher = toy(0), toy(1), toy(2, Preconditioner.edm())
+    terms = losses.consistency_loss(model, target, X, 18, teacher_model=teacher, labels=Y, loss_norm=norm)
+    terms["loss"].mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is None for other in (target, teacher) for p in other.parameters())
+
+
+def test_lpips_is_the_module_given():
+    def lpips(x, y):
+        return (x - y).abs().amax((1, 2, 3))
+
+    model, target = toy(0), toy(1)
+    options = {"labels": Y, "indices": torch.zeros(4, dtype=torch.int64), "noise": torch.randn_like(X)}
+    loss = losses.consistency_loss(model, target, X, 18, loss_norm="lpips", lpips=lpips, **options)["loss"]
+    by_hand = lpips(
+        model(X + 80 * options["noise"], 80.0, Y),
+        target(X + (s := losses.schedules.karras_sigma(1, 18)) * options["noise"], s, Y),
+    )
+    torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_float64():
+    model = toy(0).double()
+    terms = losses.consistency_loss(model, model, X.double(), 18, labels=Y)
+    assert terms["loss"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_norm": "nope"}, "l1, l2, l2-32, huber, lpips"),
+        ({"loss_norm": "lpips"}, "LPIPS()"),
+        ({"weighting": "nope"}, "truncated-snr"),
+        ({"solver": "nope"}, "heun, euler"),
+        ({"num_scales": 1}, "2 or more, got 1"),
+        ({"target_model": None}, "target_model is missing"),
+        ({"indices": torch.zeros(3, dtype=torch.int64)}, "B = 4"),
+        ({"noise": torch.zeros(4, 3, 8, 7)}, "shape of x_start"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments(options, message):
+    model = toy(0)
+    arguments = {"target_model": model, "num_scales": 18, "labels": Y, **options}
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        losses.consistency_loss(model, x_start=X, **arguments)
