@@ -158,7 +158,11 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path
 
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
+        # save_file leaves a file that only its owner may read; this one gets what the umask says.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -208,13 +212,14 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
             "them by name, as in load(path, image_size=32, num_head_channels=64)"
         )
-    if config["in_channels"] != config["out_channels"]:
+    with torch.device("meta"), _SkipNormal():
+        network = UNetModel(**config)
+    if network.in_channels != network.out_channels:
         raise ValueError(
-            f"the network makes {config['out_channels']} channels from {config['in_channels']} (a learned "
+            f"the network makes {network.out_channels} channels from {network.in_channels} (a learned "
             "variance?), but a Denoiser needs as many out as in"
         )
-    with torch.device("meta"), _SkipNormal():
-        return UNetModel(**config)
+    return network
 
 
 class _SkipNormal(TorchFunctionMode):
@@ -254,16 +259,21 @@ def _cast(denoiser: Denoiser, dtype: torch.dtype | None) -> Denoiser:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a file, and the settings of its cmfast header, if it has one."""
+    start = _first_bytes(path)
+    # A safetensors file is an 8-byte length and JSON.
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path, start)
+    return _strip_prefixes(_state_dict(path, read_pickle(path, map_location="cpu"))), {}
+
+
+def _first_bytes(path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
         raise CheckpointError(f"{path} is empty")
-    # A safetensors file is an 8-byte length and JSON.
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return _read_safetensors(path, start)
-    return _strip_prefixes(_read_pickle(path, start)), {}
+    return start
 
 
 def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -288,10 +298,16 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
     return tensors, settings
 
 
-def _read_pickle(path: Path, start: bytes) -> dict[str, Tensor]:
+def read_pickle(path: Path, **options: Any) -> Any:
+    """What `torch.save` wrote: tensors and plain containers, read without executing anything the file contains.
+
+    Args: options: of `torch.load`, such as map_location.
+    Raises: FileNotFoundError; CheckpointError: empty, damaged, or with pickled Python objects in it.
+    """
+    start = _first_bytes(path)
     try:
         # mmap needs the format of PyTorch 1.6; with it, only what is used is read from the disk.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, **{"mmap": zipfile.is_zipfile(path), **options, "weights_only": True})
     except pickle.UnpicklingError as error:
         if not re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             # Torch's own text is about its security setting, which is not what is wrong here.
@@ -304,6 +320,8 @@ def _read_pickle(path: Path, start: bytes) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
 
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

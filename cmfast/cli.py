@@ -94,11 +94,19 @@ def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     from cmfast import checkpoint
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {arguments.device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
     options = dict(getattr(arguments, "overrides", []))
     if getattr(arguments, "preconditioning", None):
         options["preconditioning"] = arguments.preconditioning
-    return checkpoint.load(arguments.model, device=device, **options).eval()
+    try:
+        return checkpoint.load(arguments.model, device=device, **options).eval()
+    except TypeError as error:  # an unknown --set
+        raise ValueError(str(error)) from error
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

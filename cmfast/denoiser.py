@@ -111,7 +111,7 @@ def denoise_with(
     """(F, D) with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s."""
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
-    return model_output, c_out * model_output + c_skip * x
+    return model_output, c_skip * x + c_out * model_output
 
 
 class Evaluator:

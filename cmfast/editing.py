@@ -66,9 +66,11 @@ def edit(
     noise_scale = (sigma**2 - sigma_min**2).clamp(min=0).sqrt()
     for i in range(len(levels)):
         denoised = evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma[i])), x, sigma[i]).clamp(-1, 1)
-        x = inverse(torch.lerp(transform(denoised), known, mask))
-        if i + 1 < len(levels) or end_sigma is not None:
-            x, _, _ = ops.add_noise(x, noise_fn(x), noise_scale[i + 1])
+        edited = inverse(torch.lerp(transform(denoised), known, mask))
+        if i + 1 == len(levels) and end_sigma is None:
+            return edited
+        # Noise like the state: `edited` may lie transposed in memory, where torch's generator fills in another order.
+        x, _, _ = ops.add_noise(edited, noise_fn(x), noise_scale[i + 1])
     return x
 
 

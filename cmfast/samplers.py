@@ -335,7 +335,7 @@ def sampler_sigmas(
     if sampler == "onestep" and steps not in (None, 1):
         raise ValueError(f"the onestep sampler takes one step, got steps={steps}; use sampler='multistep'")
     if few:
-        return schedules.step_sigmas(steps or 1, **options)
+        return schedules.step_sigmas(1 if steps is None else steps, **options)
     count = 18 if steps is None else steps
     return schedules.karras_sigmas(count + (sampler == "progdist"), dtype=torch.float64, **options).tolist()
 

@@ -1,4 +1,4 @@
-"""Golden numbers of the original code: loading, the weight formula, and the error they are compared with."""
+"""Golden numbers of the original code: loading, the weight formula, the error; and a small network for other tests."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from cmfast.unet import UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -62,6 +64,25 @@ def imagenet64_input() -> Tensor:
     """The x of unet_imagenet64, which its file does not hold: [1, 3, 64, 64] float32."""
     values = 2**0.5 * torch.sin(0.7390851 * torch.arange(3 * 64 * 64, dtype=torch.float64))
     return values.view(1, 3, 64, 64).float()
+
+
+SMALL_UNET = {
+    "image_size": 8,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_head_channels": 16,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+
+
+def small_unet(**changes) -> UNetModel:
+    """`UNetModel(**SMALL_UNET)` with changed arguments and the golden formula's weights."""
+    return unet_weights(UNetModel(**{**SMALL_UNET, **changes}))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

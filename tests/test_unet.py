@@ -14,29 +14,14 @@ from tests.golden_utils import (
     FULL_SIZE_TOLERANCE,
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
+    SMALL_UNET,
     imagenet64_input,
     load,
     relative_error,
+    small_unet,
     unet_arguments,
     unet_weights,
 )
-
-SMALL = {
-    "image_size": 8,
-    "in_channels": 3,
-    "model_channels": 32,
-    "out_channels": 3,
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "channel_mult": (1, 2),
-    "num_head_channels": 16,
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-}
-
-
-def small_unet(**changes) -> UNetModel:
-    return unet_weights(UNetModel(**{**SMALL, **changes}))
 
 
 def inputs(batch: int = 2, shape=(3, 8, 8), num_classes: int | None = None, dtype=torch.float32) -> tuple:
@@ -100,7 +85,7 @@ def test_golden_imagenet64_full_size():
 
 
 def test_config_is_json_and_rebuilds_the_network():
-    model = UNetModel(**SMALL, num_classes=7, dropout=0.1)
+    model = UNetModel(**SMALL_UNET, num_classes=7, dropout=0.1)
     config = json.loads(json.dumps(model.config))
     again = UNetModel(**config)
     assert again.config == model.config == config
@@ -108,7 +93,7 @@ def test_config_is_json_and_rebuilds_the_network():
 
 
 def test_residual_branches_and_output_start_at_zero():
-    model = UNetModel(**SMALL)
+    model = UNetModel(**SMALL_UNET)
     zero = {name for name, p in model.named_parameters() if name.endswith("weight") and not p.any()}
     expected = {name for name in model.state_dict() if name.endswith(("out_layers.3.weight", "proj_out.weight"))}
     assert zero == expected | {"out.2.weight"}
@@ -365,7 +350,7 @@ def test_inductor():
 
 def test_works_on_meta_tensors():
     with torch.device("meta"):
-        model = UNetModel(**SMALL, num_classes=4)
+        model = UNetModel(**SMALL_UNET, num_classes=4)
         out = model(torch.empty(2, 3, 8, 8), torch.empty(2), torch.zeros(2, dtype=torch.int64))
     assert out.shape == (2, 3, 8, 8)
 
@@ -414,4 +399,4 @@ def test_labels_for_an_unconditional_network():
 )
 def test_wrong_construction(change, message):
     with pytest.raises(ValueError, match=message):
-        UNetModel(**{**SMALL, **change})
+        UNetModel(**{**SMALL_UNET, **change})

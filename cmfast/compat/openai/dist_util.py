@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cmfast.checkpoint import read_pickle
 
 #: The GPU of a rank is rank % GPUS_PER_NODE where LOCAL_RANK is not set.
 GPUS_PER_NODE = 8
@@ -59,7 +62,7 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
         FileNotFoundError: no such file.
         cmfast.checkpoint.CheckpointError (a ValueError): empty, cut short, or with pickled Python objects in it.
     """
-    raise NotImplementedError
+    return read_pickle(Path(path), **kwargs)
 
 
 def sync_params(params: Iterable[Tensor]) -> None:

@@ -13,7 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast import editing, losses, ops, samplers, schedules
+from cmfast import losses, ops
+from cmfast.compat.openai._editing import iterative_colorization, iterative_inpainting, iterative_superres
+from cmfast.compat.openai._loops import (
+    Callback,
+    get_ancestral_step,
+    get_sigmas_karras,
+    sample_dpm,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_midpoint_ancestral,
+    sample_onestep,
+    sample_progdist,
+    stochastic_iterative_sampler,
+    to_d,
+)
 from cmfast.compat.openai.nn import append_dims, append_zero, mean_flat
 from cmfast.compat.openai.random_util import get_generator
 from cmfast.denoiser import Evaluator, denoise_with
@@ -43,10 +58,6 @@ __all__ = [
     "to_d",
 ]
 
-#: D(x, sigma) with sigma [B].
-Denoise = Callable[[Tensor, Tensor], Tensor] | Evaluator
-Callback = Callable[[dict[str, Any]], None] | None
-
 
 def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Tensor:
     """Loss weights from signal-to-noise ratios: `ops.snr_weight`."""
@@ -57,7 +68,8 @@ class _UnitLPIPS(LPIPS):
     """LPIPS of images in [0, 1] at their own size, on the device they are on."""
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        return super().to(x.device).forward(x, target, resize=False, value_range=(0.0, 1.0))
+        self.to(x.device)
+        return super().forward(x, target, resize=False, value_range=(0.0, 1.0))
 
 
 class KarrasDenoiser:
@@ -296,274 +308,3 @@ def karras_sample(
     denoiser = _evaluator(diffusion, model, model_kwargs, x.dtype, clip=clip_denoised)
     x = functions[sampler](denoiser, x, sigmas, generator, progress=progress, callback=callback, **options)
     return x.clamp(-1, 1)
-
-
-def get_sigmas_karras(
-    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str | None = "cpu"
-) -> Tensor:
-    """n Karras levels from sigma_max to sigma_min, and 0: [n + 1]."""
-    return schedules.karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, device=device)
-
-
-def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
-    """The slope of the ODE, (x - denoised) / sigma."""
-    return (x - denoised) / append_dims(sigma, x.ndim)
-
-
-def get_ancestral_step(sigma_from: Any, sigma_to: Any) -> tuple[Any, Any]:
-    """(sigma_down, sigma_up): `schedules.ancestral_levels`."""
-    return schedules.ancestral_levels(sigma_from, sigma_to)
-
-
-def _of(denoiser: Denoise, x: Tensor) -> Evaluator:
-    return denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser, dtype=x.dtype)
-
-
-def _only(callback: Callback, *keys: str) -> Callback:
-    """A callback that is given these entries alone."""
-    return callback and (lambda info: callback({key: info[key] for key in keys}))
-
-
-def sample_euler_ancestral(
-    model: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any,
-    progress: bool = False,
-    callback: Callback = None,
-) -> Tensor:
-    """Ancestral sampling with Euler steps: `samplers.sample_euler_ancestral`."""
-    return samplers.sample_euler_ancestral(
-        _of(model, x),
-        x,
-        sigmas,
-        noise_fn=generator.randn_like,
-        draw_unused=True,
-        progress=progress,
-        callback=callback,
-    )
-
-
-def sample_midpoint_ancestral(
-    model: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    ts: Sequence[float] | Tensor,
-    generator: Any,
-    progress: bool = False,
-    callback: Callback = None,
-) -> Tensor:
-    """Midpoint steps along a slope `model(x, t)`: `samplers.sample_midpoint_ancestral`. Draws nothing."""
-    return samplers.sample_midpoint_ancestral(model, x, ts, progress=progress, callback=callback)
-
-
-def sample_heun(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any,
-    progress: bool = False,
-    callback: Callback = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = float("inf"),
-    s_noise: float = 1.0,
-) -> Tensor:
-    """Heun steps with churn: `samplers.sample_heun`."""
-    return samplers.sample_heun(
-        _of(denoiser, x),
-        x,
-        sigmas,
-        noise_fn=generator.randn_like,
-        draw_unused=True,
-        progress=progress,
-        callback=callback,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-    )
-
-
-def sample_euler(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any,
-    progress: bool = False,
-    callback: Callback = None,
-) -> Tensor:
-    """Euler steps: `samplers.sample_euler`. Draws nothing."""
-    callback = _only(callback, "x", "i", "sigma", "denoised")
-    return samplers.sample_euler(_of(denoiser, x), x, sigmas, progress=progress, callback=callback)
-
-
-def sample_dpm(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any,
-    progress: bool = False,
-    callback: Callback = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = float("inf"),
-    s_noise: float = 1.0,
-) -> Tensor:
-    """DPM-Solver-2 steps with churn: `samplers.sample_dpm`."""
-    return samplers.sample_dpm(
-        _of(denoiser, x),
-        x,
-        sigmas,
-        noise_fn=generator.randn_like,
-        draw_unused=True,
-        progress=progress,
-        callback=callback,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-    )
-
-
-def sample_onestep(
-    distiller: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any = None,
-    progress: bool = False,
-    callback: Callback = None,
-) -> Tensor:
-    """D(x, sigmas[0]): `samplers.sample_onestep`. As in the original, callback is never called."""
-    return samplers.sample_onestep(_of(distiller, x), x, sigmas)
-
-
-def stochastic_iterative_sampler(
-    distiller: Denoise,
-    x: Tensor,
-    sigmas: Any,
-    generator: Any,
-    ts: Sequence[int],
-    progress: bool = False,
-    callback: Callback = None,
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-) -> Tensor:
-    """Denoise at the level of each index in `ts` and add noise of the next: `samplers.sample_multistep`.
-
-    As in the original, sigmas is not looked at and callback is never called; noise of the last level is added to the
-    result, which at `steps - 1` is none.
-    """
-    *levels, end = schedules.multistep_sigmas(
-        ts, steps, sigma_min=t_min, sigma_max=t_max, rho=rho, increasing=False
-    )
-    return samplers.sample_multistep(
-        _of(distiller, x),
-        x,
-        levels,
-        noise_fn=generator.randn_like,
-        sigma_min=t_min,
-        end_sigma=end,
-        progress=progress,
-    )
-
-
-def sample_progdist(
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    generator: Any = None,
-    progress: bool = False,
-    callback: Callback = None,
-) -> Tensor:
-    """Euler steps without the last level, which is 0: how progressively distilled models are sampled."""
-    return sample_euler(denoiser, x, sigmas[:-1], generator, progress=progress, callback=callback)
-
-
-def _edit(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    distiller: Denoise,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float,
-    t_max: float,
-    rho: float,
-    steps: int,
-    generator: Any,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    *levels, end = schedules.multistep_sigmas(
-        ts, steps, sigma_min=t_min, sigma_max=t_max, rho=rho, increasing=False
-    )
-    noise_fn = (generator or get_generator("dummy")).randn_like
-    return run(
-        _of(distiller, x), images, x, levels, noise_fn=noise_fn, sigma_min=t_min, end_sigma=end, **options
-    )
-
-
-def iterative_colorization(
-    distiller: Denoise,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Colour for images: (result, reference of the luminance alone). `editing.colorize`."""
-    return _edit(editing.colorize, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
-
-
-def iterative_inpainting(
-    distiller: Denoise,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator: Any = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fill in where the mask is 0: (result, reference with -1 there). `editing.inpaint`.
-
-    mask: 1 where images are known, broadcasts to them. None: an "S" as in the original, which is unknown in seven
-    images, all that is known in the next seven, and so on. The original draws it in Arial and needs that font as a
-    file; here it is in the font that comes with Pillow, and grows with the image.
-    """
-    mask = _letter_mask(x) if mask is None else mask
-    return _edit(editing.inpaint, distiller, images, x, ts, t_min, t_max, rho, steps, generator, mask=mask)
-
-
-def iterative_superres(
-    distiller: Denoise,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Detail for images known as means of 8 x 8 pixels: (result, those means). `editing.super_resolve`."""
-    return _edit(editing.super_resolve, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
-
-
-def _letter_mask(x: Tensor) -> Tensor:
-    """[B, 1, H, W]: an "S" of zeros for seven images, its complement for the next seven."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    height, width = x.shape[-2:]
-    image = Image.new("L", (width, height), color=255)
-    font = ImageFont.load_default(size=width * 250 / 256)
-    ImageDraw.Draw(image).text((width * 50 / 256, 0), "S", font=font, fill=0)
-    outside = torch.from_numpy(np.array(image) > 0).to(x.device)
-    inside_known = torch.arange(x.shape[0], device=x.device) // 7 % 2 == 1
-    return (outside ^ inside_known.view(-1, 1, 1, 1)).to(x.dtype)

