@@ -18,8 +18,8 @@ from torch import Tensor
 from cmfast.data import ImageData
 from cmfast.denoiser import Denoiser
 
-#: (model, average, images, labels) -> per-sample loss [B].
-LossFn = Callable[[Denoiser, Denoiser, Tensor, Tensor], Tensor]
+#: (model, images, labels, step) -> per-sample loss [B].
+LossFn = Callable[[Denoiser, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Trainer:
         torch.manual_seed((self.options.seed << 32) + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate_at(self.step)
-        loss = self.loss_fn(self.model, self.average, images, labels).mean()
+        loss = self.loss_fn(self.model, images, labels, self.step).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -11,14 +11,6 @@ from cmfast.unet import UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Relative errors allowed for float32 networks: both sides round, in another order of additions.
-OUTPUT_TOLERANCE = 2e-5
-GRADIENT_TOLERANCE = 2e-4
-
-# The full-size network magnifies rounding: its golden numbers lie 2.4e-4 from a float64 run. The original
-# code itself misses them by 2.8e-5 with one thread instead of two, by 1.5e-4 without oneDNN.
-FULL_SIZE_TOLERANCE = 5e-4
-
 
 def load(name: str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata (every header value parsed from JSON) of tests/golden/{name}.safetensors."""

@@ -17,15 +17,15 @@ from cmfast.precondition import Preconditioner
 from cmfast.unet import UNetModel
 from tests.checkpoint_utils import ASKED, same_bits
 from tests.golden_utils import (
-    OUTPUT_TOLERANCE,
+    load as load_golden,
+)
+from tests.golden_utils import (
     relative_error,
     small_unet,
     unet_arguments,
     unet_weights,
 )
-from tests.golden_utils import (
-    load as load_golden,
-)
+from tests.tolerances import GOLDEN_VALUE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def test_golden_output_of_a_loaded_network(name, tmp_path):
     torch.save(unet_weights(UNetModel(**arguments)).state_dict(), tmp_path / "model.pt")
     model = load(tmp_path / "model.pt", image_size=64, num_head_channels=arguments["num_head_channels"])
     out = model.network(tensors["x"], tensors["timesteps"], tensors.get("y"))
-    assert relative_error(out, tensors["out"]) < OUTPUT_TOLERANCE
+    assert relative_error(out, tensors["out"]) < GOLDEN_VALUE
     assert model.image_shape == (3, 64, 64)
 
 
@@ -122,6 +122,10 @@ def test_half_is_the_torso_as_in_the_original(pt_file):
     for dtype in (torch.float16, torch.bfloat16):
         expected = small_unet(num_classes=10).convert_torso(dtype)
         assert same_bits(load(pt_file, dtype=dtype, **ASKED).network, expected)
+        torch.save(small_unet(num_classes=10).half().state_dict(), pt_file.with_name("half.pt"))
+        assert (
+            load(pt_file.with_name("half.pt"), dtype=dtype, **ASKED).network.time_embed[0].weight.dtype == torch.float32
+        )
     double = load(pt_file, dtype=torch.float64, **ASKED)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
 

@@ -98,7 +98,13 @@ def test_train_writes_models_and_a_curve(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the loss curve is drawn with matplotlib")
     out = tmp_path / "run"
     assert cli.main(["train", "--out", str(out), "--edm-steps", "1", "--cd-steps", "1"]) == 0
-    assert {p.name for p in out.iterdir()} == {"edm.pt", "cd.pt", "teacher.safetensors", "model.safetensors", "loss.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "edm.pt",
+        "cd.pt",
+        "teacher.safetensors",
+        "model.safetensors",
+        "loss.png",
+    }
     assert cmfast.load(out / "teacher.safetensors").preconditioner.name == "edm"
     student = cmfast.load(out / "model.safetensors")
     assert student.preconditioner.name == "consistency" and student.image_shape == (1, 32, 32)

@@ -39,7 +39,9 @@ def test_super_resolution_keeps_the_means(patch_size):
     out, reference = editing.super_resolve(model, IMAGES, X, SIGMAS, patch_size=patch_size)
     pool = torch.nn.AvgPool2d(patch_size)
     torch.testing.assert_close(pool(out), pool(IMAGES), atol=1e-5, rtol=0)
-    torch.testing.assert_close(reference, pool(IMAGES).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3))
+    torch.testing.assert_close(
+        reference, pool(IMAGES).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    )
 
 
 def test_oblong_images():

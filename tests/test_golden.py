@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmfast import editing, losses, noise, ops, samplers, schedules
+from cmfast import Sampler, editing, losses, noise, ops, samplers, schedules
 from tests.golden_utils import load, relative_error
 from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.toy import toy_denoiser
@@ -127,7 +127,7 @@ def test_consistency_and_progressive_losses(name, drawn):
     assert all(p.grad is None for frozen in (target, teacher) for p in frozen.parameters())
 
 
-@pytest.mark.parametrize("through", ["network", "function"])
+@pytest.mark.parametrize("through", ["network", "function", "Sampler"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_sampling_loops(name, through):
     sampler, steps, churn, kind, clip = name.split(".")
@@ -146,7 +146,12 @@ def test_sampling_loops(name, through):
         options |= {"noise_fn": replay, "end_sigma": end}
     else:
         sigmas = schedules.karras_sigmas(steps + (sampler == "progdist"))
-    out = samplers.sample(model, replay(None), sampler=sampler, sigmas=sigmas, **options)
+    if through == "Sampler":
+        noise_fn, labels = options.pop("noise_fn", None), options.pop("labels")
+        engine = Sampler(model, 2, sampler=sampler, sigmas=sigmas, image_shape=(3, 12, 20), **options)
+        out = engine.generate(replay(None), labels, noise_fn=noise_fn)
+    else:
+        out = samplers.sample(model, replay(None), sampler=sampler, sigmas=sigmas, **options)
     close(out, TENSORS[f"sample.{name}.out"], GOLDEN_LOOP)
     assert replay.used == len(replay.draws)
 

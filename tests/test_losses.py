@@ -61,7 +61,9 @@ def test_euler_and_heun_differ():
     values = []
     for solver in losses.SOLVERS:
         torch.manual_seed(0)
-        values.append(losses.consistency_loss(model, model, X, 6, teacher_model=teacher, labels=Y, solver=solver)["loss"])
+        values.append(
+            losses.consistency_loss(model, model, X, 6, teacher_model=teacher, labels=Y, solver=solver)["loss"]
+        )
     assert not torch.allclose(*values)
 
 

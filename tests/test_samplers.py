@@ -117,4 +117,6 @@ def test_bad_schedules(options, message):
 
 def test_defaults():
     assert samplers.sampler_sigmas("multistep") == [80.0] and len(samplers.sampler_sigmas("heun")) == 19
-    assert samplers.sampler_sigmas("progdist", steps=4)[-1] == 0 and len(samplers.sampler_sigmas("progdist", steps=4)) == 6
+    assert (
+        samplers.sampler_sigmas("progdist", steps=4)[-1] == 0 and len(samplers.sampler_sigmas("progdist", steps=4)) == 6
+    )

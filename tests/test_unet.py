@@ -11,9 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import GroupNorm32, timestep_embedding
 from tests.golden_utils import (
-    FULL_SIZE_TOLERANCE,
-    GRADIENT_TOLERANCE,
-    OUTPUT_TOLERANCE,
     SMALL_UNET,
     imagenet64_input,
     load,
@@ -22,6 +19,7 @@ from tests.golden_utils import (
     unet_arguments,
     unet_weights,
 )
+from tests.tolerances import GOLDEN_FULL_SIZE, GOLDEN_LOOP, GOLDEN_VALUE
 
 
 def inputs(batch: int = 2, shape=(3, 8, 8), num_classes: int | None = None, dtype=torch.float32) -> tuple:
@@ -54,11 +52,11 @@ def test_golden_output_and_gradients(name, dtype):
     out.square().mean().backward()
 
     assert out.dtype == dtype
-    assert relative_error(out, tensors["out"]) < OUTPUT_TOLERANCE
-    assert relative_error(x.grad, tensors["grad_x"]) < GRADIENT_TOLERANCE
+    assert relative_error(out, tensors["out"]) < GOLDEN_VALUE
+    assert relative_error(x.grad, tensors["grad_x"]) < GOLDEN_LOOP
     first, time = model.input_blocks[0][0].weight, model.time_embed[0].weight
-    assert relative_error(first.grad, tensors["grad_first"]) < GRADIENT_TOLERANCE
-    assert relative_error(time.grad, tensors["grad_time"]) < GRADIENT_TOLERANCE
+    assert relative_error(first.grad, tensors["grad_first"]) < GOLDEN_LOOP
+    assert relative_error(time.grad, tensors["grad_time"]) < GOLDEN_LOOP
 
 
 @pytest.mark.parametrize("name", ["plain", "imagenet64_like", "lsun256_like", "imagenet64"])
@@ -78,7 +76,7 @@ def test_golden_imagenet64_full_size():
     assert sum(p.numel() for p in model.parameters()) == 295_899_267
     with torch.no_grad():
         out = model(imagenet64_input(), tensors["timesteps"], tensors["y"])
-    assert relative_error(out, tensors["out"]) < FULL_SIZE_TOLERANCE
+    assert relative_error(out, tensors["out"]) < GOLDEN_FULL_SIZE
 
 
 # --- construction ---------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def test_one_dimension_is_a_column_of_two():
             tensor.copy_(source)
     x, timesteps = inputs(2, (3, 8))
     wide = two(x[..., None].expand(2, 3, 8, 8), timesteps)
-    assert relative_error(wide, one(x, timesteps)[..., None].expand_as(wide)) < OUTPUT_TOLERANCE
+    assert relative_error(wide, one(x, timesteps)[..., None].expand_as(wide)) < GOLDEN_VALUE
 
 
 def test_heads_of_the_decoder():
@@ -211,11 +209,16 @@ def test_float64_model_computes_in_float64():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["w16", "w32"])
-def test_group_norm_statistics(dtype, weight_dtype):
+def test_group_norm_statistics(dtype, weight_dtype, monkeypatch):
+    seen, group_norm = [], torch.nn.functional.group_norm
+    monkeypatch.setattr(
+        torch.nn.functional, "group_norm", lambda x, *args: seen.append(x.dtype) or group_norm(x, *args)
+    )
     norm = GroupNorm32(64).to(weight_dtype)
     x = (1000 + torch.randn(2, 64, 6, 6)).to(dtype)  # a mean that 16-bit sums would lose
     out, eps = norm(x), torch.finfo(dtype).eps
-    expected = torch.nn.functional.group_norm(x.double(), 32, eps=norm.eps)
+    expected = group_norm(x.double(), 32, eps=norm.eps)
+    assert seen == [torch.promote_types(dtype, torch.float32)]
     assert out.dtype == dtype
     assert relative_error(out, expected) < {torch.float32: 1e-4, torch.float64: 1e-12}.get(dtype, eps)
 
@@ -238,11 +241,11 @@ def test_channels_last():
     model = small_unet()
     expected = model(x, timesteps)
     out = model(x.contiguous(memory_format=torch.channels_last), timesteps)
-    assert relative_error(out, expected) < OUTPUT_TOLERANCE
+    assert relative_error(out, expected) < GOLDEN_VALUE
     model.to(memory_format=torch.channels_last)
     out = model(x.contiguous(memory_format=torch.channels_last), timesteps)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(out, expected) < OUTPUT_TOLERANCE
+    assert relative_error(out, expected) < GOLDEN_VALUE
 
 
 def test_non_contiguous_and_integer_timesteps():
@@ -311,9 +314,9 @@ def test_compiles_as_one_graph_with_gradient(num_classes, use_checkpoint):
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     loss, gradients = loss_and_gradients(compiled, args)
-    assert relative_error(loss, expected) < OUTPUT_TOLERANCE
+    assert relative_error(loss, expected) < GOLDEN_VALUE
     for name, gradient in expected_gradients.items():
-        assert relative_error(gradients[f"_orig_mod.{name}"], gradient) < GRADIENT_TOLERANCE, name
+        assert relative_error(gradients[f"_orig_mod.{name}"], gradient) < GOLDEN_LOOP, name
 
 
 def test_one_graph_for_every_batch_size():
@@ -323,7 +326,7 @@ def test_one_graph_for_every_batch_size():
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch in (2, 3, 5):
         args = inputs(batch, num_classes=4)
-        assert relative_error(compiled(*args), model(*args)) < OUTPUT_TOLERANCE
+        assert relative_error(compiled(*args), model(*args)) < GOLDEN_VALUE
     assert counter.frame_count == 1
 
 
@@ -345,7 +348,7 @@ def test_inductor():
     model = small_unet(channel_mult=(1,), num_res_blocks=0).requires_grad_(False)
     args = inputs(2)
     torch._dynamo.reset()
-    assert relative_error(torch.compile(model, fullgraph=True)(*args), model(*args)) < OUTPUT_TOLERANCE
+    assert relative_error(torch.compile(model, fullgraph=True)(*args), model(*args)) < GOLDEN_VALUE
 
 
 def test_works_on_meta_tensors():

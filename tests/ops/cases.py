@@ -44,54 +44,54 @@ def flat(result: object) -> list[Tensor]:
 
 
 CASES = {
-    "scale_input": Case(lambda s, l: ops.scale_input(s["x"], l["sigma"]), ("x",)),
-    "denoise": Case(lambda s, l: ops.denoise(s["f"], s["x"], l["sigma"]), ("f", "x")),
-    "denoise clipped": Case(lambda s, l: ops.denoise(s["f"], s["x"], l["sigma"], clip=True), ("f", "x")),
-    "denoise edm": Case(lambda s, l: ops.denoise(s["f"], s["x"], l["sigma"], boundary=0.0), ("f", "x")),
+    "scale_input": Case(lambda s, v: ops.scale_input(s["x"], v["sigma"]), ("x",)),
+    "denoise": Case(lambda s, v: ops.denoise(s["f"], s["x"], v["sigma"]), ("f", "x")),
+    "denoise clipped": Case(lambda s, v: ops.denoise(s["f"], s["x"], v["sigma"], clip=True), ("f", "x")),
+    "denoise edm": Case(lambda s, v: ops.denoise(s["f"], s["x"], v["sigma"], boundary=0.0), ("f", "x")),
     "denoise plain": Case(
-        lambda s, l: ops.denoise(s["f"], s["x"], l["sigma"], sigma_data=None), ("f", "x"), no_grad_to=("x", "sigma")
+        lambda s, v: ops.denoise(s["f"], s["x"], v["sigma"], sigma_data=None), ("f", "x"), no_grad_to=("x", "sigma")
     ),
-    "init_noise": Case(lambda s, l: ops.init_noise(s["noise"], l["sigma"]), ("noise",)),
-    "add_noise": Case(lambda s, l: ops.add_noise(s["x"], s["noise"], l["sigma"]), ("x", "noise")),
+    "init_noise": Case(lambda s, v: ops.init_noise(s["noise"], v["sigma"]), ("noise",)),
+    "add_noise": Case(lambda s, v: ops.add_noise(s["x"], s["noise"], v["sigma"]), ("x", "noise")),
     "add_noise churn": Case(
-        lambda s, l: ops.add_noise(s["x"], s["noise"], l["sigma"], input_sigma=l["level"]),
+        lambda s, v: ops.add_noise(s["x"], s["noise"], v["sigma"], input_sigma=v["level"]),
         ("x", "noise"),
         ("sigma", "level"),
     ),
     "add_noise_pair": Case(
-        lambda s, l: ops.add_noise_pair(s["x"], s["noise"], l["sigma"], l["next"]), ("x", "noise"), ("sigma", "next")
+        lambda s, v: ops.add_noise_pair(s["x"], s["noise"], v["sigma"], v["next"]), ("x", "noise"), ("sigma", "next")
     ),
     "renoise": Case(
-        lambda s, l: ops.renoise(s["f"], s["x"], l["sigma"], l["next"], s["noise"]),
+        lambda s, v: ops.renoise(s["f"], s["x"], v["sigma"], v["next"], s["noise"]),
         ("f", "x", "noise"),
         ("sigma", "next"),
     ),
     "euler_step": Case(
-        lambda s, l: ops.euler_step(s["f"], s["x"], l["sigma"], l["next"]), ("f", "x"), ("sigma", "next")
+        lambda s, v: ops.euler_step(s["f"], s["x"], v["sigma"], v["next"]), ("f", "x"), ("sigma", "next")
     ),
     "heun_predictor": Case(
-        lambda s, l: ops.heun_predictor(s["f"], s["x"], l["sigma"], l["next"]), ("f", "x"), ("sigma", "next")
+        lambda s, v: ops.heun_predictor(s["f"], s["x"], v["sigma"], v["next"]), ("f", "x"), ("sigma", "next")
     ),
     "heun_corrector": Case(
-        lambda s, l: ops.heun_corrector(s["f"], s["f2"], s["x"], l["sigma"], l["next"]),
+        lambda s, v: ops.heun_corrector(s["f"], s["f2"], s["x"], v["sigma"], v["next"]),
         ("f", "f2", "x"),
         ("sigma", "next"),
     ),
     "midpoint_corrector": Case(
-        lambda s, l: ops.midpoint_corrector(s["f"], s["f2"], s["x"], l["sigma"], l["mid"], l["next"]),
+        lambda s, v: ops.midpoint_corrector(s["f"], s["f2"], s["x"], v["sigma"], v["mid"], v["next"]),
         ("f", "f2", "x"),
         ("sigma", "mid", "next"),
     ),
     **{
         f"weighted_loss {norm}": Case(
-            lambda s, l, norm=norm: ops.weighted_loss(s["x"], s["y"], l["weight"], norm=norm, huber_c=0.03),
+            lambda s, v, norm=norm: ops.weighted_loss(s["x"], s["y"], v["weight"], norm=norm, huber_c=0.03),
             ("x", "y"),
             ("weight",),
         )
         for norm in ("l1", "l2", "huber")
     },
     "consistency_loss": Case(
-        lambda s, l: ops.consistency_loss(s["f"], s["x"], l["sigma"], s["y"], l["weight"], norm="huber", huber_c=0.03),
+        lambda s, v: ops.consistency_loss(s["f"], s["x"], v["sigma"], s["y"], v["weight"], norm="huber", huber_c=0.03),
         ("f", "x", "y"),
         ("sigma", "weight"),
     ),

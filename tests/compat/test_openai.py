@@ -1,0 +1,600 @@
+"""openai's `cm` as cmfast.compat.openai has it: golden numbers, orders of draws, overrides, small helpers."""
+
+import argparse
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast import perceptual
+from cmfast.compat.openai import karras_diffusion as kd
+from cmfast.compat.openai import nn as cm_nn
+from cmfast.compat.openai import random_util, script_util, unet
+from tests.golden_utils import load, relative_error
+from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
+from tests.toy import toy_denoiser
+
+TENSORS, META = load("karras_2303")
+META = META["meta"]
+Y = TENSORS["y"]
+SAMPLES = sorted(k[len("sample.") : -len(".out")] for k in TENSORS if k.startswith("sample.") and k.endswith(".out"))
+LOSSES = sorted(k.removesuffix(".loss") for k in TENSORS if k.endswith(".loss"))
+CHURN = {"s_churn": 3.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+TS = {40: (0, 22, 39), 151: (0, 67, 150)}
+
+
+def close(value, expected, tolerance=GOLDEN_VALUE):
+    assert value.shape == expected.shape
+    assert relative_error(value, expected) <= tolerance
+
+
+def toy(role="student"):
+    return toy_denoiser(TENSORS, role, "edm").network
+
+
+def diffusion_of(kind="bc", **options):
+    return kd.KarrasDenoiser(distillation=kind == "bc", **options)
+
+
+class Overridden(kd.KarrasDenoiser):
+    """The same numbers by another way, which has to be taken."""
+
+    calls = 0
+
+    def get_scalings(self, sigma):
+        self.calls += 1
+        return super().get_scalings(sigma)
+
+    def get_scalings_for_boundary_condition(self, sigma):
+        self.calls += 1
+        return super().get_scalings_for_boundary_condition(sigma)
+
+
+class Replay:
+    """A generator that draws what the original drew."""
+
+    def __init__(self, prefix):
+        self.draws = [TENSORS[f"{prefix}.draw.{i}"] for i in range(99) if f"{prefix}.draw.{i}" in TENSORS]
+        self.used = 0
+
+    def randn(self, *size, device=None):
+        self.used += 1
+        assert self.draws[self.used - 1].shape == size
+        return self.draws[self.used - 1]
+
+    def randn_like(self, x):
+        return self.randn(*x.shape)
+
+
+class CountingGenerator(random_util.DummyGenerator):
+    def __init__(self):
+        self.draws = 0
+
+    def randn_like(self, x, **options):
+        self.draws += 1
+        return super().randn_like(x, **options)
+
+
+# Golden numbers
+
+
+@pytest.mark.parametrize("n", [2, 18, 40, 151])
+def test_get_sigmas_karras(n):
+    sigmas = kd.get_sigmas_karras(n, 0.002, 80.0)
+    torch.testing.assert_close(sigmas, TENSORS[f"sigmas_karras.{n}"], rtol=GOLDEN_VALUE, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["edm", "bc"])
+def test_scalings_and_denoise(kind):
+    diffusion = diffusion_of(kind)
+    scalings = diffusion.get_scalings if kind == "edm" else diffusion.get_scalings_for_boundary_condition
+    for name, value in zip(("c_skip", "c_out", "c_in"), scalings(TENSORS["sigma"]), strict=True):
+        torch.testing.assert_close(value, TENSORS[f"scalings.{kind}.{name}"], rtol=GOLDEN_VALUE, atol=0)
+    output, denoised = diffusion.denoise(toy(), TENSORS["x_t"], TENSORS["sigma"], y=Y)
+    close(output, TENSORS[f"denoise.{kind}.model_output"])
+    close(denoised, TENSORS[f"denoise.{kind}.denoised"])
+
+
+@pytest.mark.parametrize("schedule", ["snr", "snr+1", "karras", "truncated-snr", "uniform"])
+def test_get_weightings(schedule):
+    diffusion = kd.KarrasDenoiser()
+    weights = kd.get_weightings(schedule, diffusion.get_snr(TENSORS["sigma"]), diffusion.sigma_data)
+    torch.testing.assert_close(weights, TENSORS[f"weights.{schedule}"], rtol=GOLDEN_VALUE, atol=0)
+
+
+@pytest.mark.parametrize("through", [kd.KarrasDenoiser, Overridden])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_karras_sample(name, through):
+    sampler, steps, churn, kind, clip = name.split(".")
+    diffusion, generator = through(distillation=kind == "bc"), Replay(f"sample.{name}")
+    out = kd.karras_sample(
+        diffusion,
+        toy(),
+        (2, 3, 12, 20),
+        int(steps),
+        clip_denoised=clip == "clip",
+        model_kwargs={"y": Y[:2]},
+        sampler=sampler,
+        generator=generator,
+        ts=TS.get(int(steps)) if sampler == "multistep" else None,
+        **(CHURN if churn == "churn" else {}),
+    )
+    close(out, TENSORS[f"sample.{name}.out"], GOLDEN_LOOP)
+    assert generator.used == len(generator.draws)
+    assert through is kd.KarrasDenoiser or diffusion.calls > 0
+
+
+@pytest.mark.parametrize("through", [kd.KarrasDenoiser, Overridden])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, through):
+    mode, *norm, schedule = name.split(".")
+    # The original distils progressively, and trains EDM, without the boundary condition.
+    diffusion = through(
+        weight_schedule=schedule, distillation=mode in ("ct", "cd"), loss_norm=norm[0] if norm else "lpips"
+    )
+    model, target, teacher = toy(), toy("target"), toy("teacher")
+    options = {"model_kwargs": {"y": Y}, "noise": TENSORS["noise"]}
+    torch.manual_seed(META["loss_torch_manual_seed"])
+    if mode == "edm":
+        terms = diffusion.training_losses(model, TENSORS["x_start"], TENSORS["sigma"], **options)
+        close(terms["xs_mse"], TENSORS[f"{name}.xs_mse"])
+        close(terms["mse"], TENSORS[f"{name}.mse"])
+    else:
+        if mode in ("cd", "pd"):
+            options |= {"teacher_model": teacher, "teacher_diffusion": kd.KarrasDenoiser()}
+        if mode in ("ct", "cd"):
+            options["target_model"] = target
+        loss = diffusion.progdist_losses if mode == "pd" else diffusion.consistency_losses
+        terms = loss(model, TENSORS["x_start"], META["num_scales"][mode], **options)
+    close(terms["loss"], TENSORS[f"{name}.loss"])
+    terms["loss"].mean().backward()
+    for key, parameter in model.named_parameters():
+        close(parameter.grad, TENSORS[f"{name}.grad.{key}"], GOLDEN_LOOP)
+    assert all(p.grad is None for frozen in (target, teacher) for p in frozen.parameters())
+    assert through is kd.KarrasDenoiser or diffusion.calls > 0
+
+
+@pytest.mark.parametrize(
+    "task, run", [("colorization", kd.iterative_colorization), ("superres", kd.iterative_superres)]
+)
+def test_editing(task, run):
+    diffusion, model = diffusion_of(), toy()
+    out, reference = run(
+        lambda x, sigma: diffusion.denoise(model, x, sigma, y=Y[:2])[1],
+        TENSORS["edit.images"],
+        TENSORS["edit.x"],
+        (0, 11, 39),
+        generator=Replay(f"edit.{task}"),
+    )
+    close(out, TENSORS[f"edit.{task}.out"], GOLDEN_LOOP)
+    close(reference, TENSORS[f"edit.{task}.reference"])
+
+
+@pytest.mark.parametrize("name, key", [("determ", "determ"), ("determ-indiv", "determ_indiv")])
+def test_deterministic_generators(name, key):
+    generator = random_util.get_generator(name, num_samples=8, seed=2303)
+    assert torch.equal(generator.randn(4, 3, 4, 4), TENSORS[f"{key}.randn"])
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_ema_and_scales(i):
+    settings = dict(META[f"ema_scales.{i}"])
+    steps = settings.pop("steps")
+    at_step = script_util.create_ema_and_scales_fn(**settings)
+    value = torch.tensor([at_step(step) for step in steps], dtype=torch.float64)
+    torch.testing.assert_close(value, TENSORS[f"ema_scales.{i}"], rtol=1e-12, atol=0)
+
+
+# Draws, callbacks and calls in the original's order
+
+
+def test_losses_draw_noise_then_indices():
+    x, model, target, diffusion = TENSORS["x_start"], toy(), toy("target"), diffusion_of(loss_norm="l2")
+    losses = []
+    for drawn in (True, False):
+        torch.manual_seed(1)
+        noise = None if drawn else torch.randn_like(x)
+        terms = diffusion.consistency_losses(model, x, 18, {"y": Y}, target_model=target, noise=noise)
+        losses.append(terms["loss"])
+    assert torch.equal(*losses)
+
+
+def test_student_and_target_see_the_same_dropout():
+    class Dropped(nn.Module):
+        """D is all mask: loss 0 only where both masks agree."""
+
+        def forward(self, x, t):
+            return nn.functional.dropout(torch.ones_like(x), 0.5, training=True)
+
+    diffusion = kd.KarrasDenoiser(loss_norm="l2", weight_schedule="uniform")
+    diffusion.get_scalings = lambda sigma: (0 * sigma, 0 * sigma + 1, 0 * sigma)
+    model = Dropped()
+    terms = diffusion.consistency_losses(model, torch.zeros(2, 3, 8, 8), 18, target_model=model)
+    assert terms["loss"].max() == 0
+
+
+KEYS = {
+    "heun": {"x", "i", "sigma", "sigma_hat", "denoised"},
+    "dpm": {"x", "i", "sigma", "sigma_hat", "denoised"},
+    "ancestral": {"x", "i", "sigma", "sigma_hat", "denoised"},
+    "euler": {"x", "i", "sigma", "denoised"},
+    "progdist": {"x", "i", "sigma", "denoised"},
+    "onestep": None,
+    "multistep": None,
+}
+
+
+@pytest.mark.parametrize("sampler, keys", KEYS.items())
+def test_callbacks_and_progress(sampler, keys, capfd):
+    seen = []
+    out = kd.karras_sample(
+        kd.KarrasDenoiser(),
+        lambda x, t: 0.1 * x,
+        (2, 1, 4, 4),
+        4,
+        sampler=sampler,
+        ts=(0, 1, 3),
+        callback=seen.append,
+        progress=True,
+    )
+    assert out.shape == (2, 1, 4, 4) and out.abs().max() <= 1
+    assert len(seen) == (4 if keys else 0)
+    for i, info in enumerate(seen):
+        assert set(info) == keys
+        assert info["i"] == i
+        assert info["x"].shape == info["denoised"].shape == (2, 1, 4, 4)
+        assert isinstance(info["sigma"], torch.Tensor)
+        assert info["denoised"].abs().max() <= 1
+    assert bool(keys) == ("4/4" in capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "run, draws",
+    [
+        (kd.sample_heun, 5),
+        (kd.sample_dpm, 5),
+        (kd.sample_euler_ancestral, 5),
+        (kd.sample_euler, 0),
+        (kd.sample_progdist, 0),
+        (kd.sample_onestep, 0),
+    ],
+)
+def test_any_denoiser_positionally(run, draws):
+    """(denoiser, x, sigmas, generator, progress, callback), and D is called with sigma [B]."""
+    sigmas, generator, seen, levels = kd.get_sigmas_karras(5, 0.002, 80.0), CountingGenerator(), [], []
+
+    def denoiser(x, sigma):
+        levels.append(sigma.clone())
+        return 0.3 * x.clamp(-1, 1)
+
+    x = 80 * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    out = run(denoiser, x, sigmas, generator, False, seen.append)
+    assert out.shape == x.shape and generator.draws == draws
+    assert all(level.shape == (3,) for level in levels)
+    assert torch.equal(levels[0], sigmas[0].expand(3))
+
+
+def test_midpoint_ancestral():
+    seen = []
+    out = kd.sample_midpoint_ancestral(
+        lambda x, t: t[:, None], torch.zeros(2, 3), [0.0, 0.5], None, callback=seen.append
+    )
+    # x' = t by midpoints with h = 1/2: 1/2 (1/4) + 1/2 (3/4).
+    torch.testing.assert_close(out, torch.full((2, 3), 0.5))
+    assert [set(info) for info in seen] == [{"x", "tn", "dn", "dn_2"}] * 2
+
+
+def test_multistep_adds_noise_of_the_last_index():
+    generator = CountingGenerator()
+    torch.manual_seed(0)
+    out = kd.stochastic_iterative_sampler(
+        lambda x, sigma: torch.zeros_like(x), torch.zeros(2, 1, 4, 4), None, generator, (0, 5, 5, 20), steps=40
+    )
+    torch.manual_seed(0)
+    *_, noise = (torch.randn(2, 1, 4, 4) for _ in range(3))
+    sigma = kd.get_sigmas_karras(40, 0.002, 80.0)[20]
+    torch.testing.assert_close(out, noise * (sigma**2 - 0.002**2).sqrt())
+    assert generator.draws == 3
+
+
+def test_multistep_takes_rho_from_the_diffusion():
+    levels = []
+
+    class Recording(kd.KarrasDenoiser):
+        def denoise(self, model, x_t, sigmas, **model_kwargs):
+            levels.append(sigmas[0].item())
+            return super().denoise(model, x_t, sigmas, **model_kwargs)
+
+    kd.karras_sample(
+        Recording(rho=3.0), lambda x, t: x, (1, 1, 2, 2), 10, sampler="multistep", ts=(0, 4, 9), rho=7.0, sigma_max=70
+    )
+    assert levels == pytest.approx(kd.get_sigmas_karras(10, 0.002, 70.0, rho=3.0)[[0, 4]].tolist())
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"y": 2.0}, {"low_res": 1.0, "scale": 3.0}])
+def test_model_kwargs_reach_the_model(kwargs):
+    seen = []
+
+    def model(x, t, **given):
+        seen.append(given)
+        assert t.shape == (2,)
+        return x
+
+    diffusion = kd.KarrasDenoiser(loss_norm="l2")
+    x = torch.randn(2, 1, 4, 4)
+    kd.karras_sample(diffusion, model, x.shape, 2, model_kwargs=kwargs, sampler="euler")
+    diffusion.training_losses(model, x, torch.ones(2), kwargs)
+    diffusion.consistency_losses(model, x, 4, kwargs, model, model, diffusion)
+    diffusion.progdist_losses(model, x, 4, kwargs, model, diffusion)
+    assert seen == [kwargs or {}] * (2 + 1 + 4 + 3)
+
+
+def test_network_input_keeps_the_state_dtype():
+    """Under autocast a network answers in bfloat16; the next input is not rounded to that."""
+    dtypes = []
+
+    def model(x, t):
+        dtypes.append(x.dtype)
+        return x.bfloat16()
+
+    kd.karras_sample(kd.KarrasDenoiser(), model, (1, 1, 4, 4), 3)
+    kd.sample_heun(model, torch.ones(1, 1, 4, 4), kd.get_sigmas_karras(3, 0.002, 80.0), CountingGenerator())
+    assert set(dtypes) == {torch.float32}
+
+
+# Overrides
+
+
+def double(self, model, x_t, sigmas, **model_kwargs):
+    return None, torch.full_like(x_t, 0.25)
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance", "class", "other object"])
+def test_an_overridden_denoise_is_used(how, monkeypatch):
+    diffusion = kd.KarrasDenoiser(loss_norm="l1", weight_schedule="uniform")
+    if how == "subclass":
+        diffusion = type("Sub", (kd.KarrasDenoiser,), {"denoise": double})(loss_norm="l1", weight_schedule="uniform")
+    elif how == "instance":
+        monkeypatch.setattr(diffusion, "denoise", double.__get__(diffusion), raising=False)
+    elif how == "class":
+        monkeypatch.setattr(kd.KarrasDenoiser, "denoise", double)
+    else:
+        diffusion = type("Other", (), {"denoise": double, "rho": 7.0})()
+    for sampler in ("heun", "onestep", "multistep"):
+        out = kd.karras_sample(diffusion, None, (1, 1, 4, 4), 4, sampler=sampler, ts=(0, 3))
+        torch.testing.assert_close(out, torch.full_like(out, 0.25), rtol=0, atol=1e-5)
+    if how != "other object":
+        x = torch.zeros(3, 1, 4, 4)
+        assert torch.equal(diffusion.training_losses(None, x, torch.ones(3))["loss"], torch.full((3,), 0.0625))
+        terms = diffusion.consistency_losses(None, x, 4, target_model=toy())
+        assert torch.equal(terms["loss"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_overridden_scalings_are_used(distillation):
+    class Doubled(kd.KarrasDenoiser):
+        def get_scalings(self, sigma):
+            return 0 * sigma, 2 * torch.ones_like(sigma), torch.ones_like(sigma)
+
+        def get_scalings_for_boundary_condition(self, sigma):
+            return 0 * sigma, 3 * torch.ones_like(sigma), torch.ones_like(sigma)
+
+    model, factor = (lambda x, t: torch.full_like(x, 0.1)), 3 if distillation else 2
+    out = kd.karras_sample(Doubled(distillation=distillation), model, (2, 1, 4, 4), 1, sampler="onestep")
+    torch.testing.assert_close(out, torch.full_like(out, 0.1 * factor))
+
+
+def test_an_overridden_snr_weighs_the_loss():
+    class Weighted(kd.KarrasDenoiser):
+        def get_snr(self, sigmas):
+            return torch.full_like(sigmas, 5.0)
+
+    terms = Weighted(weight_schedule="snr").training_losses(lambda x, t: x, torch.ones(2, 1, 4, 4), torch.ones(2))
+    torch.testing.assert_close(terms["loss"], 5 * terms["xs_mse"])
+
+
+# LPIPS
+
+
+def test_lpips_is_made_when_a_loss_needs_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        kd, "_UnitLPIPS", lambda **options: made.append(options) or (lambda x, y: (x - y).mean((1, 2, 3)))
+    )
+    diffusion = kd.KarrasDenoiser()
+    assert diffusion.loss_norm == "lpips"
+    kd.karras_sample(diffusion, lambda x, t: x, (1, 3, 8, 8), 2)
+    assert not made
+    for _ in range(2):
+        diffusion.consistency_losses(toy(), TENSORS["x_start"], 4, {"y": Y}, toy("target"))
+    assert made == [{"pooling": "avg"}]
+
+
+def test_lpips_gets_what_the_original_gives_it():
+    """Images in [0, 1], 224 x 224 where they are narrower than 256."""
+    seen = []
+
+    def lpips(x, y):
+        seen.append((x, y))
+        return (x - y).abs().mean((1, 2, 3))
+
+    diffusion = kd.KarrasDenoiser(weight_schedule="uniform")
+    diffusion.lpips_loss = lpips
+    values = iter((1.0, 0.5, 1.0, 0.5))  # D of the student, then of the target
+    diffusion.denoise = lambda model, x_t, sigmas: (None, torch.full_like(x_t, next(values)))
+    for size, expected in (8, 224), (256, 256):
+        terms = diffusion.consistency_losses(toy(), torch.zeros(1, 3, size, size), 4, target_model=toy())
+        x, y = seen[-1]
+        assert x.shape == y.shape == (1, 3, expected, expected)
+        torch.testing.assert_close((x.mean(), y.mean(), terms["loss"][0]), tuple(map(torch.tensor, (1.0, 0.75, 0.25))))
+
+
+def test_own_lpips_is_that_of_the_core():
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    core = perceptual.LPIPS("alex", pretrained=False)
+    unit = kd._UnitLPIPS("alex", pretrained=False)
+    unit.load_state_dict(core.state_dict())
+    unit.trunk = core.trunk
+    x, y = torch.rand(2, 2, 3, 48, 48)
+    torch.testing.assert_close(unit(x, y), core(2 * x - 1, 2 * y - 1, resize=False), rtol=1e-4, atol=1e-7)
+    resized = unit(perceptual.unit_images(2 * x - 1), perceptual.unit_images(2 * y - 1))
+    torch.testing.assert_close(resized, core(2 * x - 1, 2 * y - 1), rtol=1e-4, atol=1e-7)
+
+
+# Errors
+
+
+X = torch.zeros(1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="ddim"), "'ddim'.*known: heun"),
+        (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="multistep"), "ts is missing"),
+        (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="multistep", ts=(0, 4)), "from 0 to 3; got 4"),
+        (lambda d: kd.get_weightings("sqrt", torch.ones(1), 0.5), "'sqrt'; known: snr"),
+        (lambda d: random_util.get_generator("philox"), "'philox'; known: dummy"),
+        (lambda d: d.consistency_losses(toy(), X, 4), "target_model is missing"),
+        (lambda d: d.consistency_losses(toy(), X, 4, None, toy(), toy()), "teacher_diffusion is missing"),
+        (lambda d: d.progdist_losses(toy(), X, 4), "teacher_model is missing"),
+        (lambda d: kd.KarrasDenoiser(loss_norm="l3").consistency_losses(toy(), X, 4, None, toy()), "'l3'; known: l1"),
+        (lambda d: script_util.create_model(48, 32, 1), "image_size 48.*known: 64, 128, 256, 512"),
+        (lambda d: cm_nn.conv_nd(4, 1, 1, 1), "1, 2 or 3, got 4"),
+        (lambda d: cm_nn.append_dims(X, 2), "must be 4 or more.*got 2"),
+    ],
+)
+def test_errors_name_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(kd.KarrasDenoiser())
+
+
+# Inpainting
+
+
+def test_inpainting_with_the_letter():
+    """Seven images outside the letter, seven inside: complements of each other; the rest is filled in."""
+    images = torch.rand(14, 3, 32, 32) + 0.1  # none is -1
+    out, reference = kd.iterative_inpainting(
+        lambda x, sigma: torch.full_like(x, -0.5), images, torch.zeros_like(images), (0, 39)
+    )
+    known = reference != -1
+    assert torch.equal(known[:7], ~known[7:])
+    assert 0.05 < known[7:].float().mean() < 0.5
+    assert torch.equal(reference[known], images[known])
+    torch.testing.assert_close(out[known], images[known], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[~known], torch.full_like(out[~known], -0.5), rtol=0, atol=1e-5)
+
+
+def test_inpainting_with_a_mask_of_ones_own():
+    images, mask = torch.rand(2, 3, 16, 16), torch.zeros(16, 16)
+    mask[:, :8] = 1
+    out, reference = kd.iterative_inpainting(
+        lambda x, sigma: torch.zeros_like(x), images, torch.zeros_like(images), (0, 20, 39), mask=mask
+    )
+    assert torch.equal(reference, torch.where(mask == 1, images, -1))
+    torch.testing.assert_close(out, images * mask, rtol=0, atol=1e-5)
+
+
+# nn, script_util, unet
+
+
+def test_layers_and_helpers():
+    assert [type(cm_nn.conv_nd(d, 2, 3, 1)) for d in (1, 2, 3)] == [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    assert [type(cm_nn.avg_pool_nd(d, 2)) for d in (1, 2, 3)] == [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d]
+    assert cm_nn.linear(2, 3).out_features == 3
+    x = torch.randn(2, 64, 5)
+    norm = cm_nn.normalization(64)
+    assert norm.num_groups == 32
+    torch.testing.assert_close(norm(x), nn.GroupNorm(32, 64)(x))
+    assert cm_nn.GroupNorm32(16, 64)(x.half()).dtype == torch.float16
+    torch.testing.assert_close(cm_nn.SiLU()(x), x * x.sigmoid())
+    torch.testing.assert_close(cm_nn.mean_flat(x), x.mean((1, 2)))
+    assert cm_nn.append_dims(x[:, 0, 0], 4).shape == (2, 1, 1, 1)
+    assert cm_nn.append_zero(torch.ones(3)).tolist() == [1, 1, 1, 0]
+    assert cm_nn.zero_module(nn.Linear(2, 2)).weight.abs().max() == 0
+    layer = nn.Linear(2, 2)
+    doubled = layer.weight.detach() * 2
+    assert torch.equal(cm_nn.scale_module(layer, 2).weight, doubled)
+    embedding = cm_nn.timestep_embedding(torch.tensor([0.0, 2.5]), 5, 100)
+    angles = torch.tensor([2.5, 0.25])
+    torch.testing.assert_close(embedding[1], torch.cat([angles.cos(), angles.sin(), torch.zeros(1)]))
+
+
+def test_update_ema():
+    target, source = [torch.zeros(3), torch.zeros(2)], [torch.ones(3, requires_grad=True), torch.ones(2).half()]
+    cm_nn.update_ema(target, source, rate=0.75)
+    cm_nn.update_ema(target, source, rate=0.5)
+    assert [t.tolist() for t in target] == [[0.625] * 3, [0.625] * 2]
+
+
+def test_checkpoint_recomputes_and_gives_the_same_gradients():
+    layer, calls = nn.Linear(3, 3), []
+
+    def run(x):
+        calls.append(1)
+        return layer(x).tanh()
+
+    gradients = []
+    for flag in (False, True):
+        x = torch.ones(2, 3, requires_grad=True)
+        layer.zero_grad()
+        cm_nn.checkpoint(run, (x,), layer.parameters(), flag).sum().backward()
+        gradients.append((x.grad, layer.weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert len(calls) == 3
+
+
+def test_ancestral_step_and_slope():
+    down, up = kd.get_ancestral_step(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(down, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(up, torch.tensor([0.75**0.5, 0.0]))
+    assert kd.get_ancestral_step(2.0, 1.0) == pytest.approx((0.5, 0.75**0.5))
+    assert kd.to_d(torch.ones(2, 1, 1), torch.tensor([1.0, 2.0]), torch.zeros(2, 1, 1)).flatten().tolist() == [1, 0.5]
+
+
+def test_command_line_defaults():
+    parser = argparse.ArgumentParser()
+    script_util.add_dict_to_argparser(parser, script_util.model_and_diffusion_defaults() | {"none": None})
+    args = parser.parse_args(["--class_cond", "yes", "--sigma_max", "70", "--none", "text"])
+    assert (args.class_cond, args.sigma_max, args.none, args.image_size) == (True, 70.0, "text", 64)
+    assert script_util.args_to_dict(args, ["image_size"]) == {"image_size": 64}
+    with pytest.raises(argparse.ArgumentTypeError, match="boolean value expected"):
+        script_util.str2bool("maybe")
+    assert [script_util.str2bool(v) for v in ("T", "0", True, "n")] == [True, False, True, False]
+    assert script_util.cm_train_defaults()["loss_norm"] == "lpips"
+
+
+@pytest.mark.parametrize(
+    "size, mult",
+    [(64, [1, 2, 3, 4]), (128, [1, 1, 2, 3, 4]), (256, [1, 1, 2, 2, 4, 4]), (512, [0.5, 1, 1, 2, 2, 4, 4])],
+)
+def test_create_model(size, mult):
+    with torch.device("meta"):
+        model = script_util.create_model(size, 64, 1, attention_resolutions="32,16", learn_sigma=True)
+    assert isinstance(model, unet.UNetModel)
+    assert model.config["channel_mult"] == mult
+    assert model.config["attention_resolutions"] == [size // 32, size // 16]
+    assert (model.config["out_channels"], model.config["num_classes"]) == (6, None)
+
+
+def test_create_model_and_diffusion():
+    settings = script_util.model_and_diffusion_defaults() | {
+        "class_cond": True,
+        "channel_mult": "1,2",
+        "sigma_max": 70.0,
+    }
+    with torch.device("meta"):
+        model, diffusion = script_util.create_model_and_diffusion(**settings, distillation=True)
+    assert (model.config["channel_mult"], model.num_classes) == ([1, 2], script_util.NUM_CLASSES)
+    assert vars(diffusion) == {
+        "sigma_data": 0.5,
+        "sigma_max": 70.0,
+        "sigma_min": 0.002,
+        "rho": 7.0,
+        "weight_schedule": "karras",
+        "distillation": True,
+        "loss_norm": "lpips",
+        "num_timesteps": 40,
+    }
