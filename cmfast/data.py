@@ -28,7 +28,7 @@ class ImageData:
         position = start_step * batch_size
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
-            rows = []
+            rows: list[int] = []
             while len(rows) < batch_size:
                 if position // len(self) != epoch:
                     epoch = position // len(self)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cmfast import ops
 from cmfast.denoiser import Denoiser, DenoiserFn
 from cmfast.noise import CounterNoise, NoiseFn, counter_labels
-from cmfast.samplers import Sigmas, sample, sampler_sigmas
+from cmfast.samplers import Sigmas, noise_range, sample, sampler_sigmas
 
 Classes = int | Sequence[int] | Tensor | None
 
@@ -55,8 +55,14 @@ class Sampler:
         shape = image_shape or getattr(model, "image_shape", None)
         if shape is None:
             raise ValueError("image_shape=(C, H, W) is needed: the model does not say what it makes")
-        levels = {name: getattr(model, name) for name in ("sigma_min", "sigma_max", "rho") if hasattr(model, name)}
-        self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **levels)
+        schedule: dict[str, Any] = {
+            "steps": steps,
+            "sigmas": sigmas,
+            "ts": ts,
+            "num_scales": num_scales,
+            **noise_range(model),
+        }
+        self.sigmas = sampler_sigmas(sampler, **schedule)
         self.model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
         self.image_shape = tuple(shape)
         self.num_classes: int | None = getattr(model, "num_classes", None)

@@ -189,7 +189,7 @@ def _second_order(
     model_input, c_noise = evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         noise = noise_fn(x) if raised[i] or draw_unused else None
-        if raised[i]:
+        if raised[i] and noise is not None:
             x, model_input, c_noise = ops.add_noise(x, noise, churn[i], input_sigma=hat[i], **evaluate.input_options)
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], hat[i])
@@ -251,7 +251,7 @@ def sample_euler_ancestral(
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
         x, model_input, c_noise = ops.euler_step(model_output, x, sigma[i], down[i], **evaluate.step_options)
         noise = noise_fn(x) if ups[i] > 0 or draw_unused else None
-        if ups[i] > 0:
+        if ups[i] > 0 and noise is not None:
             x, model_input, c_noise = ops.add_noise(x, noise, up[i], input_sigma=sigma[i + 1], **evaluate.input_options)
     return x
 
@@ -322,7 +322,7 @@ def sampler_sigmas(
     if sum(given is not None for given in (steps, sigmas, ts)) > 1:
         raise ValueError("give one of steps, sigmas and ts, not more")
     few = sampler in ("onestep", "multistep")
-    options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    options: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     if sigmas is not None:
         levels = _floats(sigmas, least=1 if few else 2)
         if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
@@ -330,6 +330,8 @@ def sampler_sigmas(
         return levels
     if ts is not None:
         levels = schedules.multistep_sigmas(ts, num_scales, **options)
+        if ts[-1] != num_scales - 1:
+            raise ValueError(f"ts must end at {num_scales - 1}, where sigma is sigma_min; got {list(ts)}")
         # The last index is where sampling ends; noise of sigma_min adds nothing.
         return levels[:-1] if few else [*levels, 0.0]
     if sampler == "onestep" and steps not in (None, 1):
@@ -338,6 +340,11 @@ def sampler_sigmas(
         return schedules.step_sigmas(1 if steps is None else steps, **options)
     count = 18 if steps is None else steps
     return schedules.karras_sigmas(count + (sampler == "progdist"), dtype=torch.float64, **options).tolist()
+
+
+def noise_range(model: object) -> dict[str, float]:
+    """sigma_min, sigma_max and rho, as far as the model says them."""
+    return {name: getattr(model, name) for name in ("sigma_min", "sigma_max", "rho") if hasattr(model, name)}
 
 
 def sample(
@@ -360,6 +367,9 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    levels = sampler_sigmas(sampler) if sigmas is None else _floats(sigmas, least=1)
+    known = noise_range(model)
+    levels = sampler_sigmas(sampler, **known) if sigmas is None else _floats(sigmas, least=1)
+    if sampler == "multistep" and "sigma_min" in known:
+        options = {"sigma_min": known["sigma_min"], **options}
     x, _, _ = ops.init_noise(noise, _on_device(levels[:1], noise)[0])
     return SAMPLERS[sampler](model, x, levels, labels=labels, **options).clamp(-1, 1)

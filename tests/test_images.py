@@ -56,6 +56,15 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
+def test_a_file_is_replaced_not_rewritten(tmp_path):
+    """Who has the old file open keeps reading the old file."""
+    path = images.save(tmp_path / "x.npz", PIXELS)
+    with open(path, "rb") as old:
+        before = path.read_bytes()
+        images.save(path, PIXELS[:1])
+        assert old.read() == before != path.read_bytes()
+
+
 def test_no_images():
     with pytest.raises(ValueError, match="1 or more"):
         images.grid(PIXELS[:0])

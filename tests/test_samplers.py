@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmfast import samplers, schedules
+from cmfast import Denoiser, samplers, schedules
 from cmfast.samplers import SAMPLERS
 from tests.toy import ToyNetwork
 
@@ -81,8 +81,6 @@ def test_midpoint_ancestral():
 def test_no_gradient_and_no_host_read():
     """A step reads no tensor on the host: on the meta device it could not."""
     network = ToyNetwork().to("meta")
-    from cmfast import Denoiser
-
     labels = torch.zeros(2, dtype=torch.int64, device="meta")
     for name in SAMPLERS:
         sigmas = schedules.karras_sigmas(4)
@@ -108,6 +106,7 @@ def test_empty_batch(name):
         ({"sampler": "heun", "sigmas": [1.0, float("nan")]}, "none NaN"),
         ({"sampler": "heun", "steps": 0}, "num_scales"),
         ({"sampler": "multistep", "ts": (0, 99)}, "from 0 to 39"),
+        ({"sampler": "multistep", "ts": (0, 22)}, "end at 39"),
     ],
 )
 def test_bad_schedules(options, message):
@@ -120,3 +119,16 @@ def test_defaults():
     assert (
         samplers.sampler_sigmas("progdist", steps=4)[-1] == 0 and len(samplers.sampler_sigmas("progdist", steps=4)) == 6
     )
+
+
+def test_a_model_brings_its_own_noise_range():
+    """Levels, and the noise added between them, follow the model's sigma_min and sigma_max."""
+    model = Denoiser(lambda x, t: torch.zeros_like(x), sigma_min=0.1, sigma_max=10.0)
+    seen = []
+    samplers.sample(model, NOISE[:2].float(), sampler="heun", callback=lambda info: seen.append(float(info["sigma"])))
+    assert seen[0] == pytest.approx(10.0) and seen[-1] == pytest.approx(0.1)
+    out = []
+    options = {"noise_fn": torch.ones_like, "callback": lambda info: out.append(info)}
+    samplers.sample(model, NOISE[:2].float(), sigmas=[10.0, 1.0], **options)
+    added = out[1]["x"] - out[0]["denoised"]
+    torch.testing.assert_close(added, torch.full_like(added, (1.0 - 0.1**2) ** 0.5))

@@ -1,0 +1,116 @@
+"""`python -m cmfast.compat.openai SCRIPT.py`: scripts for openai's `cm` run as they are, on one rank and on two."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmfast.compat.openai import _shim, script_util
+from cmfast.compat.openai.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).parent / "scripts" / "sample_images.py"
+NETWORK = {
+    "image_size": 16,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "8",
+    "class_cond": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A small network with random weights, none of them zero."""
+    torch.manual_seed(0)
+    model, _ = script_util.create_model_and_diffusion(**script_util.model_and_diffusion_defaults() | NETWORK)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    torch.save({name: 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def run(log_dir, model_path, *, ranks=1, settings=(), options=()):
+    """The images and facts that the script writes; what it prints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    network = [word for name, value in NETWORK.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, "-m", "cmfast.compat.openai", *settings, str(SCRIPT), *network, *options]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OPENAI_LOGDIR": str(log_dir), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--model_path", str(model_path)], env=env, cwd=log_dir.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(log_dir / "images.npz") as images:
+        return images["arr_0"], json.loads((log_dir / "facts.json").read_text()), done.stdout
+
+
+def test_script_on_one_rank_and_on_two(tmp_path, model_path):
+    options = ["--sampler", "multistep", "--ts", "0,22,39"]
+    one, facts, printed = run(tmp_path / "one", model_path, settings=["--set", "rho=6"], options=options)
+    assert one.shape == (4, 3, 16, 16)
+    assert np.abs(one).max() <= 1 and one.std() > 0.01
+    assert printed.startswith(f"Logging to {tmp_path / 'one'}\n")
+    assert facts["settings"]["rho"] == 6.0 and facts["settings"]["loss_norm"] == "lpips"
+    assert facts["same"]
+    assert not {"mpi4py", "blobfile", "flash_attn", "piq", "lpips", "clip", "torchvision"} & set(facts["modules"])
+    assert facts["argv"][0] == str(SCRIPT) and facts["argv"][-1] == str(model_path)
+    assert facts["path"] == str(SCRIPT.parent)
+    assert len(facts["errors"]) == 3
+    assert all("What trains comes later" in error and "karras_diffusion" in error for error in facts["errors"])
+
+    settings = ["--set", "rho=6", "--set", "loss_norm=l2"]
+    two, facts, _ = run(tmp_path / "two", model_path, ranks=2, settings=settings, options=options)
+    # Sample i is the same on any number of ranks.
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    assert facts["means"] == {"rank": 0.5}
+    assert facts["synced"] == [3.0, 3.0]
+    assert facts["settings"]["loss_norm"] == "l2"
+    assert (tmp_path / "two" / "log-rank001.txt").read_text().startswith("Logging to")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: SCRIPT.py"),
+        (["missing.py"], "no such script: missing.py"),
+        (["--set", "rhoo=3", str(SCRIPT)], "'rhoo=3'; known names: sigma_data, sigma_max, sigma_min, rho, weight_sch"),
+        (["--set", "rho", str(SCRIPT)], "name=value, got 'rho'"),
+        (["--set", "rho=seven", str(SCRIPT)], "--set rho=seven: expected a float"),
+        (["--set", "distillation=2", str(SCRIPT)], "--set distillation=2: expected true or false"),
+        (["--seed", "3", str(SCRIPT)], "unrecognized arguments: --seed"),
+    ],
+)
+def test_command_line_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "usage: python -m cmfast.compat.openai" in printed
+
+
+def test_arguments_after_the_script_are_its_own(monkeypatch, tmp_path):
+    script = tmp_path / "script.py"
+    script.touch()
+    for name in ("argv", "path", "meta_path"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    ran = []
+    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: ran.append((path, run_name, sys.argv)))
+    main([str(script), "--set", "rho=3", "-h", "--", "x"])
+    assert ran == [(str(script), "__main__", [str(script), "--set", "rho=3", "-h", "--", "x"])]
+
+
+def test_set_defaults():
+    def function(needed, size=1.0, name="a", flag=False):
+        return needed, size, name, flag
+
+    _shim.set_defaults(function, ["size=2", "flag=True"])
+    assert function(0) == (0, 2.0, "a", True)
+    assert function(0, 3.0, flag=False) == (0, 3.0, "a", False)

@@ -1,0 +1,242 @@
+"""The small modules of cmfast.compat.openai: nn, script_util, logger, and reading files in dist_util."""
+
+import argparse
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast.checkpoint import CheckpointError
+from cmfast.compat.openai import dist_util, logger, script_util, unet
+from cmfast.compat.openai import nn as cm_nn
+
+
+def test_layers_and_helpers():
+    assert [type(cm_nn.conv_nd(d, 2, 3, 1)) for d in (1, 2, 3)] == [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    assert [type(cm_nn.avg_pool_nd(d, 2)) for d in (1, 2, 3)] == [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d]
+    assert cm_nn.linear(2, 3).out_features == 3
+    x = torch.randn(2, 64, 5)
+    norm = cm_nn.normalization(64)
+    assert norm.num_groups == 32
+    torch.testing.assert_close(norm(x), nn.GroupNorm(32, 64)(x))
+    assert cm_nn.GroupNorm32(16, 64)(x.half()).dtype == torch.float16
+    torch.testing.assert_close(cm_nn.SiLU()(x), x * x.sigmoid())
+    torch.testing.assert_close(cm_nn.mean_flat(x), x.mean((1, 2)))
+    assert cm_nn.append_dims(x[:, 0, 0], 4).shape == (2, 1, 1, 1)
+    assert cm_nn.append_zero(torch.ones(3)).tolist() == [1, 1, 1, 0]
+    assert cm_nn.zero_module(nn.Linear(2, 2)).weight.abs().max() == 0
+    layer = nn.Linear(2, 2)
+    doubled = layer.weight.detach() * 2
+    assert torch.equal(cm_nn.scale_module(layer, 2).weight, doubled)
+    embedding = cm_nn.timestep_embedding(torch.tensor([0.0, 2.5]), 5, 100)
+    angles = torch.tensor([2.5, 0.25])
+    torch.testing.assert_close(embedding[1], torch.cat([angles.cos(), angles.sin(), torch.zeros(1)]))
+
+
+def test_update_ema():
+    target, source = [torch.zeros(3), torch.zeros(2)], [torch.ones(3, requires_grad=True), torch.ones(2).half()]
+    cm_nn.update_ema(target, source, rate=0.75)
+    cm_nn.update_ema(target, source, rate=0.5)
+    assert [t.tolist() for t in target] == [[0.625] * 3, [0.625] * 2]
+
+
+def test_checkpoint_recomputes_and_gives_the_same_gradients():
+    layer, calls = nn.Linear(3, 3), []
+
+    def run(x):
+        calls.append(1)
+        return layer(x).tanh()
+
+    gradients = []
+    for flag in (False, True):
+        x = torch.ones(2, 3, requires_grad=True)
+        layer.zero_grad()
+        cm_nn.checkpoint(run, (x,), layer.parameters(), flag).sum().backward()
+        gradients.append((x.grad, layer.weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert len(calls) == 3
+
+
+def test_command_line_defaults():
+    parser = argparse.ArgumentParser()
+    script_util.add_dict_to_argparser(parser, script_util.model_and_diffusion_defaults() | {"none": None})
+    args = parser.parse_args(["--class_cond", "yes", "--sigma_max", "70", "--none", "text"])
+    assert (args.class_cond, args.sigma_max, args.none, args.image_size) == (True, 70.0, "text", 64)
+    assert script_util.args_to_dict(args, ["image_size"]) == {"image_size": 64}
+    with pytest.raises(argparse.ArgumentTypeError, match="boolean value expected"):
+        script_util.str2bool("maybe")
+    assert [script_util.str2bool(v) for v in ("T", "0", True, "n")] == [True, False, True, False]
+    assert script_util.cm_train_defaults()["loss_norm"] == "lpips"
+
+
+@pytest.mark.parametrize(
+    "size, mult",
+    [(64, [1, 2, 3, 4]), (128, [1, 1, 2, 3, 4]), (256, [1, 1, 2, 2, 4, 4]), (512, [0.5, 1, 1, 2, 2, 4, 4])],
+)
+def test_create_model(size, mult):
+    with torch.device("meta"):
+        model = script_util.create_model(size, 64, 1, attention_resolutions="32,16", learn_sigma=True)
+    assert isinstance(model, unet.UNetModel)
+    assert model.config["channel_mult"] == mult
+    assert model.config["attention_resolutions"] == [size // 32, size // 16]
+    assert (model.config["out_channels"], model.config["num_classes"]) == (6, None)
+
+
+def test_create_model_and_diffusion():
+    settings = script_util.model_and_diffusion_defaults() | {
+        "class_cond": True,
+        "channel_mult": "1,2",
+        "sigma_max": 70.0,
+    }
+    with torch.device("meta"):
+        model, diffusion = script_util.create_model_and_diffusion(**settings, distillation=True)
+    assert (model.config["channel_mult"], model.num_classes) == ([1, 2], script_util.NUM_CLASSES)
+    assert vars(diffusion) == {
+        "sigma_data": 0.5,
+        "sigma_max": 70.0,
+        "sigma_min": 0.002,
+        "rho": 7.0,
+        "weight_schedule": "karras",
+        "distillation": True,
+        "loss_norm": "lpips",
+        "num_timesteps": 40,
+    }
+
+
+# logger
+
+
+@pytest.fixture
+def log_dir(tmp_path, monkeypatch):
+    """A folder for logs, and no logger before or after."""
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    monkeypatch.setattr(logger.Logger, "DEFAULT", None)
+    return tmp_path / "logs"
+
+
+def test_log_files(log_dir, capsys):
+    logger.configure(format_strs=["stdout", "log", "csv", "json"])
+    assert logger.get_dir() == str(log_dir)
+    logger.info("step", 1)
+    logger.debug("not shown")
+    logger.set_level(logger.WARN)
+    logger.log("not shown")
+    logger.error("shown")
+    logger.logkv("loss", torch.tensor(0.5))
+    logger.logkv_mean("grad", 1.0)
+    logger.logkv_mean("grad", 4.0)
+    logger.logkvs({"name": "a,b", "a" * 40: 1})
+    assert logger.getkvs()["grad"] == 2.5
+    written = logger.dumpkvs()
+    assert (written["grad"], written["name"]) == (2.5, "a,b")
+    assert not logger.getkvs()
+    logger.logkv("late", 3)
+    logger.dumpkvs()
+
+    text = (log_dir / "log.txt").read_text()
+    assert text == capsys.readouterr().out
+    assert text.startswith(f"Logging to {log_dir}\nstep 1\nshown\n-----")
+    assert "not shown" not in text
+    assert "| grad                           | 2.5      |\n" in text
+    assert f"| {'a' * 27}... | 1        |\n" in text
+    with open(log_dir / "progress.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["grad"], first["name"], first["late"]) == ("2.5", "a,b", "")
+    assert (second["grad"], second["late"]) == ("", "3")
+    lines = [json.loads(line) for line in (log_dir / "progress.json").read_text().splitlines()]
+    assert (lines[0]["loss"], lines[1]) == (0.5, {"late": 3})
+
+
+def test_logger_of_another_rank(log_dir, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    logger.configure(log_suffix="-eval")
+    logger.log("hello")
+    assert [path.name for path in log_dir.iterdir()] == ["log-eval-rank002.txt"]
+    assert not capsys.readouterr().out
+
+
+def test_default_logger_and_scopes(log_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log")
+    logger.log("made on first use")
+    default = logger.get_current()
+    with logger.scoped_configure(dir=str(tmp_path / "inner"), format_strs=["json"]):
+        assert logger.get_dir() == str(tmp_path / "inner")
+    assert logger.get_current() is default
+    logger.configure(dir=str(tmp_path / "other"))
+    logger.reset()
+    assert logger.get_current() is default
+    assert (log_dir / "log.txt").read_text() == f"Logging to {log_dir}\nmade on first use\nReset logger\n"
+
+
+def test_default_log_dir(log_dir, monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    monkeypatch.setattr(logger.tempfile, "gettempdir", lambda: str(tmp_path))
+    logger.configure(format_strs=[])
+    (made,) = tmp_path.iterdir()
+    assert made.name.startswith("openai-20")
+
+
+def test_profiling_and_averages_without_ranks(log_dir):
+    logger.configure(format_strs=[], comm=True)
+
+    @logger.profile("work")
+    def work():
+        return 7
+
+    assert work() == 7
+    logger.logkv("text", "no number")
+    with pytest.warns(UserWarning, match="text='no number'"):
+        assert set(logger.dumpkvs()) == {"wait_work"}
+
+
+def test_unknown_log_format(log_dir):
+    with pytest.raises(ValueError, match="'xml'; known: stdout, log, csv, json, tensorboard"):
+        logger.configure(format_strs=["xml"])
+
+
+def test_tensorboard_is_optional(log_dir):
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install"):
+            logger.configure(format_strs=["tensorboard"])
+    else:
+        logger.configure(format_strs=["tensorboard"])
+        logger.logkv("loss", 1)
+        logger.dumpkvs()
+        assert list((log_dir / "tb").iterdir())
+
+
+# dist_util
+
+
+def test_load_state_dict(tmp_path):
+    state = {"weight": torch.randn(3), "step": 4, "groups": [{"lr": 0.1}]}
+    torch.save(state, tmp_path / "opt.pt")
+    loaded = dist_util.load_state_dict(str(tmp_path / "opt.pt"), map_location="cpu")
+    assert torch.equal(loaded.pop("weight"), state.pop("weight"))
+    assert loaded == state
+
+
+def test_load_state_dict_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint: .*missing.pt"):
+        dist_util.load_state_dict(tmp_path / "missing.pt")
+    torch.save({"weight": torch.randn(300)}, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:700])
+    with pytest.raises(CheckpointError, match="cut.pt is no PyTorch file, or is cut short"):
+        dist_util.load_state_dict(tmp_path / "cut.pt", map_location="cpu")
+    torch.save(nn.Linear(1, 1), tmp_path / "object.pt")
+    with pytest.raises(CheckpointError, match="pickled Python objects"):
+        dist_util.load_state_dict(tmp_path / "object.pt", weights_only=False)
+
+
+def test_setup_dist_refuses_mpiexec(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(RuntimeError, match="torchrun --nproc-per-node 4"):
+        dist_util.setup_dist()
