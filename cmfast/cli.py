@@ -90,23 +90,28 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The model that --model names, or the bundled one, on the device asked for."""
-    import torch
-
     from cmfast import checkpoint
 
-    try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {arguments.device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
     options = dict(getattr(arguments, "overrides", []))
     if getattr(arguments, "preconditioning", None):
         options["preconditioning"] = arguments.preconditioning
     try:
-        return checkpoint.load(arguments.model, device=device, **options).eval()
+        return checkpoint.load(arguments.model, device=_device(arguments.device), **options).eval()
     except TypeError as error:  # an unknown --set
         raise ValueError(str(error)) from error
+
+
+def _device(name: str | None):  # type: ignore[no-untyped-def]
+    """The torch.device of that name; a GPU if there is one and no name."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
+    return device
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +144,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edm-steps", type=int, help="steps of the diffusion pre-training")
     parser.add_argument("--cd-steps", type=int, help="steps of the distillation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     parser.set_defaults(run=_train)
 
 
@@ -149,7 +155,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise ValueError(f"unknown recipe {arguments.recipe!r}; known: mnist")
     steps = {"edm_steps": arguments.edm_steps, "cd_steps": arguments.cd_steps}
     given = {name: value for name, value in steps.items() if value is not None}
-    for path in recipes.train_mnist(arguments.out, seed=arguments.seed, **given):
+    for path in recipes.train_mnist(arguments.out, seed=arguments.seed, device=_device(arguments.device), **given):
         print(path)
 
 

@@ -49,7 +49,7 @@ def as_consistency_model(teacher: Denoiser) -> Denoiser:
 
 def edm_loss(model: Denoiser, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """EDM's loss at log-normal noise levels."""
-    sigma = schedules.lognormal_sigmas(torch.randn(len(images)))
+    sigma = schedules.lognormal_sigmas(torch.randn(len(images), device=images.device))
     return losses.denoising_loss(model, images, sigma, labels=labels)["loss"]
 
 
@@ -72,6 +72,7 @@ def train_mnist(
     edm_steps: int = MNIST_EDM.steps,
     cd_steps: int = MNIST_CD.steps,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Path]:
     """Both stages, resumed where `out` holds a checkpoint. Writes and returns `teacher.safetensors` and
@@ -80,7 +81,7 @@ def train_mnist(
     training, _ = data.mnist()
     torch.manual_seed(seed)
     edm_options = replace(MNIST_EDM, steps=edm_steps, seed=seed)
-    edm = Trainer(mnist_model(), edm_loss, training, edm_options, out / "edm.pt")
+    edm = Trainer(mnist_model().to(device), edm_loss, training, edm_options, out / "edm.pt")
     teacher = edm.run(progress=progress)
     cd_options = replace(MNIST_CD, steps=cd_steps, seed=seed + 1)
     loss_fn = distillation_loss(teacher, cd_steps)

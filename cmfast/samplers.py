@@ -342,7 +342,7 @@ def sampler_sigmas(
     return schedules.karras_sigmas(count + (sampler == "progdist"), dtype=torch.float64, **options).tolist()
 
 
-def noise_range(model: object) -> dict[str, float]:
+def noise_range(model: object) -> dict[str, Any]:
     """sigma_min, sigma_max and rho, as far as the model says them."""
     return {name: getattr(model, name) for name in ("sigma_min", "sigma_max", "rho") if hasattr(model, name)}
 

@@ -77,7 +77,8 @@ class Trainer:
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         self.state_path = Path(state_path)
-        self.step, self.losses = 0, []  # type: ignore[var-annotated]
+        self.step = 0
+        self.losses: list[float] = []
         if self.state_path.exists():
             self._resume()
 
@@ -100,6 +101,8 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         torch.manual_seed((self.options.seed << 32) + self.step)
+        device = self.model.device
+        images, labels = images.to(device), labels.to(device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate_at(self.step)
         loss = self.loss_fn(self.model, images, labels, self.step).mean()
