@@ -162,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a checkpoint of MNIST digits; default: the bundled one")
     parser.add_argument("--teacher", help="its teacher, to compare with 18 Heun steps")
-    parser.add_argument("--num", type=int, default=2000, help="images per measurement (default: 2000)")
+    parser.add_argument("--num", type=int, default=1000, help="images per measurement (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_quality, device=None)
 

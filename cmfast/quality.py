@@ -126,7 +126,7 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
     return pixels.movedim(-1, 1).float() / 127.5 - 1, labels
 
 
-def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 2000, seed: int = 0) -> str:
+def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000, seed: int = 0) -> str:
     """A Markdown table: real held-out digits, one and two steps of the model, 18 Heun steps of the teacher."""
     training, held_out = data.mnist()
     classifier = train_classifier(training)

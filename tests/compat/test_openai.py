@@ -1,9 +1,12 @@
 """openai's `cm` as cmfast.compat.openai has it: golden numbers, orders of draws, overrides, small helpers."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+from cmfast import samplers
 from cmfast.compat.openai import karras_diffusion as kd
 from cmfast.compat.openai import nn as cm_nn
 from cmfast.compat.openai import random_util, script_util
@@ -283,6 +286,22 @@ def test_any_denoiser_positionally(run, draws):
     assert out.shape == x.shape and generator.draws == draws
     assert all(level.shape == (3,) for level in levels)
     assert torch.equal(levels[0], sigmas[0].expand(3))
+
+
+@pytest.mark.parametrize("name", ["sample_heun", "sample_dpm"])
+def test_churn_reaches_the_core(name):
+    x, sigmas, outs = 80 * torch.randn(1, 1, 4, 4), kd.get_sigmas_karras(5, 0.002, 80.0), []
+
+    def denoiser(x, sigma):
+        return x.tanh() / 2
+
+    for options in ({}, CHURN, CHURN | {"s_noise": 2.0}, CHURN | {"s_tmin": 1.0}, CHURN | {"s_tmax": 1.0}):
+        torch.manual_seed(0)
+        outs.append(getattr(kd, name)(denoiser, x, sigmas, CountingGenerator(), False, None, *options.values()))
+        torch.manual_seed(0)
+        expected = getattr(samplers, name)(denoiser, x, sigmas, draw_unused=True, **options)
+        assert torch.equal(outs[-1], expected)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(outs, 2))
 
 
 def test_midpoint_ancestral():

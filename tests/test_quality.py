@@ -1,0 +1,52 @@
+"""The measures of quality on data whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from cmfast import quality
+from cmfast.data import ImageData
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def test_frechet_distance_of_gaussians():
+    """Exact for the sample moments: against scipy's matrix square root."""
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy has the matrix square root")
+    x = torch.randn(500, 6, generator=GENERATOR) @ torch.randn(6, 6, generator=GENERATOR)
+    y = torch.randn(400, 6, generator=GENERATOR) * 1.5 + 0.7
+    cov_x, cov_y = np.cov(x.double().numpy(), rowvar=False), np.cov(y.double().numpy(), rowvar=False)
+    mean = ((x.double().mean(0) - y.double().mean(0)) ** 2).sum().item()
+    expected = mean + np.trace(cov_x + cov_y - 2 * linalg.sqrtm(cov_x @ cov_y).real)
+    assert quality.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_precision_and_recall():
+    ring = torch.randn(400, 2, generator=GENERATOR)
+    ring = ring / ring.norm(dim=1, keepdim=True)
+    half = ring[ring[:, 0] > 0]
+    precision, recall = quality.coverage(ring, half)
+    assert precision == 1.0 and recall == pytest.approx(len(half) / len(ring), abs=0.05)
+    precision, recall = quality.coverage(half, ring)
+    assert recall == 1.0 and precision == pytest.approx(len(half) / len(ring), abs=0.05)
+
+
+def test_nearest_distance():
+    training = torch.randn(20, 1, 4, 4, generator=GENERATOR)
+    assert quality.nearest_distance(training[:5], training) == pytest.approx(0, abs=1e-3)
+    assert quality.nearest_distance(training[:5] + 0.1, training) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_classifier_learns_and_leaves_the_generator_alone():
+    labels = torch.arange(200) % 10
+    images = torch.full((200, 1, 32, 32), -1.0)
+    for image, label in zip(images, labels, strict=True):
+        top, left = int(label) // 5 * 14 + 4, int(label) % 5 * 6 + 1
+        image[0, top : top + 8, left : left + 5] = 1.0
+    state = torch.get_rng_state()
+    data = ImageData(images, labels)
+    classifier = quality.train_classifier(data, epochs=30)
+    assert torch.equal(torch.get_rng_state(), state) and not classifier.training
+    measured = quality.measure(classifier, images, labels, data)
+    assert measured.accuracy > 0.9 and measured.frechet < 1e-2 and measured.recall == 1.0
