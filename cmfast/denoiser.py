@@ -121,8 +121,7 @@ class Evaluator:
     storing D. Anything else that maps (x, sigma[, labels]) to a denoised batch, a wrapped or overridden Denoiser
     included, counts as a network that is itself the denoiser.
 
-    `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else the dtype of the
-    network's last output.
+    `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else that of the state.
     """
 
     def __init__(
@@ -165,6 +164,9 @@ class Evaluator:
 
     def scale_input(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input at (x, sigma) and c_noise [B]."""
+        if self.dtype is None:
+            # Else a step would follow the dtype of the model's output, and round a float32 state for a D in bfloat16.
+            self.dtype = x.dtype
         return ops.scale_input(x, sigma, sigma_data=self.scaling["sigma_data"], dtype=self.dtype)
 
     def __call__(self, model_input: Tensor, c_noise: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def edit(
     evaluate = _evaluator(model, labels, clip=True)
     levels = _floats(sigmas, least=1)
     sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
-    noise_scale = (sigma**2 - sigma_min**2).clamp(min=0).sqrt()
+    noise_scale = ((sigma - sigma_min) * (sigma + sigma_min)).clamp(min=0).sqrt()
     for i in range(len(levels)):
         denoised = evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma[i])), x, sigma[i]).clamp(-1, 1)
         edited = inverse(torch.lerp(transform(denoised), known, mask))

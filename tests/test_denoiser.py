@@ -104,3 +104,15 @@ def test_bad_constructor_arguments():
         Preconditioner(boundary=-1.0)
     with pytest.raises(ValueError, match="consistency, edm"):
         Preconditioner.by_name("vp")
+
+
+def test_a_function_in_low_precision_keeps_the_state_in_float32():
+    """D in bfloat16: the next input is the float32 state, not the state rounded to bfloat16."""
+    seen = []
+
+    def model(x, sigma):
+        seen.append(x.dtype)
+        return (0.1 * x).bfloat16()
+
+    out = samplers.sample_euler(model, X, [3.0, 1.0, 0.5])
+    assert seen == [torch.float32] * 2 and out.dtype == torch.float32

@@ -140,6 +140,7 @@ def renoise(
     wide = compute_dtype(model_output, x_t)
     denoised = _denoise(model_output, x_t, sigma, sigma_data, boundary, clip, wide)
     level = per_sample(next_sigma, x_t, wide)
-    scale = (level**2 - sigma_min**2).clamp(min=0).sqrt()
+    # As a product of differences it is exactly zero at sigma_min.
+    scale = ((level - sigma_min) * (level + sigma_min)).clamp(min=0).sqrt()
     x_next = (denoised + scale * noise.to(wide)).to(x_t.dtype)
     return x_next, *scale_input(x_next, next_sigma, sigma_data=sigma_data, dtype=dtype or model_output.dtype)

@@ -341,6 +341,15 @@ def test_multistep_takes_rho_from_the_diffusion():
     assert levels == pytest.approx(kd.get_sigmas_karras(10, 0.002, 70.0, rho=3.0)[[0, 4]].tolist())
 
 
+def test_sampling_starts_at_its_own_sigma_max():
+    diffusion = kd.KarrasDenoiser(sigma_max=3.0)
+    diffusion.denoise = lambda model, x_t, sigmas: (None, x_t)
+    generator = random_util.get_generator("determ", 2, 5)
+    out = kd.karras_sample(diffusion, None, (2, 1, 4, 4), 2, sampler="onestep", sigma_max=0.25, generator=generator)
+    noise = random_util.get_generator("determ", 2, 5).randn(2, 1, 4, 4)
+    torch.testing.assert_close(out, (0.25 * noise).clamp(-1, 1))
+
+
 @pytest.mark.parametrize("kwargs", [None, {}, {"y": 2.0}, {"low_res": 1.0, "scale": 3.0}])
 def test_model_kwargs_reach_the_model(kwargs):
     seen = []

@@ -64,7 +64,9 @@ def test_renoise():
     x, *_ = ops.renoise(F, X, SIGMA, NEXT, noise, clip=True)
     expected = denoised(F, X, 1.5).clamp(-1, 1) + math.sqrt(0.4**2 - 0.002**2) * noise
     torch.testing.assert_close(x, expected)
-    # Below sigma_min nothing is added.
+    # At sigma_min and below nothing is added, exactly.
+    x, *_ = ops.renoise(F.float(), X.float(), SIGMA.float(), torch.tensor([0.002]), 1e9 * noise.float())
+    assert torch.equal(x, ops.denoise(F.float(), X.float(), SIGMA.float()))
     x, *_ = ops.renoise(F, X, SIGMA, torch.tensor([0.001], dtype=torch.float64), noise)
     torch.testing.assert_close(x, denoised(F, X, 1.5))
 
