@@ -24,14 +24,14 @@ def weights(model):
 
 
 def test_it_learns_and_averages(tmp_path):
-    trainer = Trainer(toy(), edm_loss, DATA, OPTIONS, tmp_path / "edm.pt")
+    trainer = Trainer(toy(), edm_loss(), DATA, OPTIONS, tmp_path / "edm.pt")
     average = trainer.run(progress=False)
     assert sum(trainer.losses[-5:]) < 0.7 * sum(trainer.losses[:5])
     assert not torch.equal(weights(average), weights(trainer.model)) and not average.training
 
 
 def test_resumed_is_uninterrupted(tmp_path):
-    whole = Trainer(toy(), edm_loss, DATA, OPTIONS, tmp_path / "whole.pt")
+    whole = Trainer(toy(), edm_loss(), DATA, OPTIONS, tmp_path / "whole.pt")
     whole.run(progress=False)
 
     class Interrupted(Exception):
@@ -43,12 +43,12 @@ def test_resumed_is_uninterrupted(tmp_path):
         calls.append(1)
         if len(calls) == 17:
             raise Interrupted
-        return edm_loss(*arguments)
+        return edm_loss()(*arguments)
 
     with pytest.raises(Interrupted):
         Trainer(toy(), failing, DATA, OPTIONS, tmp_path / "part.pt").run(progress=False)
     torch.manual_seed(12345)
-    resumed = Trainer(toy(), edm_loss, DATA, OPTIONS, tmp_path / "part.pt")
+    resumed = Trainer(toy(), edm_loss(), DATA, OPTIONS, tmp_path / "part.pt")
     assert resumed.step == 10
     resumed.run(progress=False)
     assert resumed.losses == whole.losses
@@ -57,7 +57,7 @@ def test_resumed_is_uninterrupted(tmp_path):
 
 
 def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    trainer = Trainer(toy(), edm_loss, DATA, OPTIONS, tmp_path / "edm.pt")
+    trainer = Trainer(toy(), edm_loss(), DATA, OPTIONS, tmp_path / "edm.pt")
     trainer.run(progress=False)
     before = (tmp_path / "edm.pt").read_bytes()
 
@@ -72,9 +72,9 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_other_options_are_refused(tmp_path):
-    Trainer(toy(), edm_loss, DATA, OPTIONS, tmp_path / "edm.pt").run(progress=False)
+    Trainer(toy(), edm_loss(), DATA, OPTIONS, tmp_path / "edm.pt").run(progress=False)
     with pytest.raises(ValueError, match="was trained with"):
-        Trainer(toy(), edm_loss, DATA, TrainOptions(7, 8, 1e-3), tmp_path / "edm.pt")
+        Trainer(toy(), edm_loss(), DATA, TrainOptions(7, 8, 1e-3), tmp_path / "edm.pt")
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"batch_size": 0}, {"save_every": 0}, {"ema_rate": 1.0}], ids=str)
@@ -102,7 +102,7 @@ def test_the_recipe_distils(tmp_path):
     torch.manual_seed(0)
     digits = ImageData(torch.rand(16, 1, 32, 32) * 2 - 1, torch.arange(16) % 10)
     options = TrainOptions(steps=2, batch_size=4, learning_rate=1e-3)
-    teacher = Trainer(mnist_model(), edm_loss, digits, options, tmp_path / "edm.pt").run(progress=False)
+    teacher = Trainer(mnist_model(), edm_loss(), digits, options, tmp_path / "edm.pt").run(progress=False)
     student = as_consistency_model(teacher)
     assert student.preconditioner.name == "consistency" and teacher.preconditioner.name == "edm"
     assert sum(p.numel() for p in student.parameters()) <= 2_000_000
