@@ -54,8 +54,8 @@ def as_consistency_model(teacher: Denoiser) -> Denoiser:
 def edm_loss(mean: float = -1.2, std: float = 1.2) -> LossFn:
     """EDM's loss at noise levels with ln sigma ~ N(mean, std^2).
 
-    The defaults are EDM's, found on photographs. What a digit is, is decided at higher levels (sigma about 1) than
-    what a photograph's texture is.
+    The defaults are EDM's, found on photographs; they draw few levels above 1, where the overall shape of an image
+    is made.
     """
 
     def loss(model: Denoiser, images: Tensor, labels: Tensor, step: int) -> Tensor:
