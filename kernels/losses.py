@@ -1,0 +1,221 @@
+"""Distances of two batches, per sample, from the batches or straight from network outputs.
+
+Partial sums go to memory and a second launch folds them, in a fixed order: the same input gives the same bits. Short
+samples need no second launch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmfast.kernels.common import (
+    load_level,
+    load_state,
+    offsets,
+    skip_and_out,
+    store_state,
+    unclipped,
+)
+from cmfast.kernels.launch import Plan, dense, gradients, outputs, plan, scaling
+
+Grads = tuple[Tensor | None, ...]
+
+NORMS = ("l1", "l2", "huber")
+#: How a kernel makes weights of noise levels; given weights are number 0.
+WEIGHTINGS = ("given", "uniform", "snr", "snr+1", "karras", "truncated-snr")
+#: Blocks of 1024 elements that one program sums, at most.
+STEPS = 8
+
+_L1, _L2, _HUBER = (tl.constexpr(i) for i in range(3))
+_GIVEN, _UNIFORM, _SNR, _SNR_PLUS_1, _KARRAS, _TRUNCATED_SNR = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def _weight(weight, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
+    """A sample's weight: given, or from its noise level by snr = 1 / sigma^2."""
+    level = load_level(weight, row, PER_ROW)
+    if WEIGHTING == _GIVEN:
+        return level
+    elif WEIGHTING == _UNIFORM:
+        return tl.zeros_like(level) + 1.0
+    else:
+        snr = tl.div_rn(1.0, level * level)
+        if WEIGHTING == _SNR:
+            return snr
+        elif WEIGHTING == _SNR_PLUS_1:
+            return snr + 1.0
+        elif WEIGHTING == _KARRAS:
+            return snr + tl.div_rn(1.0, weight_sigma_data * weight_sigma_data)
+        else:
+            return tl.where(snr < 1.0, 1.0, snr)
+
+
+@triton.jit
+def _chunk(planes, blocks, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """This program's row, plane and first pixel: STEPS blocks, one after the other."""
+    program = tl.program_id(0)
+    plane = program % planes
+    block = program // planes % blocks
+    row = (program // planes // blocks).to(tl.int64)
+    return row, plane, block.to(tl.int64) * (BLOCK * STEPS)
+
+
+@triton.jit
+def _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM: tl.constexpr,
+            WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
+    """The distance and the loss of a row from its sum."""
+    if NORM == _HUBER:
+        value = tl.sqrt_rn(total + huber_c * huber_c) - huber_c
+    else:
+        value = tl.div_rn(total, elements)
+    tl.store(distance + row, value)
+    tl.store(loss + row, value * _weight(weight, row, weight_sigma_data, WEIGHTING, PER_ROW))
+
+
+@triton.jit
+def _fold_kernel(
+    partial, loss, distance, weight, elements, huber_c, weight_sigma_data, parts,
+    NORM: tl.constexpr, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr, PARTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    total = tl.sum(tl.load(partial + row * parts + part, mask=part < parts, other=0.0))
+    _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM, WEIGHTING, PER_ROW)
+
+
+@triton.jit
+def _difference(
+    f, x, f_2, x_2, row, plane, pixel, mask, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
+    PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr,
+):
+    """D - D_target, each of them given as x and x_2 or made of network outputs."""
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    if FROM_OUTPUT:
+        output = load_state(f, model_at, mask)
+        state = output if PLAIN else load_state(x, at, mask)
+        value = unclipped(output, state, c_skip, c_out, PLAIN)
+    else:
+        value = load_state(x, at, mask)
+    if TARGET_FROM_OUTPUT:
+        output_2 = load_state(f_2, model_at, mask)
+        state_2 = output_2 if PLAIN else load_state(x_2, at, mask)
+        target = unclipped(output_2, state_2, c_skip_2, c_out_2, PLAIN)
+    else:
+        target = load_state(x_2, at, mask)
+    return value - target
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _loss_fwd_kernel(
+    f, x, f_2, x_2, sigma, next_sigma, weight, partial, loss, distance,
+    elements, huber_c, weight_sigma_data, sigma_data, boundary, planes, blocks, pixels,
+    PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTING: tl.constexpr, FINISH: tl.constexpr, STEPS: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, plane, first = _chunk(planes, blocks, BLOCK, STEPS)
+    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(STEPS):
+        pixel = first + step * BLOCK + tl.arange(0, BLOCK)
+        delta = _difference(
+            f, x, f_2, x_2, row, plane, pixel, pixel < pixels, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
+            PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT, STATE_LAST, MODEL_LAST,
+        )
+        if NORM == _L1:
+            total += tl.abs(delta)
+        else:
+            total += delta * delta
+    if FINISH:
+        _finish(
+            tl.sum(total), loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM, WEIGHTING, PER_ROW
+        )
+    else:
+        tl.store(partial + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _loss_bwd_kernel(
+    grad, f, x, f_2, x_2, sigma, next_sigma, weight, distance, grad_f, grad_x, grad_f_2, grad_x_2,
+    elements, huber_c, weight_sigma_data, sigma_data, boundary, planes, blocks, pixels,
+    PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTING: tl.constexpr,
+    NEED_F: tl.constexpr, NEED_X: tl.constexpr, NEED_F_2: tl.constexpr, NEED_X_2: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, plane, first = _chunk(planes, blocks, BLOCK, 1)
+    pixel = first + tl.arange(0, BLOCK)
+    mask = pixel < pixels
+    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    delta = _difference(
+        f, x, f_2, x_2, row, plane, pixel, mask, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
+        PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT, STATE_LAST, MODEL_LAST,
+    )
+    scale = tl.load(grad + row).to(tl.float32) * _weight(weight, row, weight_sigma_data, WEIGHTING, PER_ROW)
+    if NORM == _L1:
+        g = tl.div_rn(scale, elements) * tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, delta))
+    elif NORM == _L2:
+        g = tl.div_rn(2.0 * scale, elements) * delta
+    else:
+        # Zero where x = y and c = 0, where the square root has no slope.
+        root = tl.load(distance + row) + huber_c
+        g = tl.where(root == 0.0, 0.0, tl.div_rn(scale, tl.where(root == 0.0, 1.0, root))) * delta
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    if NEED_F:
+        store_state(grad_f, model_at, c_out * g, mask)
+    if NEED_X:
+        store_state(grad_x, at, c_skip * g if FROM_OUTPUT else g, mask)
+    if NEED_F_2:
+        store_state(grad_f_2, model_at, -c_out_2 * g, mask)
+    if NEED_X_2:
+        store_state(grad_x_2, at, -c_skip_2 * g if TARGET_FROM_OUTPUT else -g, mask)
+
+
+class _Pair:
+    """Two batches to compare, in common layouts: x and x_2, each with a network output or without."""
+
+    def __init__(self, f: Tensor | None, x: Tensor, f_2: Tensor | None, x_2: Tensor) -> None:
+        self.x = dense(x)
+        self.x_2 = dense(x_2, self.x)
+        self.model = None if f is None else dense(f)
+        self.model_2 = None if f_2 is None else dense(f_2, self.model)
+        self.tensors = outputs(self.x, self.model, self.x, self.model_2, self.x_2)
+        self.options = {"FROM_OUTPUT": f is not None, "TARGET_FROM_OUTPUT": f_2 is not None}
+        self.elements = self.x.numel() // max(self.x.shape[0], 1)
+
+    def plan(self, *levels: Tensor, steps: int = 1) -> Plan:
+        return plan(self.x, self.model, *levels, rows=True, steps=steps)
+
+
+def _loss_fwd(
+    pair: _Pair, levels: tuple[Tensor, Tensor, Tensor], sizes: tuple[float, float, float, float], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The losses and distances [B]. levels: sigma, next_sigma, and the weight or what it is made of; sizes: huber_c,
+    weight_sigma_data, sigma_data, boundary."""
+    single = pair.plan(*levels)
+    tiles = single._replace(steps=min(STEPS, 1 << (single.blocks - 1).bit_length()))
+    parts = tiles.planes * tiles.blocks
+    loss, distance = (torch.empty(tiles.batch, dtype=torch.float32, device=pair.x.device) for _ in range(2))
+    partial = loss if parts == 1 else loss.new_empty(tiles.batch * parts)
+    # A sample is the blocks of all its planes, which are one row's programs, one after the other.
+    tiles.run(
+        _loss_fwd_kernel, *pair.tensors, *tiles.levels, partial, loss, distance, float(pair.elements), *sizes,
+        **pair.options, **options, FINISH=parts == 1, STEPS=tiles.steps,
+    )
+    if parts > 1:
+        fold = {key: options[key] for key in ("NORM", "WEIGHTING")}
+        tiles.fold(
+            _fold_kernel, partial, loss, distance, tiles.levels[2], float(pair.elements), *sizes[:2], parts,
+            **fold, PER_ROW=tiles.per_row, PARTS=1 << (parts - 1).bit_length(),
+        )
+    return loss, distance

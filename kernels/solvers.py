@@ -1,0 +1,314 @@
+"""Steps of the probability-flow ODE from network outputs; D is never stored.
+
+Each `name_fwd` takes what `cmfast.reference.name` takes; each `name_bwd` the gradients of its results, and returns
+those of the inputs that `needed` names.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmfast.kernels.common import (
+    add_input_grad,
+    denoised,
+    input_scale,
+    load_level,
+    load_state,
+    offsets,
+    skip_and_out,
+    store_noise_level,
+    store_state,
+    through_clip,
+    tile,
+    unclipped,
+)
+from cmfast.kernels.launch import dense, empty, gradients, outputs, plan, scaling
+
+Grads = tuple[Tensor | None, ...]
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _euler_step_fwd_kernel(
+    model_output, x, sigma, next_sigma, x_next, model_input, c_noise, sigma_data, boundary, planes, blocks, pixels,
+    PLAIN: tl.constexpr, CLIP: tl.constexpr, WITH_STATE: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    f, state = load_state(model_output, model_at, mask), load_state(x, at, mask)
+    level, next_level = load_level(sigma, row, PER_ROW), load_level(next_sigma, row, PER_ROW)
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    # d (sigma' - sigma) = (x - D) (sigma' - sigma) / sigma
+    value = state + (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)) * tl.div_rn(next_level - level, level)
+    if WITH_STATE:
+        store_state(x_next, at, value, mask)
+    store_state(model_input, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
+    store_noise_level(c_noise, next_level, row, planes, blocks, PLAIN, PER_ROW)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _euler_step_bwd_kernel(
+    grad_next, grad_input, model_output, x, sigma, next_sigma, grad_output, grad_x, sigma_data, boundary,
+    planes, blocks, pixels,
+    PLAIN: tl.constexpr, CLIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr,
+    NEED_OUTPUT: tl.constexpr, NEED_X: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    level, next_level = load_level(sigma, row, PER_ROW), load_level(next_sigma, row, PER_ROW)
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    gx = load_state(grad_next, at, mask) if HAS_STATE else 0.0
+    gi = load_state(grad_input, model_at, mask) if HAS_INPUT else 0.0
+    g = add_input_grad(gx, gi, input_scale(next_level, sigma_data, PLAIN), HAS_STATE, HAS_INPUT)
+    ratio = tl.div_rn(next_level - level, level)
+    g_denoised = -ratio * g
+    if CLIP:
+        f = load_state(model_output, model_at, mask)
+        state = f if PLAIN else load_state(x, at, mask)
+        g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
+    if NEED_OUTPUT:
+        store_state(grad_output, model_at, c_out * g_denoised, mask)
+    if NEED_X:
+        store_state(grad_x, at, g + ratio * g + c_skip * g_denoised, mask)
+
+
+def euler_step_fwd(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    with_state: bool = True,
+    sigma_data: float | None,
+    boundary: float,
+    clip: bool,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    model_output, x_t = dense(model_output), dense(x_t)
+    x_next = empty(x_t) if with_state else None
+    model_input = empty(model_output, dtype)
+    tiles = plan(x_t, model_output, sigma, next_sigma)
+    c_noise = tiles.level_out(x_t)
+    tiles.run(
+        _euler_step_fwd_kernel, model_output, x_t, *tiles.levels, *outputs(x_t, x_next), model_input, c_noise,
+        *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip, WITH_STATE=with_state,
+    )
+    result = model_input, c_noise.expand(x_t.shape[0])
+    return result if x_next is None else (x_next, *result)
+
+
+def euler_step_bwd(
+    needed: tuple[bool, ...],
+    grads: Grads,
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    sigma_data: float | None,
+    boundary: float,
+    clip: bool,
+    dtype: torch.dtype | None,
+) -> Grads:
+    grad_next, grad_input, *_ = grads
+    if (grad_next is None and grad_input is None) or not any(needed[:2]):
+        return (None,) * 4
+    model_output, x_t = dense(model_output), dense(x_t)
+    grad_next = None if grad_next is None else dense(grad_next, x_t)
+    grad_input = None if grad_input is None else dense(grad_input, model_output)
+    grad_output, grad_x = gradients(needed, model_output, x_t)
+    tiles = plan(x_t, model_output, sigma, next_sigma)
+    tiles.run(
+        _euler_step_bwd_kernel, *outputs(x_t, grad_next, grad_input), model_output, x_t, *tiles.levels,
+        *outputs(x_t, grad_output, grad_x), *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip,
+        HAS_STATE=grad_next is not None, HAS_INPUT=grad_input is not None, NEED_OUTPUT=needed[0], NEED_X=needed[1],
+    )
+    return grad_output, grad_x, None, None
+
+
+def heun_predictor_fwd(*tensors: Tensor, **options) -> tuple[Tensor, ...]:
+    """An Euler step that keeps its network input alone."""
+    return euler_step_fwd(*tensors, with_state=False, **options)
+
+
+def heun_predictor_bwd(needed: tuple[bool, ...], grads: Grads, *tensors: Tensor, **options) -> Grads:
+    return euler_step_bwd(needed, (None, *grads), *tensors, **options)
+
+
+@triton.jit
+def _slope_from(state, f, level, sigma_data, boundary, PLAIN: tl.constexpr, CLIP: tl.constexpr):
+    """d = (x - D) / sigma."""
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    return (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)) * tl.div_rn(1.0, level)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _corrector_fwd_kernel(
+    model_output, model_output_2, x, sigma, sigma_2, next_sigma, x_next, model_input, c_noise, sigma_data, boundary,
+    planes, blocks, pixels,
+    PLAIN: tl.constexpr, CLIP: tl.constexpr, MIDPOINT: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Heun's method and the midpoint method: a second slope at the Euler point of sigma_2."""
+    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    f, f_2, state = (
+        load_state(model_output, model_at, mask), load_state(model_output_2, model_at, mask), load_state(x, at, mask),
+    )
+    level, level_2 = load_level(sigma, row, PER_ROW), load_level(sigma_2, row, PER_ROW)
+    next_level = load_level(next_sigma, row, PER_ROW)
+    d = _slope_from(state, f, level, sigma_data, boundary, PLAIN, CLIP)
+    # Where sigma_2 = 0 there is no second slope: an Euler step.
+    ends = level_2 == 0.0
+    safe = tl.where(ends, 1.0, level_2)
+    d_2 = _slope_from(state + d * (level_2 - level), f_2, safe, sigma_data, boundary, PLAIN, CLIP)
+    if MIDPOINT:
+        value = state + d_2 * (next_level - level)
+    else:
+        value = state + 0.5 * (d + tl.where(ends, d, d_2)) * (next_level - level)
+    store_state(x_next, at, value, mask)
+    store_state(model_input, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
+    store_noise_level(c_noise, next_level, row, planes, blocks, PLAIN, PER_ROW)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _corrector_bwd_kernel(
+    grad_next, grad_input, model_output, model_output_2, x, sigma, sigma_2, next_sigma,
+    grad_output, grad_output_2, grad_x, sigma_data, boundary, planes, blocks, pixels,
+    PLAIN: tl.constexpr, CLIP: tl.constexpr, MIDPOINT: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr,
+    NEED_OUTPUT: tl.constexpr, NEED_OUTPUT_2: tl.constexpr, NEED_X: tl.constexpr,
+    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    level, level_2 = load_level(sigma, row, PER_ROW), load_level(sigma_2, row, PER_ROW)
+    next_level = load_level(next_sigma, row, PER_ROW)
+    gx = load_state(grad_next, at, mask) if HAS_STATE else 0.0
+    gi = load_state(grad_input, model_at, mask) if HAS_INPUT else 0.0
+    g = add_input_grad(gx, gi, input_scale(next_level, sigma_data, PLAIN), HAS_STATE, HAS_INPUT)
+    ends = level_2 == 0.0
+    safe = tl.where(ends, 1.0, level_2)
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
+    # x'' = x + (k d + k_2 d_2), d_2 = (x_2 - D_2) / sigma_2, x_2 = x + d (sigma_2 - sigma), d = (x - D) / sigma
+    if MIDPOINT:
+        g_d_2 = (next_level - level) * g
+        g_d = tl.zeros_like(g)
+    else:
+        g_d_2 = tl.where(ends, 0.0, 0.5 * (next_level - level)) * g
+        g_d = tl.where(ends, 1.0, 0.5) * (next_level - level) * g
+    g_x_2 = tl.div_rn(1.0, safe) * g_d_2
+    g_denoised_2 = -g_x_2
+    if CLIP:
+        f, f_2, state = (
+            load_state(model_output, model_at, mask),
+            load_state(model_output_2, model_at, mask),
+            load_state(x, at, mask),
+        )
+        d = _slope_from(state, f, level, sigma_data, boundary, PLAIN, CLIP)
+        state_2 = state + d * (level_2 - level)
+        g_denoised_2 = through_clip(g_denoised_2, unclipped(f_2, state_2, c_skip_2, c_out_2, PLAIN), CLIP)
+    g_x_2 += c_skip_2 * g_denoised_2
+    g_d += (level_2 - level) * g_x_2
+    g_slope = tl.div_rn(1.0, level) * g_d
+    g_denoised = -g_slope
+    if CLIP:
+        g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
+    if NEED_OUTPUT:
+        store_state(grad_output, model_at, c_out * g_denoised, mask)
+    if NEED_OUTPUT_2:
+        store_state(grad_output_2, model_at, c_out_2 * g_denoised_2, mask)
+    if NEED_X:
+        store_state(grad_x, at, g + g_x_2 + g_slope + c_skip * g_denoised, mask)
+
+
+def midpoint_corrector_fwd(
+    model_output: Tensor,
+    model_output_mid: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    mid_sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    midpoint: bool = True,
+    sigma_data: float | None,
+    boundary: float,
+    clip: bool,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    model_output, x_t = dense(model_output), dense(x_t)
+    model_output_mid = dense(model_output_mid, model_output)
+    x_next, model_input = empty(x_t), empty(model_output, dtype)
+    tiles = plan(x_t, model_output, sigma, mid_sigma, next_sigma)
+    c_noise = tiles.level_out(x_t)
+    tiles.run(
+        _corrector_fwd_kernel, model_output, model_output_mid, x_t, *tiles.levels, x_next, model_input, c_noise,
+        *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip, MIDPOINT=midpoint,
+    )
+    return x_next, model_input, c_noise.expand(x_t.shape[0])
+
+
+def midpoint_corrector_bwd(
+    needed: tuple[bool, ...],
+    grads: Grads,
+    model_output: Tensor,
+    model_output_mid: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    mid_sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    midpoint: bool = True,
+    sigma_data: float | None,
+    boundary: float,
+    clip: bool,
+    dtype: torch.dtype | None,
+) -> Grads:
+    grad_next, grad_input, *_ = grads
+    if (grad_next is None and grad_input is None) or not any(needed[:3]):
+        return (None,) * 6
+    model_output, x_t = dense(model_output), dense(x_t)
+    model_output_mid = dense(model_output_mid, model_output)
+    grad_next = None if grad_next is None else dense(grad_next, x_t)
+    grad_input = None if grad_input is None else dense(grad_input, model_output)
+    grad_output, grad_output_mid, grad_x = gradients(needed, model_output, model_output_mid, x_t)
+    tiles = plan(x_t, model_output, sigma, mid_sigma, next_sigma)
+    tiles.run(
+        _corrector_bwd_kernel, *outputs(x_t, grad_next, grad_input), model_output, model_output_mid, x_t,
+        *tiles.levels, *outputs(x_t, grad_output, grad_output_mid, grad_x), *scaling(sigma_data, boundary),
+        PLAIN=sigma_data is None, CLIP=clip, MIDPOINT=midpoint,
+        HAS_STATE=grad_next is not None, HAS_INPUT=grad_input is not None,
+        NEED_OUTPUT=needed[0], NEED_OUTPUT_2=needed[1], NEED_X=needed[2],
+    )
+    return grad_output, grad_output_mid, grad_x, None, None, None
+
+
+def heun_corrector_fwd(
+    model_output: Tensor, model_output_next: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, **options
+) -> tuple[Tensor, ...]:
+    """The corrector whose second slope is taken at the end of the step, and averaged with the first."""
+    tensors = model_output, model_output_next, x_t, sigma, next_sigma, next_sigma
+    return midpoint_corrector_fwd(*tensors, midpoint=False, **options)
+
+
+def heun_corrector_bwd(
+    needed: tuple[bool, ...],
+    grads: Grads,
+    model_output: Tensor,
+    model_output_next: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    **options,
+) -> Grads:
+    tensors = model_output, model_output_next, x_t, sigma, next_sigma, next_sigma
+    return midpoint_corrector_bwd(needed, grads, *tensors, midpoint=False, **options)[:5]
