@@ -40,6 +40,12 @@ def empty(like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.m
     return torch.empty_like(like, dtype=dtype or like.dtype, memory_format=memory_format or layout(like) or CONTIGUOUS)
 
 
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Every launch goes through here. FP contraction is set, since its default differs between Triton versions."""
+    with _on_device(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+
+
 class Plan(NamedTuple):
     """A batch as rows x planes x pixels, cut into blocks of pixels; one program for each block.
 
@@ -68,24 +74,17 @@ class Plan(NamedTuple):
         return torch.empty(self.batch if self.per_row else 1, dtype=torch.float32, device=like.device)
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """Launch with the tiles' arguments after the kernel's own. FP contraction is set here, since its default
-        differs between Triton versions."""
-        if not self.batch:
-            return
-        with _on_device(arguments[0]):
-            kernel[(self.rows * self.planes * self.blocks,)](
-                *arguments,
-                self.planes,
-                self.blocks,
-                self.pixels,
-                **constants,
-                STATE_LAST=self.state_last,
-                MODEL_LAST=self.model_last,
-                PER_ROW=self.per_row,
-                BLOCK=self.block,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
-            )
+        """Launch with the tiles' arguments after the kernel's own."""
+        if self.batch:
+            tile = {"STATE_LAST": self.state_last, "MODEL_LAST": self.model_last, "BLOCK": self.block}
+            sizes = self.planes, self.blocks, self.pixels
+            programs = self.rows * self.planes * self.blocks
+            launch(kernel, programs, *arguments, *sizes, **constants, **tile, PER_ROW=self.per_row)
+
+    def fold(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """Launch one program for each row, with no tiles."""
+        if self.batch:
+            launch(kernel, self.rows, *arguments, **constants, PER_ROW=self.per_row)
 
 
 def plan(

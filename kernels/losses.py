@@ -28,8 +28,12 @@ Grads = tuple[Tensor | None, ...]
 NORMS = ("l1", "l2", "huber")
 #: How a kernel makes weights of noise levels; given weights are number 0.
 WEIGHTINGS = ("given", "uniform", "snr", "snr+1", "karras", "truncated-snr")
-#: Blocks of 1024 elements that one program sums, at most.
+#: Blocks that one program sums, at most, where a sample has no more than PARTS of them.
 STEPS = 8
+#: Partial sums of a sample, at most.
+PARTS = 1024
+#: Programs that keep a GPU busy.
+ENOUGH = 512
 
 _L1, _L2, _HUBER = (tl.constexpr(i) for i in range(3))
 _GIVEN, _UNIFORM, _SNR, _SNR_PLUS_1, _KARRAS, _TRUNCATED_SNR = (tl.constexpr(i) for i in range(6))
@@ -70,7 +74,9 @@ def _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_
             WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
     """The distance and the loss of a row from its sum."""
     if NORM == _HUBER:
-        value = tl.sqrt_rn(total + huber_c * huber_c) - huber_c
+        # sqrt(s + c^2) - c without the cancellation.
+        root = tl.sqrt_rn(total + huber_c * huber_c) + huber_c
+        value = tl.where(root == 0.0, 0.0, tl.div_rn(total, tl.where(root == 0.0, 1.0, root)))
     else:
         value = tl.div_rn(total, elements)
     tl.store(distance + row, value)
@@ -197,13 +203,23 @@ class _Pair:
         return plan(self.x, self.model, *levels, rows=True, steps=steps)
 
 
+def _steps(tiles: Plan) -> int:
+    """How many blocks a program sums: a whole sample if that is short, else as many as leave enough programs."""
+    blocks = tiles.planes * tiles.blocks
+    if blocks <= STEPS and tiles.planes == 1:
+        steps = blocks
+    else:
+        steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), blocks // PARTS, 1)
+    return 1 << (steps - 1).bit_length()
+
+
 def _loss_fwd(
     pair: _Pair, levels: tuple[Tensor, Tensor, Tensor], sizes: tuple[float, float, float, float], **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The losses and distances [B]. levels: sigma, next_sigma, and the weight or what it is made of; sizes: huber_c,
     weight_sigma_data, sigma_data, boundary."""
     single = pair.plan(*levels)
-    tiles = single._replace(steps=min(STEPS, 1 << (single.blocks - 1).bit_length()))
+    tiles = single._replace(steps=_steps(single))
     parts = tiles.planes * tiles.blocks
     loss, distance = (torch.empty(tiles.batch, dtype=torch.float32, device=pair.x.device) for _ in range(2))
     partial = loss if parts == 1 else loss.new_empty(tiles.batch * parts)
@@ -213,9 +229,113 @@ def _loss_fwd(
         **pair.options, **options, FINISH=parts == 1, STEPS=tiles.steps,
     )
     if parts > 1:
-        fold = {key: options[key] for key in ("NORM", "WEIGHTING")}
         tiles.fold(
             _fold_kernel, partial, loss, distance, tiles.levels[2], float(pair.elements), *sizes[:2], parts,
-            **fold, PER_ROW=tiles.per_row, PARTS=1 << (parts - 1).bit_length(),
+            NORM=options["NORM"], WEIGHTING=options["WEIGHTING"], PARTS=1 << (parts - 1).bit_length(),
         )
     return loss, distance
+
+
+def _loss_bwd(
+    needed: tuple[bool, bool, bool, bool],
+    grad: Tensor,
+    pair: _Pair,
+    levels: tuple[Tensor, Tensor, Tensor],
+    distance: Tensor,
+    sizes: tuple[float, float, float, float],
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of f, x, f_2 and x_2 from that of the losses [B]."""
+    if not any(needed):
+        return (None,) * 4
+    grads = gradients(needed, *pair.tensors)
+    tiles = pair.plan(*levels)
+    need = dict(zip(("NEED_F", "NEED_X", "NEED_F_2", "NEED_X_2"), needed, strict=True))
+    tiles.run(
+        _loss_bwd_kernel, grad.contiguous(), *pair.tensors, *tiles.levels, distance, *outputs(pair.x, *grads),
+        float(pair.elements), *sizes, **pair.options, **options, **need,
+    )
+    return tuple(grads)
+
+
+def _weight_grad(grad: Tensor, distance: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of given weights, a scalar or [B]."""
+    return (grad * distance).sum_to_size(weight.shape).to(weight.dtype)
+
+
+def weighted_loss_fwd(
+    x: Tensor, target: Tensor, weight: Tensor, *, norm: str, huber_c: float
+) -> tuple[Tensor, Tensor]:
+    """The losses and, for the backward pass, the distances."""
+    options = {"PLAIN": True, "NORM": NORMS.index(norm), "WEIGHTING": 0}
+    return _loss_fwd(_Pair(None, x, None, target), (weight,) * 3, (float(huber_c), 1.0, 1.0, 0.0), **options)
+
+
+def weighted_loss_bwd(
+    needed: tuple[bool, ...],
+    grads: Grads,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    norm: str,
+    huber_c: float,
+    saved: tuple[Tensor, ...],
+) -> Grads:
+    (grad, *_), (distance,) = grads, saved
+    if grad is None:
+        return (None,) * 3
+    options = {"PLAIN": True, "NORM": NORMS.index(norm), "WEIGHTING": 0}
+    _, grad_x, _, grad_target = _loss_bwd(
+        (False, needed[0], False, needed[1]), grad, _Pair(None, x, None, target), (weight,) * 3, distance,
+        (float(huber_c), 1.0, 1.0, 0.0), **options,
+    )
+    return grad_x, grad_target, _weight_grad(grad, distance, weight) if needed[2] else None
+
+
+def _consistency(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    weight: Tensor | str,
+    x_t2: Tensor | None,
+    next_sigma: Tensor | None,
+    norm: str,
+    huber_c: float,
+    weight_sigma_data: float,
+    sigma_data: float | None,
+    boundary: float,
+) -> tuple[_Pair, tuple[Tensor, Tensor, Tensor], tuple[float, float, float, float], dict[str, Any]]:
+    """What both passes give to a kernel."""
+    from_output = x_t2 is not None
+    pair = _Pair(model_output, x_t, target if from_output else None, x_t2 if from_output else target)
+    levels = sigma, sigma if next_sigma is None else next_sigma, sigma if isinstance(weight, str) else weight
+    sizes = float(huber_c), float(weight_sigma_data), *scaling(sigma_data, boundary)
+    weighting = weight if isinstance(weight, str) else "given"
+    options = {
+        "PLAIN": sigma_data is None, "NORM": NORMS.index(norm), "WEIGHTING": WEIGHTINGS.index(weighting)
+    }
+    return pair, levels, sizes, options
+
+
+def consistency_loss_fwd(*arguments: Any, **sizes: Any) -> tuple[Tensor, Tensor]:
+    """The losses and, for the backward pass, the distances."""
+    pair, levels, numbers, options = _consistency(*arguments, **sizes)
+    return _loss_fwd(pair, levels, numbers, **options)
+
+
+def consistency_loss_bwd(
+    needed: tuple[bool, ...], grads: Grads, *arguments: Any, saved: tuple[Tensor, ...], **sizes: Any
+) -> Grads:
+    (grad, *_), (distance,) = grads, saved
+    if grad is None:
+        return (None,) * 7
+    pair, levels, numbers, options = _consistency(*arguments, **sizes)
+    weight, x_t2 = arguments[4], arguments[5]
+    need_output, need_x, _, need_target, need_weight, need_x_t2, _ = needed
+    wanted = need_output, need_x, *((need_target, need_x_t2) if x_t2 is not None else (False, need_target))
+    grad_output, grad_x, *grad_targets = _loss_bwd(wanted, grad, pair, levels, distance, numbers, **options)
+    grad_target, grad_x_t2 = grad_targets if x_t2 is not None else (grad_targets[1], None)
+    grad_weight = _weight_grad(grad, distance, weight) if need_weight else None
+    return grad_output, grad_x, None, grad_target, grad_weight, grad_x_t2, None

@@ -302,7 +302,8 @@ def add_noise_pair_fwd(
     sigma_data: float | None,
     dtype: torch.dtype | None,
     memory_format: torch.memory_format | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, ...]:
+    """The two points, one after the other: six tensors."""
     x_start = dense(x_start)
     states = empty(x_start), empty(x_start)
     inputs = empty(x_start, dtype, memory_format), empty(x_start, dtype, memory_format)
@@ -314,8 +315,7 @@ def add_noise_pair_fwd(
         _add_noise_pair_fwd_kernel, x_start, *source.arguments, *tiles.levels, *points[0], *points[1],
         scaling(sigma_data)[0], PLAIN=sigma_data is None, **source.options,
     )
-    first, second = ((x, model_input, c.expand(x_start.shape[0])) for x, model_input, c in points)
-    return first, second
+    return tuple(part for x, model_input, c in points for part in (x, model_input, c.expand(x_start.shape[0])))
 
 
 def add_noise_pair_bwd(
