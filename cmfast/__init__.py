@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cmfast.checkpoint import load, save
     from cmfast.denoiser import Denoiser
     from cmfast.engine import Sampler
+    from cmfast.ops import backend
     from cmfast.precondition import Preconditioner
     from cmfast.samplers import sample
     from cmfast.unet import UNetModel
@@ -40,6 +41,7 @@ __all__ = [
     "Preconditioner",
     "Sampler",
     "UNetModel",
+    "backend",
     "checkpoint",
     "compat",
     "load",
@@ -61,6 +63,7 @@ _HOME = {
     "Preconditioner": "precondition",
     "Sampler": "engine",
     "UNetModel": "unet",
+    "backend": "ops",
     "load": "checkpoint",
     "sample": "samplers",
     "save": "checkpoint",

@@ -1,22 +1,29 @@
 """The public operations: arguments are checked here, then a path is chosen.
 
-Plain functions for people with a sampling or training loop of their own. Today every call takes the reference
-path (`cmfast.reference`), so results are those of plain PyTorch on any device.
+Plain functions for people with a sampling or training loop of their own. Each has a fused Triton kernel
+(`cmfast.kernels`), taken where one can run, and a reference in plain PyTorch (`cmfast.reference`), which says what is
+right and serves everywhere else. `backend("reference" | "triton" | "auto")` chooses; `python -m cmfast info` says what
+is taken here and why.
 """
 
+from cmfast.ops._dispatch import BACKENDS, backend, current_backend
 from cmfast.ops.images import to_uint8
 from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.ops.lpips import lpips_layer
-from cmfast.ops.noise import add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
+from cmfast.ops.noise import Draw, add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
 from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
 
 __all__ = [
+    "BACKENDS",
     "WEIGHTINGS",
+    "Draw",
     "add_noise",
     "add_noise_pair",
+    "backend",
     "c_noise",
     "consistency_loss",
+    "current_backend",
     "denoise",
     "denoise_to_uint8",
     "euler_step",

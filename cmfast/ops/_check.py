@@ -8,13 +8,18 @@ import math
 import torch
 from torch import Tensor
 
+from cmfast.reference import Draw
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+
 
 def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
     """A floating tensor of at least `min_ndim` dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must have a floating dtype, {_DTYPE_NAMES}, got {x.dtype}")
     if x.ndim < min_ndim:
         raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
@@ -34,12 +39,56 @@ def sigma_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def input_format(x: Tensor, dtype: object, memory_format: object) -> None:
+    """What a network input is asked to be: a floating dtype or None, a memory format for x or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be {_DTYPE_NAMES}, or None, got {dtype}")
+    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)  # type: ignore[call-overload]
+    if memory_format not in (None, torch.contiguous_format) and dims is None:
+        raise ValueError(f"memory_format must be contiguous_format, channels_last or None, got {memory_format}")
+    if dims is not None and x.ndim != dims:
+        raise ValueError(f"memory_format {memory_format} is for batches of {dims} dimensions, got {list(x.shape)}")
+
+
+def integer(name: str, value: object, device: torch.device) -> None:
+    """An integer, or an integer scalar tensor on the device: what seeds and draw numbers are."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.numel() != 1:
+            raise TypeError(f"{name} must be an integer or an integer scalar, got {value.dtype} {list(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, index on {device}: move one of them")
+    elif not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer or an integer scalar tensor, got {type(value).__name__}")
+
+
+def sample_index(index: object) -> None:
+    """An integer tensor [B]."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
+        came = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be an integer tensor [B] of sample indices, got {came}")
+
+
+def noise_like(noise: object, x: Tensor, x_name: str) -> None:
+    """A floating tensor of the shape and device of x, or a `Draw` of as many samples there."""
+    if not isinstance(noise, Draw):
+        float_tensor("noise", noise)
+        same_shape(**{x_name: x, "noise": noise})  # type: ignore[arg-type]
+        return
+    sample_index(noise.index)
+    integer("noise.seed", noise.seed, noise.index.device)
+    integer("noise.draw", noise.draw, noise.index.device)
+    if noise.index.shape[0] != x.shape[0]:
+        raise ValueError(f"noise draws {noise.index.shape[0]} samples, {x_name} has {x.shape[0]}")
+    if noise.index.device != x.device:
+        raise ValueError(f"noise.index is on {noise.index.device}, {x_name} on {x.device}: move one of them")
+
+
 def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True) -> None:
     """A floating tensor, scalar or [B] with B = x.shape[0], not negative and not NaN."""
     if not isinstance(sigma, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (scalar or [B]), got {type(sigma).__name__}")
-    if not sigma.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {sigma.dtype}")
+    if sigma.dtype not in DTYPES:
+        raise TypeError(f"{name} must have a floating dtype, {_DTYPE_NAMES}, got {sigma.dtype}")
     if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape[0] != x.shape[0]):
         raise ValueError(f"{name} must be a scalar or [B] with B = {x.shape[0]}, got {list(sigma.shape)}")
     if sigma.device != x.device:

@@ -4,12 +4,13 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._dispatch import use_kernel
 
 ROUNDINGS = ("trunc", "nearest")
 
 
 def to_uint8(x: Tensor, *, rounding: str = "trunc") -> Tensor:
-    """[-1, 1] [B, C, ...] to uint8 [B, ..., C], channels last; clamped, NaN to 0.
+    """[-1, 1] [B, C, ...] to uint8 [B, ..., C], channels last; clamped, NaN to 0. Not differentiable.
 
     `rounding="trunc"` cuts 127.5 (x + 1) off (openai/consistency_models); `"nearest"` rounds it (diffusers).
 
@@ -21,4 +22,8 @@ def to_uint8(x: Tensor, *, rounding: str = "trunc") -> Tensor:
     """
     _check.float_tensor("x", x, min_ndim=2)
     _check.choice("rounding", rounding, ROUNDINGS)
+    if use_kernel("to_uint8", x):
+        from cmfast.kernels.images import to_uint8_fwd
+
+        return to_uint8_fwd(x.detach(), rounding=rounding)
     return reference.to_uint8(x, rounding=rounding)

@@ -1,17 +1,17 @@
-"""Noise: drawn from counters, added to data, and added back between sampling steps."""
+"""Noise: drawn from counters, added to data, and added back between sampling steps.
+
+Where an operation takes noise, that is a tensor, or a `Draw(seed, index, draw)` which a kernel makes on the spot and
+never stores: the numbers of `normal(seed, index, shape, draw=draw)`.
+"""
 
 import torch
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._dispatch import fused, use_kernel
 from cmfast.ops.precondition import check_step
-
-
-def _check_index(index: Tensor) -> None:
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.ndim != 1:
-        came = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index must be an integer tensor [B] of sample indices, got {came}")
+from cmfast.reference import Draw
 
 
 def normal(
@@ -26,74 +26,158 @@ def normal(
 
     Args: seed: an integer or an integer scalar tensor; index: [B] sample indices, whose device the result is on;
         draw: 0 for a sample's first draw, 1 for the next, and so on.
+    Raises: TypeError: an index, seed or draw that is no integer, or a dtype that is not floating.
 
     >>> a = normal(7, torch.tensor([0, 1, 2]), (3, 4, 4))
     >>> b = normal(7, torch.tensor([2]), (3, 4, 4))
     >>> bool((a[2] == b[0]).all())
     True
     """
-    _check_index(index)
-    return reference.normal(seed, index, tuple(shape), draw=draw, dtype=dtype)
+    _check.sample_index(index)
+    _check.integer("seed", seed, index.device)
+    _check.integer("draw", draw, index.device)
+    _check.input_format(index, dtype, None)
+    shape = tuple(shape)
+    if use_kernel("normal", Draw(seed, index, draw), dtypes=(dtype,)):
+        from cmfast.kernels.noise import normal_fwd
+
+        return normal_fwd(seed, index, shape, draw=draw, dtype=dtype)
+    return reference.normal(seed, index, shape, draw=draw, dtype=dtype)
 
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
-    """One integer in [0, high) per sample, int64 [B], from (seed, index[b], draw) alone."""
-    _check_index(index)
+    """One integer in [0, high) per sample, int64 [B], from (seed, index[b], draw) alone.
+
+    >>> uniform_int(0, torch.arange(4), 10).shape
+    torch.Size([4])
+    """
+    _check.sample_index(index)
     if not 0 < high <= 2**31:
         raise ValueError(f"high must be from 1 to 2**31, got {high}")
     return reference.uniform_int(seed, index, high, draw=draw)
 
 
 def init_noise(
-    noise: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+    noise: Tensor | Draw,
+    sigma: Tensor,
+    *,
+    shape: tuple[int, ...] | None = None,
+    state_dtype: torch.dtype | None = None,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_T = sigma noise [B, ...], the first network input in `dtype`, and c_noise [B]."""
-    _check.float_tensor("noise", noise)
-    _check.sigma_level("sigma", sigma, noise)
+    """x_T = sigma noise [B, ...], the first network input in `dtype`, and c_noise [B].
+
+    Args: noise [B, ...], or a `Draw` of samples of `shape` in `state_dtype` (default float32); sigma scalar or [B];
+        memory_format: of the network input (default: as the state lies).
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x, model_input, c_noise = init_noise(Draw(0, torch.arange(2)), torch.tensor(80.0), shape=(3, 8, 8))
+    >>> x.shape, c_noise.shape
+    (torch.Size([2, 3, 8, 8]), torch.Size([2]))
+    """
+    options = {"shape": shape, "sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    if isinstance(noise, Draw):
+        if shape is None:
+            raise ValueError("shape is missing: a draw needs the shape of a sample, such as shape=(3, 64, 64)")
+        options["state_dtype"] = state_dtype = state_dtype or torch.float32
+        _check.sample_index(noise.index)
+        batch = torch.empty(noise.index.shape[0], *shape, dtype=state_dtype, device="meta")
+        _check.input_format(batch, state_dtype, None)
+        _check.noise_like(noise, noise.index, "index")
+        _check.sigma_level("sigma", sigma, noise.index)
+    else:
+        if shape is not None or state_dtype is not None:
+            raise ValueError("shape and state_dtype go with a Draw: given noise has its own")
+        _check.float_tensor("noise", noise)
+        _check.sigma_level("sigma", sigma, noise)
+        options["state_dtype"], batch = noise.dtype, noise
     _check.sigma_data_value(sigma_data)
-    return reference.init_noise(noise, sigma, sigma_data=sigma_data, dtype=dtype)
+    _check.input_format(batch, dtype, memory_format)
+    if use_kernel("init_noise", noise, sigma, dtypes=(dtype, state_dtype)):
+        from cmfast.kernels.noise import init_noise_bwd, init_noise_fwd
+
+        return fused(init_noise_fwd, init_noise_bwd, reference.init_noise, noise, sigma, **options)
+    return reference.init_noise(noise, sigma, **options)
+
+
+def _check_data(
+    x_start: Tensor,
+    noise: Tensor | Draw,
+    sigma: Tensor,
+    sigma_data: float | None,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> None:
+    _check.float_tensor("x_start", x_start)
+    _check.noise_like(noise, x_start, "x_start")
+    _check.sigma_level("sigma", sigma, x_start)
+    _check.sigma_data_value(sigma_data)
+    _check.input_format(x_start, dtype, memory_format)
 
 
 def add_noise(
     x_start: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     sigma: Tensor,
     *,
     input_sigma: Tensor | None = None,
     sigma_data: float | None = 0.5,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t = x_start + sigma noise [B, ...], the network input in `dtype`, and c_noise [B].
 
-    `input_sigma`: the level of x_t where that is not sigma, because x_start was noisy already.
+    `input_sigma`: the level of x_t where that is not sigma, because x_start was noisy already. In consistency training
+    the Euler step is this op too: D is x_start, so that the next point is x_start + sigma' noise with the same noise.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x_t, model_input, c_noise = add_noise(torch.zeros(2, 3, 8, 8), Draw(0, torch.arange(2)), torch.tensor(1.0))
+    >>> bool((x_t == normal(0, torch.arange(2), (3, 8, 8))).all())
+    True
     """
-    _check_data(x_start, noise, sigma, sigma_data)
+    _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
     if input_sigma is not None:
         _check.sigma_level("input_sigma", input_sigma, x_start)
-    return reference.add_noise(x_start, noise, sigma, input_sigma=input_sigma, sigma_data=sigma_data, dtype=dtype)
+    inputs = x_start, noise, sigma, input_sigma
+    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    if use_kernel("add_noise", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
+
+        return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, **options)
+    return reference.add_noise(*inputs, **options)
 
 
 def add_noise_pair(
     x_start: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     sigma: Tensor,
     next_sigma: Tensor,
     *,
     sigma_data: float | None = 0.5,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """`add_noise` at sigma and at next_sigma with one draw: both points of a pair on one trajectory."""
-    _check_data(x_start, noise, sigma, sigma_data)
+    """`add_noise` at sigma and at next_sigma with one draw: both points of a pair on one trajectory.
+
+    >>> (x_t, *_), (x_t2, *_) = add_noise_pair(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.tensor(2.0),
+    ...                                        torch.tensor(1.0))
+    >>> x_t.max().item(), x_t2.max().item()
+    (2.0, 1.0)
+    """
+    _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
     _check.sigma_level("next_sigma", next_sigma, x_start)
-    return reference.add_noise_pair(x_start, noise, sigma, next_sigma, sigma_data=sigma_data, dtype=dtype)
+    inputs = x_start, noise, sigma, next_sigma
+    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    if use_kernel("add_noise_pair", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.noise import add_noise_pair_bwd, add_noise_pair_fwd
 
-
-def _check_data(x_start: Tensor, noise: Tensor, sigma: Tensor, sigma_data: float | None) -> None:
-    _check.float_tensor("x_start", x_start)
-    _check.float_tensor("noise", noise)
-    _check.same_shape(x_start=x_start, noise=noise)
-    _check.sigma_level("sigma", sigma, x_start)
-    _check.sigma_data_value(sigma_data)
+        six = fused(add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair, *inputs, **options)
+    else:
+        six = reference.add_noise_pair(*inputs, **options)
+    return six[:3], six[3:]
 
 
 def renoise(
@@ -101,7 +185,7 @@ def renoise(
     x_t: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     *,
     sigma_min: float = 0.002,
     sigma_data: float | None = 0.5,
@@ -111,21 +195,27 @@ def renoise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' = D + sqrt(sigma'^2 - sigma_min^2) noise: a step of multistep sampling, Song et al. 2023, algorithm 1.
 
-    Returns x' in the dtype of x_t, the next network input in `dtype` (default: that of model_output), c_noise [B].
+    Returns x' in the dtype of x_t, the next network input in `dtype` (default: that of model_output, and laid out as
+    it), c_noise [B].
+
+    >>> x = torch.ones(1, 3, 8, 8)
+    >>> renoise(x, x, torch.tensor(0.002), torch.tensor(0.002), Draw(0, torch.tensor([0])))[0].unique()
+    tensor([1.])
     """
     check_step(model_output, x_t, sigma, sigma_data)
-    _check.float_tensor("noise", noise)
-    _check.same_shape(x_t=x_t, noise=noise)
+    _check.noise_like(noise, x_t, "x_t")
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    return reference.renoise(
-        model_output,
-        x_t,
-        sigma,
-        next_sigma,
-        noise,
-        sigma_min=sigma_min,
-        sigma_data=sigma_data,
-        boundary=boundary,
-        clip=clip,
-        dtype=dtype,
-    )
+    _check.input_format(x_t, dtype, None)
+    inputs = model_output, x_t, sigma, next_sigma, noise
+    options = {
+        "sigma_min": sigma_min,
+        "sigma_data": sigma_data,
+        "boundary": boundary,
+        "clip": clip,
+        "dtype": dtype,
+    }
+    if use_kernel("renoise", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.noise import renoise_bwd, renoise_fwd
+
+        return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, **options)
+    return reference.renoise(*inputs, **options)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._dispatch import fused, use_kernel
 from cmfast.ops.images import ROUNDINGS
 
 
@@ -35,17 +36,32 @@ def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
 
 
 def scale_input(
-    x: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+    x: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The network's input c_in(sigma) x, [B, ...] in `dtype` (default: that of x), and c_noise [B].
 
-    Args: x [B, ...] state; sigma scalar or [B], in data units.
+    Args: x [B, ...] state; sigma scalar or [B], in data units; memory_format: of the input (default: as x lies).
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> model_input, c_noise = scale_input(torch.full((1, 3, 8, 8), 80.0), torch.tensor([80.0]))
+    >>> round(model_input.max().item(), 4), round(c_noise.item(), 1)
+    (1.0, 1095.5)
     """
     _check.float_tensor("x", x)
     _check.sigma_level("sigma", sigma, x)
     _check.sigma_data_value(sigma_data)
-    return reference.scale_input(x, sigma, sigma_data=sigma_data, dtype=dtype)
+    _check.input_format(x, dtype, memory_format)
+    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    if use_kernel("scale_input", x, sigma, dtypes=(dtype,)):
+        from cmfast.kernels.precondition import scale_input_bwd, scale_input_fwd
+
+        return fused(scale_input_fwd, scale_input_bwd, reference.scale_input, x, sigma, **options)
+    return reference.scale_input(x, sigma, **options)
 
 
 def check_step(model_output: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float | None) -> None:
@@ -76,7 +92,12 @@ def denoise(
     True
     """
     check_step(model_output, x_t, sigma, sigma_data)
-    return reference.denoise(model_output, x_t, sigma, sigma_data=sigma_data, boundary=boundary, clip=clip)
+    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip}
+    if use_kernel("denoise", x_t, model_output, sigma):
+        from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
+
+        return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
+    return reference.denoise(model_output, x_t, sigma, **options)
 
 
 def denoise_to_uint8(
@@ -88,9 +109,19 @@ def denoise_to_uint8(
     boundary: float = 0.002,
     rounding: str = "trunc",
 ) -> Tensor:
-    """`denoise`, clamped, as pixels: uint8 [B, H, W, C] from [B, C, H, W]. `rounding` as in `to_uint8`."""
+    """`denoise`, clamped, as pixels: uint8 [B, H, W, C] from [B, C, H, W]. `rounding` as in `to_uint8`.
+
+    >>> x = torch.full((1, 3, 2, 2), 0.5)
+    >>> denoise_to_uint8(torch.zeros_like(x), x, torch.tensor(0.002)).unique().tolist()
+    [191]
+    """
     check_step(model_output, x_t, sigma, sigma_data)
+    if x_t.ndim < 2:
+        raise ValueError(f"x_t must be a batch [B, C, ...] of 2 or more dimensions, got {list(x_t.shape)}")
     _check.choice("rounding", rounding, ROUNDINGS)
-    return reference.denoise_to_uint8(
-        model_output, x_t, sigma, sigma_data=sigma_data, boundary=boundary, rounding=rounding
-    )
+    options = {"sigma_data": sigma_data, "boundary": boundary, "rounding": rounding}
+    if use_kernel("denoise_to_uint8", x_t, model_output, sigma):
+        from cmfast.kernels.precondition import denoise_to_uint8_fwd
+
+        return denoise_to_uint8_fwd(model_output.detach(), x_t.detach(), sigma.detach(), **options)
+    return reference.denoise_to_uint8(model_output, x_t, sigma, **options)

@@ -1,10 +1,14 @@
-"""Steps of the probability-flow ODE, from network outputs."""
+"""Steps of the probability-flow ODE, from network outputs.
+
+Each network input is written in `dtype` (default: that of the network's output), laid out as that output is.
+"""
 
 import torch
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._dispatch import fused, use_kernel
 from cmfast.ops.precondition import check_step
 
 
@@ -24,19 +28,22 @@ def euler_step(
     Args: model_output, x_t [B, ...]; sigma > 0, next_sigma >= 0, scalars or [B]; clip: clamp D to [-1, 1].
     Returns x' in the dtype of x_t, the network input at (x', sigma') in `dtype` (default: that of model_output),
     and c_noise [B].
+
+    >>> x, model_input, c_noise = euler_step(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.tensor(1.0),
+    ...                                      torch.tensor(0.0))
+    >>> round(x.max().item(), 4)                # sigma' = 0 gives D = c_skip x = 0.25 / (0.998^2 + 0.25)
+    0.2006
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    return reference.euler_step(
-        model_output,
-        x_t,
-        sigma,
-        next_sigma,
-        sigma_data=sigma_data,
-        boundary=boundary,
-        clip=clip,
-        dtype=dtype,
-    )
+    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    inputs = model_output, x_t, sigma, next_sigma
+    if use_kernel("euler_step", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
+
+        return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, **options)
+    return reference.euler_step(*inputs, **options)
 
 
 def heun_predictor(
@@ -55,17 +62,15 @@ def heun_predictor(
     The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it.
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    return reference.heun_predictor(
-        model_output,
-        x_t,
-        sigma,
-        next_sigma,
-        sigma_data=sigma_data,
-        boundary=boundary,
-        clip=clip,
-        dtype=dtype,
-    )
+    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    inputs = model_output, x_t, sigma, next_sigma
+    if use_kernel("heun_predictor", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
+
+        return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, **options)
+    return reference.heun_predictor(*inputs, **options)
 
 
 def heun_corrector(
@@ -85,20 +90,17 @@ def heun_corrector(
     `model_output_next` is the network's output at the input that `heun_predictor` gave. Returns as `euler_step`.
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_next", model_output_next)
     _check.same_shape(x_t=x_t, model_output_next=model_output_next)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    return reference.heun_corrector(
-        model_output,
-        model_output_next,
-        x_t,
-        sigma,
-        next_sigma,
-        sigma_data=sigma_data,
-        boundary=boundary,
-        clip=clip,
-        dtype=dtype,
-    )
+    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    inputs = model_output, model_output_next, x_t, sigma, next_sigma
+    if use_kernel("heun_corrector", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
+
+        return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, **options)
+    return reference.heun_corrector(*inputs, **options)
 
 
 def midpoint_corrector(
@@ -119,19 +121,15 @@ def midpoint_corrector(
     `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave.
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_mid", model_output_mid)
     _check.same_shape(x_t=x_t, model_output_mid=model_output_mid)
     _check.sigma_level("mid_sigma", mid_sigma, x_t, allow_zero=False)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    return reference.midpoint_corrector(
-        model_output,
-        model_output_mid,
-        x_t,
-        sigma,
-        mid_sigma,
-        next_sigma,
-        sigma_data=sigma_data,
-        boundary=boundary,
-        clip=clip,
-        dtype=dtype,
-    )
+    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    inputs = model_output, model_output_mid, x_t, sigma, mid_sigma, next_sigma
+    if use_kernel("midpoint_corrector", *inputs, dtypes=(dtype,)):
+        from cmfast.kernels.solvers import midpoint_corrector_bwd, midpoint_corrector_fwd
+
+        return fused(midpoint_corrector_fwd, midpoint_corrector_bwd, reference.midpoint_corrector, *inputs, **options)
+    return reference.midpoint_corrector(*inputs, **options)

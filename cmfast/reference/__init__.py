@@ -9,6 +9,7 @@ from cmfast.reference.images import to_uint8
 from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.reference.lpips import lpips_layer
 from cmfast.reference.noise import (
+    Draw,
     add_noise,
     add_noise_pair,
     init_noise,
@@ -21,6 +22,7 @@ from cmfast.reference.precondition import c_noise, denoise, denoise_to_uint8, sc
 from cmfast.reference.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
 
 __all__ = [
+    "Draw",
     "WEIGHTINGS",
     "add_noise",
     "add_noise_pair",

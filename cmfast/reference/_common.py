@@ -19,3 +19,9 @@ def per_sample(sigma: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 def clip_unit(x: Tensor, clip: bool) -> Tensor:
     """Clamp to the data range [-1, 1] when `clip`."""
     return x.clamp(-1, 1) if clip else x
+
+
+def as_input(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format | None) -> Tensor:
+    """A network input in its dtype and, if one is asked for, in a memory format."""
+    x = x.to(dtype)
+    return x if memory_format is None else x.contiguous(memory_format=memory_format)

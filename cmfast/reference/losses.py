@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype
-from cmfast.reference.precondition import denoise
+from cmfast.reference.precondition import _denoise
 
 #: Loss weights from the signal-to-noise ratio 1 / sigma^2, by name.
 WEIGHTINGS = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
@@ -56,13 +56,26 @@ def consistency_loss(
     x_t: Tensor,
     sigma: Tensor,
     target: Tensor,
-    weight: Tensor,
+    weight: Tensor | str = "uniform",
+    x_t2: Tensor | None = None,
+    next_sigma: Tensor | None = None,
     *,
     norm: str = "l2",
     huber_c: float = 0.0,
+    weight_sigma_data: float = 0.5,
     sigma_data: float | None = 0.5,
     boundary: float = 0.002,
 ) -> Tensor:
-    """`weighted_loss` of D(x_t, sigma), computed from the network output, against the target's D."""
-    denoised = denoise(model_output, x_t, sigma, sigma_data=sigma_data, boundary=boundary)
+    """`weighted_loss` of D(x_t, sigma), computed from the network output, against the target's D.
+
+    `target` is that D, or with (x_t2, next_sigma) the target network's output. `weight`: [B], or the name of a
+    weighting of sigma. Neither D is rounded to the dtype of the state.
+    """
+    wide = compute_dtype(model_output, x_t, target, x_t2)
+    denoised = _denoise(model_output, x_t, sigma, sigma_data, boundary, False, wide)
+    if x_t2 is not None:
+        level = sigma if next_sigma is None else next_sigma
+        target = _denoise(target, x_t2, level, sigma_data, boundary, False, wide)
+    if isinstance(weight, str):
+        weight = loss_weight(sigma.to(wide), weight, sigma_data=weight_sigma_data)
     return weighted_loss(denoised, target, weight, norm=norm, huber_c=huber_c)

@@ -5,6 +5,7 @@ high), so that a sample's noise is the same for any batch size, rank count and d
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,17 @@ def _words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -
     return philox4x32(counter, seed)
 
 
+class Draw(NamedTuple):
+    """Noise that is not there yet: `normal(seed, index, shape, draw=draw)`, made where it is used.
+
+    seed, draw: integers, or integer scalar tensors beside `index`; index: int64 [B], the samples of the batch.
+    """
+
+    seed: int | Tensor
+    index: Tensor
+    draw: int | Tensor = 0
+
+
 def normal(
     seed: int | Tensor,
     index: Tensor,
@@ -59,7 +71,7 @@ def normal(
     """N(0, 1) of shape [B, *shape] for sample indices `index` [B] and draw number `draw`.
 
     Element i of a sample takes word i % 4 of the counter with first word i // 4. Per pair of words (a, b):
-    u = (a + 1/2) / 2^32 rounded to float32, r = sqrt(-2 ln u), and r cos(2 pi b / 2^32), r sin(2 pi b / 2^32).
+    u = (a + 1/2) / 2^32 in float32, r = sqrt(-2 ln u), and r cos(2 pi b / 2^32), r sin(2 pi b / 2^32).
     The transcendental functions run in float64: their float32 forms round differently in the tail of a vector
     than in its body, and noise must not depend on the batch size.
     """
@@ -68,7 +80,7 @@ def normal(
     pairs = []
     for a, b in (words[:2], words[2:]):
         u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
-        angle = b.to(torch.float32).double() * (2 * math.pi * 2.0**-32)
+        angle = b.double() * (2 * math.pi * 2.0**-32)
         radius = torch.sqrt(-2 * torch.log(u.double()))
         pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
     z = torch.stack(pairs, dim=-1).flatten(1)[:, :numel]
@@ -81,46 +93,70 @@ def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Ten
     return (word[:, 0] * high) >> 32
 
 
+def _epsilon(noise: Tensor | Draw, shape: torch.Size, wide: torch.dtype) -> Tensor:
+    """Noise of that shape in the accumulation dtype: the given, or the draw's."""
+    if isinstance(noise, Draw):
+        return normal(noise.seed, noise.index, shape[1:], draw=noise.draw, dtype=wide)
+    return noise.to(wide)
+
+
 def init_noise(
-    noise: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+    noise: Tensor | Draw,
+    sigma: Tensor,
+    *,
+    shape: tuple[int, ...] | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_T = sigma noise, the first network input and c_noise."""
+    """x_T = sigma noise, the first network input and c_noise. A draw has samples of `shape` in `state_dtype`."""
+    if isinstance(noise, Draw):
+        noise = normal(noise.seed, noise.index, shape or (), draw=noise.draw, dtype=state_dtype)
     wide = compute_dtype(noise)
     x = (noise.to(wide) * per_sample(sigma, noise, wide)).to(noise.dtype)
-    return x, *scale_input(x, sigma, sigma_data=sigma_data, dtype=dtype)
+    return x, *scale_input(x, sigma, sigma_data=sigma_data, dtype=dtype, memory_format=memory_format)
 
 
 def add_noise(
     x_start: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     sigma: Tensor,
-    *,
     input_sigma: Tensor | None = None,
+    *,
     sigma_data: float | None = 0.5,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t = x_start + sigma noise, the network input and c_noise at `input_sigma` (default sigma).
 
     The two levels differ where noise is added to a noisy state: churn and ancestral steps.
     """
-    wide = compute_dtype(x_start, noise)
-    x_t = (x_start.to(wide) + per_sample(sigma, x_start, wide) * noise.to(wide)).to(x_start.dtype)
+    wide = compute_dtype(x_start, noise if isinstance(noise, Tensor) else None)
+    epsilon = _epsilon(noise, x_start.shape, wide)
+    x_t = (x_start.to(wide) + per_sample(sigma, x_start, wide) * epsilon).to(x_start.dtype)
     level = sigma if input_sigma is None else input_sigma
-    return x_t, *scale_input(x_t, level, sigma_data=sigma_data, dtype=dtype)
+    return x_t, *scale_input(x_t, level, sigma_data=sigma_data, dtype=dtype, memory_format=memory_format)
 
 
 def add_noise_pair(
     x_start: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     sigma: Tensor,
     next_sigma: Tensor,
     *,
     sigma_data: float | None = 0.5,
     dtype: torch.dtype | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Both points of a pair on one trajectory from one draw: `add_noise` at sigma and at next_sigma."""
-    first = add_noise(x_start, noise, sigma, sigma_data=sigma_data, dtype=dtype)
-    return first, add_noise(x_start, noise, next_sigma, sigma_data=sigma_data, dtype=dtype)
+    memory_format: torch.memory_format | None = None,
+) -> tuple[Tensor, ...]:
+    """Both points of a pair on one trajectory from one draw: `add_noise` at sigma and at next_sigma, six tensors."""
+    if isinstance(noise, Draw):
+        noise = _epsilon(noise, x_start.shape, compute_dtype(x_start))
+    return tuple(
+        part
+        for level in (sigma, next_sigma)
+        for part in add_noise(x_start, noise, level, sigma_data=sigma_data, dtype=dtype, memory_format=memory_format)
+    )
 
 
 def renoise(
@@ -128,7 +164,7 @@ def renoise(
     x_t: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
-    noise: Tensor,
+    noise: Tensor | Draw,
     *,
     sigma_min: float = 0.002,
     sigma_data: float | None = 0.5,
@@ -142,5 +178,5 @@ def renoise(
     level = per_sample(next_sigma, x_t, wide)
     # As a product of differences it is exactly zero at sigma_min.
     scale = ((level - sigma_min) * (level + sigma_min)).clamp(min=0).sqrt()
-    x_next = (denoised + scale * noise.to(wide)).to(x_t.dtype)
+    x_next = (denoised + scale * _epsilon(noise, x_t.shape, wide)).to(x_t.dtype)
     return x_next, *scale_input(x_next, next_sigma, sigma_data=sigma_data, dtype=dtype or model_output.dtype)

@@ -7,7 +7,7 @@ A plain function D(x, sigma) so goes through the same solvers as a network with 
 import torch
 from torch import Tensor
 
-from cmfast.reference._common import clip_unit, compute_dtype, per_sample
+from cmfast.reference._common import as_input, clip_unit, compute_dtype, per_sample
 from cmfast.reference.images import to_uint8
 
 
@@ -35,13 +35,18 @@ def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
 
 
 def scale_input(
-    x: Tensor, sigma: Tensor, *, sigma_data: float | None = 0.5, dtype: torch.dtype | None = None
+    x: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float | None = 0.5,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The network's input c_in(sigma) x in `dtype` (default: that of x), and c_noise [B]."""
     wide = compute_dtype(x)
     _, _, c_in = scalings(per_sample(sigma, x, wide), sigma_data=sigma_data)
     noise_level = c_noise(sigma.to(wide), sigma_data=sigma_data).expand(x.shape[0])
-    return (c_in * x.to(wide)).to(dtype or x.dtype), noise_level
+    return as_input(c_in * x.to(wide), dtype or x.dtype, memory_format), noise_level
 
 
 def denoise(

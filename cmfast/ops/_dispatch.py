@@ -1,0 +1,213 @@
+"""Which path a call takes: a fused Triton kernel, or plain PyTorch. Decided in Python, before anything is launched.
+
+`auto` takes the kernel where one can run and earns its place, and else the reference path, whose numbers are the same
+within rounding. Inside `torch.compile` that is the case for noise drawn in the kernel alone: everything else inductor
+fuses into what stands around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast.reference import Draw
+
+BACKENDS = ("auto", "triton", "reference")
+#: What kernels take; float64 is the reference's.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The oldest CUDA architecture that kernels are compiled and tested for.
+LEAST_CAPABILITY = (8, 0)
+
+_chosen: ContextVar[str | None] = ContextVar("cmfast_backend", default=None)
+
+
+def _named(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+#: Read once: tracing a compiled region must not depend on it.
+_ENVIRONMENT = _named(os.environ.get("CMFAST_BACKEND") or "auto", "the environment variable CMFAST_BACKEND")
+HAS_TRITON = find_spec("triton") is not None
+#: Whether Triton runs its kernels on the CPU, in its interpreter: for tests, and slow.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def current_backend() -> str:
+    """`auto`, `triton` or `reference`: the innermost `cmfast.backend(...)` of this thread, else CMFAST_BACKEND."""
+    return _chosen.get() or _ENVIRONMENT
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the path of every operation inside the `with` block, in this thread.
+
+    `auto` (the default) takes a kernel where it can; `reference` none; `triton` always, and raises a RuntimeError that
+    says why where it cannot. The environment variable CMFAST_BACKEND chooses for a whole process.
+
+    Raises: ValueError: another name.
+
+    >>> with backend("reference"):
+    ...     current_backend()
+    'reference'
+    """
+    token = _chosen.set(_named(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why no kernel runs on a device; None if one does."""
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    if device.type == "cpu":
+        return None if INTERPRETING else "Triton kernels run on a GPU, and the tensors are on the CPU"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} devices"
+    if INTERPRETING:
+        return "TRITON_INTERPRET is set, and the interpreter is for tensors on the CPU"
+    return None if torch.compiler.is_compiling() else _old_gpu(device.index)
+
+
+@functools.cache
+def _old_gpu(index: int | None) -> str | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}, and kernels need 8.0"
+
+
+def dtype_refusal(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes or makes tensors of a dtype; None if one does."""
+    if dtype in KERNEL_DTYPES:
+        return None
+    return f"kernels take {', '.join(str(known).removeprefix('torch.') for known in KERNEL_DTYPES)}, not {dtype}"
+
+
+def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
+    """Why no kernel serves a call with these tensors and result dtypes; None if one does."""
+    reason = device_refusal(tensors[0].device)
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+    for dtype in [*(tensor.dtype for tensor in tensors if tensor.is_floating_point()), *dtypes]:
+        reason = dtype_refusal(dtype)
+        if reason is not None:
+            return reason
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms go through the reference path"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation goes through the reference path"
+    return None
+
+
+def use_kernel(name: str, *inputs: Tensor | Draw | str | None, dtypes: tuple[torch.dtype | None, ...] = ()) -> bool:
+    """Whether operation `name` takes its kernel for these inputs and for results of these dtypes.
+
+    Raises: RuntimeError: `backend("triton")` was asked for and cannot be had; the message says why.
+    """
+    chosen = current_backend()
+    if chosen == "reference":
+        return False
+    drawn = [x.index for x in inputs if isinstance(x, Draw)]
+    if chosen == "auto" and torch.compiler.is_compiling() and not drawn:
+        return False
+    tensors = [x for x in inputs if isinstance(x, Tensor)] + drawn
+    if chosen == "auto" and not tensors[0].is_cuda:
+        return False
+    reason = refusal(tensors, [dtype for dtype in dtypes if dtype is not None])
+    if reason is not None and chosen == "triton":
+        raise RuntimeError(f"{name}: backend 'triton' was asked for, but {reason}")
+    return reason is None
+
+
+Forward = Callable[..., Any]
+
+
+def fused(
+    forward: Forward, backward: Callable[..., Any], reference: Forward, *inputs: Any, keep: int = 0, **options: Any
+) -> Any:
+    """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
+
+    `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned. What
+    `backward` returns None for (gradients of noise levels), and gradients of gradients, come from the reference.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        results = _Fused.apply(forward, backward, reference, keep, options, *inputs)
+    else:
+        results = forward(*inputs, **options)
+    if not keep:
+        return results
+    kept = results[: len(results) - keep]
+    return kept[0] if len(kept) == 1 else kept
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(forward: Forward, backward: Any, reference: Forward, keep: int, options: Any, *inputs: Any) -> Any:
+        return forward(*inputs, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.kernel, ctx.reference, ctx.keep, ctx.options, *arguments = inputs
+        outputs = output if isinstance(output, tuple) else (output,)
+        saved = outputs[len(outputs) - ctx.keep :]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.others)
+        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors[:count], ctx.others)]
+        needed, grads = ctx.needs_input_grad[5:], grads[: len(grads) - ctx.keep]
+        results: list[Tensor | None] = [None] * count
+        if not torch.is_grad_enabled():
+            saved = {"saved": ctx.saved_tensors[count:]} if ctx.keep else {}
+            results = list(ctx.kernel(needed, grads, *inputs, **saved, **ctx.options))
+        missing = [i for i in range(count) if needed[i] and results[i] is None]
+        if missing:
+            for i, grad in zip(missing, _reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):
+                results[i] = grad
+        return None, None, None, None, None, *results
+
+
+def _reference_grads(
+    reference: Forward, inputs: list[Any], wanted: list[int], grads: tuple[Tensor | None, ...], options: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `inputs[i] for i in wanted` by differentiating the reference, differentiable if grad mode is on."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias each: one tensor may stand for two inputs.
+        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
+        leaves = [inputs[i] if differentiable else inputs[i].detach().requires_grad_() for i in wanted]
+        for i, leaf in zip(wanted, leaves):
+            inputs[i] = leaf
+        result = reference(*inputs, **options)
+        pairs = [
+            (value, grad)
+            for value, grad in zip(result if isinstance(result, tuple) else (result,), grads)
+            if grad is not None and value.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(wanted)
+        values, given = zip(*pairs)
+        return torch.autograd.grad(values, leaves, given, create_graph=differentiable, allow_unused=True)
