@@ -10,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def tile(planes, blocks, pixels, BLOCK: tl.constexpr):
-    """This program's row (int64), plane, pixels [BLOCK] (int64), and which of them exist."""
+    """This program's row, plane and pixels [BLOCK], all int64, and which of the pixels exist."""
     program = tl.program_id(0)
-    plane = program % planes
+    plane = (program % planes).to(tl.int64)
     block = program // planes % blocks
     row = (program // planes // blocks).to(tl.int64)
     pixel = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

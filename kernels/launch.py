@@ -40,17 +40,23 @@ def empty(like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.m
     return torch.empty_like(like, dtype=dtype or like.dtype, memory_format=memory_format or layout(like) or CONTIGUOUS)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Every launch goes through here. FP contraction is set, since its default differs between Triton versions."""
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = WARPS, **constants: Any) -> None:
+    """Every launch goes through here."""
+    if torch.compiler.is_compiling():
+        # Dynamo knows no such option, and inductor sets it.
+        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+        return
     with _on_device(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=True)
+        # Set, since the default differs between Triton versions.
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
 class Plan(NamedTuple):
     """A batch as rows x planes x pixels, cut into blocks of pixels; one program for each block.
 
     Where all tensors lie in memory in one order, a row is one plane; else planes are channels, and `state_last` and
-    `model_last` say which tensors have them last. `levels` are the noise levels, as [B] if `per_row`, else single.
+    `model_last` say which tensors have them last. A program does `steps`
+    blocks, one after the other. `levels` are the noise levels, as [B] if `per_row`, else single.
     """
 
     batch: int
@@ -59,6 +65,7 @@ class Plan(NamedTuple):
     pixels: int
     block: int
     steps: int
+    warps: int
     levels: tuple[Tensor, ...]
     per_row: bool
     state_last: bool
@@ -79,7 +86,7 @@ class Plan(NamedTuple):
             tile = {"STATE_LAST": self.state_last, "MODEL_LAST": self.model_last, "BLOCK": self.block}
             sizes = self.planes, self.blocks, self.pixels
             programs = self.rows * self.planes * self.blocks
-            launch(kernel, programs, *arguments, *sizes, **constants, **tile, PER_ROW=self.per_row)
+            launch(kernel, programs, *arguments, *sizes, **constants, **tile, PER_ROW=self.per_row, warps=self.warps)
 
     def fold(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Launch one program for each row, with no tiles."""
@@ -93,13 +100,12 @@ def plan(
     *levels: Tensor,
     rows: bool = False,
     planes: bool = False,
-    steps: int = 1,
 ) -> Plan:
     """The tiles for a launch over a batch [B, C, ...].
 
     Args: state, model: a dense tensor in the layout of all states, and one in that of all network inputs and outputs;
         levels: noise levels, each a scalar or [B]; rows: samples differ in more than their levels; planes: a program
-        must not reach over two channels; steps: blocks that one program does, one after the other.
+        must not reach over two channels.
     """
     batch = state.shape[0]
     sample = state.numel() // max(batch, 1)
@@ -115,7 +121,7 @@ def plan(
         shape = (batch, 1, sample) if per_row or rows else (1, 1, batch * sample)
         last = False, False
     block = BLOCK if shape[2] > BLOCK // 2 else max(1 << (shape[2] - 1).bit_length(), 128)
-    return Plan(batch, *shape, block, steps, levels, per_row, *last)
+    return Plan(batch, *shape, block, 1, WARPS, levels, per_row, *last)
 
 
 def outputs(spare: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -135,6 +141,6 @@ def scaling(sigma_data: float | None, boundary: float = 0.0) -> tuple[float, flo
 
 def _on_device(x: Tensor) -> Any:
     """A context in which x's GPU is the current one, which is where Triton launches."""
-    if not x.is_cuda or torch.compiler.is_compiling() or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)

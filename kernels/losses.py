@@ -28,7 +28,10 @@ Grads = tuple[Tensor | None, ...]
 NORMS = ("l1", "l2", "huber")
 #: How a kernel makes weights of noise levels; given weights are number 0.
 WEIGHTINGS = ("given", "uniform", "snr", "snr+1", "karras", "truncated-snr")
-#: Blocks that one program sums, at most, where a sample has no more than PARTS of them.
+#: A sample of up to so many elements is summed by one program, in blocks of WHOLE_BLOCK; a longer one by several.
+WHOLE = 32768
+WHOLE_BLOCK = 4096
+#: Blocks that one of several programs sums, at most, where a sample has no more than PARTS of them.
 STEPS = 8
 #: Partial sums of a sample, at most.
 PARTS = 1024
@@ -63,7 +66,7 @@ def _weight(weight, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl
 def _chunk(planes, blocks, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """This program's row, plane and first pixel: STEPS blocks, one after the other."""
     program = tl.program_id(0)
-    plane = program % planes
+    plane = (program % planes).to(tl.int64)
     block = program // planes % blocks
     row = (program // planes // blocks).to(tl.int64)
     return row, plane, block.to(tl.int64) * (BLOCK * STEPS)
@@ -76,7 +79,8 @@ def _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_
     if NORM == _HUBER:
         # sqrt(s + c^2) - c without the cancellation.
         root = tl.sqrt_rn(total + huber_c * huber_c) + huber_c
-        value = tl.where(root == 0.0, 0.0, tl.div_rn(total, tl.where(root == 0.0, 1.0, root)))
+        safe = (root > 0.0) & (root < float("inf"))
+        value = tl.where(safe, tl.div_rn(total, tl.where(safe, root, 1.0)), root)
     else:
         value = tl.div_rn(total, elements)
     tl.store(distance + row, value)
@@ -199,18 +203,19 @@ class _Pair:
         self.options = {"FROM_OUTPUT": f is not None, "TARGET_FROM_OUTPUT": f_2 is not None}
         self.elements = self.x.numel() // max(self.x.shape[0], 1)
 
-    def plan(self, *levels: Tensor, steps: int = 1) -> Plan:
-        return plan(self.x, self.model, *levels, rows=True, steps=steps)
+    def plan(self, *levels: Tensor) -> Plan:
+        return plan(self.x, self.model, *levels, rows=True)
 
 
-def _steps(tiles: Plan) -> int:
-    """How many blocks a program sums: a whole sample if that is short, else as many as leave enough programs."""
+def _summing(tiles: Plan) -> Plan:
+    """The plan of a sum: one program for a whole sample if that is short, else few blocks each, and many programs."""
+    if tiles.planes == 1 and tiles.pixels <= WHOLE:
+        block = min(WHOLE_BLOCK, max(128, 1 << (tiles.pixels - 1).bit_length()))
+        steps = max(1, -(-tiles.pixels // block))
+        return tiles._replace(block=block, steps=steps, warps=max(tiles.warps, block // 256))
     blocks = tiles.planes * tiles.blocks
-    if blocks <= STEPS and tiles.planes == 1:
-        steps = blocks
-    else:
-        steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), blocks // PARTS, 1)
-    return 1 << (steps - 1).bit_length()
+    steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), blocks // PARTS, 1)
+    return tiles._replace(steps=1 << (steps - 1).bit_length())
 
 
 def _loss_fwd(
@@ -218,8 +223,7 @@ def _loss_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The losses and distances [B]. levels: sigma, next_sigma, and the weight or what it is made of; sizes: huber_c,
     weight_sigma_data, sigma_data, boundary."""
-    single = pair.plan(*levels)
-    tiles = single._replace(steps=_steps(single))
+    tiles = _summing(pair.plan(*levels))
     parts = tiles.planes * tiles.blocks
     loss, distance = (torch.empty(tiles.batch, dtype=torch.float32, device=pair.x.device) for _ in range(2))
     partial = loss if parts == 1 else loss.new_empty(tiles.batch * parts)

@@ -141,13 +141,6 @@ def heun_predictor_bwd(needed: tuple[bool, ...], grads: Grads, *tensors: Tensor,
     return euler_step_bwd(needed, (None, *grads), *tensors, **options)
 
 
-@triton.jit
-def _slope_from(state, f, level, sigma_data, boundary, PLAIN: tl.constexpr, CLIP: tl.constexpr):
-    """d = (x - D) / sigma."""
-    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
-    return (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)) * tl.div_rn(1.0, level)
-
-
 @triton.jit(do_not_specialize=["blocks"])
 def _corrector_fwd_kernel(
     model_output, model_output_2, x, sigma, sigma_2, next_sigma, x_next, model_input, c_noise, sigma_data, boundary,
@@ -164,15 +157,21 @@ def _corrector_fwd_kernel(
     )
     level, level_2 = load_level(sigma, row, PER_ROW), load_level(sigma_2, row, PER_ROW)
     next_level = load_level(next_sigma, row, PER_ROW)
-    d = _slope_from(state, f, level, sigma_data, boundary, PLAIN, CLIP)
     # Where sigma_2 = 0 there is no second slope: an Euler step.
     ends = level_2 == 0.0
     safe = tl.where(ends, 1.0, level_2)
-    d_2 = _slope_from(state + d * (level_2 - level), f_2, safe, sigma_data, boundary, PLAIN, CLIP)
+    # With e = x - D, the slope d = e / sigma is never formed: its steps are e times ratios of noise levels.
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
+    e = state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)
+    state_2 = state + e * tl.div_rn(level_2 - level, level)
+    e_2 = state_2 - denoised(f_2, state_2, c_skip_2, c_out_2, PLAIN, CLIP)
+    change_2 = e_2 * tl.div_rn(next_level - level, safe)
     if MIDPOINT:
-        value = state + d_2 * (next_level - level)
+        value = state + change_2
     else:
-        value = state + 0.5 * (d + tl.where(ends, d, d_2)) * (next_level - level)
+        change = e * tl.div_rn(next_level - level, level)
+        value = state + 0.5 * (change + tl.where(ends, change, change_2))
     store_state(x_next, at, value, mask)
     store_state(model_input, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
     store_noise_level(c_noise, next_level, row, planes, blocks, PLAIN, PER_ROW)
@@ -199,28 +198,27 @@ def _corrector_bwd_kernel(
     safe = tl.where(ends, 1.0, level_2)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
-    # x'' = x + (k d + k_2 d_2), d_2 = (x_2 - D_2) / sigma_2, x_2 = x + d (sigma_2 - sigma), d = (x - D) / sigma
+    # x'' = x + (k r e + k_2 r_2 e_2), e = x - D, e_2 = x_2 - D_2, x_2 = x + r_mid e
+    ratio, ratio_2 = tl.div_rn(next_level - level, level), tl.div_rn(next_level - level, safe)
+    ratio_mid = tl.div_rn(level_2 - level, level)
     if MIDPOINT:
-        g_d_2 = (next_level - level) * g
-        g_d = tl.zeros_like(g)
+        g_e_2 = ratio_2 * g
+        g_e = tl.zeros_like(g)
     else:
-        g_d_2 = tl.where(ends, 0.0, 0.5 * (next_level - level)) * g
-        g_d = tl.where(ends, 1.0, 0.5) * (next_level - level) * g
-    g_x_2 = tl.div_rn(1.0, safe) * g_d_2
-    g_denoised_2 = -g_x_2
+        g_e_2 = tl.where(ends, 0.0, 0.5 * ratio_2) * g
+        g_e = tl.where(ends, 1.0, 0.5) * ratio * g
+    g_denoised_2 = -g_e_2
     if CLIP:
         f, f_2, state = (
             load_state(model_output, model_at, mask),
             load_state(model_output_2, model_at, mask),
             load_state(x, at, mask),
         )
-        d = _slope_from(state, f, level, sigma_data, boundary, PLAIN, CLIP)
-        state_2 = state + d * (level_2 - level)
+        state_2 = state + ratio_mid * (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP))
         g_denoised_2 = through_clip(g_denoised_2, unclipped(f_2, state_2, c_skip_2, c_out_2, PLAIN), CLIP)
-    g_x_2 += c_skip_2 * g_denoised_2
-    g_d += (level_2 - level) * g_x_2
-    g_slope = tl.div_rn(1.0, level) * g_d
-    g_denoised = -g_slope
+    g_x_2 = g_e_2 + c_skip_2 * g_denoised_2
+    g_e += ratio_mid * g_x_2
+    g_denoised = -g_e
     if CLIP:
         g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
     if NEED_OUTPUT:
@@ -228,7 +226,7 @@ def _corrector_bwd_kernel(
     if NEED_OUTPUT_2:
         store_state(grad_output_2, model_at, c_out_2 * g_denoised_2, mask)
     if NEED_X:
-        store_state(grad_x, at, g + g_x_2 + g_slope + c_skip * g_denoised, mask)
+        store_state(grad_x, at, g + g_x_2 + g_e + c_skip * g_denoised, mask)
 
 
 def midpoint_corrector_fwd(

@@ -110,6 +110,8 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
         if reason is not None:
             return reason
     if torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
+            return "gradients of noise levels are inductor's inside torch.compile"
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms go through the reference path"
@@ -152,23 +154,25 @@ def fused(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         results = _Fused.apply(forward, backward, reference, keep, options, *inputs)
     else:
-        results = forward(*inputs, **options)
-    if not keep:
-        return results
-    kept = results[: len(results) - keep]
-    return kept[0] if len(kept) == 1 else kept
+        results = _tuple(forward(*inputs, **options))
+    returned = results[: len(results) - keep]
+    return returned[0] if len(returned) == 1 else returned
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(forward: Forward, backward: Any, reference: Forward, keep: int, options: Any, *inputs: Any) -> Any:
-        return forward(*inputs, **options)
+        # A tuple always: Dynamo wants one.
+        return _tuple(forward(*inputs, **options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, ctx.kernel, ctx.reference, ctx.keep, ctx.options, *arguments = inputs
-        outputs = output if isinstance(output, tuple) else (output,)
-        saved = outputs[len(outputs) - ctx.keep :]
+        saved = output[len(output) - ctx.keep :]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
@@ -204,7 +208,7 @@ def _reference_grads(
         result = reference(*inputs, **options)
         pairs = [
             (value, grad)
-            for value, grad in zip(result if isinstance(result, tuple) else (result,), grads)
+            for value, grad in zip(_tuple(result), grads)
             if grad is not None and value.requires_grad
         ]
         if not pairs:
