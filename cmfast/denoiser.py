@@ -162,12 +162,17 @@ class Evaluator:
     def _set_scaling(self, preconditioner: Preconditioner) -> None:
         self.scaling = {"sigma_data": preconditioner.sigma_data, "boundary": preconditioner.boundary}
 
+    def settle(self, dtype: torch.dtype) -> Evaluator:
+        """Take inputs in the dtype of the state where the model does not say otherwise; returns itself.
+
+        Else a step would follow the dtype of the model's output, and round a float32 state for a D in bfloat16.
+        """
+        self.dtype = self.dtype or dtype
+        return self
+
     def scale_input(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input at (x, sigma) and c_noise [B]."""
-        if self.dtype is None:
-            # Else a step would follow the dtype of the model's output, and round a float32 state for a D in bfloat16.
-            self.dtype = x.dtype
-        return ops.scale_input(x, sigma, sigma_data=self.scaling["sigma_data"], dtype=self.dtype)
+        return ops.scale_input(x, sigma, **self.settle(x.dtype).input_options)
 
     def __call__(self, model_input: Tensor, c_noise: Tensor) -> Tensor:
         """The network's output [B, C, H, W] in its own dtype. Labels are checked at the first call."""
@@ -191,3 +196,7 @@ class Evaluator:
     def denoised(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """D from the network's output."""
         return ops.denoise(model_output, x, sigma, clip=self.clip, **self.scaling)
+
+    def pixels(self, model_output: Tensor, x: Tensor, sigma: Tensor, rounding: str) -> Tensor:
+        """D as uint8 [B, H, W, C]."""
+        return ops.denoise_to_uint8(model_output, x, sigma, rounding=rounding, **self.scaling)

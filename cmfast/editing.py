@@ -65,7 +65,8 @@ def edit(
     sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
     noise_scale = ((sigma - sigma_min) * (sigma + sigma_min)).clamp(min=0).sqrt()
     for i in range(len(levels)):
-        denoised = evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma[i])), x, sigma[i]).clamp(-1, 1)
+        model_output = evaluate(*evaluate.scale_input(x, sigma[i]))
+        denoised = ops.denoise(model_output, x, sigma[i], clip=True, **evaluate.scaling)
         edited = inverse(torch.lerp(transform(denoised), known, mask))
         if i + 1 == len(levels) and end_sigma is None:
             return edited

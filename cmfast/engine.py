@@ -69,9 +69,19 @@ class Sampler:
         self.device = model.device if isinstance(model, Denoiser) else torch.device("cpu")
 
     @torch.no_grad()
-    def generate(self, noise: Tensor, labels: Tensor | None = None, *, noise_fn: NoiseFn | None = None) -> Tensor:
-        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; `noise_fn` draws what steps add."""
-        options = dict(self.options)
+    def generate(
+        self,
+        noise: Tensor | ops.Draw,
+        labels: Tensor | None = None,
+        *,
+        noise_fn: NoiseFn | None = None,
+        pixels: str | None = None,
+    ) -> Tensor:
+        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw; `noise_fn` draws what steps add.
+
+        `pixels`: make uint8 [B, H, W, C] instead, with this rounding.
+        """
+        options = {"image_shape": self.image_shape, "pixels": pixels, **self.options}
         if noise_fn is not None and self.sampler in ("multistep", "heun", "dpm", "ancestral"):
             options["noise_fn"] = noise_fn
         with _evaluating(self.model):
@@ -118,8 +128,7 @@ class Sampler:
                 surplus = labels[start].expand(self.batch_size - kept)
                 batch_labels = torch.cat([labels[start : start + kept], surplus]).to(self.device)
             noise_fn = CounterNoise(seed, index)
-            noise = noise_fn(torch.empty(self.batch_size, *self.image_shape, device=self.device))
-            images = ops.to_uint8(self.generate(noise, batch_labels, noise_fn=noise_fn))
+            images = self.generate(noise_fn.next(), batch_labels, noise_fn=noise_fn, pixels="trunc")
             yield images[:kept].cpu(), None if labels is None else labels[start : start + kept]
 
     def sample(self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False) -> Tensor:

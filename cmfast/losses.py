@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast import ops, schedules
+from cmfast.denoiser import Evaluator
 from cmfast.ops import _check
 from cmfast.samplers import Model, _evaluator
 
+#: Those that `ops.consistency_loss` takes from network outputs.
+_FUSED_NORMS = ("l1", "l2", "huber")
 #: Distances between two denoised batches, by name.
 LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
 SOLVERS = ("heun", "euler")
@@ -50,15 +53,60 @@ def distance(
     if loss_norm == "l2-32":
         x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
     if loss_norm == "huber":
-        c = 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
-        return ops.weighted_loss(x, target, weight, norm="huber", huber_c=c)
+        return ops.weighted_loss(x, target, weight, norm="huber", huber_c=_huber_c(x, huber_c))
     return ops.weighted_loss(x, target, weight, norm="l1" if loss_norm == "l1" else "l2")
+
+
+def _huber_c(x: Tensor, huber_c: float | None) -> float:
+    """The given c, or 0.00054 sqrt(D) for samples of D elements: Song & Dhariwal 2023."""
+    return 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
 
 
 def _weight(sigma: Tensor, weighting: Weighting, sigma_data: float) -> Tensor:
     if callable(weighting):
         return weighting(sigma)
     return ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
+
+
+def _compare(
+    student: Evaluator,
+    point: tuple[Tensor, Tensor, Tensor],
+    target: Tensor | tuple[Evaluator, tuple[Tensor, Tensor, Tensor]],
+    *,
+    loss_norm: str,
+    lpips: Perceptual | None,
+    huber_c: float | None,
+    weighting: Weighting,
+    sigma_data: float,
+) -> Tensor:
+    """The weighted distance [B] of the student's D from a target, or from another model's D.
+
+    A point is (model_output, x_t, sigma). Where the norm and the scalings allow, no D is stored.
+    """
+    model_output, x_t, sigma = point
+    if loss_norm not in _FUSED_NORMS or (isinstance(target, tuple) and target[0].scaling != student.scaling):
+        denoised = student.denoised(model_output, x_t, sigma)
+        if isinstance(target, tuple):
+            with torch.no_grad():
+                target = target[0].denoised(*target[1])
+        weight = _weight(sigma, weighting, sigma_data)
+        return distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
+    other: tuple[Tensor | None, ...] = (None, None)
+    if isinstance(target, tuple):
+        output, *other = target[1]
+        target, *other = output.detach(), *(x.detach() for x in other)
+    return ops.consistency_loss(
+        model_output,
+        x_t,
+        sigma,
+        target,
+        weighting(sigma) if callable(weighting) else weighting,
+        *other,
+        norm=loss_norm,
+        huber_c=_huber_c(x_t, huber_c) if loss_norm == "huber" else 0.0,
+        weight_sigma_data=sigma_data,
+        **student.scaling,
+    )
 
 
 def denoising_loss(
@@ -77,10 +125,9 @@ def denoising_loss(
     Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse).
     """
     noise = torch.randn_like(x_start) if noise is None else noise
-    evaluate = _evaluator(model, labels, clip=False)
+    evaluate = _evaluator(model, labels, clip=False).settle(x_start.dtype)
     x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **evaluate.input_options)
-    denoised = evaluate.denoised(evaluate(model_input, c_noise), x_t, sigma)
-    xs_mse = ops.weighted_loss(denoised, x_start, torch.ones_like(sigma))
+    xs_mse = ops.consistency_loss(evaluate(model_input, c_noise), x_t, sigma, x_start, **evaluate.scaling)
     mse = xs_mse * _weight(sigma, weighting, sigma_data)
     return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
 
@@ -116,18 +163,29 @@ def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
     return indices
 
 
+Input = tuple[Tensor, Tensor]
+
+
 @torch.no_grad()
 def _solve(
-    teacher: Model, labels: Tensor | None, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, solver: str
-) -> Tensor:
-    """One step of the teacher's probability-flow ODE, [B, C, H, W]."""
-    evaluate = _evaluator(teacher, labels, clip=False)
-    options = evaluate.step_options
-    model_output = evaluate(*evaluate.scale_input(x_t, sigma))
+    teacher: Evaluator, x_t: Tensor, first: Input, sigma: Tensor, next_sigma: Tensor, solver: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the teacher's probability-flow ODE from its input `first`: x [B, C, H, W], and its next input."""
+    options = teacher.step_options
+    model_output = teacher(*first)
     if solver == "euler":
-        return ops.euler_step(model_output, x_t, sigma, next_sigma, **options)[0]
+        return ops.euler_step(model_output, x_t, sigma, next_sigma, **options)
     next_input = ops.heun_predictor(model_output, x_t, sigma, next_sigma, **options)
-    return ops.heun_corrector(model_output, evaluate(*next_input), x_t, sigma, next_sigma, **options)[0]
+    return ops.heun_corrector(model_output, teacher(*next_input), x_t, sigma, next_sigma, **options)
+
+
+@torch.no_grad()
+def _input_of(evaluate: Evaluator, maker: Evaluator, made: Input, x: Tensor, sigma: Tensor) -> Input:
+    """A model's input at (x, sigma): what was made for another model there, if it is the same."""
+    if evaluate.input_options == maker.input_options:
+        model_input, c_noise = made
+        return model_input.detach(), c_noise
+    return evaluate.scale_input(x, sigma)
 
 
 def consistency_loss(
@@ -177,20 +235,33 @@ def consistency_loss(
     sigma = _grid_sigma(indices, num_scales, x_start, levels)
     next_sigma = _grid_sigma(indices + 1, num_scales, x_start, levels)
 
-    student, target = (_evaluator(each, labels, clip=False) for each in (model, target_model))
-    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    student, target = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, target_model))
+    options = student.input_options
+    if teacher_model is None:
+        first, second = ops.add_noise_pair(x_start, noise, sigma, next_sigma, **options)
+        (x_t, *made), maker = first, student
+    else:
+        x_t, *made = ops.add_noise(x_start, noise, sigma, **options)
+        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
     with _saved_random_state(x_start) as restore:
-        denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
+        model_output = student(*made)
+        if teacher_model is not None:
+            first_input = _input_of(maker, student, tuple(made), x_t, sigma)
+            second = _solve(maker, x_t, first_input, sigma, next_sigma, solver)
+        x_t2, *made = second
         with torch.no_grad():
-            if teacher_model is None:
-                x_t2, *_ = ops.add_noise(x_start, noise, next_sigma)
-            else:
-                x_t2 = _solve(teacher_model, labels, x_t, sigma, next_sigma, solver)
             restore()
-            target_output = target(*target.scale_input(x_t2, next_sigma))
-            denoised_target = target.denoised(target_output, x_t2, next_sigma)
-    weight = _weight(sigma, weighting, sigma_data)
-    loss = distance(denoised, denoised_target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
+            target_output = target(*_input_of(target, maker, tuple(made), x_t2, next_sigma))
+    loss = _compare(
+        student,
+        (model_output, x_t, sigma),
+        (target, (target_output, x_t2, next_sigma)),
+        loss_norm=loss_norm,
+        lpips=lpips,
+        huber_c=huber_c,
+        weighting=weighting,
+        sigma_data=sigma_data,
+    )
     return {"loss": loss}
 
 
@@ -227,13 +298,23 @@ def progressive_distillation_loss(
     sigma, mid_sigma, next_sigma = (
         _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
     )
-    student = _evaluator(model, labels, clip=False)
-    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **student.input_options)
-    denoised = student.denoised(student(model_input, c_noise), x_t, sigma)
+    student, teacher = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
+    x_t, *made = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    model_output = student(*made)
+    first_input = _input_of(teacher, student, tuple(made), x_t, sigma)
+    x_mid, *made = _solve(teacher, x_t, first_input, sigma, mid_sigma, "euler")
+    x_next, *_ = _solve(teacher, x_mid, tuple(made), mid_sigma, next_sigma, "euler")
     with torch.no_grad():
-        x_mid = _solve(teacher_model, labels, x_t, sigma, mid_sigma, "euler")
-        x_next = _solve(teacher_model, labels, x_mid, mid_sigma, next_sigma, "euler")
-        ratio = sigma / (next_sigma - sigma)
-        target = x_t - ratio.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * (x_next - x_t)
-    weight = _weight(sigma, weighting, sigma_data)
-    return {"loss": distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)}
+        ratio = (sigma / (sigma - next_sigma)).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+        target = torch.lerp(x_t, x_next, ratio)
+    loss = _compare(
+        student,
+        (model_output, x_t, sigma),
+        target,
+        loss_norm=loss_norm,
+        lpips=lpips,
+        huber_c=huber_c,
+        weighting=weighting,
+        sigma_data=sigma_data,
+    )
+    return {"loss": loss}

@@ -32,11 +32,22 @@ class CounterNoise:
         self.seed, self.index, self.draw = seed, index, 0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The next draw, of the shape and dtype of x."""
         if x.shape[0] != self.index.shape[0]:
             raise ValueError(f"x has a batch of {x.shape[0]}, the noise of {self.index.shape[0]} samples")
-        noise = ops.normal(self.seed, self.index, tuple(x.shape[1:]), draw=self.draw, dtype=x.dtype)
+        noise = self.next()
+        return ops.normal(noise.seed, noise.index, tuple(x.shape[1:]), draw=noise.draw, dtype=x.dtype)
+
+    def next(self) -> ops.Draw:
+        """The next draw, for an operation that makes the noise itself."""
+        noise = ops.Draw(self.seed, self.index, self.draw)
         self.draw += 1
         return noise
+
+
+def take(noise_fn: NoiseFn, x: Tensor) -> Tensor | ops.Draw:
+    """Noise like x for an operation: drawn where it is used if it comes from counters."""
+    return noise_fn.next() if isinstance(noise_fn, CounterNoise) else noise_fn(x)
 
 
 def counter_labels(seed: int, index: Tensor, num_classes: int) -> Tensor:

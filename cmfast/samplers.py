@@ -15,13 +15,15 @@ from torch import Tensor
 
 from cmfast import ops, schedules
 from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator
-from cmfast.noise import NoiseFn
+from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
 
 Sigmas = Sequence[float] | Tensor
 #: Called at every network call with x, i, sigma, sigma_hat and denoised.
 Callback = Callable[[dict[str, Any]], None]
 Model = Denoiser | DenoiserFn | Evaluator
+#: The network's input at the first level and its c_noise, where they are there already.
+First = tuple[Tensor, Tensor] | None
 
 
 def _evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
@@ -68,12 +70,9 @@ def _report(
         callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma_hat, "denoised": denoised})
 
 
-@torch.no_grad()
-def sample_onestep(
-    model: Model, x: Tensor, sigmas: Sigmas, *, labels: Tensor | None = None, clip_denoised: bool = True
-) -> Tensor:
-    """D(x, sigmas[0]): one network call. x = sigmas[0] noise, [B, C, H, W]."""
-    return sample_multistep(model, x, _floats(sigmas, least=1)[:1], labels=labels, clip_denoised=clip_denoised)
+def sample_onestep(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
+    """D(x, sigmas[0]): one network call. x = sigmas[0] noise, [B, C, H, W]. Options: as `sample_multistep`."""
+    return sample_multistep(model, x, _floats(sigmas, least=1)[:1], **options)
 
 
 @torch.no_grad()
@@ -87,6 +86,8 @@ def sample_multistep(
     clip_denoised: bool = True,
     sigma_min: float = schedules.SIGMA_MIN,
     end_sigma: float | None = None,
+    pixels: str | None = None,
+    first: First = None,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -95,22 +96,28 @@ def sample_multistep(
     Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels at which the model is evaluated.
         end_sigma: add noise of this level to the result too, sqrt(end_sigma^2 - sigma_min^2); the original always
         does (with a level of sigma_min that adds nothing, but draws). None: do not.
+        pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; needs end_sigma=None.
+        first: the network's input at (x, sigmas[0]) and its c_noise, if known.
     """
+    if pixels is not None and end_sigma is not None:
+        raise ValueError("pixels are made of the last D: leave end_sigma out")
     evaluate = _evaluator(model, labels, clip_denoised)
     levels = _floats(sigmas, least=1)
     sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
-    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels), progress):
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
         if i + 1 == len(levels) and end_sigma is None:
+            if pixels is not None:
+                return evaluate.pixels(model_output, x, sigma[i], pixels)
             return evaluate.denoised(model_output, x, sigma[i])
         x, model_input, c_noise = ops.renoise(
             model_output,
             x,
             sigma[i],
             sigma[i + 1],
-            noise_fn(x),
+            take(noise_fn, x),
             sigma_min=sigma_min,
             **evaluate.step_options,
         )
@@ -125,6 +132,7 @@ def sample_euler(
     *,
     labels: Tensor | None = None,
     clip_denoised: bool = True,
+    first: First = None,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -132,7 +140,7 @@ def sample_euler(
     evaluate = _evaluator(model, labels, clip_denoised)
     levels = _floats(sigmas, least=2)
     sigma = _on_device(levels, x)
-    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
@@ -170,6 +178,7 @@ def _second_order(
     s_tmax: float = float("inf"),
     s_noise: float = 1.0,
     draw_unused: bool = False,
+    first: First = None,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -186,9 +195,9 @@ def _second_order(
     added = [s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)]
     sigma, hat, mid, churn = (_on_device(values, x) for values in (levels, hats, mids, added))
     options = evaluate.step_options
-    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
-        noise = noise_fn(x) if raised[i] or draw_unused else None
+        noise = take(noise_fn, x) if raised[i] or draw_unused else None
         if raised[i] and noise is not None:
             x, model_input, c_noise = ops.add_noise(x, noise, churn[i], input_sigma=hat[i], **evaluate.input_options)
         model_output = evaluate(model_input, c_noise)
@@ -236,6 +245,7 @@ def sample_euler_ancestral(
     noise_fn: NoiseFn = torch.randn_like,
     clip_denoised: bool = True,
     draw_unused: bool = False,
+    first: First = None,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -245,12 +255,12 @@ def sample_euler_ancestral(
     pairs = [schedules.ancestral_levels(a, b) for a, b in zip(levels, levels[1:], strict=False)]
     downs, ups = zip(*pairs, strict=True)
     sigma, down, up = _on_device(levels, x), _on_device(downs, x), _on_device(ups, x)
-    model_input, c_noise = evaluate.scale_input(x, sigma[0])
+    model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
         x, model_input, c_noise = ops.euler_step(model_output, x, sigma[i], down[i], **evaluate.step_options)
-        noise = noise_fn(x) if ups[i] > 0 or draw_unused else None
+        noise = take(noise_fn, x) if ups[i] > 0 or draw_unused else None
         if ups[i] > 0 and noise is not None:
             x, model_input, c_noise = ops.add_noise(x, noise, up[i], input_sigma=sigma[i + 1], **evaluate.input_options)
     return x
@@ -349,17 +359,22 @@ def noise_range(model: object) -> dict[str, Any]:
 
 def sample(
     model: Model,
-    noise: Tensor,
+    noise: Tensor | ops.Draw,
     *,
     sampler: str = "multistep",
     sigmas: Sigmas | None = None,
     labels: Tensor | None = None,
+    image_shape: tuple[int, ...] | None = None,
+    clip_denoised: bool = True,
+    pixels: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """Images in [-1, 1], [B, C, H, W], from unit noise of that shape.
+    """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels.
 
-    Args: sampler: one of `SAMPLERS`; sigmas: its noise levels (default: those of `sampler_sigmas(sampler)`); labels
-        int64 [B] if class-conditional; options: the sampler's own.
+    Args: noise: a tensor, or an `ops.Draw` for images of `image_shape` (C, H, W) in float32; sampler: one of
+        `SAMPLERS`; sigmas: its noise levels (default: those of `sampler_sigmas(sampler)`); labels int64 [B] if
+        class-conditional; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the
+        sampler's own.
 
     >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")
     >>> images.shape
@@ -369,7 +384,25 @@ def sample(
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     known = noise_range(model)
     levels = sampler_sigmas(sampler, **known) if sigmas is None else _floats(sigmas, least=1)
-    if sampler == "multistep" and "sigma_min" in known:
+    few = sampler in ("onestep", "multistep")
+    if few and "sigma_min" in known:
         options = {"sigma_min": known["sigma_min"], **options}
-    x, _, _ = ops.init_noise(noise, _on_device(levels[:1], noise)[0])
-    return SAMPLERS[sampler](model, x, levels, labels=labels, **options).clamp(-1, 1)
+    evaluate = _evaluator(model, labels, clip_denoised)
+    drawn = isinstance(noise, ops.Draw)
+    evaluate.settle(torch.float32 if drawn else noise.dtype)
+    level = torch.tensor(
+        levels[0],
+        dtype=torch.float32 if drawn else _check.sigma_dtype(noise),
+        device=noise.index.device if drawn else noise.device,
+    )
+    with torch.no_grad():
+        x, *first = ops.init_noise(noise, level, shape=image_shape if drawn else None, **evaluate.input_options)
+    options["first"] = tuple(first)
+    ends = few and options.get("end_sigma") is None
+    if ends and pixels is not None:
+        return SAMPLERS[sampler](evaluate, x, levels, pixels=pixels, **options)
+    x = SAMPLERS[sampler](evaluate, x, levels, **options)
+    if pixels is not None:
+        return ops.to_uint8(x, rounding=pixels)
+    # What a clipping model ends with is clamped already.
+    return x if ends and evaluate.clip else x.clamp(-1, 1)

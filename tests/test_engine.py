@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmfast import Denoiser, Sampler, samplers
+from cmfast import Denoiser, Sampler, ops, samplers
 from tests.golden_utils import relative_error
 from tests.tolerances import GOLDEN_LOOP
 from tests.toy import ToyNetwork
@@ -29,10 +29,13 @@ def test_noise_and_labels_are_bit_equal_across_batches(model):
     for batch in (1, 3, 64):
         sampler = Sampler(model, batch, steps=2)
         rows = []
-        sampler.generate = lambda noise, labels, noise_fn, rows=rows: (
-            rows.append((noise, noise_fn(noise), labels)),
-            noise,
-        )[1]
+
+        def record(noise, labels, *, noise_fn, pixels, rows=rows):
+            first = ops.normal(noise.seed, noise.index, (3, 8, 8), draw=noise.draw)
+            rows.append((first, noise_fn(first), labels))
+            return ops.to_uint8(first, rounding=pixels)
+
+        sampler.generate = record
         list(sampler.stream(5, seed=1))
         seen[batch] = [torch.cat(parts)[:5] for parts in zip(*rows, strict=True)]
     for batch in (3, 64):
@@ -87,6 +90,16 @@ def test_generate_is_the_algorithm(model):
         torch.manual_seed(0)
         by_hand = samplers.sample(model, noise, sampler=name, sigmas=sampler.sigmas, labels=labels)
         assert relative_error(by_sampler, by_hand) <= GOLDEN_LOOP
+
+
+def test_pixels_are_those_of_the_images(model):
+    noise, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    for name in samplers.SAMPLERS:
+        sampler = Sampler(model, 2, sampler=name)
+        torch.manual_seed(0)
+        images = sampler.generate(noise, labels)
+        torch.manual_seed(0)
+        assert torch.equal(sampler.generate(noise, labels, pixels="trunc"), ops.to_uint8(images))
 
 
 def test_training_mode_is_left_as_it_was(model):
