@@ -5,16 +5,21 @@ PYTHON      ?= python3
 VENV        ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+# make gpu uses a Python that has PyTorch already, and no virtual environment: GPU machines often have no network.
+GPU_PYTHON  ?= $(PYTHON)
+OUT         ?= out/gpu
+DRY         ?=
 
 BIN      := $(VENV)/bin
 METADATA := pyproject.toml setup.py
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on"
 	@echo "make lint    ruff and mypy"
+	@echo "make gpu     on a GPU machine: GPU tests, kernel benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
 demo: $(VENV)/.core
@@ -26,6 +31,9 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(DRY),--dry)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

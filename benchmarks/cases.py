@@ -1,0 +1,303 @@
+"""What is measured: each operation with its inputs, and the fewest bytes it can move.
+
+A case calls one operation of `library`, which is `cmfast.ops` or `cmfast.reference`: the two have the same signatures,
+so one line serves the fused operation, its plain form, torch.compile of that, and the float64 yardstick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmfast import ops, reference
+
+SEED = 2**40 + 7
+DRAW = 3
+#: The names of tensors that are a network's outputs, and so in its dtype and layout. Of the others, "shape" is a batch
+#: without memory, for operations that read none, and "bias" is [B, C, 1, 1].
+MODEL_TENSORS = ("f", "f2", "bias")
+
+
+class Floor(NamedTuple):
+    """Bytes per element when every input is read once and every output is written once.
+
+    s, m: how many tensors of the state's and of the model's dtype move; pixels: bytes as uint8.
+    """
+
+    s: int
+    m: int = 0
+    pixels: int = 0
+
+    def bytes_per_element(self, state: torch.dtype, model: torch.dtype) -> int:
+        return self.s * state.itemsize + self.m * model.itemsize + self.pixels
+
+    def __str__(self) -> str:
+        """
+        >>> str(Floor(s=1, m=2)), str(Floor(s=1, pixels=1))
+        ('s + 2m', 's + 1')
+        """
+        terms = [(self.s, "s"), (self.m, "m"), (self.pixels, "")]
+        return " + ".join(f"{n if n > 1 or not unit else ''}{unit}" for n, unit in terms if n)
+
+
+Inputs = dict[str, Tensor]
+
+
+class Dtypes(NamedTuple):
+    """The dtype of states, and of what goes into and comes out of the network."""
+
+    state: torch.dtype = torch.float32
+    model: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """`call(library, tensors, dtypes)` returns the operation's results, nested as the operation nests them.
+
+    tensors: batches [B, C, H, W], those of `MODEL_TENSORS` in the model's dtype; sigmas: [B]; grad_to: the tensor whose
+    gradient is taken as well; drawn: noise is drawn inside; compiled: the operation stands inside a region under
+    torch.compile, and the question is what it costs there.
+    """
+
+    call: Callable[[Any, Inputs, Dtypes], Any]
+    floor: Floor
+    tensors: tuple[str, ...] = ()
+    sigmas: tuple[str, ...] = ("sigma",)
+    grad_to: str | None = None
+    drawn: bool = False
+    compiled: bool = False
+
+
+def draw(t: Inputs) -> reference.Draw | Tensor:
+    """Noise by counter; or given noise, where a provider draws with torch's generator."""
+    return t["noise"] if "noise" in t else reference.Draw(SEED, t["index"], DRAW)
+
+
+def _init_noise(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
+    noise = draw(t)
+    if isinstance(noise, Tensor):
+        return library.init_noise(noise, t["sigma"], dtype=dtypes.model)
+    shape = tuple(t["shape"].shape[1:])
+    return library.init_noise(noise, t["sigma"], shape=shape, state_dtype=dtypes.state, dtype=dtypes.model)
+
+
+def _normal(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    noise = draw(t)
+    if isinstance(noise, Tensor):
+        return noise
+    return library.normal(SEED, noise.index, tuple(t["shape"].shape[1:]), draw=DRAW, dtype=dtypes.state)
+
+
+def _add_noise(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
+    return library.add_noise(t["x"], draw(t), t["sigma"], dtype=dtypes.model)
+
+
+def _add_noise_pair(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
+    return library.add_noise_pair(t["x"], draw(t), t["sigma"], t["next"], dtype=dtypes.model)
+
+
+def _renoise(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
+    return library.renoise(t["f"], t["x"], t["sigma"], t["next"], draw(t), clip=True, dtype=dtypes.model)
+
+
+def _solver(name: str, *arguments: str) -> Callable[[Any, Inputs, Dtypes], Any]:
+    def call(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
+        return getattr(library, name)(*(t[k] for k in arguments), dtype=dtypes.model)
+
+    return call
+
+
+def _weighted_loss(norm: str) -> Callable[[Any, Inputs, Dtypes], Tensor]:
+    return lambda library, t, dtypes: library.weighted_loss(t["x"], t["y"], t["weight"], norm=norm, huber_c=0.03)
+
+
+def _consistency_loss(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    return library.consistency_loss(t["f"], t["x"], t["sigma"], t["f2"], "karras", t["x2"], t["next"])
+
+
+def _region(call: Callable[[Any, Inputs, Dtypes], Any]) -> Callable[[Any, Inputs, Dtypes], Any]:
+    """What stands around an operation in a network: a bias before it, a cast of the state after it."""
+
+    def region(library: Any, t: Inputs, dtypes: Dtypes) -> tuple[Tensor, ...]:
+        result = call(library, {**t, "f": t["f"] + t["bias"]}, dtypes)
+        state, *others = (result,) if isinstance(result, Tensor) else result
+        return (state.to(dtypes.model), *others)
+
+    return region
+
+
+def _denoise(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    return library.denoise(t["f"], t["x"], t["sigma"], clip=True)
+
+
+_euler_step = _solver("euler_step", "f", "x", "sigma", "next")
+_TWO = ("sigma", "next")
+_PAIR = ("f", "x", "f2", "x2")
+
+CASES = {
+    "denoise": Case(_denoise, Floor(2, 1), ("f", "x")),
+    "euler_step": Case(_euler_step, Floor(2, 2), ("f", "x"), _TWO),
+    "weighted_loss l2": Case(_weighted_loss("l2"), Floor(2), ("x", "y"), ("weight",)),
+    "renoise drawn": Case(_renoise, Floor(2, 2), ("f", "x"), _TWO, drawn=True),
+    "heun_predictor": Case(
+        _solver("heun_predictor", "f", "x", "sigma", "next"), Floor(1, 2), ("f", "x"), _TWO
+    ),
+    "heun_corrector": Case(
+        _solver("heun_corrector", "f", "f2", "x", "sigma", "next"), Floor(2, 3), ("f", "f2", "x"), _TWO
+    ),
+    "denoise_to_uint8": Case(
+        lambda library, t, dtypes: library.denoise_to_uint8(t["f"], t["x"], t["sigma"]), Floor(1, 1, 1), ("f", "x")
+    ),
+    "init_noise drawn": Case(_init_noise, Floor(1, 1), ("shape",), drawn=True),
+    "add_noise drawn": Case(_add_noise, Floor(2, 1), ("x",), drawn=True),
+    "add_noise_pair drawn": Case(_add_noise_pair, Floor(3, 2), ("x",), _TWO, drawn=True),
+    # Both passes: each reads x and y, the second writes a gradient.
+    "weighted_loss l2 + backward": Case(_weighted_loss("l2"), Floor(5), ("x", "y"), ("weight",), grad_to="x"),
+    "weighted_loss huber": Case(_weighted_loss("huber"), Floor(2), ("x", "y"), ("weight",)),
+    "weighted_loss huber + backward": Case(_weighted_loss("huber"), Floor(5), ("x", "y"), ("weight",), grad_to="x"),
+    "consistency_loss": Case(_consistency_loss, Floor(2, 2), _PAIR, _TWO),
+    "consistency_loss + backward": Case(_consistency_loss, Floor(4, 5), _PAIR, _TWO, grad_to="f"),
+    "renoise given": Case(_renoise, Floor(3, 2), ("f", "x", "noise"), _TWO),
+    "add_noise given": Case(_add_noise, Floor(3, 1), ("x", "noise")),
+    "scale_input": Case(_solver("scale_input", "x", "sigma"), Floor(1, 1), ("x",)),
+    "normal": Case(_normal, Floor(1), ("shape",), (), drawn=True),
+    "to_uint8": Case(lambda library, t, dtypes: library.to_uint8(t["x"]), Floor(1, 0, 1), ("x",)),
+    # The bias is one number per sample and channel, which a floor does not count.
+    "region: bias, denoise, cast": Case(_region(_denoise), Floor(1, 2), ("f", "x", "bias"), compiled=True),
+    "region: bias, euler_step, cast": Case(_region(_euler_step), Floor(1, 3), ("f", "x", "bias"), _TWO, compiled=True),
+    "region: bias, renoise drawn, cast": Case(
+        _region(_renoise), Floor(1, 3), ("f", "x", "bias"), _TWO, drawn=True, compiled=True
+    ),
+}
+
+#: Measured first, and what the bars of `benchmarks.summary` are about.
+FIRST = ("denoise", "euler_step", "weighted_loss l2", "renoise drawn")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A case at a size, in dtypes and a layout."""
+
+    case: str
+    shape: tuple[int, int, int]
+    batch: int
+    dtypes: Dtypes = Dtypes()
+    channels_last: bool = False
+
+    @property
+    def elements(self) -> int:
+        channels, height, width = self.shape
+        return self.batch * channels * height * width
+
+    @property
+    def floor_bytes(self) -> int:
+        return self.elements * CASES[self.case].floor.bytes_per_element(*self.dtypes)
+
+    def __str__(self) -> str:
+        """
+        >>> str(Config("denoise", (3, 64, 64), 256))
+        'denoise 256x3x64x64 float32/bfloat16'
+        """
+        size = "x".join(str(n) for n in (self.batch, *self.shape))
+        dtypes = "/".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"{self.case} {size} {dtypes}{' channels_last' if self.channels_last else ''}"
+
+
+#: 3x64x64 is what the bars name; 256 of 3x256x256 is 201 MB for one float32 tensor.
+MAIN_SIZES = [((3, 64, 64), 64), ((3, 64, 64), 256), ((3, 64, 64), 1), ((3, 256, 256), 256)]
+OTHER_SIZES = [((3, 256, 256), 1), ((3, 256, 256), 64), ((3, 32, 32), 1), ((3, 32, 32), 64), ((3, 32, 32), 256)]
+CPU_SIZES = [((3, 64, 64), 1), ((3, 64, 64), 16), ((3, 32, 32), 1), ((3, 32, 32), 64)]
+
+
+def configs(device_type: str, quick: bool = False) -> list[Config]:
+    """What is run, the important first."""
+    if quick:
+        sizes = [((3, 64, 64), 64)] if device_type == "cuda" else [((3, 32, 32), 2)]
+        return [Config(case, *size) for case in CASES for size in sizes]
+    if device_type != "cuda":
+        return [Config(case, *size) for size in CPU_SIZES for case in CASES]
+    plain = [name for name, case in CASES.items() if not case.compiled]
+    regions = [name for name, case in CASES.items() if case.compiled]
+    rest = [name for name in plain if name not in FIRST]
+    all_float32, large = Dtypes(torch.float32, torch.float32), ((3, 64, 64), 256)
+    return [
+        *(Config(case, *size) for size in MAIN_SIZES for case in FIRST),
+        *(Config(case, *MAIN_SIZES[-1]) for case in ("heun_predictor", "heun_corrector")),
+        *(Config(case, *large) for case in [*rest, *regions]),
+        *(Config(case, *size) for size in MAIN_SIZES if size != large for case in rest
+          if not (size == MAIN_SIZES[-1] and case.startswith("heun"))),
+        *(Config(case, *large, channels_last=True) for case in ("denoise", "euler_step", "renoise drawn")),
+        *(Config(case, *large, dtypes=all_float32) for case in FIRST),
+        *(Config(case, *size) for size in OTHER_SIZES for case in plain),
+        *(Config(case, *MAIN_SIZES[-1], dtypes=all_float32) for case in FIRST),
+        *(Config(case, *size) for size in MAIN_SIZES if size != large for case in regions),
+    ]
+
+
+def input_names(config: Config) -> tuple[str, ...]:
+    """The tensors of an input set, in their order."""
+    case = CASES[config.case]
+    return (*case.tensors, *case.sigmas, *(("index",) if case.drawn else ()))
+
+
+def make_inputs(config: Config, sets: int, device: torch.device, seed: int) -> list[Inputs]:
+    """So many sets of fresh inputs, which lie one after the other in memory: states ~ N(0, 1), sigma' = 0.6 sigma."""
+    case = CASES[config.case]
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = config.batch * sets
+    whole: Inputs = {}
+    for name in case.tensors:
+        if name == "shape":
+            whole[name] = torch.zeros((), device=device).expand(rows, *config.shape)
+            continue
+        shape = (config.shape[0], 1, 1) if name == "bias" else config.shape
+        dtype = config.dtypes.model if name in MODEL_TENSORS else config.dtypes.state
+        x = torch.randn(rows, *shape, generator=generator, device=device).to(dtype)
+        if config.channels_last and name in MODEL_TENSORS:
+            x = x.contiguous(memory_format=torch.channels_last)
+        whole[name] = x
+    level = torch.rand(rows, generator=generator, device=device) * 3 + 0.5
+    whole |= {name: level * 0.6**i for i, name in enumerate(case.sigmas)}
+    if case.drawn:
+        whole["index"] = torch.arange(rows, device=device) + 2**33
+    parts = {name: x.split(config.batch) for name, x in whole.items()}
+    made = [{name: parts[name][i] for name in input_names(config)} for i in range(sets)]
+    if case.grad_to:
+        for t in made:
+            t[case.grad_to] = t[case.grad_to].detach().requires_grad_()
+    return made
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a result, however nested."""
+    return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
+
+
+def run(case: Case, function: Callable[[Inputs], Any], t: Inputs) -> list[Tensor]:
+    """The results of `function(t)`; with `grad_to`, the gradient for an upstream gradient of ones after them."""
+    if case.grad_to is None:
+        return flat(function(t))
+    loss = function(t)
+    (grad,) = torch.autograd.grad(loss, t[case.grad_to], torch.ones_like(loss))
+    return [loss.detach(), grad]
+
+
+def exact(config: Config, t: Inputs, start: int, stop: int) -> list[Tensor]:
+    """The float64 yardstick for the samples start to stop."""
+    case = CASES[config.case]
+    part = {name: x.detach()[start:stop] for name, x in t.items()}
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
+    if case.grad_to:
+        wide[case.grad_to].requires_grad_()
+    dtypes = Dtypes(torch.float64, torch.float64)
+    return run(case, lambda inputs: case.call(reference, inputs, dtypes), wide)
+
+
+def operation(config: Config, library: Any = ops) -> Callable[[Inputs], Any]:
+    """The case's call as a function of its inputs alone."""
+    case, dtypes = CASES[config.case], config.dtypes
+    return lambda t: case.call(library, t, dtypes)

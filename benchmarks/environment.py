@@ -1,0 +1,80 @@
+"""What a measurement was taken on: `python -m benchmarks.environment` prints it as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    clocks = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": _output("nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"),
+        clocks: _output("nvidia-smi", f"--id={index}", f"--query-gpu={clocks}", "--format=csv,noheader"),
+    }
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Hardware, versions, commit and date; `device_type` says whether times are a GPU's or a CPU's."""
+    device = torch.device(device)
+    status = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "device_type": device.type,
+        "device": _gpu(device)["name"] if device.type == "cuda" else f"CPU: {_cpu_name()}",
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": None if status is None else bool(status),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(environment("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

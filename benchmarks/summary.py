@@ -1,0 +1,138 @@
+"""What a run says: cmfast against each baseline, worst first, and the bars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cases import Config
+
+Row = dict[str, Any]
+
+#: A difference of p50 up to this is a tie.
+TIE = 0.03
+#: What a user gets: the operation, alone or inside a compiled region; and there the kernel, were it forced.
+OURS = ("cmfast", "auto", "kernel")
+BASELINES = ("inductor", "inductor_randn")
+#: Tensors from here on must come near the bandwidth of a copy.
+LARGE_BYTES = 100e6
+#: Least share of the copy bandwidth for large tensors.
+BANDWIDTH_BARS = {
+    "denoise": 0.92,
+    "euler_step": 0.92,
+    "heun_predictor": 0.92,
+    "heun_corrector": 0.92,
+    "weighted_loss l2": 0.92,
+    "weighted_loss huber": 0.92,
+    "renoise drawn": 0.85,
+}
+#: Sizes at which nothing may be slower than inductor by more than TIE.
+SPEED_SIZES = [((3, 64, 64), batch) for batch in (1, 64, 256)]
+
+
+def line(config: Config, rows: list[Row], failures: list[dict[str, str]]) -> str:
+    """One configuration while a run goes on."""
+    times = [f"{row['provider']} {row['mode']} {row['p50_us']:.1f} us" for row in rows]
+    wrong = [f"{failure['provider']} FAILED: {failure['reason'].splitlines()[0]}" for failure in failures]
+    return f"{config}: {', '.join(times + wrong)}"
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(
+        tuple(row[k]) if k == "shape" else row[k]
+        for k in ("case", "shape", "batch", "state_dtype", "model_dtype", "channels_last", "mode")
+    )
+
+
+def _name(row: Row) -> str:
+    size = "x".join(str(n) for n in (row["batch"], *row["shape"]))
+    layout = " channels_last" if row["channels_last"] else ""
+    return f"{row['case']} {size} {row['state_dtype']}/{row['model_dtype']}{layout}"
+
+
+def verdict(ratio: float) -> str:
+    """
+    >>> verdict(0.9), verdict(1.02), verdict(1.05)
+    ('win', 'tie', 'LOSS')
+    """
+    return "win" if ratio < 1 - TIE else "tie" if ratio <= 1 + TIE else "LOSS"
+
+
+def comparisons(rows: list[Row]) -> list[Row]:
+    """Every row of `OURS` beside each baseline, the worst ratio of p50 first."""
+    by_key: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        by_key.setdefault(_key(row), {})[row["provider"]] = row
+    found = []
+    for providers in by_key.values():
+        for name in OURS:
+            for baseline in BASELINES:
+                if name in providers and baseline in providers:
+                    ours, other = providers[name], providers[baseline]
+                    ratio = ours["p50_us"] / other["p50_us"]
+                    found.append({"row": ours, "provider": name, "baseline": baseline, "ratio": ratio,
+                                  "baseline_us": other["p50_us"], "verdict": verdict(ratio)})
+    return sorted(found, key=lambda c: -c["ratio"])
+
+
+def bars(result: dict[str, Any]) -> list[str]:
+    """Each bar with what was measured: `met`, `MISSED`, or why it cannot be checked."""
+    if result["environment"]["device_type"] != "cuda":
+        return ["bars are a GPU's: this was a CPU"]
+    rows = [row for row in result["rows"] if row["provider"] == "cmfast"]
+    lines = []
+    for case, least in BANDWIDTH_BARS.items():
+        large = [r for r in rows if r["case"] == case and r["mode"] == "graph"
+                 and r["largest_tensor_bytes"] > LARGE_BYTES]
+        if not large:
+            lines.append(f"not measured: {case}, tensors > 100 MB")
+        for row in large:
+            share = row["percent_of_copy"] / 100
+            outcome = "met" if share >= least else "MISSED"
+            lines.append(f"{outcome}: {_name(row)} at {share:.1%} of the copy bandwidth, bar {least:.0%}")
+    speed = [c for c in comparisons(result["rows"]) if c["provider"] != "kernel"
+             and (tuple(c["row"]["shape"]), c["row"]["batch"]) in SPEED_SIZES]
+    for baseline in BASELINES:
+        for mode in ("call", "graph"):
+            some = [c for c in speed if c["baseline"] == baseline and c["row"]["mode"] == mode]
+            slow = [c for c in some if c["verdict"] == "LOSS"]
+            names = "".join(f"\n    {_name(c['row'])}: {c['ratio']:.3f}" for c in slow)
+            outcome = "not measured" if not some else "MISSED" if slow else "met"
+            lines.append(f"{outcome}: at most {TIE:.0%} slower than {baseline} at 3x64x64, {mode} mode: "
+                         f"{len(some) - len(slow)} of {len(some)}{names}")
+    return lines
+
+
+def text(result: dict[str, Any]) -> str:
+    """The closing table."""
+    found = comparisons(result["rows"])
+    about = result["environment"]
+    copies = ", ".join(f"{copy['gb_per_s']:.0f}" for copy in result["copy_bandwidth"])
+    out = [
+        "",
+        f"{about['device']}; torch {about['torch']}, triton {about['triton']}, CUDA {about['cuda']}, python "
+        f"{about['python']}; commit {about['commit']}{' + changes' if about['uncommitted_changes'] else ''}; "
+        f"{about['date']}",
+        f"command: {about['command']}",
+        f"copy bandwidth (read + written), first and last: {copies} GB/s",
+    ]
+    if result["note"]:
+        out.append(f"note: {result['note']}")
+    if result["truncated"]:
+        out.append(f"TRUNCATED by --seconds: {len(result['not_started'])} configurations were not started")
+    widest = max([len(_name(c["row"])) for c in found], default=4)
+    out += ["", f"{'cmfast / baseline, worst first':{widest}}  mode   provider baseline        ratio  verdict"
+                "       us  baseline us  % of copy"]
+    for c in [*(c for c in found if c["provider"] != "kernel"), *(c for c in found if c["provider"] == "kernel")]:
+        row = c["row"]
+        out.append(
+            f"{_name(row):{widest}}  {row['mode']:5}  {c['provider']:8} {c['baseline']:14} {c['ratio']:6.3f}  "
+            f"{c['verdict']:7} {row['p50_us']:8.2f} {c['baseline_us']:12.2f} {row['percent_of_copy']:10.1f}"
+        )
+    verdicts = [c["verdict"] for c in found if c["provider"] != "kernel"]
+    wins, ties, losses = (verdicts.count(kind) for kind in ("win", "tie", "LOSS"))
+    out += ["", f"{wins} wins, {ties} ties (within {TIE:.0%}), {losses} losses; rows of `kernel`, which nobody gets "
+            "without asking, are not counted", ""]
+    out += bars(result)
+    for failure in result["failures"]:
+        out.append(f"FAILED, not timed: {failure['config']}, {failure['provider']}: {failure['reason']}")
+    return "\n".join(out)

@@ -1,0 +1,185 @@
+"""How time is taken: providers in turn, round after round, over inputs that have left the cache."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs, run
+
+#: Seconds that one slice, the calls of one provider between two clock readings, is made to last.
+SLICE_S = 2e-3
+#: At most so many input sets rotate. More would fill an L2 cache with the smallest sizes too, but nobody's inputs are
+#: so many, and the time of such a call is that of its launch; a row says whether its inputs were cold.
+MAX_SETS = 256
+#: Times the L2 cache that the inputs and outputs of a rotation fill.
+L2_FACTOR = 2.5
+
+
+class Stopwatch:
+    """Seconds that work on a device takes: between CUDA events, or on a CPU the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, work: Callable[[], None]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        self.start.record()
+        work()
+        self.stop.record()
+        self.stop.synchronize()
+        return self.start.elapsed_time(self.stop) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sets_for(floor_bytes: int, l2_bytes: int | None) -> int:
+    """How many input sets rotate: enough to push one another out of the cache, where a cache is known."""
+    if l2_bytes is None:
+        return 2
+    return max(2, min(MAX_SETS, math.ceil(L2_FACTOR * l2_bytes / floor_bytes)))
+
+
+class Contender:
+    """One provider on one configuration: calls that rotate over input sets and keep each set's results alive.
+
+    Kept results make the outputs rotate as well: a freed one would be handed to the next call, still in the cache.
+    """
+
+    def __init__(
+        self, case: Case, function: Callable[[Inputs], Any], context: Callable[[], AbstractContextManager[Any]],
+        sets: list[Inputs],
+    ) -> None:
+        self.case, self.function, self.context, self.sets = case, function, context, sets
+        self.kept: list[list[Tensor] | None] = [None] * len(sets)
+        self.position = 0
+        self.graph: Any = None
+        self.graph_calls = 0
+
+    def once(self, t: Inputs) -> list[Tensor]:
+        with self.context():
+            return run(self.case, self.function, t)
+
+    def calls(self, count: int) -> None:
+        with self.context():
+            for _ in range(count):
+                i = self.position
+                self.kept[i] = run(self.case, self.function, self.sets[i])
+                self.position = (i + 1) % len(self.sets)
+
+    def capture(self, most: int) -> None:
+        """One CUDA graph of a call for each input set, or for the first `most`."""
+        self.kept = [None] * len(self.sets)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with self.context(), torch.cuda.stream(stream):
+            for t in self.sets[:2]:
+                run(self.case, self.function, t)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, self.graph_calls = torch.cuda.CUDAGraph(), min(most, len(self.sets))
+        with self.context(), torch.cuda.graph(graph):
+            self.kept = [run(self.case, self.function, t) for t in self.sets[: self.graph_calls]]
+        self.graph = graph
+
+    def replays(self, count: int) -> None:
+        for _ in range(count):
+            self.graph.replay()
+
+    def release(self) -> None:
+        self.kept, self.graph, self.sets = [], None, []
+
+
+def peak_bytes(contender: Contender, device: torch.device) -> int | None:
+    """Device memory that one call takes at most, results included."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    contender.once(contender.sets[0])
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def sliced(stopwatch: Stopwatch, work: Callable[[int], None], calls_each: int = 1) -> Callable[[], float]:
+    """A slice of `work(count)` that lasts about SLICE_S: seconds per call, where each count is `calls_each` calls."""
+    def elapsed(count: int) -> float:
+        return stopwatch(lambda: work(count))
+
+    elapsed(1)
+    count = 1
+    while (taken := elapsed(count)) < SLICE_S / 2 and count < 20000:
+        count = math.ceil(count * min(10.0, max(1.5, SLICE_S / max(taken, 1e-9))))
+    return lambda: elapsed(count) / (count * calls_each)
+
+
+def interleave(
+    slices: dict[str, Callable[[], float]], budget_s: float, rounds: tuple[int, int] = (7, 60)
+) -> dict[str, list[float]]:
+    """Samples of every slice, taken in turn, so that a drift of clocks falls on all alike.
+
+    Every other round goes backwards. `rounds`: at least so many, then until the budget is spent, and at most so many.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in slices}
+    start = time.perf_counter()
+    for i in range(rounds[1]):
+        if i >= rounds[0] and time.perf_counter() - start > budget_s:
+            break
+        for name in list(slices)[:: 1 if i % 2 == 0 else -1]:
+            samples[name].append(slices[name]())
+    return samples
+
+
+def percentile(samples: list[float], percent: float) -> float:
+    """
+    >>> percentile([3.0, 1.0, 2.0], 50)
+    2.0
+    """
+    ordered = sorted(samples)
+    at = percent / 100 * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def statistics_us(samples: list[float]) -> dict[str, Any]:
+    """Percentiles in microseconds; those of the two halves of the run tell what a difference must exceed."""
+    half = len(samples) // 2
+    halves = [samples[:half], samples[half:]] if half else [samples]
+    return {
+        **{f"p{p}_us": round(percentile(samples, p) * 1e6, 4) for p in (20, 50, 80)},
+        "p50_halves_us": [round(statistics.median(part) * 1e6, 4) for part in halves],
+        "samples": len(samples),
+    }
+
+
+def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:
+    """A large copy on the device, in GB/s, bytes read and bytes written both counted."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        size = min(2**28 if quick else 2**31, free // 8)
+    else:
+        size = 2**22 if quick else 2**26
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    stopwatch = Stopwatch(device)
+    for _ in range(2):
+        target.copy_(source)
+    samples = [stopwatch(lambda: target.copy_(source)) for _ in range(7 if quick else 25)]
+    slow, middle, fast = (round(2 * size / percentile(samples, p) / 1e9, 2) for p in (80, 50, 20))
+    return {"bytes": size, "gb_per_s": middle, "gb_per_s_p20": slow, "gb_per_s_p80": fast}

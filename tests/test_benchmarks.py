@@ -1,0 +1,170 @@
+"""The benchmarks run without a GPU, on small sizes, and time nothing that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cmfast
+from benchmarks import cases, gpu, kernels, summary, timing
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(timing, "SLICE_S", 1e-4)
+    monkeypatch.setattr(kernels, "BUDGET_S", 0.01)
+
+
+def recorded(folder, *options):
+    status = kernels.main(["--device", "cpu", "--quick", "--out", str(folder), *options])
+    (path,) = folder.glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+def test_quick_run_has_all_providers(tmp_path, capsys):
+    """Inductor among them, where there is a compiler."""
+    status, result = recorded(tmp_path, "--only", "to_uint8 2x")
+    assert status == 0 and not result["failures"] and not result["truncated"]
+    assert result["environment"]["device_type"] == "cpu" and "CPU" in result["note"]
+    assert "--quick" in result["environment"]["command"] and str(tmp_path) not in json.dumps(result)
+    compiled = [] if kernels.inductor_refusal(CPU) else ["inductor"]
+    # Two cases are called so: to_uint8, and denoise_to_uint8.
+    assert [row["provider"] for row in result["rows"]] == 2 * ["eager", *compiled, "cmfast"]
+    for row in result["rows"]:
+        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["floor_bytes"] == 2 * 3 * 32 * 32 * (5 if row["case"] == "to_uint8" else 7)
+    assert "bars are a GPU's" in capsys.readouterr().out
+
+
+def test_every_case_is_right(tmp_path):
+    status, result = recorded(tmp_path, "--providers", "eager,cmfast")
+    assert status == 0, result["failures"]
+    assert {row["case"] for row in result["rows"]} == set(cases.CASES)
+
+
+@pytest.mark.parametrize("fault", ["a part in a thousand", "NaN", "one element", "a raised error", "dtype"])
+def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, fault, capsys):
+    def make(config):
+        right = cases.operation(config)
+
+        def wrong(t):
+            value = right(t)
+            if fault == "a part in a thousand":
+                return value * 1.001
+            if fault == "NaN":
+                return value * float("nan")
+            if fault == "one element":
+                value[-1, -1, -1, -1] += 1
+                return value
+            if fault == "dtype":
+                return value.bfloat16()
+            raise RuntimeError("this one does not run")
+
+        return wrong
+
+    monkeypatch.setitem(kernels.PROVIDERS, "cmfast", kernels.Provider(make, "auto"))
+    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "eager,cmfast")
+    assert status == 1
+    assert [row["provider"] for row in result["rows"]] == ["eager"]
+    assert [failure["provider"] for failure in result["failures"]] == ["cmfast"]
+    assert "FAILED, not timed: denoise" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def make(config):
+        right = cases.operation(config)
+        return lambda t: right({**t, "x": Doubled.apply(t["x"])})
+
+    monkeypatch.setitem(kernels.PROVIDERS, "cmfast", kernels.Provider(make, "auto"))
+    status, result = recorded(tmp_path, "--only", "l2 + backward", "--providers", "eager,cmfast")
+    assert status == 1 and "result 1" in result["failures"][0]["reason"]
+
+
+def test_a_wrong_baseline_is_caught_too(tmp_path, monkeypatch):
+    denoise = cmfast.ops.denoise
+    monkeypatch.setattr(cmfast.ops, "denoise", lambda *args, **options: denoise(*args, **options) + 0.01)
+    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "eager")
+    assert status == 1 and not result["rows"]
+
+
+def test_time_limit_is_recorded(tmp_path):
+    status, result = recorded(tmp_path, "--seconds", "0", "--providers", "eager")
+    assert status == 0 and result["truncated"] and len(result["not_started"]) == len(cases.CASES)
+
+
+def test_runs_as_a_file():
+    """And so from any folder, without cmfast's being found through this one."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--device", "cpu", "--list"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert len(run.stdout.splitlines()) == len(cases.configs("cpu"))
+
+
+def test_configurations_of_a_gpu():
+    chosen = cases.configs("cuda")
+    assert len(set(chosen)) == len(chosen)
+    for case in cases.CASES:
+        sizes = {(c.shape, c.batch) for c in chosen if c.case == case}
+        assert {((3, 64, 64), 1), ((3, 64, 64), 64), ((3, 64, 64), 256), ((3, 256, 256), 256)} <= sizes
+    first = chosen[: 4 * len(cases.FIRST)]
+    assert {c.case for c in first} == set(cases.FIRST)
+    assert max(c.elements * 4 for c in first) > summary.LARGE_BYTES
+
+
+def test_bars(tmp_path):
+    """From made-up rows: only what is below a bar, or slower than a baseline, is MISSED."""
+    row = {
+        "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
+        "channels_last": False, "mode": "graph", "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
+    }
+    large = row | {"shape": [3, 256, 256], "batch": 256, "largest_tensor_bytes": 2e8}
+    rows = [
+        row | {"provider": "cmfast"},
+        row | {"provider": "inductor", "p50_us": 0.9},
+        large | {"provider": "cmfast", "percent_of_copy": 93.0},
+        large | {"provider": "cmfast", "case": "renoise drawn", "percent_of_copy": 84.0},
+    ]
+    lines = summary.bars({"environment": {"device_type": "cuda"}, "rows": rows})
+    assert any(line.startswith("met: denoise 256x3x256x256") for line in lines)
+    assert any(line.startswith("MISSED: renoise drawn") for line in lines)
+    slower = "MISSED: at most 3% slower than inductor at 3x64x64, graph mode: 0 of 1"
+    assert any(line.startswith(slower) for line in lines)
+    assert any(line.startswith("not measured: euler_step") for line in lines)
+
+
+class TestGpuSteps:
+    def test_dry(self, capsys):
+        assert gpu.main(["--dry"]) == 0
+        out = capsys.readouterr().out
+        for name in ("environment", "tests", "benchmarks", "memcheck", "racecheck"):
+            assert f"\n{name} " in f"\n{out}"
+        assert sum(step.seconds for step in gpu.steps(Path("out"))) <= 540
+
+    def test_one_failure_stops_nothing(self, tmp_path, monkeypatch):
+        steps = [
+            gpu.Step("fails", ["-c", "print('this is why'); raise SystemExit(3)"], 10),
+            gpu.Step("hangs", ["-c", "import time; print('begun', flush=True); time.sleep(60)"], 1),
+            gpu.Step("misses", ["-c", ""], 10, missing=lambda: "no such tool"),
+            gpu.Step("works", ["-c", "import cmfast; print('done')"], 10),
+        ]
+        monkeypatch.setattr(gpu, "steps", lambda out: steps)
+        assert gpu.main(["--out", str(tmp_path)]) == 1
+        report = json.loads((tmp_path / "report.json").read_text())["steps"]
+        assert [step["status"] for step in report] == ["failed", "timeout", "missing", "ok"]
+        assert "this is why" in report[0]["tail"] and report[0]["exit_code"] == 3
+        assert "begun" in (tmp_path / "hangs.log").read_text() and report[1]["seconds"] < 8
+        assert report[2]["reason"] == "no such tool"
