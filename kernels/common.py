@@ -9,13 +9,20 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(planes, blocks, pixels, BLOCK: tl.constexpr):
-    """This program's row, plane and pixels [BLOCK], all int64, and which of the pixels exist."""
+def place(planes, blocks):
+    """This program's row, plane and block of pixels, all int64. Programs walk planes first, then blocks, then rows."""
     program = tl.program_id(0)
     plane = (program % planes).to(tl.int64)
-    block = program // planes % blocks
+    block = (program // planes % blocks).to(tl.int64)
     row = (program // planes // blocks).to(tl.int64)
-    pixel = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, plane, block
+
+
+@triton.jit
+def tile(planes, blocks, pixels, BLOCK: tl.constexpr):
+    """This program's row, plane and pixels [BLOCK], all int64, and which of the pixels exist."""
+    row, plane, block = place(planes, blocks)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
     return row, plane, pixel, pixel < pixels
 
 
@@ -30,23 +37,33 @@ def offsets(row, plane, pixel, planes, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
-def load_state(pointer, offset, mask):
+def tile_offsets(planes, blocks, pixels, STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row, where its pixels lie in states and in network inputs and outputs, and which exist."""
+    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    return row, at, model_at, mask
+
+
+@triton.jit
+def load_state(x_ptr, at, mask):
     """Elements as float32: bfloat16 has no arithmetic of its own."""
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_state(pointer, offset, value, mask):
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+def store_state(x_ptr, at, value, mask):
+    """Elements in the dtype of where they go."""
+    tl.store(x_ptr + at, value.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_level(pointer, row, PER_ROW: tl.constexpr):
+def load_level(sigma_ptr, row, PER_ROW: tl.constexpr):
     """A noise level or weight as float32: one for each row, or one for all."""
     if PER_ROW:
-        return tl.load(pointer + row).to(tl.float32)
+        return tl.load(sigma_ptr + row).to(tl.float32)
     else:
-        return tl.load(pointer).to(tl.float32)
+        return tl.load(sigma_ptr).to(tl.float32)
 
 
 @triton.jit
@@ -78,12 +95,6 @@ def clamp(value):
 
 
 @triton.jit
-def inside(value):
-    """Where torch.clamp lets a gradient through."""
-    return (value >= -1.0) & (value <= 1.0)
-
-
-@triton.jit
 def unclipped(model_output, x, c_skip, c_out, PLAIN: tl.constexpr):
     """D before it is clamped. PLAIN: c_skip = 0 must not let an infinite x through as NaN."""
     if PLAIN:
@@ -93,20 +104,24 @@ def unclipped(model_output, x, c_skip, c_out, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def denoised(model_output, x, c_skip, c_out, PLAIN: tl.constexpr, CLIP: tl.constexpr):
-    """D = c_skip x + c_out F, clamped if CLIP."""
-    value = unclipped(model_output, x, c_skip, c_out, PLAIN)
-    if CLIP:
-        value = clamp(value)
-    return value
+def load_unclipped(model_output_ptr, x_ptr, at, model_at, mask, c_skip, c_out, PLAIN: tl.constexpr):
+    """D before it is clamped, from memory; x is not read where the network is the denoiser (PLAIN)."""
+    model_output = load_state(model_output_ptr, model_at, mask)
+    x = model_output if PLAIN else load_state(x_ptr, at, mask)
+    return unclipped(model_output, x, c_skip, c_out, PLAIN)
 
 
 @triton.jit
-def through_clip(grad, value, CLIP: tl.constexpr):
-    """The gradient of D before clamping, from that after."""
-    if CLIP:
-        grad = tl.where(inside(value), grad, 0.0)
-    return grad
+def denoised(model_output, x, c_skip, c_out, PLAIN: tl.constexpr, CLIP: tl.constexpr):
+    """D = c_skip x + c_out F, clamped if CLIP."""
+    value = unclipped(model_output, x, c_skip, c_out, PLAIN)
+    return clamp(value) if CLIP else value
+
+
+@triton.jit
+def through_clip(grad, value):
+    """The gradient of D before clamping, from that after: torch.clamp lets it through on [-1, 1]."""
+    return tl.where((value >= -1.0) & (value <= 1.0), grad, 0.0)
 
 
 @triton.jit
@@ -143,26 +158,28 @@ def noise_level(sigma, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def store_noise_level(pointer, sigma, row, planes, blocks, PLAIN: tl.constexpr, PER_ROW: tl.constexpr):
+def store_noise_level(c_noise_ptr, row, planes, blocks, sigma, PLAIN: tl.constexpr, PER_ROW: tl.constexpr):
     """c_noise, written by the first program of each row, or of the batch where there is one level for all."""
     program = tl.program_id(0)
     if PER_ROW:
         if program % (planes * blocks) == 0:
-            tl.store(pointer + row, noise_level(sigma, PLAIN))
+            tl.store(c_noise_ptr + row, noise_level(sigma, PLAIN))
     else:
         if program == 0:
-            tl.store(pointer, noise_level(sigma, PLAIN))
+            tl.store(c_noise_ptr, noise_level(sigma, PLAIN))
 
 
 @triton.jit
-def add_input_grad(grad_state, grad_input, c_in, HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr):
-    """The gradient of a next state from that of itself and of the network input made of it."""
+def load_grad(
+    grad_state_ptr, grad_input_ptr, at, model_at, mask, c_in, HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr
+):
+    """The gradient of a next state, from that of itself and of the network input made of it: one of them, or both."""
     if HAS_STATE and HAS_INPUT:
-        return grad_state + c_in * grad_input
+        return load_state(grad_state_ptr, at, mask) + c_in * load_state(grad_input_ptr, model_at, mask)
     elif HAS_STATE:
-        return grad_state
+        return load_state(grad_state_ptr, at, mask)
     else:
-        return c_in * grad_input
+        return c_in * load_state(grad_input_ptr, model_at, mask)
 
 
 @triton.jit

@@ -21,18 +21,22 @@ def pixels_of(*batches: Tensor) -> tuple[Tensor, bool]:
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _to_uint8_kernel(
-    x, out, planes, blocks, pixels,
+def _to_uint8_fwd_kernel(
+    out_ptr, x_ptr, planes, blocks, pixels,
     NEAREST: tl.constexpr, OUT_LAST: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
+    """127.5 (x + 1), clamped to [0, 255]; cut off, or rounded if NEAREST
+    out_ptr  [B, N]  uint8, out    x_ptr  [B, N]  state dtype
+    Grid (rows * planes * blocks,). Traffic: s + 1 bytes per element. Computes in float32.
+    """
     row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    value = load_state(x, offsets(row, plane, pixel, planes, pixels, STATE_LAST), mask)
-    store_state(out, offsets(row, plane, pixel, planes, pixels, OUT_LAST), pixel_value(value, NEAREST), mask)
+    value = load_state(x_ptr, offsets(row, plane, pixel, planes, pixels, STATE_LAST), mask)
+    store_state(out_ptr, offsets(row, plane, pixel, planes, pixels, OUT_LAST), pixel_value(value, NEAREST), mask)
 
 
 def to_uint8_fwd(x: Tensor, *, rounding: str) -> Tensor:
     x = dense(x)
     out, mixed = pixels_of(x)
-    plan(x, None, planes=mixed).run(_to_uint8_kernel, x, out, NEAREST=rounding == "nearest", OUT_LAST=mixed)
+    plan(x, None, planes=mixed).run(_to_uint8_fwd_kernel, out, x, NEAREST=rounding == "nearest", OUT_LAST=mixed)
     return out

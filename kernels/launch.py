@@ -55,8 +55,8 @@ class Plan(NamedTuple):
     """A batch as rows x planes x pixels, cut into blocks of pixels; one program for each block.
 
     Where all tensors lie in memory in one order, a row is one plane; else planes are channels, and `state_last` and
-    `model_last` say which tensors have them last. A program does `steps`
-    blocks, one after the other. `levels` are the noise levels, as [B] if `per_row`, else single.
+    `model_last` say which tensors have them last. A program does `steps` blocks, one after the other. `levels` are the
+    noise levels, as [B] if `per_row`, else single.
     """
 
     batch: int
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
         return torch.empty(self.batch if self.per_row else 1, dtype=torch.float32, device=like.device)
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """Launch with the tiles' arguments after the kernel's own."""
+        """Launch with the tiles' sizes after the arguments, which are pointers; scalars and constexprs come by name."""
         if self.batch:
             tile = {"STATE_LAST": self.state_last, "MODEL_LAST": self.model_last, "BLOCK": self.block}
             sizes = self.planes, self.blocks, self.pixels
@@ -134,9 +134,13 @@ def gradients(needed: Sequence[bool], *inputs: Tensor) -> list[Tensor | None]:
     return [empty(x) if need else None for x, need in zip(inputs, needed, strict=False)]
 
 
-def scaling(sigma_data: float | None, boundary: float = 0.0) -> tuple[float, float]:
-    """sigma_data and boundary as a kernel takes them; what they are for a network that is the denoiser is not read."""
-    return float(sigma_data or 1), float(boundary)
+def scaling(sigma_data: float | None, boundary: float | None = None) -> dict[str, Any]:
+    """How a kernel makes D and the network's input, by name; PLAIN: the network is the denoiser, and the numbers are
+    not read. A kernel that makes no D has no boundary."""
+    scalars = {"sigma_data": float(sigma_data or 1)}
+    if boundary is not None:
+        scalars["boundary"] = float(boundary)
+    return {**scalars, "PLAIN": sigma_data is None}
 
 
 def _on_device(x: Tensor) -> Any:

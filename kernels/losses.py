@@ -16,10 +16,12 @@ from torch import Tensor
 from cmfast.kernels.common import (
     load_level,
     load_state,
+    load_unclipped,
     offsets,
+    place,
     skip_and_out,
     store_state,
-    unclipped,
+    tile_offsets,
 )
 from cmfast.kernels.launch import Plan, dense, gradients, outputs, plan, scaling
 
@@ -43,9 +45,9 @@ _GIVEN, _UNIFORM, _SNR, _SNR_PLUS_1, _KARRAS, _TRUNCATED_SNR = (tl.constexpr(i) 
 
 
 @triton.jit
-def _weight(weight, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
+def _weight(weight_ptr, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
     """A sample's weight: given, or from its noise level by snr = 1 / sigma^2."""
-    level = load_level(weight, row, PER_ROW)
+    level = load_level(weight_ptr, row, PER_ROW)
     if WEIGHTING == _GIVEN:
         return level
     elif WEIGHTING == _UNIFORM:
@@ -63,18 +65,10 @@ def _weight(weight, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl
 
 
 @triton.jit
-def _chunk(planes, blocks, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """This program's row, plane and first pixel: STEPS blocks, one after the other."""
-    program = tl.program_id(0)
-    plane = (program % planes).to(tl.int64)
-    block = program // planes % blocks
-    row = (program // planes // blocks).to(tl.int64)
-    return row, plane, block.to(tl.int64) * (BLOCK * STEPS)
-
-
-@triton.jit
-def _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM: tl.constexpr,
-            WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
+def _finish(
+    loss_ptr, distance_ptr, weight_ptr, total, row, elements, huber_c, weight_sigma_data,
+    NORM: tl.constexpr, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr,
+):
     """The distance and the loss of a row from its sum."""
     if NORM == _HUBER:
         # sqrt(s + c^2) - c without the cancellation.
@@ -83,62 +77,70 @@ def _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_
         value = tl.where(safe, tl.div_rn(total, tl.where(safe, root, 1.0)), root)
     else:
         value = tl.div_rn(total, elements)
-    tl.store(distance + row, value)
-    tl.store(loss + row, value * _weight(weight, row, weight_sigma_data, WEIGHTING, PER_ROW))
+    tl.store(distance_ptr + row, value)
+    tl.store(loss_ptr + row, value * _weight(weight_ptr, row, weight_sigma_data, WEIGHTING, PER_ROW))
 
 
 @triton.jit
 def _fold_kernel(
-    partial, loss, distance, weight, elements, huber_c, weight_sigma_data, parts,
+    loss_ptr, distance_ptr, partial_ptr, weight_ptr, parts, elements, huber_c, weight_sigma_data,
     NORM: tl.constexpr, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr, PARTS: tl.constexpr,
 ):
+    """w S / N, or w (√(S + c²) - c) for the Huber norm; S sums the parts of a sample
+    loss_ptr     [B]         float32, out    distance_ptr  [B]  float32, out: the loss without w
+    partial_ptr  [B, parts]  float32         weight_ptr    [B]  float32, w or what it is made of
+    Grid (B,). Traffic: 4 bytes per part. Accumulates in float32.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
-    total = tl.sum(tl.load(partial + row * parts + part, mask=part < parts, other=0.0))
-    _finish(total, loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM, WEIGHTING, PER_ROW)
+    total = tl.sum(tl.load(partial_ptr + row * parts + part, mask=part < parts, other=0.0))
+    _finish(
+        loss_ptr, distance_ptr, weight_ptr, total, row, elements, huber_c, weight_sigma_data, NORM, WEIGHTING, PER_ROW
+    )
 
 
 @triton.jit
 def _difference(
-    f, x, f_2, x_2, row, plane, pixel, mask, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
+    f_ptr, x_ptr, f_2_ptr, x_2_ptr, at, model_at, mask, c_skip, c_out, c_skip_2, c_out_2,
     PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
-    STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr,
 ):
     """D - D_target, each of them given as x and x_2 or made of network outputs."""
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
     if FROM_OUTPUT:
-        output = load_state(f, model_at, mask)
-        state = output if PLAIN else load_state(x, at, mask)
-        value = unclipped(output, state, c_skip, c_out, PLAIN)
+        value = load_unclipped(f_ptr, x_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
     else:
-        value = load_state(x, at, mask)
+        value = load_state(x_ptr, at, mask)
     if TARGET_FROM_OUTPUT:
-        output_2 = load_state(f_2, model_at, mask)
-        state_2 = output_2 if PLAIN else load_state(x_2, at, mask)
-        target = unclipped(output_2, state_2, c_skip_2, c_out_2, PLAIN)
+        target = load_unclipped(f_2_ptr, x_2_ptr, at, model_at, mask, c_skip_2, c_out_2, PLAIN)
     else:
-        target = load_state(x_2, at, mask)
+        target = load_state(x_2_ptr, at, mask)
     return value - target
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _loss_fwd_kernel(
-    f, x, f_2, x_2, sigma, next_sigma, weight, partial, loss, distance,
-    elements, huber_c, weight_sigma_data, sigma_data, boundary, planes, blocks, pixels,
+    loss_ptr, distance_ptr, partial_ptr, f_ptr, x_ptr, f_2_ptr, x_2_ptr, sigma_ptr, next_sigma_ptr, weight_ptr,
+    planes, blocks, pixels, elements, huber_c, weight_sigma_data, sigma_data, boundary,
     PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
     NORM: tl.constexpr, WEIGHTING: tl.constexpr, FINISH: tl.constexpr, STEPS: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, first = _chunk(planes, blocks, BLOCK, STEPS)
-    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
-    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    """w mean |Δ|, w mean Δ² or w (√(‖Δ‖² + c²) - c); Δ = D - D_2, D from f and x or given    Song et al. 2023, eq. 7
+    loss_ptr, distance_ptr     [B]     float32, out if FINISH    partial_ptr  [B, parts]  float32, out if not FINISH
+    f(_2)_ptr                  [B, N]  model dtype               x(_2)_ptr    [B, N]      state dtype
+    sigma_ptr, next_sigma_ptr  [B]     float32, data units       weight_ptr   [B]         float32
+    Grid (rows * planes * blocks,). Traffic: 2s bytes per element, m more for each f. Accumulates in float32.
+    """
+    row, plane, block = place(planes, blocks)
+    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
     total = tl.zeros((BLOCK,), tl.float32)
     for step in range(STEPS):
-        pixel = first + step * BLOCK + tl.arange(0, BLOCK)
+        pixel = block * (BLOCK * STEPS) + step * BLOCK + tl.arange(0, BLOCK)
+        at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+        model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
         delta = _difference(
-            f, x, f_2, x_2, row, plane, pixel, pixel < pixels, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
-            PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT, STATE_LAST, MODEL_LAST,
+            f_ptr, x_ptr, f_2_ptr, x_2_ptr, at, model_at, pixel < pixels, c_skip, c_out, c_skip_2, c_out_2,
+            PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT,
         )
         if NORM == _L1:
             total += tl.abs(delta)
@@ -146,49 +148,53 @@ def _loss_fwd_kernel(
             total += delta * delta
     if FINISH:
         _finish(
-            tl.sum(total), loss, distance, weight, row, elements, huber_c, weight_sigma_data, NORM, WEIGHTING, PER_ROW
+            loss_ptr, distance_ptr, weight_ptr, tl.sum(total), row, elements, huber_c, weight_sigma_data,
+            NORM, WEIGHTING, PER_ROW,
         )
     else:
-        tl.store(partial + tl.program_id(0), tl.sum(total))
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _loss_bwd_kernel(
-    grad, f, x, f_2, x_2, sigma, next_sigma, weight, distance, grad_f, grad_x, grad_f_2, grad_x_2,
-    elements, huber_c, weight_sigma_data, sigma_data, boundary, planes, blocks, pixels,
+    grad_f_ptr, grad_x_ptr, grad_f_2_ptr, grad_x_2_ptr, grad_ptr, f_ptr, x_ptr, f_2_ptr, x_2_ptr,
+    sigma_ptr, next_sigma_ptr, weight_ptr, distance_ptr,
+    planes, blocks, pixels, elements, huber_c, weight_sigma_data, sigma_data, boundary,
     PLAIN: tl.constexpr, FROM_OUTPUT: tl.constexpr, TARGET_FROM_OUTPUT: tl.constexpr,
     NORM: tl.constexpr, WEIGHTING: tl.constexpr,
     NEED_F: tl.constexpr, NEED_X: tl.constexpr, NEED_F_2: tl.constexpr, NEED_X_2: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, first = _chunk(planes, blocks, BLOCK, 1)
-    pixel = first + tl.arange(0, BLOCK)
-    mask = pixel < pixels
-    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
-    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
+    """dΔ = w g sign(Δ) / N, 2 w g Δ / N or w g Δ / √(‖Δ‖² + c²); df = c_out dΔ, dx = c_skip dΔ, the target's negated
+    grad_f(_2)_ptr          [B, N]  model dtype, out    grad_x(_2)_ptr                         [B, N]  state dtype, out
+    f(_2)_ptr               [B, N]  model dtype         x(_2)_ptr                              [B, N]  state dtype
+    grad_ptr, distance_ptr  [B]     float32             sigma_ptr, next_sigma_ptr, weight_ptr  [B]     float32
+    Grid (rows * planes * blocks,). Traffic: as forward, and m or s for each gradient. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
+    c_skip_2, c_out_2 = skip_and_out(load_level(next_sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
     delta = _difference(
-        f, x, f_2, x_2, row, plane, pixel, mask, planes, pixels, c_skip, c_out, c_skip_2, c_out_2,
-        PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT, STATE_LAST, MODEL_LAST,
+        f_ptr, x_ptr, f_2_ptr, x_2_ptr, at, model_at, mask, c_skip, c_out, c_skip_2, c_out_2,
+        PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT,
     )
-    scale = tl.load(grad + row).to(tl.float32) * _weight(weight, row, weight_sigma_data, WEIGHTING, PER_ROW)
+    scale = tl.load(grad_ptr + row).to(tl.float32) * _weight(weight_ptr, row, weight_sigma_data, WEIGHTING, PER_ROW)
     if NORM == _L1:
         g = tl.div_rn(scale, elements) * tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, delta))
     elif NORM == _L2:
         g = tl.div_rn(2.0 * scale, elements) * delta
     else:
         # Zero where x = y and c = 0, where the square root has no slope.
-        root = tl.load(distance + row) + huber_c
+        root = tl.load(distance_ptr + row) + huber_c
         g = tl.where(root == 0.0, 0.0, tl.div_rn(scale, tl.where(root == 0.0, 1.0, root))) * delta
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
     if NEED_F:
-        store_state(grad_f, model_at, c_out * g, mask)
+        store_state(grad_f_ptr, model_at, c_out * g, mask)
     if NEED_X:
-        store_state(grad_x, at, c_skip * g if FROM_OUTPUT else g, mask)
+        store_state(grad_x_ptr, at, c_skip * g if FROM_OUTPUT else g, mask)
     if NEED_F_2:
-        store_state(grad_f_2, model_at, -c_out_2 * g, mask)
+        store_state(grad_f_2_ptr, model_at, -c_out_2 * g, mask)
     if NEED_X_2:
-        store_state(grad_x_2, at, -c_skip_2 * g if TARGET_FROM_OUTPUT else -g, mask)
+        store_state(grad_x_2_ptr, at, -c_skip_2 * g if TARGET_FROM_OUTPUT else -g, mask)
 
 
 class _Pair:
@@ -201,7 +207,7 @@ class _Pair:
         self.model_2 = None if f_2 is None else dense(f_2, self.model)
         self.tensors = outputs(self.x, self.model, self.x, self.model_2, self.x_2)
         self.options = {"FROM_OUTPUT": f is not None, "TARGET_FROM_OUTPUT": f_2 is not None}
-        self.elements = self.x.numel() // max(self.x.shape[0], 1)
+        self.elements = float(self.x.numel() // max(self.x.shape[0], 1))
 
     def plan(self, *levels: Tensor) -> Plan:
         return plan(self.x, self.model, *levels, rows=True)
@@ -218,24 +224,31 @@ def _summing(tiles: Plan) -> Plan:
     return tiles._replace(steps=1 << (steps - 1).bit_length())
 
 
+def _measure(norm: str, huber_c: float, weighting: str = "given", weight_sigma_data: float = 1.0) -> dict[str, Any]:
+    """How a kernel makes distances and weights, by name."""
+    return {
+        "huber_c": float(huber_c), "weight_sigma_data": float(weight_sigma_data),
+        "NORM": NORMS.index(norm), "WEIGHTING": WEIGHTINGS.index(weighting),
+    }
+
+
 def _loss_fwd(
-    pair: _Pair, levels: tuple[Tensor, Tensor, Tensor], sizes: tuple[float, float, float, float], **options: Any
+    pair: _Pair, levels: tuple[Tensor, Tensor, Tensor], measure: dict[str, Any], scales: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The losses and distances [B]. levels: sigma, next_sigma, and the weight or what it is made of; sizes: huber_c,
-    weight_sigma_data, sigma_data, boundary."""
+    """The losses and distances [B]. levels: sigma, next_sigma, and the weight or what it is made of."""
     tiles = _summing(pair.plan(*levels))
     parts = tiles.planes * tiles.blocks
     loss, distance = (torch.empty(tiles.batch, dtype=torch.float32, device=pair.x.device) for _ in range(2))
     partial = loss if parts == 1 else loss.new_empty(tiles.batch * parts)
     # A sample is the blocks of all its planes, which are one row's programs, one after the other.
     tiles.run(
-        _loss_fwd_kernel, *pair.tensors, *tiles.levels, partial, loss, distance, float(pair.elements), *sizes,
-        **pair.options, **options, FINISH=parts == 1, STEPS=tiles.steps,
+        _loss_fwd_kernel, loss, distance, partial, *pair.tensors, *tiles.levels, elements=pair.elements,
+        **measure, **scales, **pair.options, FINISH=parts == 1, STEPS=tiles.steps,
     )
     if parts > 1:
         tiles.fold(
-            _fold_kernel, partial, loss, distance, tiles.levels[2], float(pair.elements), *sizes[:2], parts,
-            NORM=options["NORM"], WEIGHTING=options["WEIGHTING"], PARTS=1 << (parts - 1).bit_length(),
+            _fold_kernel, loss, distance, partial, tiles.levels[2], parts, elements=pair.elements, **measure,
+            PARTS=1 << (parts - 1).bit_length(),
         )
     return loss, distance
 
@@ -246,8 +259,8 @@ def _loss_bwd(
     pair: _Pair,
     levels: tuple[Tensor, Tensor, Tensor],
     distance: Tensor,
-    sizes: tuple[float, float, float, float],
-    **options: Any,
+    measure: dict[str, Any],
+    scales: dict[str, Any],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of f, x, f_2 and x_2 from that of the losses [B]."""
     if not any(needed):
@@ -256,8 +269,8 @@ def _loss_bwd(
     tiles = pair.plan(*levels)
     need = dict(zip(("NEED_F", "NEED_X", "NEED_F_2", "NEED_X_2"), needed, strict=True))
     tiles.run(
-        _loss_bwd_kernel, grad.contiguous(), *pair.tensors, *tiles.levels, distance, *outputs(pair.x, *grads),
-        float(pair.elements), *sizes, **pair.options, **options, **need,
+        _loss_bwd_kernel, *outputs(pair.x, *grads), grad.contiguous(), *pair.tensors, *tiles.levels, distance,
+        elements=pair.elements, **measure, **scales, **pair.options, **need,
     )
     return tuple(grads)
 
@@ -271,8 +284,7 @@ def weighted_loss_fwd(
     x: Tensor, target: Tensor, weight: Tensor, *, norm: str, huber_c: float
 ) -> tuple[Tensor, Tensor]:
     """The losses and, for the backward pass, the distances."""
-    options = {"PLAIN": True, "NORM": NORMS.index(norm), "WEIGHTING": 0}
-    return _loss_fwd(_Pair(None, x, None, target), (weight,) * 3, (float(huber_c), 1.0, 1.0, 0.0), **options)
+    return _loss_fwd(_Pair(None, x, None, target), (weight,) * 3, _measure(norm, huber_c), scaling(None, 0.0))
 
 
 def weighted_loss_bwd(
@@ -289,10 +301,9 @@ def weighted_loss_bwd(
     (grad, *_), (distance,) = grads, saved
     if grad is None:
         return (None,) * 3
-    options = {"PLAIN": True, "NORM": NORMS.index(norm), "WEIGHTING": 0}
     _, grad_x, _, grad_target = _loss_bwd(
         (False, needed[0], False, needed[1]), grad, _Pair(None, x, None, target), (weight,) * 3, distance,
-        (float(huber_c), 1.0, 1.0, 0.0), **options,
+        _measure(norm, huber_c), scaling(None, 0.0),
     )
     return grad_x, grad_target, _weight_grad(grad, distance, weight) if needed[2] else None
 
@@ -310,36 +321,31 @@ def _consistency(
     weight_sigma_data: float,
     sigma_data: float | None,
     boundary: float,
-) -> tuple[_Pair, tuple[Tensor, Tensor, Tensor], tuple[float, float, float, float], dict[str, Any]]:
+) -> tuple[_Pair, tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
     """What both passes give to a kernel."""
     from_output = x_t2 is not None
     pair = _Pair(model_output, x_t, target if from_output else None, x_t2 if from_output else target)
     levels = sigma, sigma if next_sigma is None else next_sigma, sigma if isinstance(weight, str) else weight
-    sizes = float(huber_c), float(weight_sigma_data), *scaling(sigma_data, boundary)
-    weighting = weight if isinstance(weight, str) else "given"
-    options = {
-        "PLAIN": sigma_data is None, "NORM": NORMS.index(norm), "WEIGHTING": WEIGHTINGS.index(weighting)
-    }
-    return pair, levels, sizes, options
+    measure = _measure(norm, huber_c, weight if isinstance(weight, str) else "given", weight_sigma_data)
+    return pair, levels, measure, scaling(sigma_data, boundary)
 
 
-def consistency_loss_fwd(*arguments: Any, **sizes: Any) -> tuple[Tensor, Tensor]:
+def consistency_loss_fwd(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """The losses and, for the backward pass, the distances."""
-    pair, levels, numbers, options = _consistency(*arguments, **sizes)
-    return _loss_fwd(pair, levels, numbers, **options)
+    return _loss_fwd(*_consistency(*arguments, **options))
 
 
 def consistency_loss_bwd(
-    needed: tuple[bool, ...], grads: Grads, *arguments: Any, saved: tuple[Tensor, ...], **sizes: Any
+    needed: tuple[bool, ...], grads: Grads, *arguments: Any, saved: tuple[Tensor, ...], **options: Any
 ) -> Grads:
     (grad, *_), (distance,) = grads, saved
     if grad is None:
         return (None,) * 7
-    pair, levels, numbers, options = _consistency(*arguments, **sizes)
+    pair, levels, measure, scales = _consistency(*arguments, **options)
     weight, x_t2 = arguments[4], arguments[5]
     need_output, need_x, _, need_target, need_weight, need_x_t2, _ = needed
     wanted = need_output, need_x, *((need_target, need_x_t2) if x_t2 is not None else (False, need_target))
-    grad_output, grad_x, *grad_targets = _loss_bwd(wanted, grad, pair, levels, distance, numbers, **options)
+    grad_output, grad_x, *grad_targets = _loss_bwd(wanted, grad, pair, levels, distance, measure, scales)
     grad_target, grad_x_t2 = grad_targets if x_t2 is not None else (grad_targets[1], None)
     grad_weight = _weight_grad(grad, distance, weight) if need_weight else None
     return grad_output, grad_x, None, grad_target, grad_weight, grad_x_t2, None

@@ -7,7 +7,7 @@ sine, cosine and logarithm are polynomials (minimax, fitted for this file) good 
 import triton
 import triton.language as tl
 
-from cmfast.kernels.common import natural_log
+from cmfast.kernels.common import load_state, natural_log, place
 
 
 @triton.jit
@@ -20,14 +20,14 @@ def load_word(value, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def words(seed, seed_high, draw, index, row, group, SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr):
+def words(index_ptr, row, group, seed, seed_high, draw, SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr):
     """The four words of `group` for a row's sample: key = seed, counter = (group, draw, index low, index high).
 
-    A seed that is a number comes in two signed halves, a seed on the device as one int64.
+    A seed that is a number comes in two signed halves; one on the device as a pointer to the whole.
     """
     low = load_word(seed, SEED_TENSOR)
     high = low >> 32 if SEED_TENSOR else load_word(seed_high, False)
-    sample = tl.load(index + row).to(tl.int64)
+    sample = tl.load(index_ptr + row).to(tl.int64)
     return tl.philox_impl(
         group.to(tl.uint32),
         load_word(draw, DRAW_TENSOR).to(tl.uint32),
@@ -62,11 +62,12 @@ def box_muller(a, b):
 
 @triton.jit
 def normals(
-    seed, seed_high, draw, index, row, first, SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, BLOCK: tl.constexpr
+    index_ptr, row, first, seed, seed_high, draw,
+    SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """BLOCK normals of a row's sample, from element `first` on, which is a multiple of 4."""
     group = first // 4 + tl.arange(0, BLOCK // 4)
-    a, b, c, d = words(seed, seed_high, draw, index, row, group, SEED_TENSOR, DRAW_TENSOR)
+    a, b, c, d = words(index_ptr, row, group, seed, seed_high, draw, SEED_TENSOR, DRAW_TENSOR)
     z_0, z_1 = box_muller(a, b)
     z_2, z_3 = box_muller(c, d)
     return tl.reshape(tl.join(tl.join(z_0, z_2), tl.join(z_1, z_3)), (BLOCK,))
@@ -74,13 +75,13 @@ def normals(
 
 @triton.jit
 def noise_tile(
-    noise, seed, seed_high, draw, index, row, plane, blocks, planes, pixels, at, mask,
+    noise_ptr, index_ptr, at, mask, planes, blocks, pixels, seed, seed_high, draw,
     DRAWN: tl.constexpr, SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The noise of a tile: read, or drawn here."""
+    """The noise of this program's tile: read, or drawn here."""
     if DRAWN:
-        block = tl.program_id(0) // planes % blocks
-        first = plane.to(tl.int64) * pixels + block.to(tl.int64) * BLOCK
-        return normals(seed, seed_high, draw, index, row, first, SEED_TENSOR, DRAW_TENSOR, BLOCK)
+        row, plane, block = place(planes, blocks)
+        first = plane * pixels + block * BLOCK
+        return normals(index_ptr, row, first, seed, seed_high, draw, SEED_TENSOR, DRAW_TENSOR, BLOCK)
     else:
-        return tl.load(noise + at, mask=mask, other=0.0).to(tl.float32)
+        return load_state(noise_ptr, at, mask)

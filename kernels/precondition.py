@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import (
-    denoised,
+    clamp,
     input_scale,
     load_level,
     load_state,
+    load_unclipped,
     offsets,
     pixel_value,
     skip_and_out,
@@ -23,25 +24,28 @@ from cmfast.kernels.common import (
     store_state,
     through_clip,
     tile,
-    unclipped,
+    tile_offsets,
 )
 from cmfast.kernels.images import pixels_of
 from cmfast.kernels.launch import dense, empty, gradients, outputs, plan, scaling
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _scale_input_kernel(
-    x, sigma, model_input, c_noise, sigma_data, planes, blocks, pixels,
+def _scale_input_fwd_kernel(
+    model_input_ptr, c_noise_ptr, x_ptr, sigma_ptr, planes, blocks, pixels, sigma_data,
     PLAIN: tl.constexpr, WITH_NOISE: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    state = load_state(x, offsets(row, plane, pixel, planes, pixels, STATE_LAST), mask)
-    level = load_level(sigma, row, PER_ROW)
-    scaled = input_scale(level, sigma_data, PLAIN) * state
-    store_state(model_input, offsets(row, plane, pixel, planes, pixels, MODEL_LAST), scaled, mask)
+    """c_in(σ) x, and c_noise = 250 ln σ if WITH_NOISE    Song et al. 2023, appendix C
+    model_input_ptr  [B, N]  model dtype, out    c_noise_ptr  [B]  float32, out
+    x_ptr            [B, N]  state dtype         sigma_ptr    [B]  float32, data units
+    Grid (rows * planes * blocks,). Traffic: m + s bytes per element. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    level = load_level(sigma_ptr, row, PER_ROW)
+    store_state(model_input_ptr, model_at, input_scale(level, sigma_data, PLAIN) * load_state(x_ptr, at, mask), mask)
     if WITH_NOISE:
-        store_noise_level(c_noise, level, row, planes, blocks, PLAIN, PER_ROW)
+        store_noise_level(c_noise_ptr, row, planes, blocks, level, PLAIN, PER_ROW)
 
 
 def scale_input_fwd(
@@ -57,8 +61,7 @@ def scale_input_fwd(
     tiles = plan(x, model_input, sigma)
     c_noise = tiles.level_out(x)
     tiles.run(
-        _scale_input_kernel, x, *tiles.levels, model_input, c_noise, scaling(sigma_data)[0],
-        PLAIN=sigma_data is None, WITH_NOISE=True,
+        _scale_input_fwd_kernel, model_input, c_noise, x, *tiles.levels, **scaling(sigma_data), WITH_NOISE=True
     )
     return model_input, c_noise.expand(x.shape[0])
 
@@ -77,26 +80,30 @@ def scale_input_bwd(
         return None, None
     grad = dense(grads[0])
     grad_x = empty(dense(x))
+    # A product with c_in again, whose tensors lie the other way round.
     tiles = plan(grad, grad_x, sigma)
     tiles.run(
-        _scale_input_kernel, grad, *tiles.levels, grad_x, *outputs(grad_x, None), scaling(sigma_data)[0],
-        PLAIN=sigma_data is None, WITH_NOISE=False,
+        _scale_input_fwd_kernel, grad_x, *outputs(grad_x, None), grad, *tiles.levels, **scaling(sigma_data),
+        WITH_NOISE=False,
     )
     return grad_x, None
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _denoise_fwd_kernel(
-    model_output, x, sigma, out, sigma_data, boundary, planes, blocks, pixels,
+    denoised_ptr, model_output_ptr, x_t_ptr, sigma_ptr, planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    f = load_state(model_output, offsets(row, plane, pixel, planes, pixels, MODEL_LAST), mask)
-    state = f if PLAIN else load_state(x, at, mask)
-    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
-    store_state(out, at, denoised(f, state, c_skip, c_out, PLAIN, CLIP), mask)
+    """D = c_skip(σ) x_t + c_out(σ) F, clamped if CLIP              Song et al. 2023, eq. 5
+    denoised_ptr  [B, N]  state dtype, out    model_output_ptr  [B, N]  model dtype
+    x_t_ptr       [B, N]  state dtype         sigma_ptr         [B]     float32, data units
+    Grid (rows * planes * blocks,). Traffic: m + 2s bytes per element. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
+    value = load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
+    store_state(denoised_ptr, at, clamp(value) if CLIP else value, mask)
 
 
 def denoise_fwd(
@@ -109,34 +116,36 @@ def denoise_fwd(
     clip: bool,
 ) -> Tensor:
     model_output, x_t = dense(model_output), dense(x_t)
-    out = empty(x_t)
+    denoised = empty(x_t)
     tiles = plan(x_t, model_output, sigma)
     tiles.run(
-        _denoise_fwd_kernel, model_output, x_t, *tiles.levels, out, *scaling(sigma_data, boundary),
-        PLAIN=sigma_data is None, CLIP=clip,
+        _denoise_fwd_kernel, denoised, model_output, x_t, *tiles.levels, **scaling(sigma_data, boundary), CLIP=clip
     )
-    return out
+    return denoised
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _denoise_bwd_kernel(
-    grad, model_output, x, sigma, grad_output, grad_x, sigma_data, boundary, planes, blocks, pixels,
+    grad_output_ptr, grad_x_ptr, grad_ptr, model_output_ptr, x_t_ptr, sigma_ptr, planes, blocks, pixels,
+    sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr, NEED_OUTPUT: tl.constexpr, NEED_X: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
-    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
-    g = load_state(grad, at, mask)
+    """dF = c_out(σ) dD, dx_t = c_skip(σ) dD; if CLIP, dD = 0 where |D| > 1    Song et al. 2023, eq. 5
+    grad_output_ptr   [B, N]  model dtype, out        grad_x_ptr  [B, N]  state dtype, out
+    grad_ptr          [B, N]  state dtype             sigma_ptr   [B]     float32, data units
+    model_output_ptr  [B, N]  model dtype, if CLIP    x_t_ptr     [B, N]  state dtype, if CLIP
+    Grid (rows * planes * blocks,). Traffic: m + 2s bytes per element, 2m + 3s if CLIP. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
+    g = load_state(grad_ptr, at, mask)
     if CLIP:
-        f = load_state(model_output, model_at, mask)
-        state = f if PLAIN else load_state(x, at, mask)
-        g = through_clip(g, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
+        g = through_clip(g, load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN))
     if NEED_OUTPUT:
-        store_state(grad_output, model_at, c_out * g, mask)
+        store_state(grad_output_ptr, model_at, c_out * g, mask)
     if NEED_X:
-        store_state(grad_x, at, c_skip * g, mask)
+        store_state(grad_x_ptr, at, c_skip * g, mask)
 
 
 def denoise_bwd(
@@ -157,24 +166,29 @@ def denoise_bwd(
     grad_output, grad_x = gradients(needed, model_output, x_t)
     tiles = plan(x_t, model_output, sigma)
     tiles.run(
-        _denoise_bwd_kernel, grad, model_output, x_t, *tiles.levels, *outputs(grad, grad_output, grad_x),
-        *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip, NEED_OUTPUT=needed[0], NEED_X=needed[1],
+        _denoise_bwd_kernel, *outputs(grad, grad_output, grad_x), grad, model_output, x_t, *tiles.levels,
+        **scaling(sigma_data, boundary), CLIP=clip, NEED_OUTPUT=needed[0], NEED_X=needed[1],
     )
     return grad_output, grad_x, None
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _denoise_to_uint8_kernel(
-    model_output, x, sigma, out, sigma_data, boundary, planes, blocks, pixels,
+def _denoise_to_uint8_fwd_kernel(
+    out_ptr, model_output_ptr, x_t_ptr, sigma_ptr, planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, NEAREST: tl.constexpr, OUT_LAST: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
+    """127.5 (D + 1), D clamped to [-1, 1]; cut off, or rounded if NEAREST    D: Song et al. 2023, eq. 5
+    out_ptr  [B, N]  uint8, out     model_output_ptr  [B, N]  model dtype
+    x_t_ptr  [B, N]  state dtype    sigma_ptr         [B]     float32, data units
+    Grid (rows * planes * blocks,). Traffic: m + s + 1 bytes per element. Computes in float32.
+    """
     row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    f = load_state(model_output, offsets(row, plane, pixel, planes, pixels, MODEL_LAST), mask)
-    state = f if PLAIN else load_state(x, offsets(row, plane, pixel, planes, pixels, STATE_LAST), mask)
-    c_skip, c_out = skip_and_out(load_level(sigma, row, PER_ROW), sigma_data, boundary, PLAIN)
-    value = pixel_value(denoised(f, state, c_skip, c_out, PLAIN, True), NEAREST)
-    store_state(out, offsets(row, plane, pixel, planes, pixels, OUT_LAST), value, mask)
+    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
+    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
+    value = clamp(load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN))
+    store_state(out_ptr, offsets(row, plane, pixel, planes, pixels, OUT_LAST), pixel_value(value, NEAREST), mask)
 
 
 def denoise_to_uint8_fwd(
@@ -190,7 +204,7 @@ def denoise_to_uint8_fwd(
     out, mixed = pixels_of(x_t, model_output)
     tiles = plan(x_t, model_output, sigma, planes=mixed)
     tiles.run(
-        _denoise_to_uint8_kernel, model_output, x_t, *tiles.levels, out, *scaling(sigma_data, boundary),
-        PLAIN=sigma_data is None, NEAREST=rounding == "nearest", OUT_LAST=mixed,
+        _denoise_to_uint8_fwd_kernel, out, model_output, x_t, *tiles.levels, **scaling(sigma_data, boundary),
+        NEAREST=rounding == "nearest", OUT_LAST=mixed,
     )
     return out

@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import (
-    add_input_grad,
     denoised,
     input_scale,
+    load_grad,
     load_level,
     load_state,
-    offsets,
+    load_unclipped,
     skip_and_out,
     store_noise_level,
     store_state,
     through_clip,
-    tile,
+    tile_offsets,
     unclipped,
 )
 from cmfast.kernels.launch import dense, empty, gradients, outputs, plan, scaling
@@ -32,50 +32,57 @@ Grads = tuple[Tensor | None, ...]
 
 @triton.jit(do_not_specialize=["blocks"])
 def _euler_step_fwd_kernel(
-    model_output, x, sigma, next_sigma, x_next, model_input, c_noise, sigma_data, boundary, planes, blocks, pixels,
+    x_next_ptr, model_input_ptr, c_noise_ptr, model_output_ptr, x_t_ptr, sigma_ptr, next_sigma_ptr,
+    planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr, WITH_STATE: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
-    f, state = load_state(model_output, model_at, mask), load_state(x, at, mask)
-    level, next_level = load_level(sigma, row, PER_ROW), load_level(next_sigma, row, PER_ROW)
+    """x' = x_t + (x_t - D) (σ' - σ) / σ, and c_in(σ') x'                         Karras et al. 2022, algorithm 1
+    x_next_ptr   [B, N]  state dtype, out if WITH_STATE    model_input_ptr            [B, N]  model dtype, out
+    c_noise_ptr  [B]     float32, out                      model_output_ptr           [B, N]  model dtype
+    x_t_ptr      [B, N]  state dtype                       sigma_ptr, next_sigma_ptr  [B]     float32, data units
+    Grid (rows * planes * blocks,). Traffic: 2m + 2s bytes per element, 2m + s if not WITH_STATE. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    f, state = load_state(model_output_ptr, model_at, mask), load_state(x_t_ptr, at, mask)
+    level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     # d (sigma' - sigma) = (x - D) (sigma' - sigma) / sigma
     value = state + (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)) * tl.div_rn(next_level - level, level)
     if WITH_STATE:
-        store_state(x_next, at, value, mask)
-    store_state(model_input, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
-    store_noise_level(c_noise, next_level, row, planes, blocks, PLAIN, PER_ROW)
+        store_state(x_next_ptr, at, value, mask)
+    store_state(model_input_ptr, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
+    store_noise_level(c_noise_ptr, row, planes, blocks, next_level, PLAIN, PER_ROW)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _euler_step_bwd_kernel(
-    grad_next, grad_input, model_output, x, sigma, next_sigma, grad_output, grad_x, sigma_data, boundary,
-    planes, blocks, pixels,
+    grad_output_ptr, grad_x_ptr, grad_next_ptr, grad_input_ptr, model_output_ptr, x_t_ptr, sigma_ptr, next_sigma_ptr,
+    planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr,
     NEED_OUTPUT: tl.constexpr, NEED_X: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
-    level, next_level = load_level(sigma, row, PER_ROW), load_level(next_sigma, row, PER_ROW)
+    """dD = -r g, dF = c_out dD, dx_t = g + r g + c_skip dD; r = (σ' - σ) / σ, g = dx' + c_in(σ') d(c_in x')
+    grad_output_ptr            [B, N]  model dtype, out    grad_x_ptr                 [B, N]  state dtype, out
+    grad_next_ptr              [B, N]  state dtype         grad_input_ptr             [B, N]  model dtype
+    model_output_ptr, x_t_ptr  [B, N]  read if CLIP        sigma_ptr, next_sigma_ptr  [B]     float32, data units
+    Grid (rows * planes * blocks,). Traffic: 2m + 2s bytes per element, 3m + 3s if CLIP. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
-    gx = load_state(grad_next, at, mask) if HAS_STATE else 0.0
-    gi = load_state(grad_input, model_at, mask) if HAS_INPUT else 0.0
-    g = add_input_grad(gx, gi, input_scale(next_level, sigma_data, PLAIN), HAS_STATE, HAS_INPUT)
+    c_in = input_scale(next_level, sigma_data, PLAIN)
+    g = load_grad(grad_next_ptr, grad_input_ptr, at, model_at, mask, c_in, HAS_STATE, HAS_INPUT)
     ratio = tl.div_rn(next_level - level, level)
     g_denoised = -ratio * g
     if CLIP:
-        f = load_state(model_output, model_at, mask)
-        state = f if PLAIN else load_state(x, at, mask)
-        g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
+        value = load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
+        g_denoised = through_clip(g_denoised, value)
     if NEED_OUTPUT:
-        store_state(grad_output, model_at, c_out * g_denoised, mask)
+        store_state(grad_output_ptr, model_at, c_out * g_denoised, mask)
     if NEED_X:
-        store_state(grad_x, at, g + ratio * g + c_skip * g_denoised, mask)
+        store_state(grad_x_ptr, at, g + ratio * g + c_skip * g_denoised, mask)
 
 
 def euler_step_fwd(
@@ -96,8 +103,8 @@ def euler_step_fwd(
     tiles = plan(x_t, model_output, sigma, next_sigma)
     c_noise = tiles.level_out(x_t)
     tiles.run(
-        _euler_step_fwd_kernel, model_output, x_t, *tiles.levels, *outputs(x_t, x_next), model_input, c_noise,
-        *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip, WITH_STATE=with_state,
+        _euler_step_fwd_kernel, *outputs(x_t, x_next), model_input, c_noise, model_output, x_t, *tiles.levels,
+        **scaling(sigma_data, boundary), CLIP=clip, WITH_STATE=with_state,
     )
     result = model_input, c_noise.expand(x_t.shape[0])
     return result if x_next is None else (x_next, *result)
@@ -125,8 +132,8 @@ def euler_step_bwd(
     grad_output, grad_x = gradients(needed, model_output, x_t)
     tiles = plan(x_t, model_output, sigma, next_sigma)
     tiles.run(
-        _euler_step_bwd_kernel, *outputs(x_t, grad_next, grad_input), model_output, x_t, *tiles.levels,
-        *outputs(x_t, grad_output, grad_x), *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip,
+        _euler_step_bwd_kernel, *outputs(x_t, grad_output, grad_x, grad_next, grad_input),
+        model_output, x_t, *tiles.levels, **scaling(sigma_data, boundary), CLIP=clip,
         HAS_STATE=grad_next is not None, HAS_INPUT=grad_input is not None, NEED_OUTPUT=needed[0], NEED_X=needed[1],
     )
     return grad_output, grad_x, None, None
@@ -143,20 +150,22 @@ def heun_predictor_bwd(needed: tuple[bool, ...], grads: Grads, *tensors: Tensor,
 
 @triton.jit(do_not_specialize=["blocks"])
 def _corrector_fwd_kernel(
-    model_output, model_output_2, x, sigma, sigma_2, next_sigma, x_next, model_input, c_noise, sigma_data, boundary,
-    planes, blocks, pixels,
+    x_next_ptr, model_input_ptr, c_noise_ptr, model_output_ptr, model_output_2_ptr, x_t_ptr,
+    sigma_ptr, sigma_2_ptr, next_sigma_ptr, planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr, MIDPOINT: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Heun's method and the midpoint method: a second slope at the Euler point of sigma_2."""
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
-    f, f_2, state = (
-        load_state(model_output, model_at, mask), load_state(model_output_2, model_at, mask), load_state(x, at, mask),
-    )
-    level, level_2 = load_level(sigma, row, PER_ROW), load_level(sigma_2, row, PER_ROW)
-    next_level = load_level(next_sigma, row, PER_ROW)
+    """x' = x_t + (σ' - σ) d_2, d_2 = (x_2 - D_2) / σ_2; Heun: (d + d_2) / 2    DPM-Solver-2, Karras et al. 2022
+    x_next_ptr   [B, N]  state dtype, out    model_input_ptr                [B, N]  model dtype, out
+    c_noise_ptr  [B]     float32, out        model_output(_2)_ptr           [B, N]  model dtype
+    x_t_ptr      [B, N]  state dtype         sigma(_2)_ptr, next_sigma_ptr  [B]     float32, data units
+    Grid (rows * planes * blocks,). Traffic: 3m + 2s bytes per element. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    f, f_2 = load_state(model_output_ptr, model_at, mask), load_state(model_output_2_ptr, model_at, mask)
+    state = load_state(x_t_ptr, at, mask)
+    level, level_2 = load_level(sigma_ptr, row, PER_ROW), load_level(sigma_2_ptr, row, PER_ROW)
+    next_level = load_level(next_sigma_ptr, row, PER_ROW)
     # Where sigma_2 = 0 there is no second slope: an Euler step.
     ends = level_2 == 0.0
     safe = tl.where(ends, 1.0, level_2)
@@ -172,33 +181,37 @@ def _corrector_fwd_kernel(
     else:
         change = e * tl.div_rn(next_level - level, level)
         value = state + 0.5 * (change + tl.where(ends, change, change_2))
-    store_state(x_next, at, value, mask)
-    store_state(model_input, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
-    store_noise_level(c_noise, next_level, row, planes, blocks, PLAIN, PER_ROW)
+    store_state(x_next_ptr, at, value, mask)
+    store_state(model_input_ptr, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
+    store_noise_level(c_noise_ptr, row, planes, blocks, next_level, PLAIN, PER_ROW)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _corrector_bwd_kernel(
-    grad_next, grad_input, model_output, model_output_2, x, sigma, sigma_2, next_sigma,
-    grad_output, grad_output_2, grad_x, sigma_data, boundary, planes, blocks, pixels,
+    grad_output_ptr, grad_output_2_ptr, grad_x_ptr, grad_next_ptr, grad_input_ptr,
+    model_output_ptr, model_output_2_ptr, x_t_ptr, sigma_ptr, sigma_2_ptr, next_sigma_ptr,
+    planes, blocks, pixels, sigma_data, boundary,
     PLAIN: tl.constexpr, CLIP: tl.constexpr, MIDPOINT: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_INPUT: tl.constexpr,
     NEED_OUTPUT: tl.constexpr, NEED_OUTPUT_2: tl.constexpr, NEED_X: tl.constexpr,
     STATE_LAST: tl.constexpr, MODEL_LAST: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
-    at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
-    model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
-    level, level_2 = load_level(sigma, row, PER_ROW), load_level(sigma_2, row, PER_ROW)
-    next_level = load_level(next_sigma, row, PER_ROW)
-    gx = load_state(grad_next, at, mask) if HAS_STATE else 0.0
-    gi = load_state(grad_input, model_at, mask) if HAS_INPUT else 0.0
-    g = add_input_grad(gx, gi, input_scale(next_level, sigma_data, PLAIN), HAS_STATE, HAS_INPUT)
+    """dF, dF_2 and dx_t from g = dx' + c_in(σ') d(c_in x'); x' as below
+    grad_output(_2)_ptr            [B, N]  model dtype, out    grad_x_ptr                     [B, N]  state dtype, out
+    grad_next_ptr                  [B, N]  state dtype         grad_input_ptr                 [B, N]  model dtype
+    model_output(_2)_ptr, x_t_ptr  [B, N]  read if CLIP        sigma(_2)_ptr, next_sigma_ptr  [B]     float32
+    Grid (rows * planes * blocks,). Traffic: 3m + 2s bytes per element, 5m + 3s if CLIP. Computes in float32.
+    """
+    row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    level, level_2 = load_level(sigma_ptr, row, PER_ROW), load_level(sigma_2_ptr, row, PER_ROW)
+    next_level = load_level(next_sigma_ptr, row, PER_ROW)
+    c_in = input_scale(next_level, sigma_data, PLAIN)
+    g = load_grad(grad_next_ptr, grad_input_ptr, at, model_at, mask, c_in, HAS_STATE, HAS_INPUT)
     ends = level_2 == 0.0
     safe = tl.where(ends, 1.0, level_2)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
-    # x'' = x + (k r e + k_2 r_2 e_2), e = x - D, e_2 = x_2 - D_2, x_2 = x + r_mid e
+    # x' = x + (k r e + k_2 r_2 e_2), e = x - D, e_2 = x_2 - D_2, x_2 = x + r_mid e
     ratio, ratio_2 = tl.div_rn(next_level - level, level), tl.div_rn(next_level - level, safe)
     ratio_mid = tl.div_rn(level_2 - level, level)
     if MIDPOINT:
@@ -209,24 +222,21 @@ def _corrector_bwd_kernel(
         g_e = tl.where(ends, 1.0, 0.5) * ratio * g
     g_denoised_2 = -g_e_2
     if CLIP:
-        f, f_2, state = (
-            load_state(model_output, model_at, mask),
-            load_state(model_output_2, model_at, mask),
-            load_state(x, at, mask),
-        )
+        f, f_2 = load_state(model_output_ptr, model_at, mask), load_state(model_output_2_ptr, model_at, mask)
+        state = load_state(x_t_ptr, at, mask)
         state_2 = state + ratio_mid * (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP))
-        g_denoised_2 = through_clip(g_denoised_2, unclipped(f_2, state_2, c_skip_2, c_out_2, PLAIN), CLIP)
+        g_denoised_2 = through_clip(g_denoised_2, unclipped(f_2, state_2, c_skip_2, c_out_2, PLAIN))
     g_x_2 = g_e_2 + c_skip_2 * g_denoised_2
     g_e += ratio_mid * g_x_2
     g_denoised = -g_e
     if CLIP:
-        g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN), CLIP)
+        g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN))
     if NEED_OUTPUT:
-        store_state(grad_output, model_at, c_out * g_denoised, mask)
+        store_state(grad_output_ptr, model_at, c_out * g_denoised, mask)
     if NEED_OUTPUT_2:
-        store_state(grad_output_2, model_at, c_out_2 * g_denoised_2, mask)
+        store_state(grad_output_2_ptr, model_at, c_out_2 * g_denoised_2, mask)
     if NEED_X:
-        store_state(grad_x, at, g + g_x_2 + g_e + c_skip * g_denoised, mask)
+        store_state(grad_x_ptr, at, g + g_x_2 + g_e + c_skip * g_denoised, mask)
 
 
 def midpoint_corrector_fwd(
@@ -249,8 +259,8 @@ def midpoint_corrector_fwd(
     tiles = plan(x_t, model_output, sigma, mid_sigma, next_sigma)
     c_noise = tiles.level_out(x_t)
     tiles.run(
-        _corrector_fwd_kernel, model_output, model_output_mid, x_t, *tiles.levels, x_next, model_input, c_noise,
-        *scaling(sigma_data, boundary), PLAIN=sigma_data is None, CLIP=clip, MIDPOINT=midpoint,
+        _corrector_fwd_kernel, x_next, model_input, c_noise, model_output, model_output_mid, x_t, *tiles.levels,
+        **scaling(sigma_data, boundary), CLIP=clip, MIDPOINT=midpoint,
     )
     return x_next, model_input, c_noise.expand(x_t.shape[0])
 
@@ -281,9 +291,9 @@ def midpoint_corrector_bwd(
     grad_output, grad_output_mid, grad_x = gradients(needed, model_output, model_output_mid, x_t)
     tiles = plan(x_t, model_output, sigma, mid_sigma, next_sigma)
     tiles.run(
-        _corrector_bwd_kernel, *outputs(x_t, grad_next, grad_input), model_output, model_output_mid, x_t,
-        *tiles.levels, *outputs(x_t, grad_output, grad_output_mid, grad_x), *scaling(sigma_data, boundary),
-        PLAIN=sigma_data is None, CLIP=clip, MIDPOINT=midpoint,
+        _corrector_bwd_kernel, *outputs(x_t, grad_output, grad_output_mid, grad_x, grad_next, grad_input),
+        model_output, model_output_mid, x_t, *tiles.levels, **scaling(sigma_data, boundary), CLIP=clip,
+        MIDPOINT=midpoint,
         HAS_STATE=grad_next is not None, HAS_INPUT=grad_input is not None,
         NEED_OUTPUT=needed[0], NEED_OUTPUT_2=needed[1], NEED_X=needed[2],
     )

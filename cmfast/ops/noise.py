@@ -39,7 +39,7 @@ def normal(
     _check.input_format(index, dtype, None)
     shape = tuple(shape)
     if use_kernel("normal", Draw(seed, index, draw), dtypes=(dtype,)):
-        from cmfast.kernels.noise import normal_fwd
+        from cmfast.kernels.normal import normal_fwd
 
         return normal_fwd(seed, index, shape, draw=draw, dtype=dtype)
     return reference.normal(seed, index, shape, draw=draw, dtype=dtype)
@@ -215,7 +215,7 @@ def renoise(
         "dtype": dtype,
     }
     if use_kernel("renoise", *inputs, dtypes=(dtype,)):
-        from cmfast.kernels.noise import renoise_bwd, renoise_fwd
+        from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, **options)
     return reference.renoise(*inputs, **options)
