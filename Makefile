@@ -33,7 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 gpu:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(DRY),--dry)
+	$(GPU_PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(DRY),--dry)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

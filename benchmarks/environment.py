@@ -44,26 +44,30 @@ def _cpu_name() -> str:
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    clocks = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+    answer = _output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
+    state = dict(zip(names, (answer or "").split(", "))) if answer else {}
     return {
         "name": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "driver": _output("nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"),
-        clocks: _output("nvidia-smi", f"--id={index}", f"--query-gpu={clocks}", "--format=csv,noheader"),
+        "driver": state.pop("driver_version", None),
+        # As found when the run began, idle.
+        "state": state,
     }
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """Hardware, versions, commit and date; `device_type` says whether times are a GPU's or a CPU's."""
     device = torch.device(device)
+    gpu = _gpu(device) if device.type == "cuda" else None
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device_type": device.type,
-        "device": _gpu(device)["name"] if device.type == "cuda" else f"CPU: {_cpu_name()}",
-        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "device": gpu["name"] if gpu else f"CPU: {_cpu_name()}",
+        "gpu": gpu,
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -156,13 +156,13 @@ class TestGpuSteps:
 
     def test_one_failure_stops_nothing(self, tmp_path, monkeypatch):
         steps = [
-            gpu.Step("fails", ["-c", "print('this is why'); raise SystemExit(3)"], 10),
+            gpu.Step("fails", ["-c", "print('this is why'); raise SystemExit(3)"], 5),
             gpu.Step("hangs", ["-c", "import time; print('begun', flush=True); time.sleep(60)"], 1),
             gpu.Step("misses", ["-c", ""], 10, missing=lambda: "no such tool"),
-            gpu.Step("works", ["-c", "import cmfast; print('done')"], 10),
+            gpu.Step("works", ["-c", "import cmfast; print('done')"], 5),
         ]
         monkeypatch.setattr(gpu, "steps", lambda out: steps)
-        assert gpu.main(["--out", str(tmp_path)]) == 1
+        assert gpu.main(["--out", str(tmp_path), "--seconds", "7"]) == 1
         report = json.loads((tmp_path / "report.json").read_text())["steps"]
         assert [step["status"] for step in report] == ["failed", "timeout", "missing", "ok"]
         assert "this is why" in report[0]["tail"] and report[0]["exit_code"] == 3
