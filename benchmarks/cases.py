@@ -238,38 +238,34 @@ def configs(device_type: str, quick: bool = False) -> list[Config]:
     ]
 
 
-def input_names(config: Config) -> tuple[str, ...]:
-    """The tensors of an input set, in their order."""
-    case = CASES[config.case]
-    return (*case.tensors, *case.sigmas, *(("index",) if case.drawn else ()))
-
-
 def make_inputs(config: Config, sets: int, device: torch.device, seed: int) -> list[Inputs]:
-    """So many sets of fresh inputs, which lie one after the other in memory: states ~ N(0, 1), sigma' = 0.6 sigma."""
-    case = CASES[config.case]
+    """So many sets of fresh inputs: states ~ N(0, 1), noise levels that fall from one to the next.
+
+    Each tensor is an allocation of its own, aligned as a user's is: for a slice of a larger one inductor makes a copy.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    rows = config.batch * sets
-    whole: Inputs = {}
+    return [_input_set(config, i, device, generator) for i in range(sets)]
+
+
+def _input_set(config: Config, number: int, device: torch.device, generator: torch.Generator) -> Inputs:
+    case = CASES[config.case]
+    t: Inputs = {}
     for name in case.tensors:
         if name == "shape":
-            whole[name] = torch.zeros((), device=device).expand(rows, *config.shape)
+            t[name] = torch.zeros((), device=device).expand(config.batch, *config.shape)
             continue
         shape = (config.shape[0], 1, 1) if name == "bias" else config.shape
         dtype = config.dtypes.model if name in MODEL_TENSORS else config.dtypes.state
-        x = torch.randn(rows, *shape, generator=generator, device=device).to(dtype)
+        t[name] = torch.randn(config.batch, *shape, generator=generator, device=device).to(dtype)
         if config.channels_last and name in MODEL_TENSORS:
-            x = x.contiguous(memory_format=torch.channels_last)
-        whole[name] = x
-    level = torch.rand(rows, generator=generator, device=device) * 3 + 0.5
-    whole |= {name: level * 0.6**i for i, name in enumerate(case.sigmas)}
+            t[name] = t[name].contiguous(memory_format=torch.channels_last)
+    level = torch.rand(config.batch, generator=generator, device=device) * 3 + 0.5
+    t |= {name: level * 0.6**i for i, name in enumerate(case.sigmas)}
     if case.drawn:
-        whole["index"] = torch.arange(rows, device=device) + 2**33
-    parts = {name: x.split(config.batch) for name, x in whole.items()}
-    made = [{name: parts[name][i] for name in input_names(config)} for i in range(sets)]
+        t["index"] = torch.arange(config.batch, device=device) + 2**33 + number * config.batch
     if case.grad_to:
-        for t in made:
-            t[case.grad_to] = t[case.grad_to].detach().requires_grad_()
-    return made
+        t[case.grad_to].requires_grad_()
+    return t
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import cmfast
 from benchmarks import summary, timing
-from benchmarks.cases import CASES, Config, Inputs, configs, exact, input_names, make_inputs, operation, run
+from benchmarks.cases import CASES, Config, Inputs, configs, exact, make_inputs, operation, run
 from benchmarks.environment import environment
 from cmfast import reference
 from tests.tolerances import FLOOR
@@ -52,9 +52,10 @@ def _eager(config: Config) -> Callable[[Inputs], Any]:
 
 def _compiled(config: Config, function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
     """Under torch.compile with static shapes, the strongest baseline; of positional tensors, whose guards are cheap."""
-    names = input_names(config)
+    case = CASES[config.case]
+    names = (*case.tensors, *case.sigmas, *(("index",) if case.drawn else ()))
     compiled = torch.compile(lambda *tensors: function(dict(zip(names, tensors))), fullgraph=True, dynamic=False)
-    return lambda t: compiled(*t.values())
+    return lambda t: compiled(*(t[name] for name in names))
 
 
 def _inductor(config: Config) -> Callable[[Inputs], Any]:
