@@ -120,8 +120,8 @@ def denoised(model_output, x, c_skip, c_out, PLAIN: tl.constexpr, CLIP: tl.const
 
 @triton.jit
 def through_clip(grad, value):
-    """The gradient of D before clamping, from that after: torch.clamp lets it through on [-1, 1]."""
-    return tl.where((value >= -1.0) & (value <= 1.0), grad, 0.0)
+    """The gradient of D before clamping, from that after. At +-1 itself it is 0, as in torch.clamp since 2.14."""
+    return tl.where((value > -1.0) & (value < 1.0), grad, 0.0)
 
 
 @triton.jit

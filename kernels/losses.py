@@ -220,7 +220,7 @@ def _summing(tiles: Plan) -> Plan:
         steps = max(1, -(-tiles.pixels // block))
         return tiles._replace(block=block, steps=steps, warps=max(tiles.warps, block // 256))
     blocks = tiles.planes * tiles.blocks
-    steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), blocks // PARTS, 1)
+    steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), -(-blocks // PARTS), 1)
     return tiles._replace(steps=1 << (steps - 1).bit_length())
 
 

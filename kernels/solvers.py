@@ -166,9 +166,9 @@ def _corrector_fwd_kernel(
     state = load_state(x_t_ptr, at, mask)
     level, level_2 = load_level(sigma_ptr, row, PER_ROW), load_level(sigma_2_ptr, row, PER_ROW)
     next_level = load_level(next_sigma_ptr, row, PER_ROW)
-    # Where sigma_2 = 0 there is no second slope: an Euler step.
+    # Where sigma_2 = 0 Heun's method has no second slope: an Euler step. A midpoint is never 0.
     ends = level_2 == 0.0
-    safe = tl.where(ends, 1.0, level_2)
+    safe = level_2 if MIDPOINT else tl.where(ends, 1.0, level_2)
     # With e = x - D, the slope d = e / sigma is never formed: its steps are e times ratios of noise levels.
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
@@ -208,7 +208,7 @@ def _corrector_bwd_kernel(
     c_in = input_scale(next_level, sigma_data, PLAIN)
     g = load_grad(grad_next_ptr, grad_input_ptr, at, model_at, mask, c_in, HAS_STATE, HAS_INPUT)
     ends = level_2 == 0.0
-    safe = tl.where(ends, 1.0, level_2)
+    safe = level_2 if MIDPOINT else tl.where(ends, 1.0, level_2)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
     # x' = x + (k r e + k_2 r_2 e_2), e = x - D, e_2 = x_2 - D_2, x_2 = x + r_mid e

@@ -13,3 +13,7 @@ GOLDEN_FULL_SIZE = 2e-4
 
 #: Floors of `error(fast) <= 2 error(eager, same dtype) + floor`, by dtype: a few units in the last place.
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+#: The same floors for kernels, as a part of the largest value. Half precision: one unit in the last place, since
+#: Triton's interpreter cuts off where a GPU rounds. float32: four, since coefficients are computed in another order.
+KERNEL_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -24,6 +24,13 @@ def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
         raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether values can be looked at: not in a fake tensor, nor under torch.compile or a torch.func transform."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
 def same_shape(**tensors: Tensor) -> None:
     """All of the shape, and on the device, of the first."""
     (first, x), *rest = tensors.items()
@@ -93,7 +100,7 @@ def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True)
         raise ValueError(f"{name} must be a scalar or [B] with B = {x.shape[0]}, got {list(sigma.shape)}")
     if sigma.device != x.device:
         raise ValueError(f"{name} is on {sigma.device}, the batch on {x.device}: move one of them")
-    if sigma.device.type == "cpu" and not torch.compiler.is_compiling():
+    if sigma.device.type == "cpu" and has_values(sigma):
         low = float("inf") if sigma.numel() == 0 else sigma.min().item()
         if math.isnan(low) or low < 0 or (low == 0 and not allow_zero):
             kind = "0 or more" if allow_zero else "positive"

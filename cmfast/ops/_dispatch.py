@@ -47,12 +47,18 @@ def current_backend() -> str:
     return _chosen.get() or _ENVIRONMENT
 
 
+# What `torch.compiler.assume_constant_result` does, without its import of Dynamo: asked while a region is traced, which
+# keeps the backend it was compiled under. Dynamo before PyTorch 2.14 cannot trace a ContextVar.
+current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose the path of every operation inside the `with` block, in this thread.
 
     `auto` (the default) takes a kernel where it can; `reference` none; `triton` always, and raises a RuntimeError that
-    says why where it cannot. The environment variable CMFAST_BACKEND chooses for a whole process.
+    says why where it cannot. The environment variable CMFAST_BACKEND chooses for a whole process. A compiled region
+    keeps the backend it was compiled under.
 
     Raises: ValueError: another name.
 
@@ -102,9 +108,9 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
     reason = device_refusal(tensors[0].device)
     if reason is not None:
         return reason
-    for tensor in tensors:
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"a {type(tensor).__name__} is not a plain tensor"
+    reason = _subclass_refusal(tensors)
+    if reason is not None:
+        return reason
     for dtype in [*(tensor.dtype for tensor in tensors if tensor.is_floating_point()), *dtypes]:
         reason = dtype_refusal(dtype)
         if reason is not None:
@@ -113,6 +119,17 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
         if torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
             return "gradients of noise levels are inductor's inside torch.compile"
         return None
+    return _transform_refusal()
+
+
+def _subclass_refusal(tensors: list[Tensor]) -> str | None:
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+    return None
+
+
+def _transform_refusal() -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms go through the reference path"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -140,19 +157,38 @@ def use_kernel(name: str, *inputs: Tensor | Draw | str | None, dtypes: tuple[tor
     return reason is None
 
 
+def is_plain(inputs: tuple[Any, ...], *, differentiable: bool) -> bool:
+    """Whether a form that writes in place may serve: on the CPU, in float32, and where no graph is recorded."""
+    if current_backend() != "auto" or torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
+        return False
+    if not differentiable and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return _subclass_refusal(tensors) is None and _transform_refusal() is None
+
+
 Forward = Callable[..., Any]
 
 
 def fused(
-    forward: Forward, backward: Callable[..., Any], reference: Forward, *inputs: Any, keep: int = 0, **options: Any
+    forward: Forward,
+    backward: Callable[..., Any],
+    reference: Forward,
+    *inputs: Any,
+    keep: int = 0,
+    c_noise: tuple[int, ...] = (),
+    **options: Any,
 ) -> Any:
     """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
 
-    `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned. What
-    `backward` returns None for (gradients of noise levels), and gradients of gradients, come from the reference.
+    `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
+    `c_noise`: the results that come from noise levels alone. What `backward` returns None for (gradients of noise
+    levels), and gradients of gradients, come from the reference.
     """
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        results = _Fused.apply(forward, backward, reference, keep, options, *inputs)
+        results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
     else:
         results = _tuple(forward(*inputs, **options))
     returned = results[: len(results) - keep]
@@ -165,15 +201,16 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(forward: Forward, backward: Any, reference: Forward, keep: int, options: Any, *inputs: Any) -> Any:
+    def forward(forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *inputs: Any) -> Any:
         # A tuple always: Dynamo wants one.
         return _tuple(forward(*inputs, **options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.kernel, ctx.reference, ctx.keep, ctx.options, *arguments = inputs
+        _, ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options, *arguments = inputs
         saved = output[len(output) - ctx.keep :]
-        ctx.mark_non_differentiable(*saved)
+        levels_vary = any(isinstance(x, Tensor) and x.ndim <= 1 and x.requires_grad for x in arguments)
+        ctx.mark_non_differentiable(*saved, *(() if levels_vary else [output[i] for i in c_noise]))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]

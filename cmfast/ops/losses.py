@@ -5,6 +5,7 @@ from torch import Tensor
 from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._dispatch import fused, use_kernel
+from cmfast.ops._inplace import plain
 from cmfast.ops.precondition import check_step
 from cmfast.reference import WEIGHTINGS
 
@@ -65,7 +66,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
         from cmfast.kernels.losses import weighted_loss_bwd, weighted_loss_fwd
 
         return fused(weighted_loss_fwd, weighted_loss_bwd, reference.weighted_loss, *inputs, keep=1, **options)
-    return reference.weighted_loss(*inputs, **options)
+    return plain("weighted_loss", *inputs)(*inputs, **options)
 
 
 def consistency_loss(
@@ -125,4 +126,4 @@ def consistency_loss(
         from cmfast.kernels.losses import consistency_loss_bwd, consistency_loss_fwd
 
         return fused(consistency_loss_fwd, consistency_loss_bwd, reference.consistency_loss, *inputs, keep=1, **options)
-    return reference.consistency_loss(*inputs, **options)
+    return plain("consistency_loss", *inputs)(*inputs, **options)

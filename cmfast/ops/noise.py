@@ -10,6 +10,7 @@ from torch import Tensor
 from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._dispatch import fused, use_kernel
+from cmfast.ops._inplace import plain
 from cmfast.ops.precondition import check_step
 from cmfast.reference import Draw
 
@@ -98,7 +99,7 @@ def init_noise(
     if use_kernel("init_noise", noise, sigma, dtypes=(dtype, state_dtype)):
         from cmfast.kernels.noise import init_noise_bwd, init_noise_fwd
 
-        return fused(init_noise_fwd, init_noise_bwd, reference.init_noise, noise, sigma, **options)
+        return fused(init_noise_fwd, init_noise_bwd, reference.init_noise, noise, sigma, c_noise=(2,), **options)
     return reference.init_noise(noise, sigma, **options)
 
 
@@ -146,8 +147,8 @@ def add_noise(
     if use_kernel("add_noise", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
-        return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, **options)
-    return reference.add_noise(*inputs, **options)
+        return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
+    return plain("add_noise", *inputs)(*inputs, **options)
 
 
 def add_noise_pair(
@@ -174,7 +175,8 @@ def add_noise_pair(
     if use_kernel("add_noise_pair", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.noise import add_noise_pair_bwd, add_noise_pair_fwd
 
-        six = fused(add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair, *inputs, **options)
+        pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
+        six = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
         six = reference.add_noise_pair(*inputs, **options)
     return six[:3], six[3:]
@@ -217,5 +219,5 @@ def renoise(
     if use_kernel("renoise", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
-        return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, **options)
-    return reference.renoise(*inputs, **options)
+        return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
+    return plain("renoise", *inputs)(*inputs, **options)

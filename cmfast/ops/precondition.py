@@ -6,6 +6,7 @@ from torch import Tensor
 from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._dispatch import fused, use_kernel
+from cmfast.ops._inplace import plain
 from cmfast.ops.images import ROUNDINGS
 
 
@@ -60,7 +61,7 @@ def scale_input(
     if use_kernel("scale_input", x, sigma, dtypes=(dtype,)):
         from cmfast.kernels.precondition import scale_input_bwd, scale_input_fwd
 
-        return fused(scale_input_fwd, scale_input_bwd, reference.scale_input, x, sigma, **options)
+        return fused(scale_input_fwd, scale_input_bwd, reference.scale_input, x, sigma, c_noise=(1,), **options)
     return reference.scale_input(x, sigma, **options)
 
 
@@ -97,7 +98,7 @@ def denoise(
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
         return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
-    return reference.denoise(model_output, x_t, sigma, **options)
+    return plain("denoise", model_output, x_t, sigma)(model_output, x_t, sigma, **options)
 
 
 def denoise_to_uint8(

@@ -9,6 +9,7 @@ from torch import Tensor
 from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._dispatch import fused, use_kernel
+from cmfast.ops._inplace import plain
 from cmfast.ops.precondition import check_step
 
 
@@ -42,8 +43,8 @@ def euler_step(
     if use_kernel("euler_step", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
 
-        return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, **options)
-    return reference.euler_step(*inputs, **options)
+        return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, c_noise=(2,), **options)
+    return plain("euler_step", *inputs)(*inputs, **options)
 
 
 def heun_predictor(
@@ -69,8 +70,8 @@ def heun_predictor(
     if use_kernel("heun_predictor", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
 
-        return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, **options)
-    return reference.heun_predictor(*inputs, **options)
+        return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, c_noise=(1,), **options)
+    return plain("heun_predictor", *inputs)(*inputs, **options)
 
 
 def heun_corrector(
@@ -99,8 +100,8 @@ def heun_corrector(
     if use_kernel("heun_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
 
-        return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, **options)
-    return reference.heun_corrector(*inputs, **options)
+        return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, c_noise=(2,), **options)
+    return plain("heun_corrector", *inputs)(*inputs, **options)
 
 
 def midpoint_corrector(
@@ -131,5 +132,6 @@ def midpoint_corrector(
     if use_kernel("midpoint_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import midpoint_corrector_bwd, midpoint_corrector_fwd
 
-        return fused(midpoint_corrector_fwd, midpoint_corrector_bwd, reference.midpoint_corrector, *inputs, **options)
-    return reference.midpoint_corrector(*inputs, **options)
+        functions = midpoint_corrector_fwd, midpoint_corrector_bwd, reference.midpoint_corrector
+        return fused(*functions, *inputs, c_noise=(2,), **options)
+    return plain("midpoint_corrector", *inputs)(*inputs, **options)

@@ -37,7 +37,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
     no mean (Song & Dhariwal 2023, eq. 7), with gradient zero at x = y when c = 0.
     """
     wide = compute_dtype(x, target)
-    delta = (x.to(wide) - target.to(wide)).flatten(1)
+    delta = (x.to(wide) - target.to(wide)).unsqueeze(-1).flatten(1)
     if norm == "l1":
         distance = delta.abs().mean(1)
     elif norm == "l2":

@@ -37,6 +37,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
 def _words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
     """The four Philox words of `groups` consecutive groups of elements, each [B, groups]."""
     index = index.to(torch.int64)[:, None]
+    seed = seed.to(torch.int64) if isinstance(seed, Tensor) else seed
     group = torch.arange(groups, device=index.device)[None, :]
     shape = (index.shape[0], groups)
     draw_word = torch.as_tensor(draw, dtype=torch.int64, device=index.device) & _MASK

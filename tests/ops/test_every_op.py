@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ops.cases import CASES, SHAPES, flat, inputs
+from tests.ops.matrix import check_path, make
 from tests.tolerances import FLOOR
 
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -27,6 +28,26 @@ def test_agrees_with_float64(case, dtype, shape):
         if value.numel():
             error = (value.double() - expected).abs().max()
             assert error <= FLOOR[dtype] * (1 + expected.abs().max())
+
+
+@each
+@pytest.mark.parametrize("shape", [*SHAPES, (5,), (2, 3, 0, 4), (2, 3, 2, 4, 4)], ids=str)
+def test_what_auto_takes_here(case, shape):
+    """Forms for the CPU that write in place, where they serve: values, and gradients where they have them."""
+    check_path(make(case, shape, (torch.float32, torch.float32), "cpu"), "auto")
+
+
+@each
+def test_nothing_that_was_given_changes(case):
+    states, sigmas = convert(*inputs(case, (3, 4, 6, 5)), torch.float32)
+    before = {k: v.clone() for k, v in {**states, **sigmas}.items()}
+    results = flat(case.call(states, sigmas))
+    for result in results:
+        # c_noise [B] may be a view of the levels.
+        if result.ndim > 1:
+            result.fill_(7.0)
+    for k, v in {**states, **sigmas}.items():
+        assert torch.equal(v, before[k]), k
 
 
 @each

@@ -1,0 +1,143 @@
+"""Bytes that kernels move, counted in Triton's interpreter, against the floors: each tensor once, and nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cmfast
+from cmfast import ops
+from cmfast.ops import _dispatch
+from tests.ops.cases import draw
+
+pytestmark = pytest.mark.skipif(not _dispatch.INTERPRETING, reason="counts in Triton's interpreter")
+S, M = 4, 2  # bytes of a float32 state and of a bfloat16 network input
+SHAPE = (4, 3, 64, 64)
+
+
+class Counter:
+    def __init__(self, monkeypatch):
+        from triton.runtime import interpreter
+
+        self.bytes = 0
+        real = interpreter._interpreter
+
+        def load(pointers, mask, other, dtype):
+            self.bytes += int(np.broadcast_to(mask, pointers.shape).sum()) * np.dtype(dtype).itemsize
+            return real.load(pointers, mask, other, dtype)
+
+        def store(pointers, value, mask):
+            self.bytes += int(np.broadcast_to(mask, pointers.shape).sum()) * value.dtype.itemsize
+            return real.store(pointers, value, mask)
+
+        others = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+        monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(**{**others, "load": load, "store": store}))
+
+    def per_element(self, x):
+        return self.bytes / x.numel()
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    return Counter(monkeypatch)
+
+
+def state():
+    return torch.randn(SHAPE)
+
+
+def output():
+    return torch.randn(SHAPE, dtype=torch.bfloat16)
+
+
+SIGMA, NEXT = torch.rand(4) + 1.0, torch.rand(4)
+BF16 = {"dtype": torch.bfloat16}
+
+#: Calls, and their floor in bytes per element of the batch.
+FORWARD = {
+    "init_noise": (lambda x, f: ops.init_noise(draw(x), SIGMA, shape=SHAPE[1:], **BF16), S + M),
+    "scale_input": (lambda x, f: ops.scale_input(x, SIGMA, **BF16), S + M),
+    "add_noise given": (lambda x, f: ops.add_noise(x, x, SIGMA, **BF16), 2 * S + S + M),
+    "add_noise drawn": (lambda x, f: ops.add_noise(x, draw(x), SIGMA, **BF16), S + S + M),
+    "add_noise_pair given": (lambda x, f: ops.add_noise_pair(x, x, SIGMA, NEXT, **BF16), 4 * S + 2 * M),
+    "add_noise_pair drawn": (lambda x, f: ops.add_noise_pair(x, draw(x), SIGMA, NEXT, **BF16), 3 * S + 2 * M),
+    "denoise": (lambda x, f: ops.denoise(f, x, SIGMA), M + S + S),
+    "denoise clipped": (lambda x, f: ops.denoise(f, x, SIGMA, clip=True), M + S + S),
+    "denoise_to_uint8": (lambda x, f: ops.denoise_to_uint8(f, x, SIGMA), M + S + 1),
+    "renoise drawn": (lambda x, f: ops.renoise(f, x, SIGMA, NEXT, draw(x), clip=True), 2 * M + 2 * S),
+    "renoise given": (lambda x, f: ops.renoise(f, x, SIGMA, NEXT, x, clip=True), 2 * M + 3 * S),
+    "euler_step": (lambda x, f: ops.euler_step(f, x, SIGMA, NEXT), 2 * S + 2 * M),
+    "heun_predictor": (lambda x, f: ops.heun_predictor(f, x, SIGMA, NEXT), S + 2 * M),
+    "heun_corrector": (lambda x, f: ops.heun_corrector(f, f, x, SIGMA, NEXT), 2 * S + 3 * M),
+    "midpoint_corrector": (lambda x, f: ops.midpoint_corrector(f, f, x, SIGMA, SIGMA, NEXT), 2 * S + 3 * M),
+    "weighted_loss": (lambda x, f: ops.weighted_loss(x, x, SIGMA), 2 * S),
+    "consistency_loss": (lambda x, f: ops.consistency_loss(f, x, SIGMA, f, "snr", x, NEXT), 2 * M + 2 * S),
+    "consistency_loss target given": (lambda x, f: ops.consistency_loss(f, x, SIGMA, x, SIGMA), M + 2 * S),
+    "normal": (lambda x, f: ops.normal(1, torch.arange(4), SHAPE[1:]), S),
+    "to_uint8": (lambda x, f: ops.to_uint8(x), S + 1),
+}
+
+#: (call, which of (state, output) needs a gradient, floor of the backward pass)
+BACKWARD = {
+    "weighted_loss": (lambda x, f: ops.weighted_loss(x, torch.zeros_like(x), SIGMA), "x", 2 * S + S),
+    "weighted_loss huber": (
+        lambda x, f: ops.weighted_loss(x, torch.zeros_like(x), SIGMA, norm="huber", huber_c=0.1), "x", 2 * S + S,
+    ),
+    "consistency_loss": (
+        lambda x, f: ops.consistency_loss(f, x, SIGMA, torch.zeros_like(f), "snr", torch.zeros_like(x), NEXT),
+        "f",
+        2 * M + 2 * S + M,
+    ),
+    "denoise": (lambda x, f: ops.denoise(f, x, SIGMA), "f", S + M),
+    "denoise clipped": (lambda x, f: ops.denoise(f, x, SIGMA, clip=True), "f", S + M + S + M),
+    "denoise both": (lambda x, f: ops.denoise(f, x, SIGMA), "fx", S + M + S),
+    "renoise": (lambda x, f: ops.renoise(f, x, SIGMA, NEXT, draw(x))[0], "f", S + M),
+    "euler_step": (lambda x, f: ops.euler_step(f, x, SIGMA, NEXT)[:2], "f", S + M + M),
+    "heun_corrector": (lambda x, f: ops.heun_corrector(f, f, x, SIGMA, NEXT)[0], "x", S + S),
+    "scale_input": (lambda x, f: ops.scale_input(x, SIGMA, **BF16)[0], "x", M + S),
+    "add_noise": (lambda x, f: ops.add_noise(x, draw(x), SIGMA, **BF16)[:2], "x", S + M + S),
+}  # fmt: skip
+
+
+def check(counter, x, floor):
+    moved = counter.per_element(x)
+    assert floor <= moved <= 1.01 * floor, f"{moved:.3f} bytes per element, floor {floor}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last output"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name, layout, counter):
+    call, floor = FORWARD[name]
+    x, f = state(), output()
+    if layout != "contiguous":
+        f = f.contiguous(memory_format=torch.channels_last)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    with cmfast.backend("triton"):
+        call(x, f)
+    check(counter, x, floor)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name, counter):
+    call, needs, floor = BACKWARD[name]
+    x, f = state().requires_grad_("x" in needs), output().requires_grad_("f" in needs)
+    with cmfast.backend("triton"):
+        results = call(x, f)
+    results = results if isinstance(results, tuple) else (results,)
+    counter.bytes = 0
+    torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    check(counter, x, floor)
+
+
+def test_the_counter_sees_a_second_read(counter):
+    """A kernel that read its input twice would be found."""
+    with cmfast.backend("triton"):
+        x = state()
+        ops.scale_input(x, SIGMA, **BF16)
+        ops.scale_input(x, SIGMA, **BF16)
+    with pytest.raises(AssertionError, match="bytes per element"):
+        check(counter, x, S + M)

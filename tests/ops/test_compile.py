@@ -1,0 +1,81 @@
+"""torch.compile(fullgraph=True) on CUDA, traced here without a GPU: fake tensors, no launch."""
+
+import pytest
+import torch
+import torch.utils._triton
+from torch._subclasses import FakeTensorMode
+
+import cmfast
+from cmfast import ops
+from cmfast.ops import _dispatch
+from tests.ops.cases import CASES, flat
+
+pytestmark = pytest.mark.skipif(
+    not _dispatch.HAS_TRITON or _dispatch.INTERPRETING, reason="traces launches of compiled kernels"
+)
+each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+MODE = FakeTensorMode()
+
+
+@pytest.fixture(autouse=True)
+def as_with_a_gpu(monkeypatch):
+    # Dynamo wraps kernels only where it sees a GPU.
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    torch._dynamo.reset()
+
+
+def cuda(*shape, **options):
+    with MODE:
+        return torch.empty(*shape, device="cuda", **options)
+
+
+def traced(function, *arguments):
+    """The results of a function compiled whole, and how many kernels its graph launches."""
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with MODE:
+        results = flat(torch.compile(function, fullgraph=True, backend=keep)(*arguments))
+    modules = [module for graph in graphs for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+    names = [str(node.target) for module in modules for node in module.graph.nodes]
+    return results, sum("triton_kernel_wrapper" in name for name in names)
+
+
+@each
+@pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_every_operation(case, gradient, backend):
+    """Whole, in one graph. `auto` leaves to inductor what inductor fuses, and keeps the kernels that draw noise."""
+    states = {k: cuda(2, 3, 8, 8).requires_grad_(gradient) for k in case.states}
+    sigmas = {k: cuda(2) for k in case.sigmas}
+    with cmfast.backend(backend):
+        results, kernels = traced(case.call, states, sigmas)
+    expected = flat(case.call({k: torch.ones(2, 3, 8, 8) for k in states}, {k: torch.ones(2) for k in sigmas}))
+    assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
+    drawn = any(name.endswith("drawn") and each is case for name, each in CASES.items())
+    assert (kernels > 0) == (backend == "triton" or drawn)
+
+
+def test_normal():
+    results, kernels = traced(lambda index: ops.normal(3, index, (3, 8, 8)), cuda(2, dtype=torch.int64))
+    assert kernels == 1 and results[0].shape == (2, 3, 8, 8)
+
+
+def test_seeds_on_the_device():
+    results, kernels = traced(
+        lambda seed, index, sigma: ops.init_noise(ops.Draw(seed, index), sigma, shape=(3, 8, 8)),
+        cuda((), dtype=torch.int64),
+        cuda(2, dtype=torch.int64),
+        cuda(()),
+    )
+    assert kernels == 1 and results[0].shape == (2, 3, 8, 8)
+
+
+def test_gradients_of_levels_are_inductors():
+    states = {k: cuda(2, 3, 8, 8).requires_grad_() for k in ("f", "x")}
+    with cmfast.backend("auto"):
+        results, kernels = traced(CASES["add_noise drawn"].call, states, {"sigma": cuda(2).requires_grad_()})
+    assert kernels == 0 and results[0].shape == (2, 3, 8, 8)

@@ -1,0 +1,123 @@
+"""Which path a call takes, and that it says why."""
+
+import contextvars
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import cmfast
+from cmfast import ops
+from cmfast.ops import _dispatch
+
+X, SIGMA = torch.randn(2, 3, 4, 4), torch.tensor([1.0, 2.0])
+
+
+def test_backend_nests_and_ends():
+    assert ops.current_backend() == "auto"
+    with cmfast.backend("reference"):
+        with cmfast.backend("triton"):
+            assert ops.current_backend() == "triton"
+        assert ops.current_backend() == "reference"
+    with pytest.raises(ZeroDivisionError), cmfast.backend("reference"):
+        raise ZeroDivisionError
+    assert ops.current_backend() == "auto"
+
+
+def test_backend_is_this_threads():
+    seen = []
+    with cmfast.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(ops.current_backend()))
+        thread.start()
+        thread.join()
+        contextvars.copy_context().run(lambda: seen.append(ops.current_backend()))
+    assert seen == ["auto", "reference"]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="auto, triton, reference, got 'cuda'"), cmfast.backend("cuda"):
+        pass
+
+
+def run_with(backend: str, code: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CMFAST_BACKEND": backend}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_environment_variable():
+    code = "from cmfast import ops; print(ops.current_backend())"
+    assert run_with("reference", code).stdout.split() == ["reference"]
+    assert run_with("", code).stdout.split() == ["auto"]
+    assert "CMFAST_BACKEND must be one of auto, triton, reference, got 'fast'" in run_with("fast", code).stderr
+
+
+@pytest.mark.skipif(_dispatch.INTERPRETING, reason="Triton's interpreter is on, and runs on the CPU")
+def test_triton_on_the_cpu_is_refused_with_the_reason():
+    with cmfast.backend("triton"), pytest.raises(RuntimeError, match="denoise: backend 'triton' .* run on a GPU"):
+        ops.denoise(X, X, SIGMA)
+    with cmfast.backend("auto"):
+        ops.denoise(X, X, SIGMA)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, reason",
+    [
+        ("cpu", torch.float32, "on a GPU"),
+        ("meta", torch.float32, "no kernels for meta"),
+        ("cuda", torch.float64, "not torch.float64"),
+    ],
+)
+def test_reasons(device, dtype, reason, monkeypatch):
+    monkeypatch.setattr(_dispatch, "INTERPRETING", False)
+    if device == "cuda":
+        monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+        device = "cpu"
+    assert reason in _dispatch.refusal([torch.empty(2, device=device, dtype=dtype)], [])
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
+    assert "pip install triton" in _dispatch.refusal([X], [])
+
+
+def test_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    _dispatch._old_gpu.cache_clear()
+    assert "compute capability 7.0" in _dispatch._old_gpu(0)
+    _dispatch._old_gpu.cache_clear()
+
+
+def test_dtypes_of_results_count(monkeypatch):
+    monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+    with cmfast.backend("triton"), pytest.raises(RuntimeError, match="scale_input: .* not torch.float64"):
+        ops.scale_input(X, SIGMA, dtype=torch.float64)
+
+
+def test_meta_and_fake_tensors_take_the_reference():
+    meta = ops.denoise(X.to("meta"), X.to("meta"), SIGMA.to("meta"))
+    assert meta.device.type == "meta" and meta.shape == X.shape
+    with FakeTensorMode() as mode:
+        x, sigma = mode.from_tensor(X), mode.from_tensor(SIGMA)
+        noised, model_input, c_noise = ops.add_noise(x, x, sigma, dtype=torch.bfloat16)
+    assert noised.shape == X.shape and model_input.dtype == torch.bfloat16 and c_noise.shape == (2,)
+
+
+def test_transforms_and_forward_mode_take_the_reference():
+    def loss(x):
+        return ops.weighted_loss(x, torch.zeros_like(x), torch.ones(()), norm="l2").sum()
+
+    expected = torch.func.grad(loss)(X)
+    torch.testing.assert_close(expected, 2 * X / X[0].numel())
+    value, tangent = torch.func.jvp(lambda x: ops.denoise(x, x, SIGMA), (X,), (torch.ones_like(X),))
+    torch.testing.assert_close(tangent, ops.denoise(torch.ones_like(X), torch.ones_like(X), SIGMA))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        moved = torch.autograd.forward_ad.unpack_dual(ops.denoise(dual, dual, SIGMA)).tangent
+    torch.testing.assert_close(moved, tangent)
+    batched = torch.func.vmap(lambda x: ops.denoise(x, x, SIGMA))(torch.stack([X, X]))
+    torch.testing.assert_close(batched[0], ops.denoise(X, X, SIGMA))
