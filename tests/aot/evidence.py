@@ -1,0 +1,179 @@
+"""What a compiled program shows without a GPU: spills, approximate arithmetic, narrow accesses, narrow offsets.
+
+Each check returns faults, in words; none is good. Tensor accesses and offsets are read from Triton's own IR, the rest
+from what the hardware runs: PTX and the cubin, or AMD's assembly.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import triton
+from triton.compiler import CompiledKernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+#: The widest access of one thread, in bytes.
+WIDEST = 16
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
+_AMD_BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    """What a tool of the Triton wheel says about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def missing_tools() -> list[str]:
+    return [name for name in ("cuobjdump", "nvdisasm") if not (TOOLS / name).exists()]
+
+
+def spills(program: CompiledKernel) -> list[str]:
+    """Memory of a thread's own, which is where registers go that do not fit."""
+    if "cubin" in program.asm:
+        usage = _tool("cuobjdump", "-res-usage", cubin=program.asm["cubin"])
+        counts = re.findall(r"(STACK|LOCAL):(\d+)", usage)
+    else:
+        counts = re.findall(
+            r"\.((?:[vs]gpr_spill_count|private_segment_fixed_size)):\s+(\d+)", program.asm["amdgcn"]
+        )
+    if len({name for name, _ in counts}) < 2:
+        return ["the tools report no spills, and none of their absence"]
+    return [f"{name} is {count}" for name, count in counts if int(count)]
+
+
+def approximations(program: CompiledKernel) -> list[str]:
+    """Arithmetic that is not rounded to nearest."""
+    if "ptx" in program.asm:
+        return sorted(set(re.findall(r"\b\w+\.approx[\w.]*|\bdiv\.full[\w.]*", program.asm["ptx"])))
+    # Correctly rounded forms are made of v_rcp, v_rsq and v_sqrt too: the calls tell. Division is exact there always.
+    return sorted(set(re.findall(r"call.*@(llvm\.amdgcn\.(?:sqrt|rcp|log|exp2|sin|cos)[\w.]*)", program.asm["llir"])))
+
+
+def _declared(program: CompiledKernel) -> Iterator[tuple[str, int, int]]:
+    """("load" or "store", elements or 0 for a scalar, bytes of an element) of each access of the kernel."""
+    pattern = r"tt\.(load|store) .*? : (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)"
+    for kind, shape, dtype in re.findall(pattern, program.asm["ttir"]):
+        elements = 1
+        for size in shape.split("x") if shape else "0":
+            elements *= int(size)
+        yield kind, elements, _BYTES[dtype]
+
+
+def _emitted(program: CompiledKernel) -> Iterator[tuple[str, int]]:
+    """("load" or "store", bytes of a thread) of each access of the machine program."""
+    if "ptx" in program.asm:
+        for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", program.asm["ptx"]):
+            yield {"ld": "load", "st": "store"}[kind], int(vector or 1) * int(bits) // 8
+    else:
+        pattern = r"\b(?:global|buffer|flat)_(load|store)_(?:[su]?(byte|short|dword(?:x\d)?))\w*"
+        for kind, width in re.findall(pattern, program.asm["amdgcn"]):
+            yield kind, _AMD_BYTES[width]
+
+
+def narrow_accesses(program: CompiledKernel) -> list[str]:
+    """Accesses to tensors of fewer bytes than a thread's share of the tensor has, up to 16.
+
+    Scalars (noise levels, weights, indices) are a thread's one element each. A loop that is unrolled repeats accesses,
+    so that more wide ones than the kernel declares are no fault.
+    """
+    threads = 32 if "ptx" in program.asm else 64
+    threads *= program.metadata.num_warps
+    wanted: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    scalars: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for kind, elements, size in _declared(program):
+        if elements:
+            share = max(elements // threads, 1) * size
+            wanted[kind][min(share, WIDEST)] += max(share // WIDEST, 1)
+        else:
+            scalars[kind][size] += 1
+    faults = []
+    for kind in wanted:
+        found = Counter(width for other, width in _emitted(program) if other == kind)
+        for width, count in wanted[kind].items():
+            if found[width] < count:
+                faults.append(f"{found[width]} {kind}s of {width} bytes, expected {count}")
+        for width in found.keys() - wanted[kind].keys():
+            if found[width] > scalars[kind][width]:
+                faults.append(f"{found[width]} {kind}s of {width} bytes, {scalars[kind][width]} of them of scalars")
+    return faults
+
+
+def narrow_in_sass(program: CompiledKernel) -> list[str]:
+    """The same in the cubin: as many 16-byte accesses as the PTX has, and no more of others."""
+    sass = _tool("nvdisasm", "-c", cubin=program.asm["cubin"])
+    faults = []
+    for kind, instruction in ("load", "LDG"), ("store", "STG"):
+        widths = [width for other, width in _emitted(program) if other == kind]
+        found = re.findall(rf"\b{instruction}\.E\S*", sass)
+        wide = sum(".128" in access for access in found)
+        declared_wide = sum(width == WIDEST for width in widths)
+        if wide < declared_wide:
+            faults.append(f"{wide} {instruction}.E.128, and {declared_wide} {kind}s of 16 bytes in PTX")
+        if len(found) - wide > len(widths) - declared_wide:
+            faults.append(f"{len(found) - wide} narrow {instruction}, and {len(widths) - declared_wide} in PTX")
+    return faults
+
+
+_SUMS = ("arith.addi", "arith.subi", "arith.muli", "arith.shli")
+_COPIES = ("tt.splat", "tt.expand_dims", "tt.broadcast")
+
+
+def narrow_offsets(program: CompiledKernel) -> list[str]:
+    """Offsets that 32 bits hold or pass through, and which so wrap at 2^31 elements.
+
+    Two things need no 64 bits: the number of a program, and what is made of constants, ranges and a loop's counter.
+    """
+    ttir = program.asm["ttir"]
+    values = {name: (op, rest) for name, op, rest in re.findall(r"(%\w+) = (?:\")?([\w.]+)(?:\")?(.*)", ttir)}
+    counters = set(re.findall(r"scf\.for (%\w+) =", ttir))
+
+    def operands(name: str) -> list[str]:
+        return re.findall(r"%\w+", values[name][1].split(" : ")[0])
+
+    def bounded(name: str) -> bool:
+        if name in counters:
+            return True
+        op = values.get(name, ("argument", ""))[0]
+        if op in _SUMS + _COPIES:
+            return all(map(bounded, operands(name)))
+        return op in ("arith.constant", "tt.make_range")
+
+    def wraps(name: str) -> bool:
+        op = values.get(name, ("argument", ""))[0]
+        return any(map(wraps, operands(name))) if op in _COPIES else op in _SUMS and not bounded(name)
+
+    faults = []
+    for name, (op, rest) in values.items():
+        if op == "tt.addptr":
+            offset, kind = operands(name)[1], rest.split(" : ")[1]
+            is_program = values.get(offset, ("argument", ""))[0] == "tt.get_program_id"
+            if not re.search(r", (?:tensor<[\dx]+x)?i64\b", kind) and not (is_program or bounded(offset)):
+                faults.append(f"{name} is a pointer plus 32 bits:{rest.split(' loc')[0]}")
+        elif op in ("arith.extsi", "arith.extui") and wraps(operands(name)[0]):
+            faults.append(f"{name} is made 64 bits wide after a sum of 32:{rest.split(' loc')[0]}")
+    return faults
+
+
+def instructions_per_element(program: CompiledKernel) -> float:
+    """Instructions in the cubin for each element that a thread stores."""
+    sass = _tool("nvdisasm", "-c", cubin=program.asm["cubin"])
+    count = sum("NOP" not in line for line in re.findall(r"/\*[\da-f]{4,}\*/.*;", sass))
+    elements = max(elements for kind, elements, _ in _declared(program) if kind == "store")
+    return count / (elements // (32 * program.metadata.num_warps))
+
+
+CHECKS: dict[str, Callable[[CompiledKernel], list[str]]] = {
+    "spills": spills,
+    "approximate arithmetic": approximations,
+    "narrow accesses": narrow_accesses,
+    "narrow offsets": narrow_offsets,
+}

@@ -1,0 +1,160 @@
+"""Every kernel, as it is launched, compiled ahead of time for every architecture we name, and what its program shows.
+
+Runs without a GPU. Triton's interpreter replaces the compiler, so that the two cannot share a process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: there is no compiler")
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import cmfast.kernels
+from cmfast.ops import _dispatch
+from tests.aot import evidence
+from tests.aot.record import Launch, launches_of, recording
+from tests.aot.uses import USES
+
+if _dispatch.INTERPRETING:
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted here, not compiled", allow_module_level=True)
+if evidence.missing_tools():
+    pytest.skip(f"this Triton has no {' and no '.join(evidence.missing_tools())}", allow_module_level=True)
+
+SM_90 = GPUTarget("cuda", 90, 32)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": SM_90,
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """Every launch of every use."""
+    return {name: launches_of(use.call) for name, use in USES.items()}
+
+
+@pytest.fixture(scope="module")
+def faults(report):
+    """Faults of a launch on a target, by check; launches that share a program share its compilation."""
+    known: dict[tuple, dict[str, list[str]]] = {}
+
+    def faults_of(launch: Launch, target: GPUTarget) -> dict[str, list[str]]:
+        key = launch.key(target)
+        if key not in known:
+            program = launch.compile(target)
+            known[key] = {name: check(program) for name, check in evidence.CHECKS.items()}
+            if target == SM_90:
+                known[key]["narrow accesses"] += evidence.narrow_in_sass(program)
+            report.programs[str(target.arch)] += 1
+        return known[key]
+
+    return faults_of
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_program_is_sound(use, target, launches, faults):
+    name = next(name for name, other in USES.items() if other is use)
+    assert launches[name]
+    found = [
+        f"{launch.name}: {check}: {fault}"
+        for launch in launches[name]
+        for check, all_faults in faults(launch, target).items()
+        if check != "narrow accesses" or not use.exempt
+        for fault in all_faults
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_kernel_is_launched(launches, report):
+    names = [module.name for module in pkgutil.iter_modules(cmfast.kernels.__path__)]
+    kernels = {
+        kernel.fn.__name__
+        for module in names
+        for name, kernel in vars(importlib.import_module(f"cmfast.kernels.{module}")).items()
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel")
+    }
+    launched = [launch.name for each in launches.values() for launch in each]
+    report.launches = len(launched)
+    assert kernels and kernels == set(launched)
+
+
+@triton.jit
+def _randn_kernel(out_ptr, seed, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.randn(seed, at.to(tl.uint32)))
+
+
+def test_a_normal_number_costs_few_instructions(launches, report):
+    """All of the kernel counts, its addresses and its slow paths of square roots too. tl.randn takes a sine and a
+    cosine with a reduction for large angles, which ours never are: a hundred instructions are well below it."""
+    (launch,) = launches["normal"]
+    ours = evidence.instructions_per_element(launch.compile(SM_90))
+    options = {key: launch.options[key] for key in ("num_warps", "enable_fp_fusion")}
+    with recording() as recorded:
+        _randn_kernel[(1,)](torch.empty(1024), 7, BLOCK=1024, **options)
+    theirs = evidence.instructions_per_element(recorded[0].compile(SM_90))
+    report.notes.append(f"instructions per normal on sm_90: {ours:.1f}, tl.randn {theirs:.1f}")
+    assert ours < 100 < theirs
+
+
+@triton.jit
+def _approximate_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK).to(tl.int64)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.sqrt(x / (x + 3.0)))
+
+
+@triton.jit
+def _spilling_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK * 32).to(tl.int64)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, x * tl.sum(x))
+
+
+@triton.jit
+def _strided_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK).to(tl.int64)
+    tl.store(out_ptr + at, tl.load(x_ptr + 2 * at))
+
+
+@triton.jit
+def _wrapping_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def _late_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    at = (tl.program_id(0) * BLOCK).to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at))
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    "kernel, fault",
+    [
+        (_approximate_kernel, "approximate arithmetic"),
+        (_spilling_kernel, "spills"),
+        (_strided_kernel, "narrow accesses"),
+        (_wrapping_kernel, "narrow offsets"),
+        (_late_kernel, "narrow offsets"),
+    ],
+    ids=lambda value: value.fn.__name__ if isinstance(value, JITFunction) else value,
+)
+def test_a_bad_kernel_is_found(kernel, fault, target):
+    with recording() as recorded:
+        kernel[(1,)](torch.empty(1024), torch.empty(1024), BLOCK=1024, num_warps=1, enable_fp_fusion=True)
+    program = recorded[0].compile(target)
+    assert [name for name, check in evidence.CHECKS.items() if check(program)] == [fault]

@@ -1,0 +1,190 @@
+"""How operations are used: a listed set of calls, chosen so that each kernel is launched in every way that matters.
+
+The state is float32 and the network's side bfloat16 unless a name says otherwise; noise levels are one per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast import ops
+from tests.ops.cases import CASES, OUTPUTS, flat
+
+ImageNet64, Odd, Tiny, Long = (4, 3, 64, 64), (5, 3, 7, 3), (4, 1, 8, 8), (2, 3, 256, 256)
+
+MIXED = "states and network tensors lie in different orders: one of them is walked with a stride"
+UNALIGNED = "tensors or samples do not start at multiples of 16 bytes"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call that launches kernels. exempt: why their accesses need not be wide, if so."""
+
+    call: Callable[[], Any]
+    exempt: str = ""
+
+
+def batch(shape: tuple[int, ...], dtype: torch.dtype, last: bool = False, shift: int = 0) -> Tensor:
+    """A batch of any values. last: channels_last; shift: elements that it lies off from aligned memory."""
+    room = torch.empty(torch.Size(shape).numel() + shift, dtype=dtype)[shift:]
+    if not last:
+        return room.view(shape)
+    return room.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def of_case(
+    name: str,
+    *,
+    state: torch.dtype = torch.float32,
+    model: torch.dtype = torch.bfloat16,
+    shape: tuple[int, ...] = ImageNet64,
+    state_last: bool = False,
+    model_last: bool = False,
+    shift: int = 0,
+    per_row: bool = True,
+    grads: str = "",
+    results: int | None = None,
+    **options: Any,
+) -> Callable[[], Any]:
+    """A call of tests/ops/cases.py; then gradients of the states in `grads`, from the first `results` results."""
+
+    def call() -> None:
+        case = CASES[name]
+        states = {
+            key: batch(shape, model, model_last, shift) if key in OUTPUTS else batch(shape, state, state_last, shift)
+            for key in case.states
+        }
+        sigmas = {key: torch.ones(shape[0] if per_row else ()) for key in case.sigmas}
+        leaves = [states[key].requires_grad_() for key in grads.split()]
+        made = flat(case.call(states, sigmas, dtype=model, **options))
+        if leaves:
+            made = [result for result in made if result.requires_grad][:results]
+            torch.autograd.grad(made, leaves, [torch.empty_like(result) for result in made], allow_unused=True)
+
+    return call
+
+
+def drawn(op: Callable, *names: str, seed: Any = 7, draw: Any = 0, model_last: bool = False, **options: Any) -> Any:
+    """A call that draws its noise; f and x stand for a network's output and a state, other names for a level."""
+
+    def call() -> None:
+        tensors = {"f": batch(ImageNet64, torch.bfloat16, model_last), "x": batch(ImageNet64, torch.float32)}
+        arguments = [tensors.get(name, torch.tensor(1.0)) for name in names]
+        noise = ops.Draw(seed, torch.arange(ImageNet64[0]), draw)
+        arguments = [noise if name == "noise" else argument for name, argument in zip(names, arguments)]
+        op(*arguments, **options)
+
+    return call
+
+
+def _pixels(last: bool = False, shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
+    f, x = batch(shape, torch.bfloat16, last), batch(shape, torch.float32, last)
+    return lambda: ops.denoise_to_uint8(f, x, torch.tensor(1.0), **options)
+
+
+def _normal(shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
+    return lambda: ops.normal(7, torch.arange(shape[0]), shape[1:], **options)
+
+
+def _listed() -> dict[str, Use]:
+    """Every use by name."""
+    f32, f16, last = torch.float32, torch.float16, torch.channels_last
+    counter = {"seed": torch.tensor(7), "draw": torch.tensor(1)}
+    init = {"shape": ImageNet64[1:], "dtype": torch.bfloat16}
+    uses = {
+        # What sampling launches.
+        "init_noise": Use(of_case("init_noise")),
+        "init_noise, drawn": Use(drawn(ops.init_noise, "noise", "sigma", **init)),
+        "init_noise, drawn by tensors": Use(drawn(ops.init_noise, "noise", "sigma", **counter, **init)),
+        "init_noise, drawn, channels_last": Use(
+            drawn(ops.init_noise, "noise", "sigma", memory_format=last, **init), MIXED
+        ),
+        "scale_input": Use(of_case("scale_input", grads="x")),
+        "scale_input, one level": Use(of_case("scale_input", per_row=False)),
+        "scale_input, float32": Use(of_case("scale_input", model=f32)),
+        "scale_input, channels_last": Use(of_case("scale_input", grads="x", memory_format=last), MIXED),
+        "scale_input plain": Use(of_case("scale_input plain")),
+        "denoise": Use(of_case("denoise", grads="f x")),
+        "denoise, one level": Use(of_case("denoise", per_row=False)),
+        "denoise, float32": Use(of_case("denoise", model=f32, grads="f")),
+        "denoise, float16": Use(of_case("denoise", model=f16, grads="f")),
+        "denoise, bfloat16 state": Use(of_case("denoise", state=torch.bfloat16)),
+        "denoise clipped": Use(of_case("denoise clipped", grads="f x")),
+        "denoise clipped, channels_last": Use(of_case("denoise clipped", model_last=True, grads="f x"), MIXED),
+        "denoise, all channels_last": Use(of_case("denoise", state_last=True, model_last=True, grads="f")),
+        "denoise plain": Use(of_case("denoise plain", grads="f")),
+        "denoise_to_uint8, channels_last": Use(_pixels(last=True)),
+        "denoise_to_uint8, one channel": Use(_pixels(shape=(4, 1, 64, 64))),
+        "denoise_to_uint8": Use(_pixels(), MIXED),
+        "denoise_to_uint8, nearest": Use(_pixels(rounding="nearest"), MIXED),
+        "to_uint8": Use(lambda: ops.to_uint8(batch(ImageNet64, f32)), MIXED),
+        "to_uint8, channels_last": Use(lambda: ops.to_uint8(batch(ImageNet64, f32, True), rounding="nearest")),
+        "renoise": Use(of_case("renoise", grads="f x noise")),
+        "renoise, float16": Use(of_case("renoise", model=f16)),
+        "renoise clipped": Use(of_case("renoise clipped", grads="f x noise")),
+        "renoise drawn": Use(of_case("renoise drawn", grads="f")),
+        "renoise drawn, float32": Use(of_case("renoise drawn", model=f32)),
+        "renoise drawn by tensors": Use(drawn(ops.renoise, "f", "x", "sigma", "next", "noise", clip=True, **counter)),
+        "renoise drawn, channels_last": Use(
+            drawn(ops.renoise, "f", "x", "sigma", "next", "noise", clip=True, model_last=True), MIXED
+        ),
+        "euler_step": Use(of_case("euler_step", grads="f x")),
+        "euler_step, one level": Use(of_case("euler_step", per_row=False)),
+        "euler_step clipped": Use(of_case("euler_step clipped", grads="f x")),
+        "euler_step plain": Use(of_case("euler_step plain", grads="f")),
+        "euler_step, channels_last": Use(of_case("euler_step", model_last=True, grads="f x"), MIXED),
+        "heun_predictor": Use(of_case("heun_predictor", grads="f x")),
+        "heun_corrector": Use(of_case("heun_corrector", grads="f f2 x")),
+        "heun_corrector, float32": Use(of_case("heun_corrector", model=f32)),
+        "heun_corrector, one level": Use(of_case("heun_corrector", per_row=False)),
+        "heun_corrector clipped": Use(of_case("heun_corrector clipped", grads="f f2 x")),
+        "heun_corrector clipped, channels_last": Use(
+            of_case("heun_corrector clipped", model_last=True, grads="f f2 x"), MIXED
+        ),
+        "midpoint_corrector clipped": Use(of_case("midpoint_corrector clipped", grads="f f2 x")),
+        "normal": Use(_normal()),
+        "normal, bfloat16": Use(_normal(dtype=torch.bfloat16)),
+        # What training launches.
+        "add_noise": Use(of_case("add_noise", grads="x noise")),
+        "add_noise, gradient of the state alone": Use(of_case("add_noise", grads="x", results=1)),
+        "add_noise drawn": Use(of_case("add_noise drawn")),
+        "add_noise_pair": Use(of_case("add_noise_pair", grads="x noise")),
+        "add_noise_pair drawn": Use(of_case("add_noise_pair drawn")),
+        "add_noise_pair drawn, float16": Use(of_case("add_noise_pair drawn", model=f16)),
+        "weighted_loss l1": Use(of_case("weighted_loss l1", grads="x")),
+        "weighted_loss l2": Use(of_case("weighted_loss l2", grads="x y")),
+        "weighted_loss huber": Use(of_case("weighted_loss huber", grads="x")),
+        "consistency_loss l2": Use(of_case("consistency_loss l2", grads="f")),
+        "consistency_loss huber": Use(of_case("consistency_loss huber", grads="f")),
+        "consistency_loss karras": Use(of_case("consistency_loss karras", grads="f")),
+        "consistency_loss karras, float16": Use(of_case("consistency_loss karras", model=f16, grads="f")),
+        "consistency_loss snr": Use(of_case("consistency_loss snr")),
+        "consistency_loss snr+1": Use(of_case("consistency_loss snr+1")),
+        "consistency_loss truncated-snr": Use(of_case("consistency_loss truncated-snr")),
+        "consistency_loss uniform, all gradients": Use(of_case("consistency_loss uniform", grads="f x f2 x2")),
+        "consistency_loss plain": Use(of_case("consistency_loss plain", grads="f f2")),
+        "consistency_loss karras, channels_last": Use(
+            of_case("consistency_loss karras", model_last=True, grads="f"), MIXED
+        ),
+        # Long samples: partial sums, folded by a second launch.
+        "weighted_loss l2, long": Use(of_case("weighted_loss l2", shape=Long)),
+        "consistency_loss huber, long": Use(of_case("consistency_loss huber", shape=Long, grads="f")),
+        # Samples smaller than a program, and what does not lie well.
+        "denoise, tiny": Use(of_case("denoise", shape=Tiny, grads="f")),
+        "consistency_loss l2, tiny": Use(of_case("consistency_loss l2", shape=Tiny)),
+        "denoise, odd": Use(of_case("denoise clipped", shape=Odd, grads="f x"), UNALIGNED),
+        "renoise drawn, odd": Use(of_case("renoise drawn", shape=Odd, grads="f"), UNALIGNED),
+        "heun_corrector, odd": Use(of_case("heun_corrector", shape=Odd), UNALIGNED),
+        "consistency_loss karras, odd": Use(of_case("consistency_loss karras", shape=Odd, grads="f"), UNALIGNED),
+        "normal, odd": Use(_normal(Odd), UNALIGNED),
+        "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
+    }
+    return uses
+
+
+USES = _listed()
