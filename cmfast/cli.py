@@ -1,4 +1,4 @@
-"""The command line: `python -m cmfast sample | demo | train | quality`, also as `cmfast`."""
+"""The command line: `python -m cmfast sample | demo | train | quality | info`, also as `cmfast`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="digits from the bundled model in one step and in two"))
     _add_train(commands.add_parser("train", help="run a training recipe"))
     _add_quality(commands.add_parser("quality", help="measure how good the digits of a model are"))
+    info = commands.add_parser("info", help="versions, devices, and which path each operation takes here, and why")
+    info.set_defaults(run=_info)
     return parser
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from cmfast.info import report
+
+    print(report())
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:

@@ -91,17 +91,17 @@ def _compare(
                 target = target[0].denoised(*target[1])
         weight = _weight(sigma, weighting, sigma_data)
         return distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
-    other: tuple[Tensor | None, ...] = (None, None)
+    x_t2 = next_sigma = None
     if isinstance(target, tuple):
-        output, *other = target[1]
-        target, *other = output.detach(), *(x.detach() for x in other)
+        target, x_t2, next_sigma = (x.detach() for x in target[1])
     return ops.consistency_loss(
         model_output,
         x_t,
         sigma,
         target,
         weighting(sigma) if callable(weighting) else weighting,
-        *other,
+        x_t2,
+        next_sigma,
         norm=loss_norm,
         huber_c=_huber_c(x_t, huber_c) if loss_norm == "huber" else 0.0,
         weight_sigma_data=sigma_data,
@@ -163,14 +163,15 @@ def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
     return indices
 
 
-Input = tuple[Tensor, Tensor]
+#: A state, the network's input made of it, and c_noise.
+Point = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
 def _solve(
-    teacher: Evaluator, x_t: Tensor, first: Input, sigma: Tensor, next_sigma: Tensor, solver: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the teacher's probability-flow ODE from its input `first`: x [B, C, H, W], and its next input."""
+    teacher: Evaluator, x_t: Tensor, first: tuple[Tensor, Tensor], sigma: Tensor, next_sigma: Tensor, solver: str
+) -> Point:
+    """One step of the teacher's probability-flow ODE from its input `first`."""
     options = teacher.step_options
     model_output = teacher(*first)
     if solver == "euler":
@@ -180,10 +181,10 @@ def _solve(
 
 
 @torch.no_grad()
-def _input_of(evaluate: Evaluator, maker: Evaluator, made: Input, x: Tensor, sigma: Tensor) -> Input:
-    """A model's input at (x, sigma): what was made for another model there, if it is the same."""
+def _input_of(evaluate: Evaluator, maker: Evaluator, point: Point, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """A model's input at a point: what was made for another model there, if it is the same."""
+    x, model_input, c_noise = point
     if evaluate.input_options == maker.input_options:
-        model_input, c_noise = made
         return model_input.detach(), c_noise
     return evaluate.scale_input(x, sigma)
 
@@ -239,19 +240,18 @@ def consistency_loss(
     options = student.input_options
     if teacher_model is None:
         first, second = ops.add_noise_pair(x_start, noise, sigma, next_sigma, **options)
-        (x_t, *made), maker = first, student
+        maker = student
     else:
-        x_t, *made = ops.add_noise(x_start, noise, sigma, **options)
+        first = ops.add_noise(x_start, noise, sigma, **options)
         maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
     with _saved_random_state(x_start) as restore:
-        model_output = student(*made)
+        x_t, model_output = first[0], student(*first[1:])
         if teacher_model is not None:
-            first_input = _input_of(maker, student, tuple(made), x_t, sigma)
-            second = _solve(maker, x_t, first_input, sigma, next_sigma, solver)
-        x_t2, *made = second
+            second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
+        x_t2 = second[0]
         with torch.no_grad():
             restore()
-            target_output = target(*_input_of(target, maker, tuple(made), x_t2, next_sigma))
+            target_output = target(*_input_of(target, maker, second, next_sigma))
     loss = _compare(
         student,
         (model_output, x_t, sigma),
@@ -299,11 +299,10 @@ def progressive_distillation_loss(
         _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
     )
     student, teacher = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
-    x_t, *made = ops.add_noise(x_start, noise, sigma, **student.input_options)
-    model_output = student(*made)
-    first_input = _input_of(teacher, student, tuple(made), x_t, sigma)
-    x_mid, *made = _solve(teacher, x_t, first_input, sigma, mid_sigma, "euler")
-    x_next, *_ = _solve(teacher, x_mid, tuple(made), mid_sigma, next_sigma, "euler")
+    first = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    x_t, model_output = first[0], student(*first[1:])
+    x_mid, *middle = _solve(teacher, x_t, _input_of(teacher, student, first, sigma), sigma, mid_sigma, "euler")
+    x_next, *_ = _solve(teacher, x_mid, (middle[0], middle[1]), mid_sigma, next_sigma, "euler")
     with torch.no_grad():
         ratio = (sigma / (sigma - next_sigma)).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
         target = torch.lerp(x_t, x_next, ratio)

@@ -388,16 +388,15 @@ def sample(
     if few and "sigma_min" in known:
         options = {"sigma_min": known["sigma_min"], **options}
     evaluate = _evaluator(model, labels, clip_denoised)
-    drawn = isinstance(noise, ops.Draw)
-    evaluate.settle(torch.float32 if drawn else noise.dtype)
-    level = torch.tensor(
-        levels[0],
-        dtype=torch.float32 if drawn else _check.sigma_dtype(noise),
-        device=noise.index.device if drawn else noise.device,
-    )
+    if isinstance(noise, ops.Draw):
+        dtype, device, given_shape = torch.float32, noise.index.device, image_shape
+    else:
+        dtype, device, given_shape = noise.dtype, noise.device, None
+    level = torch.tensor(levels[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     with torch.no_grad():
-        x, *first = ops.init_noise(noise, level, shape=image_shape if drawn else None, **evaluate.input_options)
-    options["first"] = tuple(first)
+        first_options = evaluate.settle(dtype).input_options
+        x, model_input, c_noise = ops.init_noise(noise, level, shape=given_shape, **first_options)
+    options["first"] = model_input, c_noise
     ends = few and options.get("end_sigma") is None
     if ends and pixels is not None:
         return SAMPLERS[sampler](evaluate, x, levels, pixels=pixels, **options)

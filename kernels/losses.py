@@ -323,8 +323,7 @@ def _consistency(
     boundary: float,
 ) -> tuple[_Pair, tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
     """What both passes give to a kernel."""
-    from_output = x_t2 is not None
-    pair = _Pair(model_output, x_t, target if from_output else None, x_t2 if from_output else target)
+    pair = _Pair(model_output, x_t, None, target) if x_t2 is None else _Pair(model_output, x_t, target, x_t2)
     levels = sigma, sigma if next_sigma is None else next_sigma, sigma if isinstance(weight, str) else weight
     measure = _measure(norm, huber_c, weight if isinstance(weight, str) else "given", weight_sigma_data)
     return pair, levels, measure, scaling(sigma_data, boundary)

@@ -143,15 +143,14 @@ def init_noise_fwd(
     if isinstance(noise, Tensor):
         x_t = empty(dense(noise))
     else:
-        x_t = torch.empty((noise.index.shape[0], *shape), dtype=state_dtype, device=noise.index.device)
+        x_t = torch.empty((noise.index.shape[0], *(shape or ())), dtype=state_dtype, device=noise.index.device)
     return _add_noise_fwd(None, noise, sigma, sigma, x_t, sigma_data, dtype, memory_format)
 
 
 def init_noise_bwd(
     needed: tuple[bool, ...], grads: Grads, noise: Any, sigma: Tensor, *, sigma_data: float | None, **_: Any
 ) -> Grads:
-    _, grad = _add_noise_bwd(False, needed[0], grads, noise, noise, sigma, sigma, sigma_data)
-    return grad, None
+    return _add_noise_bwd(False, needed[0], grads, noise, noise, sigma, sigma, sigma_data)[1], None
 
 
 def add_noise_fwd(
@@ -181,7 +180,8 @@ def add_noise_bwd(
     **_: Any,
 ) -> Grads:
     level = sigma if input_sigma is None else input_sigma
-    return *_add_noise_bwd(*needed[:2], grads, x_start, noise, sigma, level, sigma_data), None, None
+    grad_x, grad_noise = _add_noise_bwd(needed[0], needed[1], grads, x_start, noise, sigma, level, sigma_data)
+    return grad_x, grad_noise, None, None
 
 
 @drawing_jit

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import cmfast
-from cmfast import UNetModel, cli
+from cmfast import UNetModel, cli, ops
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,19 @@ class TestBundledModel:
     def test_errors_have_no_traceback(self, tmp_path):
         done = self.run(tmp_path, "sample", "--model", "missing.pt")
         assert done.returncode == 2 and "Traceback" not in done.stderr and "missing.pt" in done.stderr
+
+
+def test_info_says_what_is_here_and_why(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"cmfast {cmfast.__version__}" in out and f"torch {torch.__version__.split('+')[0]}" in out
+    for name in (*ops.FUSED, *ops.SMALL, "lpips_layer"):
+        assert name in out
+    if not torch.cuda.is_available():
+        assert "Triton kernels run on a GPU, and the tensors are on the CPU" in out
+
+
+def test_info_follows_the_backend(capsys):
+    with cmfast.backend("reference"):
+        cli.main(["info"])
+    assert "backend: reference" in capsys.readouterr().out

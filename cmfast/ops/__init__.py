@@ -6,7 +6,7 @@ right and serves everywhere else. `backend("reference" | "triton" | "auto")` cho
 is taken here and why.
 """
 
-from cmfast.ops._dispatch import BACKENDS, backend, current_backend
+from cmfast.ops._dispatch import BACKENDS, FUSED, SMALL, backend, current_backend, explain
 from cmfast.ops.images import to_uint8
 from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.ops.lpips import lpips_layer
@@ -16,6 +16,8 @@ from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpo
 
 __all__ = [
     "BACKENDS",
+    "FUSED",
+    "SMALL",
     "WEIGHTINGS",
     "Draw",
     "add_noise",
@@ -27,6 +29,7 @@ __all__ = [
     "denoise",
     "denoise_to_uint8",
     "euler_step",
+    "explain",
     "heun_corrector",
     "heun_predictor",
     "init_noise",

@@ -19,7 +19,7 @@ def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must have a floating dtype, {_DTYPE_NAMES}, got {x.dtype}")
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}; taken: {_DTYPE_NAMES}")
     if x.ndim < min_ndim:
         raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
@@ -95,7 +95,7 @@ def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True)
     if not isinstance(sigma, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (scalar or [B]), got {type(sigma).__name__}")
     if sigma.dtype not in DTYPES:
-        raise TypeError(f"{name} must have a floating dtype, {_DTYPE_NAMES}, got {sigma.dtype}")
+        raise TypeError(f"{name} must have a floating dtype, got {sigma.dtype}; taken: {_DTYPE_NAMES}")
     if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape[0] != x.shape[0]):
         raise ValueError(f"{name} must be a scalar or [B] with B = {x.shape[0]}, got {list(sigma.shape)}")
     if sigma.device != x.device:

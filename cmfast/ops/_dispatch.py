@@ -18,9 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmfast import reference
+from cmfast.ops import _inplace
 from cmfast.reference import Draw
 
 BACKENDS = ("auto", "triton", "reference")
+#: The operations that have a kernel.
+FUSED = (
+    "scale_input",
+    "init_noise",
+    "add_noise",
+    "add_noise_pair",
+    "normal",
+    "denoise",
+    "denoise_to_uint8",
+    "to_uint8",
+    "renoise",
+    "euler_step",
+    "heun_predictor",
+    "heun_corrector",
+    "midpoint_corrector",
+    "weighted_loss",
+    "consistency_loss",
+)
+#: Those that make a few numbers for each sample, and need none.
+SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The oldest CUDA architecture that kernels are compiled and tested for.
@@ -169,86 +191,36 @@ def is_plain(inputs: tuple[Any, ...], *, differentiable: bool) -> bool:
     return _subclass_refusal(tensors) is None and _transform_refusal() is None
 
 
-Forward = Callable[..., Any]
+def plain(name: str, *inputs: Tensor | Draw | str | None) -> Callable[..., Any]:
+    """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits."""
+    form = _inplace.FORMS.get(name)
+    if form is None or not is_plain(inputs, differentiable=form is _inplace.weighted_loss):
+        return getattr(reference, name)
+    return form
 
 
-def fused(
-    forward: Forward,
-    backward: Callable[..., Any],
-    reference: Forward,
-    *inputs: Any,
-    keep: int = 0,
-    c_noise: tuple[int, ...] = (),
-    **options: Any,
-) -> Any:
-    """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
+def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Which path operation `name` takes for tensors of a dtype on a device, and why not a faster one.
 
-    `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
-    `c_noise`: the results that come from noise levels alone. What `backward` returns None for (gradients of noise
-    levels), and gradients of gradients, come from the reference.
+    `triton`: the kernel. `in place`: PyTorch in fewer passes, where no gradient is recorded. `reference`: the rest.
+
+    >>> explain("scalings")
+    ('reference', 'no kernel: a few numbers for each sample')
     """
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
-    else:
-        results = _tuple(forward(*inputs, **options))
-    returned = results[: len(results) - keep]
-    return returned[0] if len(returned) == 1 else returned
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *inputs: Any) -> Any:
-        # A tuple always: Dynamo wants one.
-        return _tuple(forward(*inputs, **options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options, *arguments = inputs
-        saved = output[len(output) - ctx.keep :]
-        levels_vary = any(isinstance(x, Tensor) and x.ndim <= 1 and x.requires_grad for x in arguments)
-        ctx.mark_non_differentiable(*saved, *(() if levels_vary else [output[i] for i in c_noise]))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
-        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.others)
-        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors[:count], ctx.others)]
-        needed, grads = ctx.needs_input_grad[5:], grads[: len(grads) - ctx.keep]
-        results: list[Tensor | None] = [None] * count
-        if not torch.is_grad_enabled():
-            saved = {"saved": ctx.saved_tensors[count:]} if ctx.keep else {}
-            results = list(ctx.kernel(needed, grads, *inputs, **saved, **ctx.options))
-        missing = [i for i in range(count) if needed[i] and results[i] is None]
-        if missing:
-            for i, grad in zip(missing, _reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):
-                results[i] = grad
-        return None, None, None, None, None, *results
-
-
-def _reference_grads(
-    reference: Forward, inputs: list[Any], wanted: list[int], grads: tuple[Tensor | None, ...], options: dict[str, Any]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `inputs[i] for i in wanted` by differentiating the reference, differentiable if grad mode is on."""
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # An alias each: one tensor may stand for two inputs.
-        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
-        leaves = [inputs[i] if differentiable else inputs[i].detach().requires_grad_() for i in wanted]
-        for i, leaf in zip(wanted, leaves):
-            inputs[i] = leaf
-        result = reference(*inputs, **options)
-        pairs = [
-            (value, grad)
-            for value, grad in zip(_tuple(result), grads)
-            if grad is not None and value.requires_grad
-        ]
-        if not pairs:
-            return (None,) * len(wanted)
-        values, given = zip(*pairs)
-        return torch.autograd.grad(values, leaves, given, create_graph=differentiable, allow_unused=True)
+    if name in SMALL:
+        return "reference", "no kernel: a few numbers for each sample"
+    if name not in FUSED:
+        return "reference", "no kernel yet"
+    chosen = current_backend()
+    if chosen == "reference":
+        return "reference", "backend 'reference' was chosen"
+    device = torch.device(device)
+    reason = device_refusal(device) or dtype_refusal(dtype)
+    if reason is None and (chosen == "triton" or device.type == "cuda"):
+        return "triton", "inside torch.compile, only where it draws noise: inductor fuses the rest"
+    reason = reason or "Triton's interpreter is for tests: backend 'triton' chooses it"
+    if chosen == "triton":
+        return "refused", reason
+    if name in _inplace.FORMS and device.type == "cpu" and dtype == torch.float32:
+        return "in place", reason
+    return "reference", reason

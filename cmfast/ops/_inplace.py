@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmfast import reference
-from cmfast.ops._dispatch import fused, is_plain
+from cmfast.ops._autograd import fused
 from cmfast.reference import Draw
 
 _SIZE = dict[str, Any]
@@ -217,7 +217,7 @@ def consistency_loss(
     return _distance(delta, norm, huber_c) * weight
 
 
-_FORMS: dict[str, Callable[..., Any]] = {
+FORMS: dict[str, Callable[..., Any]] = {
     form.__name__: form
     for form in (
         denoise,
@@ -231,11 +231,3 @@ _FORMS: dict[str, Callable[..., Any]] = {
         consistency_loss,
     )
 }
-
-
-def plain(name: str, *inputs: Tensor | Draw | str | None) -> Callable[..., Any]:
-    """What serves operation `name` in plain PyTorch for these inputs: a form of this file where it fits."""
-    form = _FORMS.get(name)
-    if form is None or not is_plain(inputs, differentiable=form is weighted_loss):
-        return getattr(reference, name)
-    return form

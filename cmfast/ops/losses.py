@@ -1,11 +1,13 @@
 """Loss weights and weighted distances."""
 
+from typing import Any
+
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import fused, use_kernel
-from cmfast.ops._inplace import plain
+from cmfast.ops._autograd import fused
+from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.ops.precondition import check_step
 from cmfast.reference import WEIGHTINGS
 
@@ -61,7 +63,8 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
     _check.same_shape(x=x, target=target)
     _check_norm(norm, huber_c)
     _check_weight(weight, x)
-    inputs, options = (x, target, weight), {"norm": norm, "huber_c": huber_c}
+    inputs = x, target, weight
+    options: dict[str, Any] = {"norm": norm, "huber_c": huber_c}
     if use_kernel("weighted_loss", *inputs):
         from cmfast.kernels.losses import weighted_loss_bwd, weighted_loss_fwd
 
@@ -115,7 +118,7 @@ def consistency_loss(
     else:
         _check_weight(weight, x_t)
     inputs = model_output, x_t, sigma, target, weight, x_t2, next_sigma
-    options = {
+    options: dict[str, Any] = {
         "norm": norm,
         "huber_c": huber_c,
         "weight_sigma_data": weight_sigma_data,

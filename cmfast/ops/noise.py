@@ -4,13 +4,15 @@ Where an operation takes noise, that is a tensor, or a `Draw(seed, index, draw)`
 never stores: the numbers of `normal(seed, index, shape, draw=draw)`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import fused, use_kernel
-from cmfast.ops._inplace import plain
+from cmfast.ops._autograd import fused
+from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.ops.precondition import check_step
 from cmfast.reference import Draw
 
@@ -78,7 +80,7 @@ def init_noise(
     >>> x.shape, c_noise.shape
     (torch.Size([2, 3, 8, 8]), torch.Size([2]))
     """
-    options = {"shape": shape, "sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    options: dict[str, Any] = {"shape": shape, "sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
     if isinstance(noise, Draw):
         if shape is None:
             raise ValueError("shape is missing: a draw needs the shape of a sample, such as shape=(3, 64, 64)")
@@ -143,7 +145,7 @@ def add_noise(
     if input_sigma is not None:
         _check.sigma_level("input_sigma", input_sigma, x_start)
     inputs = x_start, noise, sigma, input_sigma
-    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
     if use_kernel("add_noise", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
@@ -171,7 +173,7 @@ def add_noise_pair(
     _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
     _check.sigma_level("next_sigma", next_sigma, x_start)
     inputs = x_start, noise, sigma, next_sigma
-    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
     if use_kernel("add_noise_pair", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.noise import add_noise_pair_bwd, add_noise_pair_fwd
 
@@ -209,7 +211,7 @@ def renoise(
     _check.sigma_level("next_sigma", next_sigma, x_t)
     _check.input_format(x_t, dtype, None)
     inputs = model_output, x_t, sigma, next_sigma, noise
-    options = {
+    options: dict[str, Any] = {
         "sigma_min": sigma_min,
         "sigma_data": sigma_data,
         "boundary": boundary,

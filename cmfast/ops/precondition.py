@@ -1,12 +1,14 @@
 """Preconditioning: from the state to the network's input, and from its output to D."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import fused, use_kernel
-from cmfast.ops._inplace import plain
+from cmfast.ops._autograd import fused
+from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.ops.images import ROUNDINGS
 
 
@@ -57,7 +59,7 @@ def scale_input(
     _check.sigma_level("sigma", sigma, x)
     _check.sigma_data_value(sigma_data)
     _check.input_format(x, dtype, memory_format)
-    options = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
     if use_kernel("scale_input", x, sigma, dtypes=(dtype,)):
         from cmfast.kernels.precondition import scale_input_bwd, scale_input_fwd
 
@@ -93,7 +95,7 @@ def denoise(
     True
     """
     check_step(model_output, x_t, sigma, sigma_data)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip}
     if use_kernel("denoise", x_t, model_output, sigma):
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
@@ -120,7 +122,7 @@ def denoise_to_uint8(
     if x_t.ndim < 2:
         raise ValueError(f"x_t must be a batch [B, C, ...] of 2 or more dimensions, got {list(x_t.shape)}")
     _check.choice("rounding", rounding, ROUNDINGS)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "rounding": rounding}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "rounding": rounding}
     if use_kernel("denoise_to_uint8", x_t, model_output, sigma):
         from cmfast.kernels.precondition import denoise_to_uint8_fwd
 

@@ -3,13 +3,15 @@
 Each network input is written in `dtype` (default: that of the network's output), laid out as that output is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import fused, use_kernel
-from cmfast.ops._inplace import plain
+from cmfast.ops._autograd import fused
+from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.ops.precondition import check_step
 
 
@@ -38,7 +40,7 @@ def euler_step(
     check_step(model_output, x_t, sigma, sigma_data)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
     inputs = model_output, x_t, sigma, next_sigma
     if use_kernel("euler_step", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
@@ -65,7 +67,7 @@ def heun_predictor(
     check_step(model_output, x_t, sigma, sigma_data)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
     inputs = model_output, x_t, sigma, next_sigma
     if use_kernel("heun_predictor", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
@@ -95,7 +97,7 @@ def heun_corrector(
     _check.float_tensor("model_output_next", model_output_next)
     _check.same_shape(x_t=x_t, model_output_next=model_output_next)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
     inputs = model_output, model_output_next, x_t, sigma, next_sigma
     if use_kernel("heun_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
@@ -127,7 +129,7 @@ def midpoint_corrector(
     _check.same_shape(x_t=x_t, model_output_mid=model_output_mid)
     _check.sigma_level("mid_sigma", mid_sigma, x_t, allow_zero=False)
     _check.sigma_level("next_sigma", next_sigma, x_t)
-    options = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
+    options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
     inputs = model_output, model_output_mid, x_t, sigma, mid_sigma, next_sigma
     if use_kernel("midpoint_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import midpoint_corrector_bwd, midpoint_corrector_fwd

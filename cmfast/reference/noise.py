@@ -57,7 +57,7 @@ class Draw(NamedTuple):
     """
 
     seed: int | Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name is of no use here
     draw: int | Tensor = 0
 
 

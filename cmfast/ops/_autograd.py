@@ -1,0 +1,93 @@
+"""A pair of kernels, forward and backward, as a differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Forward = Callable[..., Any]
+
+
+def fused(
+    forward: Forward,
+    backward: Callable[..., Any],
+    reference: Forward,
+    *inputs: Any,
+    keep: int = 0,
+    c_noise: tuple[int, ...] = (),
+    **options: Any,
+) -> Any:
+    """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
+
+    `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
+    `c_noise`: the results that come from noise levels alone. What `backward` returns None for (gradients of noise
+    levels), and gradients of gradients, come from the reference.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
+    else:
+        results = _tuple(forward(*inputs, **options))
+    returned = results[: len(results) - keep]
+    return returned[0] if len(returned) == 1 else returned
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *inputs: Any) -> Any:
+        # A tuple always: Dynamo wants one.
+        return _tuple(forward(*inputs, **options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options, *arguments = inputs
+        saved = output[len(output) - ctx.keep :]
+        levels_vary = any(isinstance(x, Tensor) and x.ndim <= 1 and x.requires_grad for x in arguments)
+        ctx.mark_non_differentiable(*saved, *(() if levels_vary else [output[i] for i in c_noise]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.others)
+        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors[:count], ctx.others)]
+        needed, grads = ctx.needs_input_grad[5:], grads[: len(grads) - ctx.keep]
+        results: list[Tensor | None] = [None] * count
+        if not torch.is_grad_enabled():
+            saved = {"saved": ctx.saved_tensors[count:]} if ctx.keep else {}
+            results = list(ctx.kernel(needed, grads, *inputs, **saved, **ctx.options))
+        missing = [i for i in range(count) if needed[i] and results[i] is None]
+        if missing:
+            for i, grad in zip(missing, _reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):
+                results[i] = grad
+        return None, None, None, None, None, *results
+
+
+def _reference_grads(
+    reference: Forward, inputs: list[Any], wanted: list[int], grads: tuple[Tensor | None, ...], options: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `inputs[i] for i in wanted` by differentiating the reference, differentiable if grad mode is on."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias each: one tensor may stand for two inputs.
+        inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
+        leaves = [inputs[i] if differentiable else inputs[i].detach().requires_grad_() for i in wanted]
+        for i, leaf in zip(wanted, leaves):
+            inputs[i] = leaf
+        result = reference(*inputs, **options)
+        pairs = [
+            (value, grad)
+            for value, grad in zip(_tuple(result), grads)
+            if grad is not None and value.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(wanted)
+        values, given = zip(*pairs)
+        return torch.autograd.grad(values, leaves, given, create_graph=differentiable, allow_unused=True)
