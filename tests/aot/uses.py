@@ -15,18 +15,21 @@ from torch import Tensor
 from cmfast import ops
 from tests.ops.cases import CASES, OUTPUTS, flat
 
-ImageNet64, Odd, Tiny, Long = (4, 3, 64, 64), (5, 3, 7, 3), (4, 1, 8, 8), (2, 3, 256, 256)
+ImageNet64, Odd, Tiny, Long = (4, 3, 64, 64), (3, 3, 35, 33), (4, 1, 8, 8), (2, 3, 256, 256)
 
-MIXED = "states and network tensors lie in different orders: one of them is walked with a stride"
-UNALIGNED = "tensors or samples do not start at multiples of 16 bytes"
+#: The element types whose accesses need not be wide. Here states and network tensors, or pixels, lie in different
+#: orders: a program walks along the states, and through the others with a stride.
+MIXED = ("bf16", "i8")
+#: Here tensors or samples do not start at multiples of 16 bytes.
+UNALIGNED = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
 class Use:
-    """A call that launches kernels. exempt: why their accesses need not be wide, if so."""
+    """A call that launches kernels. exempt: element types whose accesses need not be wide."""
 
     call: Callable[[], Any]
-    exempt: str = ""
+    exempt: tuple[str, ...] = ()
 
 
 def batch(shape: tuple[int, ...], dtype: torch.dtype, last: bool = False, shift: int = 0) -> Tensor:
@@ -83,8 +86,9 @@ def drawn(op: Callable, *names: str, seed: Any = 7, draw: Any = 0, model_last: b
 
 
 def _pixels(last: bool = False, shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
-    f, x = batch(shape, torch.bfloat16, last), batch(shape, torch.float32, last)
-    return lambda: ops.denoise_to_uint8(f, x, torch.tensor(1.0), **options)
+    return lambda: ops.denoise_to_uint8(
+        batch(shape, torch.bfloat16, last), batch(shape, torch.float32, last), torch.tensor(1.0), **options
+    )
 
 
 def _normal(shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
@@ -96,7 +100,7 @@ def _listed() -> dict[str, Use]:
     f32, f16, last = torch.float32, torch.float16, torch.channels_last
     counter = {"seed": torch.tensor(7), "draw": torch.tensor(1)}
     init = {"shape": ImageNet64[1:], "dtype": torch.bfloat16}
-    uses = {
+    return {
         # What sampling launches.
         "init_noise": Use(of_case("init_noise")),
         "init_noise, drawn": Use(drawn(ops.init_noise, "noise", "sigma", **init)),
@@ -176,6 +180,7 @@ def _listed() -> dict[str, Use]:
         "consistency_loss huber, long": Use(of_case("consistency_loss huber", shape=Long, grads="f")),
         # Samples smaller than a program, and what does not lie well.
         "denoise, tiny": Use(of_case("denoise", shape=Tiny, grads="f")),
+        "denoise, tiny and odd": Use(of_case("denoise", shape=(5, 3, 7, 3), grads="f")),
         "consistency_loss l2, tiny": Use(of_case("consistency_loss l2", shape=Tiny)),
         "denoise, odd": Use(of_case("denoise clipped", shape=Odd, grads="f x"), UNALIGNED),
         "renoise drawn, odd": Use(of_case("renoise drawn", shape=Odd, grads="f"), UNALIGNED),
@@ -184,7 +189,6 @@ def _listed() -> dict[str, Use]:
         "normal, odd": Use(_normal(Odd), UNALIGNED),
         "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
     }
-    return uses
 
 
 USES = _listed()
