@@ -113,7 +113,7 @@ def test_agrees_with_lpips_package(net, size):
     double = copy.deepcopy(model).double()
     x, y = images(2, 3, *size, dtype=torch.float64)
     ours = value_and_grads(lambda x, y: double(x, y, resize=False), x, y)
-    assert_agree(ours, value_and_grads(peer, x, y), rtol=1e-7)
+    assert_agree(ours, value_and_grads(peer, x, y), rtol=1e-6)  # its constants are float32
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
