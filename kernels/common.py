@@ -128,7 +128,7 @@ def through_clip(grad, value):
 def natural_log(x):
     """ln x of positive normal float32 to 2 units in the last place (a minimax polynomial of log1p on [-1/3, 1/3]).
 
-    `tl.log` compiles to an approximation whose error is absolute: useless near 1, where noise takes logarithms.
+    No special cases to branch on, unlike `tl.log`, and relative precision near 1, where noise takes logarithms.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) >> 23
