@@ -34,6 +34,9 @@ TOTAL_S = 530
 #: Kernel tests that compute-sanitizer, which is slow, runs: every operation and gradient, once at a size that fills no
 #: block, once in many blocks.
 SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition"
+#: Kernel tests that come first: every operation in the dtypes of use, and what only a GPU shows. The others, which
+#: compile hundreds of kernels more, take the time that is left at the end.
+CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact"
 PYTEST = ["-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 
 
@@ -82,15 +85,16 @@ def steps(out: Path) -> list[Step]:
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
     return [
         Step("environment", ["-m", "benchmarks.environment"], 30),
-        Step("tests", PYTEST + workers, 130, missing=_no_pytest),
+        Step("tests", [*PYTEST, *workers, "-k", CORE], 110, missing=_no_pytest),
         Step(
             "benchmarks",
             ["benchmarks/kernels.py", "--device", "cuda", "--out", str(out), "--seconds", str(benchmark_s)],
             # What is running when its seconds are over may finish.
             benchmark_s + 30,
         ),
-        _sanitizer("memcheck", 70),
-        _sanitizer("racecheck", 70),
+        _sanitizer("memcheck", 50),
+        _sanitizer("racecheck", 50),
+        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 60, missing=_no_pytest),
     ]
 
 

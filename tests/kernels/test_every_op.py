@@ -103,8 +103,9 @@ def test_layout_of_incoming_gradients(case, layout, device):
         results = [r for r in flat(case.call(call.states, call.sigmas, dtype=call.dtype)) if r.requires_grad]
     plain = [upstream(r) for r in results]
     if layout == "expanded":
-        plain = [g[:1].expand_as(g).contiguous() for g in plain]
-        given = [g[:1].expand_as(g) for g in plain]
+        # Other numbers follow in memory, where a kernel that took it for dense would read.
+        given = [torch.stack([g[0], g[0] + 1])[:1].expand_as(g) for g in plain]
+        plain = [g.contiguous() for g in given]
     else:
         given = [channels_last(g) if g.ndim == 4 else g for g in plain]
     for_plain, for_given = (
@@ -159,6 +160,33 @@ def test_gradient_of_one_input(case, device):
             assert grad is None or not grad.any()
         else:
             torch.testing.assert_close(grad, together[name], rtol=2**-7, atol=1e-6)
+
+
+@each
+@pytest.mark.parametrize("levels", [False, True], ids=["levels given", "levels vary"])
+def test_the_same_results_carry_gradients(case, levels, device):
+    """On both paths: c_noise where the levels vary, and only there."""
+    call = make(case, (2, 3, 4, 4), MAIN, device)
+    states = {k: v.requires_grad_() for k, v in call.states.items()}
+    sigmas = {k: v.requires_grad_(levels) for k, v in call.sigmas.items()}
+    carry = []
+    for backend in ("triton", "reference"):
+        with cmfast.backend(backend):
+            carry.append([r.requires_grad for r in flat(case.call(states, sigmas, dtype=call.dtype))])
+    assert carry[0] == carry[1]
+
+
+def test_one_tensor_as_two_inputs(device):
+    """Each place brings its own part of the gradient, also where that is differentiable itself."""
+    x, sigma = torch.randn(2, 3, 4, 4, device=device, requires_grad=True), torch.rand(2, device=device) + 0.5
+    grads = []
+    for backend in ("triton", "reference"):
+        with cmfast.backend(backend):
+            value = ops.denoise(x, x, sigma)
+        for differentiable in (False, True):
+            grads.extend(torch.autograd.grad(value.sum(), x, retain_graph=True, create_graph=differentiable))
+    for grad in grads[:-1]:
+        torch.testing.assert_close(grad, grads[-1])
 
 
 @each

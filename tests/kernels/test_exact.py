@@ -10,8 +10,10 @@ import torch
 
 import cmfast
 from cmfast import ops
+from cmfast.kernels import losses
 from cmfast.ops import _dispatch
-from tests.ops.matrix import DTYPES, dtype_id
+from tests.ops.cases import CASES
+from tests.ops.matrix import DTYPES, check_path, dtype_id, make
 
 interpreter_only = pytest.mark.skipif(not _dispatch.INTERPRETING, reason="looks into Triton's interpreter")
 gpu_only = pytest.mark.skipif(_dispatch.INTERPRETING, reason="takes minutes in the interpreter")
@@ -84,6 +86,28 @@ def test_pixels(rounding, layout, shape, device):
         finite = x.isfinite().movedim(1, -1) if i == 2 else torch.ones_like(value, dtype=torch.bool)
         difference = (value.int() - expected.int()).abs()[finite]
         assert (difference == 0).all() if i != 2 else (difference <= 1).all() and (difference > 0).sum() <= 2
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"WHOLE": 0}, {"WHOLE": 0, "ENOUGH": 2}, {"WHOLE": 0, "PARTS": 4}],
+    ids=["one program", "a program for each block", "few programs", "few parts"],
+)
+def test_sums_of_long_samples(limits, device, monkeypatch):
+    """However many programs sum a sample, and blocks each of them, they sum all of it, once. Samples are short here,
+    and the limits between the ways lower."""
+    for name, value in limits.items():
+        monkeypatch.setattr(losses, name, value)
+    check_path(make(CASES["consistency_loss l2"], (2, 9001), DTYPES[1], device), "triton")
+
+
+def test_huber_without_c_at_no_distance(device):
+    """The square root of zero has no slope: the gradient is zero."""
+    x = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)
+    with cmfast.backend("triton"):
+        loss = ops.weighted_loss(x, torch.ones_like(x), torch.ones(2, device=device), norm="huber")
+        loss.sum().backward()
+    assert not loss.any() and not x.grad.any()
 
 
 @interpreter_only
