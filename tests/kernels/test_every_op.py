@@ -94,13 +94,17 @@ def test_expanded(case, device):
     same(plain, Call(case, expanded, call.sigmas, call.dtype))
 
 
+def graph_of_states(call: Call, backend: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Leaves of the states, and the results that depend on them."""
+    leaves, results = call.graph(backend, [k for k in call.states if k not in call.case.no_grad_to])
+    return leaves, [r for r in results if r.requires_grad]
+
+
 @each
 @pytest.mark.parametrize("layout", ["channels_last", "expanded"])
 def test_layout_of_incoming_gradients(case, layout, device):
     call = make(case, (2, 3, 8, 4), MAIN, device)
-    leaves = {k: v.requires_grad_() for k, v in call.states.items() if k not in case.no_grad_to}
-    with cmfast.backend("triton"):
-        results = [r for r in flat(case.call(call.states, call.sigmas, dtype=call.dtype)) if r.requires_grad]
+    leaves, results = graph_of_states(call, "triton")
     plain = [upstream(r) for r in results]
     if layout == "expanded":
         # Other numbers follow in memory, where a kernel that took it for dense would read.
@@ -122,13 +126,7 @@ def test_gradient_of_one_result(case, part, device):
     call = make(case, (2, 3, 4, 4), MAIN, device)
     grads = {}
     for backend in ("triton", "reference"):
-        leaves = {k: v.detach().requires_grad_() for k, v in call.states.items() if k not in case.no_grad_to}
-        with cmfast.backend(backend):
-            results = [
-                r
-                for r in flat(case.call({**call.states, **leaves}, call.sigmas, dtype=call.dtype))
-                if r.requires_grad
-            ]
+        leaves, results = graph_of_states(call, backend)
         if part >= len(results):
             assert part > 0
             return
@@ -147,15 +145,12 @@ def test_gradient_of_one_input(case, device):
     call = make(case, (2, 3, 4, 4), MAIN, device)
     _, together = call.run_with_grads("triton")
     for name in together:
-        states = {k: v.detach().requires_grad_(k == name) for k, v in call.states.items()}
-        sigmas = {k: v.detach().requires_grad_(k == name) for k, v in call.sigmas.items()}
-        with cmfast.backend("triton"):
-            results = [r for r in flat(case.call(states, sigmas, dtype=call.dtype)) if r.requires_grad]
+        leaves, results = call.graph("triton", [name])
+        results = [r for r in results if r.requires_grad]
         if not results:
             assert together[name] is None or not together[name].any()
             continue
-        leaf = (states | sigmas)[name]
-        (grad,) = torch.autograd.grad(results, leaf, [upstream(r) for r in results], allow_unused=True)
+        (grad,) = torch.autograd.grad(results, leaves[name], [upstream(r) for r in results], allow_unused=True)
         if together[name] is None:
             assert grad is None or not grad.any()
         else:
@@ -195,13 +190,7 @@ def test_gradients_of_gradients(case, device):
     call = make(case, (2, 3, 4, 4), (torch.float32, torch.float32), device)
     second = {}
     for backend in ("triton", "reference"):
-        leaves = {k: v.detach().requires_grad_() for k, v in call.states.items() if k not in case.no_grad_to}
-        with cmfast.backend(backend):
-            results = [
-                r
-                for r in flat(case.call({**call.states, **leaves}, call.sigmas, dtype=call.dtype))
-                if r.requires_grad
-            ]
+        leaves, results = graph_of_states(call, backend)
         weights = [upstream(r).requires_grad_() for r in results]
         first = torch.autograd.grad(results, list(leaves.values()), weights, create_graph=True)
         total = sum((g.square() * upstream(g)).sum() for g in first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,18 +45,23 @@ class Call:
         with cmfast.backend(backend), torch.no_grad():
             return flat(self.case.call(self.states, self.sigmas, dtype=self.dtype))
 
+    def graph(self, backend: str, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Leaves of the inputs named (default: all states and levels that have a gradient), and the results."""
+        every = self.states | self.sigmas
+        names = [k for k in every if k not in self.case.no_grad_to] if names is None else names
+        leaves = {k: every[k].detach().requires_grad_() for k in names}
+        states, sigmas = ({k: leaves.get(k, v) for k, v in each.items()} for each in (self.states, self.sigmas))
+        with cmfast.backend(backend):
+            return leaves, flat(self.case.call(states, sigmas, dtype=self.dtype))
+
     def run_with_grads(self, backend: str, levels: bool = True) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Results, and gradients of every state and level for weights that differ from element to element."""
-        names = [k for k in [*self.states, *(self.sigmas if levels else ())] if k not in self.case.no_grad_to]
-        leaves = {k: (self.states | self.sigmas)[k].detach().requires_grad_() for k in names}
-        states = {k: leaves.get(k, v) for k, v in self.states.items()}
-        sigmas = {k: leaves.get(k, v) for k, v in self.sigmas.items()}
-        with cmfast.backend(backend):
-            results = flat(self.case.call(states, sigmas, dtype=self.dtype))
-        pairs = [(value, upstream(value)) for value in results if value.requires_grad]
-        values, weights = zip(*pairs, strict=True)
+        names = None if levels else [k for k in self.states if k not in self.case.no_grad_to]
+        leaves, results = self.graph(backend, names)
+        values = [value for value in results if value.requires_grad]
+        weights = [upstream(value) for value in values]
         grads = torch.autograd.grad(values, list(leaves.values()), weights, allow_unused=True)
-        return [r.detach() for r in results], dict(zip(names, grads, strict=True))
+        return [r.detach() for r in results], dict(zip(leaves, grads, strict=True))
 
 
 def upstream(value: Tensor) -> Tensor:
