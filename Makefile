@@ -14,12 +14,13 @@ BIN      := $(VENV)/bin
 METADATA := pyproject.toml setup.py
 INTERPRET := TRITON_INTERPRET=1 CMFAST_BACKEND=triton
 
-.PHONY: help demo test lint gpu clean
+.PHONY: help demo test lint mutants gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make lint    ruff and mypy"
+	@echo "make mutants make faults, each of which must turn a test red: ten minutes; MUTANTS_ARGS='--only TEXT' for some"
 	@echo "make gpu     on a GPU machine: GPU tests, kernel benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
@@ -35,6 +36,9 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(DRY),--dry)

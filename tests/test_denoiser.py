@@ -95,6 +95,12 @@ def test_one_graph(model):
     torch.testing.assert_close(compiled(X, torch.ones(3), Y), model(X, torch.ones(3), Y))
 
 
+def test_preconditioner_by_name():
+    options = {"sigma_data": 0.7, "sigma_min": 0.01}
+    assert Preconditioner.by_name("consistency", **options) == Preconditioner(0.7, 0.01)
+    assert Preconditioner.by_name("edm", **options) == Preconditioner(0.7, 0.0)
+
+
 def test_bad_constructor_arguments():
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         Denoiser(ToyNetwork(), sigma_min=80.0, sigma_max=0.002)

@@ -1,5 +1,7 @@
 """The losses beyond the golden numbers (test_golden.py): what they promise, and bad arguments."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,33 @@ def test_euler_and_heun_differ():
             losses.consistency_loss(model, model, X, 6, teacher_model=teacher, labels=Y, solver=solver)["loss"]
         )
     assert not torch.allclose(*values)
+
+
+def test_a_function_is_as_good_a_model_as_a_denoiser():
+    """Models of other scalings are given inputs of their own, at their own levels, and compared by D."""
+
+    def as_function(model):
+        return lambda x, sigma, labels: model(x, sigma, labels)
+
+    def loss(student, target, teacher):
+        options = {"labels": Y, "indices": torch.arange(4), "noise": torch.ones_like(X)}
+        distilled = losses.consistency_loss(student, target, X, 6, teacher_model=teacher, **options)
+        halved = losses.progressive_distillation_loss(student, teacher, X, 6, **options)
+        return torch.stack([distilled["loss"], halved["loss"]])
+
+    models = toy(0), toy(1), toy(2, Preconditioner.edm())
+    expected = loss(*models)
+    for functions in itertools.product([False, True], repeat=3):
+        mixed = [as_function(model) if wrap else model for model, wrap in zip(models, functions)]
+        torch.testing.assert_close(loss(*mixed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_huber_c_grows_with_the_image():
+    """c = 0.00054 sqrt(D): Song & Dhariwal 2023."""
+    value = losses.distance(X, X + 0.001, torch.ones(4), loss_norm="huber")
+    c = 0.00054 * 192**0.5
+    expected = (192 * 0.001**2 + c**2) ** 0.5 - c
+    assert value.tolist() == pytest.approx([expected] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2-32", "huber"])

@@ -78,6 +78,13 @@ def test_midpoint_ancestral():
     assert out.item() == pytest.approx(2.718281828, rel=2e-4)
 
 
+def test_midpoint_ancestral_takes_the_time_of_the_midpoint():
+    """dx/dt = 2 t: exact by the midpoint rule."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    out = samplers.sample_midpoint_ancestral(lambda x, t: 2 * t.view(-1, 1, 1, 1), x, [i / 5 for i in range(5)])
+    assert out.item() == pytest.approx(1.0)
+
+
 def test_no_gradient_and_no_host_read():
     """A step reads no tensor on the host: on the meta device it could not."""
     network = ToyNetwork().to("meta")
