@@ -159,48 +159,50 @@ def _transform_refusal() -> str | None:
     return None
 
 
-def use_kernel(name: str, *inputs: Tensor | Draw | str | None, dtypes: tuple[torch.dtype | None, ...] = ()) -> bool:
-    """Whether operation `name` takes its kernel for these inputs and for results of these dtypes.
+def use_kernel(name: str, *inputs: Any, dtypes: tuple[torch.dtype | None, ...] = ()) -> bool:
+    """Whether operation `name` takes its kernel for these inputs, the first a tensor or a draw, and result dtypes.
 
     Raises: RuntimeError: `backend("triton")` was asked for and cannot be had; the message says why.
     """
     chosen = current_backend()
     if chosen == "reference":
         return False
+    if chosen == "auto":
+        # On a CPU this is all that a call pays.
+        first = inputs[0]
+        if not (first.index if isinstance(first, Draw) else first).is_cuda:
+            return False
     drawn = [x.index for x in inputs if isinstance(x, Draw)]
     if chosen == "auto" and torch.compiler.is_compiling() and not drawn:
         return False
     tensors = [x for x in inputs if isinstance(x, Tensor)] + drawn
-    if chosen == "auto" and not tensors[0].is_cuda:
-        return False
     reason = refusal(tensors, [dtype for dtype in dtypes if dtype is not None])
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"{name}: backend 'triton' was asked for, but {reason}")
     return reason is None
 
 
-def is_plain(inputs: tuple[Any, ...], *, differentiable: bool) -> bool:
-    """Whether a form that writes in place may serve: on the CPU, in float32, and where no graph is recorded."""
-    if current_backend() != "auto" or torch.compiler.is_compiling():
-        return False
+def plain(name: str, *inputs: Any) -> Callable[..., Any]:
+    """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits.
+
+    That is on the CPU, in float32, for more than a few elements, and where no graph is recorded.
+    """
+    function = getattr(reference, name)
+    if inputs[0].numel() < _inplace.LEAST or current_backend() != "auto" or torch.compiler.is_compiling():
+        return function
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
-        return False
-    if not differentiable and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return _subclass_refusal(tensors) is None and _transform_refusal() is None
-
-
-def plain(name: str, *inputs: Tensor | Draw | str | None) -> Callable[..., Any]:
-    """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits."""
-    form = _inplace.FORMS.get(name)
-    if form is None or not is_plain(inputs, differentiable=form is _inplace.weighted_loss):
-        return getattr(reference, name)
-    return form
+        return function
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < _inplace.LEAST_WITH_GRADIENTS:
+            return function
+    if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
+        return function
+    return _inplace.FORMS[name]
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """Which path operation `name` takes for tensors of a dtype on a device, and why not a faster one.
+    """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
     `triton`: the kernel. `in place`: PyTorch in fewer passes, where no gradient is recorded. `reference`: the rest.
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import cmfast
+from cmfast.ops import _dispatch, _inplace
 from tests.ops.cases import CASES, SHAPES, flat, inputs
 from tests.ops.matrix import check_path, make
 from tests.tolerances import FLOOR
@@ -30,15 +32,41 @@ def test_agrees_with_float64(case, dtype, shape):
             assert error <= FLOOR[dtype] * (1 + expected.abs().max())
 
 
+@pytest.fixture
+def in_place(monkeypatch):
+    """Forms that write in place serve small batches too."""
+    monkeypatch.setattr(_inplace, "LEAST", 0)
+    monkeypatch.setattr(_inplace, "LEAST_WITH_GRADIENTS", 0)
+
+
 @each
 @pytest.mark.parametrize("shape", [*SHAPES, (5,), (2, 3, 0, 4), (2, 3, 2, 4, 4)], ids=str)
-def test_what_auto_takes_here(case, shape):
+def test_what_auto_takes_here(case, shape, in_place):
     """Forms for the CPU that write in place, where they serve: values, and gradients where they have them."""
     check_path(make(case, shape, (torch.float32, torch.float32), "cpu"), "auto")
 
 
+@pytest.mark.parametrize("name", _inplace.FORMS)
+def test_large_batches_take_the_forms_that_write_in_place(name):
+    """On the CPU, in float32, from LEAST elements on; with gradients only those that know them."""
+    x = torch.ones(_inplace.LEAST_WITH_GRADIENTS)
+    form = _inplace.FORMS[name]
+    reference = getattr(cmfast.reference, name)
+    assert _dispatch.plain(name, x) is form
+    assert _dispatch.plain(name, x[: _inplace.LEAST - 1]) is reference
+    assert _dispatch.plain(name, x.double()) is reference and _dispatch.plain(name, x.bfloat16()) is reference
+    assert _dispatch.plain(name, x.to("meta")) is reference
+    with cmfast.backend("reference"):
+        assert _dispatch.plain(name, x) is reference
+    x.requires_grad_()
+    assert _dispatch.plain(name, x) is (form if name in _inplace.DIFFERENTIABLE else reference)
+    assert _dispatch.plain(name, x[: _inplace.LEAST]) is reference
+    with torch.no_grad():
+        assert _dispatch.plain(name, x) is form
+
+
 @each
-def test_nothing_that_was_given_changes(case):
+def test_nothing_that_was_given_changes(case, in_place):
     states, sigmas = convert(*inputs(case, (3, 4, 6, 5)), torch.float32)
     before = {k: v.clone() for k, v in {**states, **sigmas}.items()}
     results = flat(case.call(states, sigmas))
