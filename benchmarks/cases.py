@@ -218,12 +218,14 @@ def configs(device_type: str, quick: bool = False) -> list[Config]:
     if quick:
         sizes = [((3, 64, 64), 64)] if device_type == "cuda" else [((3, 32, 32), 2)]
         return [Config(case, *size) for case in CASES for size in sizes]
+    all_float32 = Dtypes(torch.float32, torch.float32)
     if device_type != "cuda":
-        return [Config(case, *size) for size in CPU_SIZES for case in CASES]
+        # What networks run in on a CPU.
+        return [Config(case, *size, dtypes=all_float32) for size in CPU_SIZES for case in CASES]
     plain = [name for name, case in CASES.items() if not case.compiled]
     regions = [name for name, case in CASES.items() if case.compiled]
     rest = [name for name in plain if name not in FIRST]
-    all_float32, large = Dtypes(torch.float32, torch.float32), ((3, 64, 64), 256)
+    large = ((3, 64, 64), 256)
     return [
         *(Config(case, *size) for size in MAIN_SIZES for case in FIRST),
         *(Config(case, *MAIN_SIZES[-1]) for case in ("heun_predictor", "heun_corrector")),

@@ -293,7 +293,7 @@ class Record:
         }
         if device.type != "cuda":
             self.result["note"] = (
-                "measured on a CPU, where cmfast takes its plain path: exercises the benchmark, tells nothing of a GPU"
+                "measured on a CPU, where cmfast takes plain PyTorch, some of it in place: tells nothing of a GPU"
             )
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.result["environment"]["device"]).strip("-")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Forms of the operations for the CPU that write into memory they already have: fewer passes, fewer page faults.
 
 Same arguments and, within rounding, same results as `cmfast.reference`; for float32 without gradients, and for
-`weighted_loss` with them. Each was measured faster than the reference, in batches of `LEAST` elements or more.
+the losses with them. Each was measured faster than the reference, in batches of `LEAST` elements or more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cmfast.reference import Draw
 #: Elements of a batch from which on these forms pay, and with gradients.
 LEAST, LEAST_WITH_GRADIENTS = 2**16, 2**17
 
-_SIZE = dict[str, Any]
+_Sizes = dict[str, Any]
 
 
 def _scalings(sigma: Tensor, x: Tensor, sigma_data: float, boundary: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _beside(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - 1)) if sigma.ndim else sigma
 
 
-def _input(x: Tensor, sigma: Tensor, model_output: Tensor, options: _SIZE) -> tuple[Tensor, Tensor]:
+def _input(x: Tensor, sigma: Tensor, model_output: Tensor, options: _Sizes) -> tuple[Tensor, Tensor]:
     return reference.scale_input(
         x, sigma, sigma_data=options["sigma_data"], dtype=options["dtype"] or model_output.dtype
     )
@@ -81,7 +81,7 @@ def renoise(
     return x_next, *_input(x_next, next_sigma, model_output, options)
 
 
-def _euler(model_output: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, options: _SIZE) -> Tensor:
+def _euler(model_output: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, options: _Sizes) -> Tensor:
     """x' = x + (x - D) (sigma' - sigma) / sigma = lerp(D, x, sigma' / sigma), in D's memory."""
     x_next = _denoised(model_output, x_t, sigma, options["sigma_data"], options["boundary"], options["clip"])
     return torch.lerp(x_next, x_t, _beside(next_sigma, x_t) / _beside(sigma, x_t), out=x_next)
@@ -126,7 +126,7 @@ def _corrected(
     sigma_2: Tensor,
     next_sigma: Tensor,
     midpoint: bool,
-    options: _SIZE,
+    options: _Sizes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With e = x - D at either point: x'' = x + k r e + k_2 r_2 e_2, r = (sigma'' - sigma) / sigma, in few buffers."""
     sizes = options["sigma_data"], options["boundary"], options["clip"]
@@ -145,10 +145,53 @@ def _corrected(
 
 
 def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str, huber_c: float) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad or weight.requires_grad):
+    if _records(x, target, weight):
         functions = _weighted_loss_fwd, _weighted_loss_bwd, reference.weighted_loss
         return fused(*functions, x, target, weight, keep=2, norm=norm, huber_c=huber_c)
-    return _distance_in((x - target).unsqueeze(-1).flatten(1), norm, huber_c) * weight
+    return _distance_in(_rows(x - target), norm, huber_c) * weight
+
+
+def consistency_loss(*inputs: Any, **options: Any) -> Tensor:
+    if _records(*inputs):
+        functions = _consistency_loss_fwd, _consistency_loss_bwd, reference.consistency_loss
+        return fused(*functions, *inputs, keep=2, **options)
+    sizes = options["norm"], options["huber_c"]
+    return _distance_in(_difference(*inputs, options=options), *sizes) * _weight(inputs, options)
+
+
+def _records(*inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A batch as [B, N]."""
+    return x.unsqueeze(-1).flatten(1)
+
+
+def _difference(
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    weight: Tensor | str,
+    x_t2: Tensor | None,
+    next_sigma: Tensor | None,
+    *,
+    options: _Sizes,
+) -> Tensor:
+    """D minus the target's D, as [B, N] in memory of its own."""
+    sizes = options["sigma_data"], options["boundary"], False
+    if x_t2 is not None and next_sigma is not None:
+        target = _denoised(target, x_t2, next_sigma, *sizes)
+    return _rows(_denoised(model_output, x_t, sigma, *sizes).sub_(target))
+
+
+def _weight(inputs: tuple[Any, ...], options: _Sizes) -> Tensor:
+    """The weights of a consistency loss: given, or of its noise levels."""
+    _, _, sigma, _, weight, *_ = inputs
+    if isinstance(weight, str):
+        return reference.loss_weight(sigma.to(torch.float32), weight, sigma_data=options["weight_sigma_data"])
+    return weight
 
 
 def _distance_in(delta: Tensor, norm: str, huber_c: float) -> Tensor:
@@ -159,20 +202,34 @@ def _distance_in(delta: Tensor, norm: str, huber_c: float) -> Tensor:
     return squares.mean(1) if norm == "l2" else _huber(squares.sum(1), huber_c)
 
 
+def _distance(delta: Tensor, norm: str, huber_c: float) -> Tensor:
+    """The same where delta is wanted again."""
+    if norm == "l1":
+        return delta.abs().mean(1)
+    squared = torch.linalg.vector_norm(delta, dim=1).square_()
+    return _huber(squared, huber_c) if norm == "huber" else squared / delta.shape[1]
+
+
 def _huber(squared: Tensor, huber_c: float) -> Tensor:
     return (squared + huber_c**2).sqrt_().sub_(huber_c)
+
+
+def _slope(scale: Tensor, distance: Tensor, delta: Tensor, norm: str, huber_c: float) -> Tensor:
+    """The gradient of delta [B, N] from that of the distances [B]."""
+    if norm == "huber":
+        length = distance + huber_c
+        scale = torch.where(length > 0, scale / length, 0.0)
+    else:
+        scale = scale * ((2 if norm == "l2" else 1) / max(delta.shape[1], 1))
+    return (delta.sign() if norm == "l1" else delta) * scale[:, None]
 
 
 def _weighted_loss_fwd(
     x: Tensor, target: Tensor, weight: Tensor, *, norm: str, huber_c: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and for the backward pass the distances and delta [B, N]."""
-    delta = (x - target).unsqueeze(-1).flatten(1)
-    if norm == "l1":
-        distance = delta.abs().mean(1)
-    else:
-        squared = torch.linalg.vector_norm(delta, dim=1).square_()
-        distance = _huber(squared, huber_c) if norm == "huber" else squared / delta.shape[1]
+    delta = _rows(x - target)
+    distance = _distance(delta, norm, huber_c)
     return distance * weight, distance, delta
 
 
@@ -190,43 +247,36 @@ def _weighted_loss_bwd(
     (grad,), (distance, delta) = grads, saved
     if grad is None:
         return (None,) * 3
-    scale = grad * weight
-    if norm == "huber":
-        length = distance + huber_c
-        scale = torch.where(length > 0, scale / length, 0.0)
-    else:
-        scale = scale * ((2 if norm == "l2" else 1) / max(delta.shape[1], 1))
-    grad_x = grad_target = grad_weight = None
+    grad_x = grad_target = None
     if needed[0] or needed[1]:
-        slope = delta.sign() if norm == "l1" else delta
-        grad_x = (slope * scale[:, None]).view(x.shape)
+        grad_x = _slope(grad * weight, distance, delta, norm, huber_c).view(x.shape)
         grad_target = grad_x.neg() if needed[1] else None
-    if needed[2]:
-        grad_weight = (grad * distance).sum_to_size(weight.shape)
-    return grad_x, grad_target, grad_weight
+    return grad_x, grad_target, (grad * distance).sum_to_size(weight.shape) if needed[2] else None
 
 
-def consistency_loss(
-    model_output: Tensor,
-    x_t: Tensor,
-    sigma: Tensor,
-    target: Tensor,
-    weight: Tensor | str,
-    x_t2: Tensor | None,
-    next_sigma: Tensor | None,
-    *,
-    norm: str,
-    huber_c: float,
-    weight_sigma_data: float,
-    sigma_data: float | None,
-    boundary: float,
-) -> Tensor:
-    delta = _denoised(model_output, x_t, sigma, sigma_data, boundary, False)
-    if x_t2 is not None and next_sigma is not None:
-        target = _denoised(target, x_t2, next_sigma, sigma_data, boundary, False)
-    if isinstance(weight, str):
-        weight = reference.loss_weight(sigma.to(torch.float32), weight, sigma_data=weight_sigma_data)
-    return _distance_in(delta.sub_(target).unsqueeze(-1).flatten(1), norm, huber_c) * weight
+def _consistency_loss_fwd(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and for the backward pass the distances and delta [B, N]."""
+    delta = _difference(*inputs, options=options)
+    distance = _distance(delta, options["norm"], options["huber_c"])
+    return distance * _weight(inputs, options), distance, delta
+
+
+def _consistency_loss_bwd(
+    needed: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+    *inputs: Any,
+    saved: tuple[Tensor, Tensor],
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the student's output, which training asks for; others come from the reference."""
+    (grad,), (distance, delta) = grads, saved
+    x_t, sigma = inputs[1:3]
+    if grad is None or not needed[0]:
+        return (None,) * 7
+    g = _slope(grad * _weight(inputs, options), distance, delta, options["norm"], options["huber_c"]).view(x_t.shape)
+    if options["sigma_data"] is not None:
+        g.mul_(_scalings(sigma, x_t, options["sigma_data"], options["boundary"])[1])
+    return g, *(None,) * 6
 
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -244,4 +294,4 @@ FORMS: dict[str, Callable[..., Any]] = {
     )
 }
 #: Those that know their gradients.
-DIFFERENTIABLE = ("weighted_loss",)
+DIFFERENTIABLE = ("weighted_loss", "consistency_loss")
