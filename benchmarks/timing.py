@@ -129,7 +129,7 @@ def sliced(stopwatch: Stopwatch, work: Callable[[int], None], calls_each: int = 
 
 
 def interleave(
-    slices: dict[str, Callable[[], float]], budget_s: float, rounds: tuple[int, int] = (7, 60)
+    slices: dict[str, Callable[[], float]], budget_s: float, rounds: tuple[int, int] = (7, 1000)
 ) -> dict[str, list[float]]:
     """Samples of every slice, taken in turn, so that a drift of clocks falls on all alike.
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
     monkeypatch.setattr(timing, "SLICE_S", 1e-4)
-    monkeypatch.setattr(kernels, "BUDGET_S", 0.01)
+    monkeypatch.setattr(kernels, "BUDGET_S", {"cpu": 0.01})
 
 
 def recorded(folder, *options):
