@@ -384,6 +384,10 @@ INPLACE = [
     ("gradient of l2 without the factor 2", '(2 if norm == "l2" else 1) / max', "1 / max", _here("weighted_loss l2")),
     ("gradient of the target has the wrong sign", "grad_target = grad_x.neg()", "grad_target = grad_x.clone()",
      _here("weighted_loss l2")),
+    ("student's gradient by c_skip", 'options["sigma_data"], options["boundary"])[1])',
+     'options["sigma_data"], options["boundary"])[0])', _here("consistency_loss l2")),
+    ("target's D at the student's level", "_denoised(target, x_t2, next_sigma, *sizes)",
+     "_denoised(target, x_t2, sigma, *sizes)", _here("consistency_loss uniform")),
 ]  # fmt: skip
 
 REFERENCE_PRECONDITION = [
