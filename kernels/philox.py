@@ -1,8 +1,8 @@
 """Normal numbers from counters, on the device: Philox4x32-10 and Box-Muller, as `cmfast.reference.noise` defines them.
 
 Philox is Triton's own. With the Box-Muller here a normal takes 59 instructions on sm_90, against 173 with `tl.randn`
-(tests/aot counts them): the angle is reduced on integers, exactly, and sine, cosine and logarithm are polynomials
-(minimax, fitted for this file) good to a few units in the last place.
+(Triton 3.8; tests/aot counts them). The angle is reduced on integers, exactly, and sine, cosine and logarithm are
+polynomials (minimax, fitted for this file) good to a few units in the last place.
 """
 
 import triton

@@ -12,6 +12,7 @@ import cmfast
 from cmfast import ops, reference
 from cmfast.kernels.normal import _counter
 from cmfast.kernels.philox import box_muller, words
+from tests.ops.matrix import DTYPES, close, dtype_id
 
 INDEX = [0, 5, 2**33 + 1, 7]
 
@@ -165,6 +166,28 @@ def test_every_operation_draws_the_same_noise(shape, layout, device):
         inputs = ops.init_noise(noise, one, shape=shape, sigma_data=None, memory_format=memory_format)[1]
     assert all(torch.equal(value, expected) for value in [*drawn, inputs])
     assert inputs.is_contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("levels", ["one level", "levels"])
+def test_first_state_and_input(dtypes, layout, levels, device):
+    """`init_noise` with noise drawn on the spot: state, network input and c_noise against float64."""
+    noise = ops.Draw(5, torch.tensor(INDEX, device=device), 1)
+    sigma = torch.tensor([80.0, 1.5, 0.002, 14.6], device=device)
+    sigma = sigma if levels == "levels" else sigma[1]
+    memory_format = torch.channels_last if layout == "channels_last" else None
+
+    def run(backend, sigma, state_dtype, dtype):
+        options = {"shape": (3, 8, 8), "state_dtype": state_dtype, "dtype": dtype, "memory_format": memory_format}
+        with cmfast.backend(backend):
+            return ops.init_noise(noise, sigma, **options)
+
+    fast, eager = (run(backend, sigma, *dtypes) for backend in ("triton", "reference"))
+    exact = run("reference", sigma.double(), torch.float64, torch.float64)
+    for i, (value, low, high) in enumerate(zip(fast, eager, exact, strict=True)):
+        close(value, low, high, f"result {i}")
+    assert fast[1].is_contiguous(memory_format=memory_format or torch.contiguous_format)
 
 
 class TestDistribution:
