@@ -7,6 +7,7 @@ is taken here and why.
 """
 
 from cmfast.ops._dispatch import BACKENDS, FUSED, SMALL, backend, current_backend, explain
+from cmfast.ops.group_norm import group_norm_silu
 from cmfast.ops.images import to_uint8
 from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.ops.lpips import lpips_layer
@@ -30,6 +31,7 @@ __all__ = [
     "denoise_to_uint8",
     "euler_step",
     "explain",
+    "group_norm_silu",
     "heun_corrector",
     "heun_predictor",
     "init_noise",

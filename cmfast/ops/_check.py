@@ -81,13 +81,32 @@ def noise_like(noise: object, x: Tensor, x_name: str) -> None:
         float_tensor("noise", noise)
         same_shape(**{x_name: x, "noise": noise})  # type: ignore[arg-type]
         return
-    sample_index(noise.index)
-    integer("noise.seed", noise.seed, noise.index.device)
-    integer("noise.draw", noise.draw, noise.index.device)
-    if noise.index.shape[0] != x.shape[0]:
-        raise ValueError(f"noise draws {noise.index.shape[0]} samples, {x_name} has {x.shape[0]}")
-    if noise.index.device != x.device:
-        raise ValueError(f"noise.index is on {noise.index.device}, {x_name} on {x.device}: move one of them")
+    draw_for("noise", noise, x, x_name)
+
+
+def draw_for(name: str, draw: object, x: Tensor, x_name: str) -> None:
+    """A `Draw` of as many samples as x has, on its device."""
+    if not isinstance(draw, Draw):
+        raise TypeError(f"{name} must be a Draw(seed, index, draw), got {type(draw).__name__}")
+    sample_index(draw.index)
+    integer(f"{name}.seed", draw.seed, draw.index.device)
+    integer(f"{name}.draw", draw.draw, draw.index.device)
+    if draw.index.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} draws {draw.index.shape[0]} samples, {x_name} has {x.shape[0]}")
+    if draw.index.device != x.device:
+        raise ValueError(f"{name}.index is on {draw.index.device}, {x_name} on {x.device}: move one of them")
+
+
+def parameter(name: str, value: object, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
+    """A floating tensor of a shape, called by its letters in errors, on the device of x."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [{letters}], got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must have a floating dtype, got {value.dtype}; taken: {_DTYPE_NAMES}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must be [{letters}] = {list(shape)}, got {list(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, x on {x.device}: move one of them")
 
 
 def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True) -> None:

@@ -40,6 +40,7 @@ FUSED = (
     "midpoint_corrector",
     "weighted_loss",
     "consistency_loss",
+    "group_norm_silu",
 )
 #: Those that make a few numbers for each sample, and need none.
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int")
@@ -125,8 +126,11 @@ def dtype_refusal(dtype: torch.dtype) -> str | None:
     return f"kernels take {', '.join(str(known).removeprefix('torch.') for known in KERNEL_DTYPES)}, not {dtype}"
 
 
-def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
-    """Why no kernel serves a call with these tensors and result dtypes; None if one does."""
+def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = True) -> str | None:
+    """Why no kernel serves a call with these tensors and result dtypes; None if one does.
+
+    levels: its tensors of one dimension or none are noise levels, whose gradients kernels do not know.
+    """
     reason = device_refusal(tensors[0].device)
     if reason is not None:
         return reason
@@ -138,7 +142,7 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype]) -> str | None:
         if reason is not None:
             return reason
     if torch.compiler.is_compiling():
-        if torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
+        if levels and torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
             return "gradients of noise levels are inductor's inside torch.compile"
         return None
     return _transform_refusal()
@@ -159,9 +163,12 @@ def _transform_refusal() -> str | None:
     return None
 
 
-def use_kernel(name: str, *inputs: Any, dtypes: tuple[torch.dtype | None, ...] = ()) -> bool:
+def use_kernel(
+    name: str, *inputs: Any, dtypes: tuple[torch.dtype | None, ...] = (), levels: bool = True
+) -> bool:
     """Whether operation `name` takes its kernel for these inputs, the first a tensor or a draw, and result dtypes.
 
+    levels: as in `refusal`.
     Raises: RuntimeError: `backend("triton")` was asked for and cannot be had; the message says why.
     """
     chosen = current_backend()
@@ -176,7 +183,7 @@ def use_kernel(name: str, *inputs: Any, dtypes: tuple[torch.dtype | None, ...] =
     if chosen == "auto" and torch.compiler.is_compiling() and not drawn:
         return False
     tensors = [x for x in inputs if isinstance(x, Tensor)] + drawn
-    reason = refusal(tensors, [dtype for dtype in dtypes if dtype is not None])
+    reason = refusal(tensors, [dtype for dtype in dtypes if dtype is not None], levels)
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"{name}: backend 'triton' was asked for, but {reason}")
     return reason is None

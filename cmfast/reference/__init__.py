@@ -5,6 +5,7 @@ and is the yardstick of every fast path. Coefficients and sums are computed in f
 input is float64), whatever the dtype of the tensors; results are rounded once, at the end.
 """
 
+from cmfast.reference.group_norm import dropout_mask, group_norm_silu
 from cmfast.reference.images import to_uint8
 from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.reference.lpips import lpips_layer
@@ -30,7 +31,9 @@ __all__ = [
     "consistency_loss",
     "denoise",
     "denoise_to_uint8",
+    "dropout_mask",
     "euler_step",
+    "group_norm_silu",
     "heun_corrector",
     "heun_predictor",
     "init_noise",

@@ -34,11 +34,11 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
     return c0, c1, c2, c3
 
 
-def _words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
+def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
     """The four Philox words of `groups` consecutive groups of elements, each [B, groups]."""
     index = index.to(torch.int64)[:, None]
     seed = seed.to(torch.int64) if isinstance(seed, Tensor) else seed
-    group = torch.arange(groups, device=index.device)[None, :]
+    group = torch.arange(groups, device=index.device)[None, :] & _MASK
     shape = (index.shape[0], groups)
     draw_word = torch.as_tensor(draw, dtype=torch.int64, device=index.device) & _MASK
     counter = (
@@ -77,7 +77,7 @@ def normal(
     than in its body, and noise must not depend on the batch size.
     """
     numel = math.prod(shape)
-    words = _words(seed, index, draw, -(-numel // 4))
+    words = draw_words(seed, index, draw, -(-numel // 4))
     pairs = []
     for a, b in (words[:2], words[2:]):
         u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
@@ -90,7 +90,7 @@ def normal(
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
     """One integer in [0, high) per sample, int64 [B]: the top of the 64-bit product of a word and `high`."""
-    (word, *_) = _words(seed, index, draw, 1)
+    (word, *_) = draw_words(seed, index, draw, 1)
     return (word[:, 0] * high) >> 32
 
 
