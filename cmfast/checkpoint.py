@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     preconditioning: str | None = None,
+    convert: bool = False,
     **overrides: Any,
 ) -> Denoiser:
     """A `Denoiser` in evaluation mode.
@@ -62,6 +63,8 @@ def load(
             the original's fp16 mode; the rest becomes float32. float32, float64: of everything.
         preconditioning: "consistency" or "edm". Default: what the file says; bare weights are a consistency model,
             except where the file's name starts with `edm_` (the published teachers).
+        convert: of a diffusers model, make a `UNetModel` with a copy of the weights, which `save` writes too, instead
+            of wrapping its UNet2DModel.
         overrides: arguments of `UNetModel`, and sigma_data, sigma_min, sigma_max, rho, where they differ from what
             the file says or what is missing there: weights do not show `image_size` and `num_head_channels`
             (or `num_heads`), which are known for the published models and must be given for others.
@@ -94,7 +97,9 @@ def load(
         raise FileNotFoundError(f"the bundled model is missing from this installation: {BUNDLED}")
     source = BUNDLED if path is None else path
     if not isinstance(source, str | os.PathLike) or Path(source).is_dir():
-        network, settings = _read_diffusers(source, overrides)
+        network, settings = _read_diffusers(source, overrides, convert)
+    elif convert:
+        raise TypeError(f"convert=True is for diffusers models, an object or a folder, and {source} is neither")
     else:
         network, settings = _read_file(Path(source), overrides)
     settings |= {name: overrides[name] for name in SCHEDULE_KEYWORDS if name in overrides}
@@ -172,13 +177,13 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path
         temporary.unlink(missing_ok=True)
 
 
-def _read_diffusers(source: Any, overrides: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _read_diffusers(source: Any, overrides: Mapping[str, Any], convert: bool) -> tuple[nn.Module, dict[str, Any]]:
     for name in overrides:
         if name not in SCHEDULE_KEYWORDS:
             raise TypeError(f"{name} does not apply to a diffusers model, which knows its architecture")
     from cmfast.compat.diffusers import read_network  # an optional extra, and a layer above this one
 
-    return read_network(source)
+    return read_network(source, convert=convert)
 
 
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dict[str, Any]]:
@@ -212,14 +217,19 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
             "them by name, as in load(path, image_size=32, num_head_channels=64)"
         )
-    with torch.device("meta"), _SkipNormal():
-        network = UNetModel(**config)
+    network = meta_network(config)
     if network.in_channels != network.out_channels:
         raise ValueError(
             f"the network makes {network.out_channels} channels from {network.in_channels} (a learned "
             "variance?), but a Denoiser needs as many out as in"
         )
     return network
+
+
+def meta_network(config: Mapping[str, Any], network_class: Callable[..., Any] = UNetModel) -> Any:
+    """`network_class(**config)` on the meta device: names and shapes, no memory, nothing initialised."""
+    with torch.device("meta"), _SkipNormal():
+        return network_class(**config)
 
 
 class _SkipNormal(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Networks of diffusers: a UNet2DModel as the network of a `Denoiser`."""
+"""Reading models of diffusers: a UNet2DModel as the network of a `Denoiser`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ class UNet2DNetwork(nn.Module):
         return self.unet(x, timesteps, class_labels=y).sample
 
 
-def read_network(source: Any) -> tuple[UNet2DNetwork, dict[str, Any]]:
+def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a folder, pipeline or UNet2DModel, and the settings (noise levels, shape) that come with it.
 
+    The network is a `UNet2DNetwork` around the UNet2DModel, or with `convert` a `UNetModel` with a copy of its weights.
     A pipeline's scheduler gives sigma_min, sigma_max, rho and sigma_data.
 
     Raises:
         ImportError: diffusers is not installed. TypeError: `source` is none of these.
-        CheckpointError: a folder that holds no UNet2DModel, or the pipeline of another kind of model.
+        CheckpointError: a folder that holds no UNet2DModel, or the pipeline of another kind of model, or a network
+            that cannot be converted.
     """
-    UNet2DModel = _import_unet_class()
+    UNet2DModel = unet_class()
     if isinstance(source, str | os.PathLike):
         unet, scheduler = _read_folder(Path(source), UNet2DModel)
     else:
@@ -57,8 +59,12 @@ def read_network(source: Any) -> tuple[UNet2DNetwork, dict[str, Any]]:
         raise CheckpointError(
             f"the pipeline has a {scheduler['_class_name']}, expected the {SCHEDULER} of a consistency model"
         )
-    network = UNet2DNetwork(unet)
     settings: dict[str, Any] = {name: scheduler[name] for name in SCHEDULE_KEYWORDS if name in scheduler}
+    if convert:
+        from cmfast.compat.diffusers.convert import unet_from_diffusers  # which imports this module
+
+        return unet_from_diffusers(unet), settings
+    network = UNet2DNetwork(unet)
     return network, settings | {"image_shape": network.image_shape, "num_classes": network.num_classes}
 
 
@@ -89,7 +95,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
-def _import_unet_class() -> Any:
+def unet_class() -> Any:
+    """diffusers' UNet2DModel; ImportError, with what to install, where there is none."""
     try:
         from diffusers import UNet2DModel
     except ImportError as error:

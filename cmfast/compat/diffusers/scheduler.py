@@ -1,0 +1,197 @@
+"""diffusers' scheduler of consistency models, with the fused step and without reading a tensor on the host."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from cmfast import ops
+from cmfast.ops import _check
+
+logger = logging.getLogger("cmfast.compat.diffusers")
+
+
+class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
+    """`diffusers.CMStochasticIterativeScheduler`: the same arguments, calls, noise and numbers, up to rounding.
+
+    A step is one fused operation, which also makes the input that `scale_model_input` is asked for next. Which step it
+    is, is counted on the host; the first is found from where the timestep lies in `timesteps`. Only a timestep that is
+    no part of `timesteps` is looked up by its value, once per run: on a GPU that stops the stream, which
+    `set_begin_index` avoids.
+
+    Half precision is rounded once per step, where diffusers rounds each product and sum.
+
+    >>> scheduler = CMStochasticIterativeScheduler()
+    >>> scheduler.set_timesteps(timesteps=[22, 0])
+    >>> x = scheduler.init_noise_sigma * torch.randn(2, 3, 8, 8)
+    >>> for t in scheduler.timesteps:
+    ...     model_output = 0.1 * scheduler.scale_model_input(x, t)  # of a network
+    ...     x = scheduler.step(model_output, t, x).prev_sample
+    >>> x.shape
+    torch.Size([2, 3, 8, 8])
+    """
+
+    # The levels on the host, and on devices by (device, dtype), of the `sigmas` that they were made from.
+    _sigmas_seen: Tensor | None = None
+    _levels: list[float]
+    _device_levels: dict[tuple[torch.device, torch.dtype], Tensor]
+    # (prev_sample, its version, the network's input made with it) of the last step.
+    _next_input: tuple[Tensor, int, Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        # By name pickle would find diffusers' class: see `__module__` below.
+        made_anew = "_internal_dict", "_next_input"  # the configuration, and a tensor kept for speed
+        state = {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        return _rebuild, (dict(self.config), state)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """As diffusers' own, whose levels go to the device and back: here they stay, and only timesteps go there."""
+        super().set_timesteps(num_inference_steps, timesteps=timesteps)
+        if device is not None:
+            on_mps = torch.device(device).type == "mps"  # has no float64
+            self.timesteps = self.timesteps.to(device, torch.float32 if on_mps else self.timesteps.dtype)
+        self._next_input = None
+
+    def _refresh(self) -> list[float]:
+        """The levels as floats, read when `sigmas` was replaced."""
+        if self.sigmas is not self._sigmas_seen:
+            self._sigmas_seen, self._levels, self._device_levels = self.sigmas, self.sigmas.tolist(), {}
+        return self._levels
+
+    def _level(self, index: int, x: Tensor) -> Tensor:
+        """sigmas[index] beside x, a scalar; past their end, the `_noise_level` of each."""
+        self._refresh()
+        key = x.device, _check.sigma_dtype(x)
+        if key not in self._device_levels:
+            levels = self._levels + [self._noise_level(sigma) for sigma in self._levels]
+            self._device_levels[key] = torch.tensor(levels, device=key[0], dtype=key[1])
+        return self._device_levels[key][index]
+
+    def _noise_level(self, sigma: float) -> float:
+        """What `renoise` takes: sqrt(l^2 - sigma_min^2) = s_noise sqrt(sigma^2 - sigma_min^2) for the result l."""
+        low, high, scale = self.config.sigma_min, self.config.sigma_max, self.config.s_noise
+        sigma = min(max(sigma, low), high)
+        return sigma if scale == 1 else math.sqrt(scale**2 * (sigma - low) * (sigma + low) + low**2)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The place of a timestep in the schedule: from where it lies in `timesteps`, else from its value.
+
+        Raises: IndexError: it is not there.
+        """
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.dtype == schedule.dtype:
+            # The storage, not the address: on the meta device, where tests run, all addresses are 0.
+            if timestep.untyped_storage()._cdata == schedule.untyped_storage()._cdata:
+                return (timestep.storage_offset() - schedule.storage_offset()) // schedule.stride(0)
+        value = float(timestep)
+        found = [i for i, t in enumerate(schedule.tolist()) if t == value]
+        if not found:
+            raise IndexError(f"timestep {value} is not one of scheduler.timesteps: {schedule.tolist()}")
+        return found[min(1, len(found) - 1)]  # the second of several, as diffusers has it
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """c_in sample, in its dtype: the network's input at this step."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        self.is_scale_input_called = True
+        ready, self._next_input = self._next_input, None
+        if ready is not None and ready[0] is sample and ready[1] == sample._version:
+            return ready[2]
+        return ops.scale_input(sample, self._level(self.step_index, sample), sigma_data=self.config.sigma_data)[0]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> CMStochasticIterativeSchedulerOutput | tuple[Tensor]:
+        """D(sample), and unless there is one timestep only, noise of the next level: as `diffusers` has it.
+
+        Raises: ValueError: an integer timestep. IndexError: one that is not in `timesteps`, or a step too many.
+        """
+        integers = torch.int64, torch.int32
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in integers):
+            raise ValueError(
+                f"{type(self).__name__}.step() takes one of `scheduler.timesteps`, not its index, got {timestep}"
+            )
+        if not self.is_scale_input_called:
+            logger.warning("scale_model_input was not called before step: the network's input must be scaled by it")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        index, count = self.step_index, len(self._refresh())
+        following = index + 1 if index + 1 < self.config.num_train_timesteps else count - 1
+        if max(index, following) >= count:
+            raise IndexError(f"step {index} of a schedule of {len(self.timesteps)}: call set_timesteps for another run")
+
+        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        config = self.config
+        options: dict[str, Any] = {
+            "sigma_data": config.sigma_data,
+            "boundary": config.sigma_min,
+            "clip": config.clip_denoised,
+        }
+        sigma = self._level(index, sample)
+        if len(self.timesteps) == 1:
+            previous = ops.denoise(model_output, sample, sigma, **options)
+        else:
+            noise = randn_tensor(
+                model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator
+            )
+            next_level = self._level(count + following, sample)
+            previous, model_input, _ = ops.renoise(
+                model_output,
+                sample,
+                sigma,
+                next_level,
+                noise,
+                sigma_min=config.sigma_min,
+                dtype=sample.dtype,
+                **options,
+            )
+            if self._levels[following] == self._noise_level(self._levels[following]) and not previous.is_inference():
+                self._next_input = previous, previous._version, model_input
+        self._step_index += 1
+        return CMStochasticIterativeSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """original_samples + sigma noise, with the sigma of each sample's timestep [B].
+
+        A timestep that is not in the schedule is an IndexError, or on a GPU, where it is not read, gives NaN.
+        """
+        batch, device = original_samples.shape[0], original_samples.device
+        # Rounded as the samples are, like diffusers' own.
+        sigmas = self.sigmas.to(device, original_samples.dtype).to(_check.sigma_dtype(original_samples))
+        if self.begin_index is not None:
+            sigma = sigmas[self.begin_index if self.step_index is None else self.step_index]
+        else:
+            same = timesteps.to(device).reshape(-1, 1) == self.timesteps.to(device)
+            if device.type == "cpu" and not same.any(1).all():
+                raise IndexError(f"timesteps {timesteps.tolist()} are not all of scheduler.timesteps")
+            sigma = torch.where(same.any(1), sigmas[same.to(torch.int8).argmax(1)], math.nan)
+        sigma = sigma.expand(batch) if sigma.numel() == 1 else sigma
+        return ops.add_noise(original_samples, noise, sigma, sigma_data=self.config.sigma_data)[0]
+
+
+# Pipelines write the module of their scheduler's class into model_index.json. With diffusers' own, which has a class
+# of this name, a saved pipeline needs nothing but diffusers.
+CMStochasticIterativeScheduler.__module__ = diffusers.CMStochasticIterativeScheduler.__module__
+
+
+def _rebuild(config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:
+    scheduler = CMStochasticIterativeScheduler.from_config(config)
+    scheduler.__dict__.update(state)
+    return scheduler

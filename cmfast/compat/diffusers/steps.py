@@ -1,0 +1,107 @@
+"""What diffusers calls timesteps, in noise levels and in the original's `ts`.
+
+A consistency model's grid has 40 levels, from sigma_max at index 0 to sigma_min at index 39. diffusers' timesteps are
+indices of it in descending order, of which the last is evaluated first:
+
+    timesteps=[22, 0] of diffusers  =  ts=(0, 22, 39) of the original  =  sigmas=[80, 1.382]  =  steps=2 of cmfast
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cmfast import schedules
+
+NUM_TRAIN_TIMESTEPS = 40
+
+
+def default_timesteps(num_inference_steps: int, *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:
+    """The timesteps that diffusers takes for a number of steps: multiples of 40 // steps, not those of `steps` here.
+
+    Raises: ValueError: the number is not from 1 to num_train_timesteps.
+
+    >>> default_timesteps(1), default_timesteps(2)
+    ([0], [20, 0])
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(f"num_inference_steps must be from 1 to {num_train_timesteps}, got {num_inference_steps}")
+    ratio = num_train_timesteps // num_inference_steps
+    return [i * ratio for i in reversed(range(num_inference_steps))]
+
+
+def ts_from_timesteps(timesteps: Sequence[int], *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> tuple[int, ...]:
+    """The original's `ts`: the indices in the order of evaluation, and the last index, where sampling ends.
+
+    Raises: ValueError: timesteps that do not descend, or are not on the grid.
+
+    >>> ts_from_timesteps([22, 0])
+    (0, 22, 39)
+    """
+    ts = (*reversed(list(timesteps)), num_train_timesteps - 1)
+    if not timesteps or any(b >= a for a, b in zip(timesteps, timesteps[1:])) or not 0 <= ts[0] <= ts[-2] < ts[-1]:
+        wanted = f"indices of the grid from {num_train_timesteps - 2} to 0, descending, as in [22, 0]"
+        raise ValueError(f"timesteps must be {wanted}; got {list(timesteps)}")
+    return ts
+
+
+def timesteps_from_ts(ts: Sequence[int], *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:
+    """diffusers' timesteps for the original's `ts`.
+
+    Raises: ValueError: ts that do not increase to num_train_timesteps - 1.
+
+    >>> timesteps_from_ts((0, 22, 39))
+    [22, 0]
+    """
+    last = num_train_timesteps - 1
+    if len(ts) < 2 or any(b <= a for a, b in zip(ts, ts[1:])) or ts[0] < 0 or ts[-1] != last:
+        raise ValueError(f"ts must increase from 0 or more to {last}, as in (0, 22, {last}); got {list(ts)}")
+    return list(ts[-2::-1])
+
+
+def sigmas_from_timesteps(
+    timesteps: Sequence[int],
+    *,
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> list[float]:
+    """The noise levels at which the model is evaluated: `sigmas` of `cmfast.Sampler`.
+
+    Raises: ValueError: see `ts_from_timesteps`.
+
+    >>> [round(sigma, 3) for sigma in sigmas_from_timesteps([22, 0])]
+    [80.0, 1.382]
+    """
+    ts = ts_from_timesteps(timesteps, num_train_timesteps=num_train_timesteps)
+    levels = schedules.multistep_sigmas(ts, num_train_timesteps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    return levels[:-1]
+
+
+def timesteps_from_sigmas(
+    sigmas: Sequence[float],
+    *,
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> list[int]:
+    """diffusers' timesteps for noise levels that lie on its grid, to three digits or better.
+
+    Raises: ValueError: a level that is not on the grid, with the nearest one that is; or levels that do not descend.
+
+    >>> timesteps_from_sigmas([80, 1.382])
+    [22, 0]
+    """
+    options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    count = num_train_timesteps
+    grid = [float(schedules.karras_sigma(i, count, **options)) for i in range(count)]
+    timesteps = []
+    for sigma in sigmas:
+        index = min(range(count), key=lambda i: abs(grid[i] - sigma))
+        if abs(grid[index] - sigma) > 1e-3 * grid[index]:
+            raise ValueError(f"sigma {sigma} is not one of the {count} levels: the nearest is {grid[index]}")
+        timesteps.append(index)
+    timesteps.reverse()
+    ts_from_timesteps(timesteps, num_train_timesteps=count)
+    return timesteps
