@@ -65,12 +65,12 @@ class _Fused(torch.autograd.Function):
             results = list(ctx.kernel(needed, grads, *inputs, **saved, **ctx.options))
         missing = [i for i in range(count) if needed[i] and results[i] is None]
         if missing:
-            for i, grad in zip(missing, _reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):
+            for i, grad in zip(missing, reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):
                 results[i] = grad
         return None, None, None, None, None, *results
 
 
-def _reference_grads(
+def reference_grads(
     reference: Forward, inputs: list[Any], wanted: list[int], grads: tuple[Tensor | None, ...], options: dict[str, Any]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `inputs[i] for i in wanted` by differentiating the reference, differentiable if grad mode is on."""

@@ -192,16 +192,18 @@ def use_kernel(
 def plain(name: str, *inputs: Any) -> Callable[..., Any]:
     """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits.
 
-    That is on the CPU, in float32, for more than a few elements, and where no graph is recorded.
+    That is on the CPU, in float32, for more than a few elements (GroupNorm: for any), and where no graph is recorded or
+    the form knows its gradients.
     """
     function = getattr(reference, name)
-    if inputs[0].numel() < _inplace.LEAST or current_backend() != "auto" or torch.compiler.is_compiling():
+    least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
+    if inputs[0].numel() < least or current_backend() != "auto" or torch.compiler.is_compiling():
         return function
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
         return function
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < _inplace.LEAST_WITH_GRADIENTS:
+        if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < with_gradients:
             return function
     if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
         return function
@@ -211,7 +213,8 @@ def plain(name: str, *inputs: Any) -> Callable[..., Any]:
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
-    `triton`: the kernel. `in place`: PyTorch in fewer passes, where no gradient is recorded. `reference`: the rest.
+    `triton`: the kernel. `in place`: PyTorch in fewer passes, most of them where no graph is recorded.
+    `reference`: the rest.
 
     >>> explain("scalings")
     ('reference', 'no kernel: a few numbers for each sample')

@@ -1,10 +1,15 @@
 """Group normalisation with what stands around it in a U-Net: a bias and a sum before it, scale and shift of the time
 embedding, SiLU and dropout after it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import plain
+from cmfast.ops._autograd import reference_grads
+from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.reference import Draw
 
 
@@ -73,8 +78,87 @@ def group_norm_silu(
         if draw is None:
             raise ValueError("draw is missing: dropout needs a Draw(seed, index, draw)")
         _check.draw_for("draw", draw, x, "x")
-    inputs = x, weight, bias, scale, shift, x_bias, residual, draw if dropout else None
-    return plain("group_norm_silu", *inputs)(
-        x, num_groups, weight, bias, eps=eps, scale=scale, shift=shift, silu=silu, x_bias=x_bias, residual=residual,
-        dropout=dropout, draw=draw,
+    draw = draw if dropout else None
+    tensors = x, weight, bias, scale, shift, x_bias, residual
+    options: dict[str, Any] = {"eps": eps, "silu": silu, "dropout": dropout}
+    if not use_kernel("group_norm_silu", *tensors, draw, levels=False):
+        names = ("scale", "shift", "x_bias", "residual", "draw")
+        options |= dict(zip(names, (*tensors[3:], draw)))
+        return plain("group_norm_silu", *tensors)(x, num_groups, weight, bias, **options)
+    options["num_groups"] = num_groups
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        results = _GroupNormSilu.apply(options, *(draw or (None,) * 3), *tensors)
+    else:
+        results = _forward(options, draw, *tensors)
+    return results[0] if residual is None else results[:2]
+
+
+def _forward(options: dict[str, Any], draw: Draw | None, *tensors: Any) -> tuple[Tensor, ...]:
+    """y, with a residual the sum, and what the backward pass needs to know of the groups."""
+    from cmfast.kernels.group_norm import group_norm_silu_fwd
+
+    return group_norm_silu_fwd(*tensors, draw, **options)
+
+
+def _of_sum(
+    t: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    draw: Draw | None,
+    *,
+    num_groups: int,
+    **options: Any,
+) -> Any:
+    """The reference, of what the backward pass has."""
+    return reference.group_norm_silu(
+        t, num_groups, weight, bias, scale=scale, shift=shift, x_bias=x_bias, draw=draw, **options
     )
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The kernels. Of all that has the size of x, the backward pass keeps what was normalised alone: x, or the sum."""
+
+    @staticmethod
+    def forward(options: Any, seed: Any, index: Any, draw: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        return _forward(options, None if index is None else Draw(seed, index, draw), *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options, *draw, x, weight, bias, scale, shift, x_bias, residual = inputs
+        *total, moments = output[1:]
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)
+        ctx.added = [None if t is None else t.dtype for t in (x_bias, residual)]
+        ctx.draw = [None if isinstance(t, Tensor) else t for t in draw]
+        saved_draw = (t if isinstance(t, Tensor) else None for t in draw)
+        normalised, late_bias = (total[0], None) if total else (x, x_bias)
+        ctx.save_for_backward(normalised, weight, bias, scale, shift, late_bias, moments, *saved_draw)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *of_sum: Tensor | None) -> tuple[Any, ...]:
+        *inputs, moments, seed, index, number = ctx.saved_tensors
+        given = [kept if t is None else t for t, kept in zip((seed, index, number), ctx.draw)]
+        inputs.append(None if index is None else Draw(*given))
+        grad_sum = of_sum[0] if len(of_sum) > 1 else None
+        *_, need_x_bias, need_residual = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 6
+        if grad is not None and not torch.is_grad_enabled():
+            from cmfast.kernels.group_norm_bwd import group_norm_silu_bwd
+
+            grads = list(group_norm_silu_bwd(grad, grad_sum, moments, *inputs, need_x_bias=need_x_bias, **ctx.options))
+        else:
+            if grad is not None:
+                wanted = [i for i, t in enumerate(inputs[:6]) if t is not None]
+                for i, made in zip(wanted, reference_grads(_of_sum, inputs, wanted, (grad,), ctx.options)):
+                    grads[i] = made
+            if grad_sum is not None:
+                grads[0] = grad_sum if grads[0] is None else grads[0] + grad_sum
+            if need_x_bias and inputs[5] is None and grads[0] is not None:
+                grads[5] = grads[0].sum([i for i in range(grads[0].ndim) if i != 1])
+        x_bias_dtype, residual_dtype = ctx.added
+        grad_x_bias = grads[5].to(x_bias_dtype) if need_x_bias and grads[5] is not None else None
+        grad_residual = grads[0].to(residual_dtype) if need_residual and grads[0] is not None else None
+        return None, None, None, None, *grads[:5], grad_x_bias, grad_residual

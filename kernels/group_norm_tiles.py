@@ -1,0 +1,240 @@
+"""What the passes of group normalisation share: how a batch is cut, and tiles [pixels, channels] of it on the device.
+
+Contiguous and channels_last batches go through the same kernels; the shape of a tile differs. Where the whole map of a
+few groups fits into the registers of a program (a slab), one launch does it all. Else there are three: sums over parts
+of the map for every channel, a fold of these for every group, and the pass that writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmfast.kernels.common import load_state
+from cmfast.kernels.launch import CONTIGUOUS, launch, layout
+from cmfast.kernels.normal import _counter, _signed_word
+from cmfast.kernels.philox import load_word, words
+
+#: Elements of a tile where there are three launches, and those that a slab may have at most in either pass: 64 and 32
+#: of them in each of 512 threads. Untuned.
+BLOCK, WHOLE, WHOLE_BWD = 2048, 32768, 16384
+#: Channels of a tile in channels_last, one 128-byte line of bfloat16; and pixels of one where planes lie apart.
+LINE, RUN = 64, 512
+#: Pixels that a program sums or writes at most, unless there are more than PARTS times as many.
+PART, PARTS = 1024, 256
+#: Programs that keep a GPU busy.
+ENOUGH = 512
+
+# Seeds and draws vary without end: they must not make a new kernel each.
+tile_jit = triton.jit(do_not_specialize=["seed", "seed_high", "draw", "least"])
+
+
+@triton.jit
+def part_tile(tiles, parts, ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's row, part of the map, first pixel and first channel, all int64. Programs walk channels first, then
+    parts, then rows."""
+    program = tl.program_id(0)
+    part = (program // tiles % parts).to(tl.int64)
+    first = (program % tiles).to(tl.int64) * CHANNELS
+    return (program // tiles // parts).to(tl.int64), part, part * (ROWS * STEPS), first
+
+
+@triton.jit
+def slab_tile(slabs, channels, SLAB: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's row, first channel, channels [CHANNELS] and pixels [ROWS], all int64; and which of the channels
+    are its own."""
+    program = tl.program_id(0)
+    k = tl.arange(0, CHANNELS)
+    first = (program % slabs).to(tl.int64) * SLAB
+    pixel = tl.arange(0, ROWS).to(tl.int64)
+    return (program // slabs).to(tl.int64), first, first + k, pixel, (k < SLAB) & (first + k < channels)
+
+
+@triton.jit
+def tile_offsets(row, pixel, channel, channels, pixels, LAST: tl.constexpr):
+    """Where the elements of a tile lie; LAST: channels_last, else plane by plane."""
+    base = row * channels * pixels
+    if LAST:
+        return base + pixel[:, None] * channels + channel[None, :]
+    else:
+        return base + channel[None, :] * pixels + pixel[:, None]
+
+
+@triton.jit
+def over_group(value, SLAB: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """For each channel of a slab [CHANNELS] the sum over its group."""
+    if GROUPS == 1:
+        return tl.zeros_like(value) + tl.sum(value, 0)
+    else:
+        k = tl.arange(0, CHANNELS)
+        member = ((k // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]) & (k < SLAB)[None, :]
+        sums = tl.sum(tl.where(member, value[None, :], 0.0), 1)
+        return tl.sum(tl.where(member, sums[:, None], 0.0), 0)
+
+
+@triton.jit
+def load_affine(
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM: tl.constexpr
+):
+    """w (1 + s), b (1 + s) + h and 1 + s for channels of a row; z is the first times xhat plus the second."""
+    weight, bias = load_state(weight_ptr, channel, live), load_state(bias_ptr, channel, live)
+    if FILM:
+        factor = 1.0 + load_state(scale_ptr, row * scale_stride + channel, live)
+        return weight * factor, bias * factor + load_state(shift_ptr, row * shift_stride + channel, live), factor
+    else:
+        return weight, bias, tl.zeros_like(weight) + 1.0
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + e^-z). The exponential is the hardware's, good to 2 units in the last place."""
+    return tl.div_rn(1.0, 1.0 + tl.exp(-z))
+
+
+@triton.jit
+def kept(
+    index_ptr, row, pixel, first, channels, seed, seed_high, draw, least, keep_scale,
+    SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """What dropout multiplies a tile by: 0, or 1 / (1 - p). Four channels share a counter; `first` is a multiple of 4.
+
+    index_ptr, seed, seed_high, draw: as in `philox.words`; least: the smallest word that is kept, as a signed number.
+    """
+    quad = first // 4 + tl.arange(0, CHANNELS // 4)
+    group = pixel[:, None] * ((channels + 3) // 4).to(tl.int64) + quad[None, :]
+    a, b, c, d = words(index_ptr, row, group, seed, seed_high, draw, SEED_TENSOR, DRAW_TENSOR)
+    word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, CHANNELS))
+    return tl.where(word >= load_word(least, False).to(tl.uint32), keep_scale, 0.0)
+
+
+class Tensors(NamedTuple):
+    """What is read beside the batch, and how: arguments of a kernel, in order and by name."""
+
+    pointers: tuple[Tensor, ...]
+    scalars: dict[str, Any]
+
+
+def beside(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    draw: Any,
+    dropout: float,
+    silu: bool,
+) -> Tensors:
+    """Weight, bias, scale and shift with the distance of their rows, and what dropout draws from."""
+    pair = (weight, bias) if scale is None or shift is None else (scale, shift)
+    rows = [t if t.stride(-1) == 1 else t.contiguous() for t in pair]
+    counter = _counter(0, 0) if draw is None else _counter(draw.seed, draw.draw)
+    index = x if draw is None else draw.index.contiguous()
+    scalars = {
+        "scale_stride": rows[0].stride(0), "shift_stride": rows[1].stride(0), **counter,
+        "least": _signed_word(min(round(dropout * 2**32), 2**32 - 1)), "keep_scale": 1 / (1 - dropout),
+        "FILM": scale is not None, "SILU": silu, "DROPOUT": draw is not None,
+    }
+    return Tensors((weight.contiguous(), bias.contiguous(), *rows, index), scalars)
+
+
+class Cut(NamedTuple):
+    """A dense batch [B, C, ...] as rows x pixels x channels in groups, and its tiles.
+
+    `slab`: channels of a slab, or 0 where there are three launches; `rows`, `block`: pixels and channels of a tile,
+    powers of two; a program does `steps` tiles, one after the other.
+    """
+
+    batch: int
+    channels: int
+    pixels: int
+    group: int
+    last: bool
+    slab: int
+    rows: int
+    block: int
+    steps: int
+    warps: int
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.slab else -(-self.pixels // (self.rows * self.steps))
+
+    @property
+    def groups(self) -> int:
+        return self.channels // self.group
+
+    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """A launch over the batch: the sizes come after the arguments, scalars and constexprs by name."""
+        tiles = -(-self.channels // (self.slab or self.block))
+        options = {"GROUP": self.group, "LAST": self.last, "ROWS": self.rows, "CHANNELS": self.block}
+        if self.slab:
+            sizes: tuple[int, ...] = (tiles, self.channels, self.pixels)
+            options |= {"SLAB": self.slab, "GROUPS": power_of_two(self.slab // self.group)}
+        else:
+            sizes = tiles, self.parts, self.channels, self.pixels
+            options |= {"STEPS": self.steps}
+        programs = self.batch * tiles * self.parts
+        launch(kernel, programs, *arguments, *sizes, **constants, **options, warps=self.warps)
+
+    def fold(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """A launch of one program for each group of each sample, over the sums of all parts."""
+        parts = power_of_two(self.parts)
+        channels = min(power_of_two(self.group), max(BLOCK // parts, 1))
+        options = {"GROUP": self.group, "PART": self.rows * self.steps, "PARTS": parts, "CHANNELS": channels}
+        sizes = self.groups, self.parts, self.channels, self.pixels
+        warps = max(1, min(8, parts * channels // 256))
+        launch(kernel, self.batch * self.groups, *arguments, *sizes, **constants, **options, warps=warps)
+
+
+def power_of_two(n: int) -> int:
+    """The next, or n itself."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cut(x: Tensor, num_groups: int, limit: int) -> Cut:
+    """The tiles of a dense batch. limit: elements that a slab may have."""
+    batch, channels = x.shape[:2]
+    pixels = x.numel() // (batch * channels)
+    last = layout(x) != CONTIGUOUS
+    group = channels // num_groups
+    slab = _slab(channels, group, x.element_size() if last else 1, limit // power_of_two(pixels))
+    if slab:
+        rows, block = power_of_two(pixels), max(4, power_of_two(slab))
+        warps = max(1, min(16, rows * block // 1024))
+        return Cut(batch, channels, pixels, group, last, slab, rows, block, 1, warps)
+    if last:
+        block = max(4, min(LINE, power_of_two(channels)))
+        rows = BLOCK // block
+    else:
+        rows = min(RUN, power_of_two(pixels))
+        block = max(4, min(BLOCK // rows, power_of_two(channels)))
+    blocks = -(-pixels // rows)
+    programs = batch * blocks * -(-channels // block)
+    steps = power_of_two(max(min(PART // rows, programs // ENOUGH), -(-blocks // PARTS), 1))
+    return Cut(batch, channels, pixels, group, last, 0, rows, block, steps, 4)
+
+
+def _slab(channels: int, group: int, itemsize: int, most: int) -> int:
+    """Channels of a slab: the fewest whole groups that lie in whole 32-byte sectors of each pixel, or else 16-byte
+    accesses, and share no counter of dropout with other slabs; or all channels. 0: those are more than `most`."""
+    for unit in (max(4, 32 // itemsize), max(4, 16 // itemsize), 4) if itemsize > 1 else (4,):
+        for slab in range(group, channels + 1, group):
+            if slab % unit == 0 or slab == channels:
+                if max(4, power_of_two(slab)) <= most:
+                    return slab
+                break
+    return 0
+
+
+def on_chip(x: Tensor, num_groups: int, backward: bool = False) -> bool:
+    """Whether one launch does it all."""
+    return bool(cut(x, num_groups, WHOLE_BWD if backward else WHOLE).slab)
+
+
+def room(like: Tensor, *shape: int) -> Tensor:
+    """float32 for sums and coefficients."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
