@@ -1,24 +1,35 @@
-"""The sampling engine: images from (seed, index) alone, in batches of one size."""
+"""The sampling engine: images from (seed, index) alone, in batches of one size, from noise to pixels in one graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmfast import ops
-from cmfast.denoiser import Denoiser, DenoiserFn
-from cmfast.noise import CounterNoise, NoiseFn, counter_labels
+from cmfast import ops, schedules
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator
+from cmfast.graphs import Values
+from cmfast.memory import largest_that_fits, out_of_memory
+from cmfast.networks import COMPILE
+from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
+from cmfast.runner import Runner
 from cmfast.samplers import Sigmas, noise_range, sample, sampler_sigmas
+from cmfast.transfer import HostCopies
 
 Classes = int | Sequence[int] | Tensor | None
+#: The samplers that draw noise between their steps.
+DRAWING = ("multistep", "onestep", "heun", "dpm", "ancestral")
 
 
 class Sampler:
     """Makes images with a model; sample i of a seed is the same whatever else is made with it.
+
+    On a GPU the loop is captured once for each shape and replayed. Before each batch the model is looked at: weights
+    written in place are used as they are; replaced weights, modules or methods make it capture again; a model with
+    forward hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
+    The model is in evaluation mode for as long as a batch is started, and then in its own again.
 
     Args:
         model: a `Denoiser`, or any D(x, sigma[, labels]).
@@ -27,9 +38,16 @@ class Sampler:
             `cmfast.samplers.sampler_sigmas`; by default one step, 18 for ODE solvers.
         sampler: `multistep`, `onestep`, `heun`, `euler`, `dpm`, `ancestral` or `progdist`.
         image_shape: (C, H, W); needed where the model does not know it.
+        compile: True or `whole`: `torch.compile` for the network; `regional`: for its blocks; False, `auto`: no.
+        cuda_graph: `auto`: on a GPU where nothing speaks against it; True: or an error; False: no.
+        dtype: what an optimised network computes in (default: as the model).
+        noise: `counter`: it follows from (seed, index); or a generator on the model's device, drawn from in turn.
+        optimize: `auto`: the network in fewer passes over memory where `cmfast.optimize` takes it; True: or an error.
+        cache_size: how many shapes are kept ready; what was not used for longest goes.
         options: the sampler's own, such as `clip_denoised` or `s_churn`.
 
-    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape.
+    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. RuntimeError: what
+        was asked for with True cannot be had; the message says why.
 
     >>> sampler = Sampler(lambda x, sigma: 0.1 * x, batch_size=2, image_shape=(1, 8, 8))
     >>> images = sampler.sample(3, seed=0)
@@ -48,50 +66,127 @@ class Sampler:
         num_scales: int = 40,
         sampler: str = "multistep",
         image_shape: tuple[int, int, int] | None = None,
+        compile: str | bool = "auto",
+        cuda_graph: str | bool = "auto",
+        dtype: torch.dtype | None = None,
+        noise: str | torch.Generator = "counter",
+        optimize: str | bool = "auto",
+        cache_size: int = 8,
         **options: Any,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if cache_size < 1:
+            raise ValueError(f"cache_size must be 1 or more, got {cache_size}")
+        if noise != "counter" and not isinstance(noise, torch.Generator):
+            raise ValueError(f"noise must be 'counter' or a torch.Generator, got {noise!r}")
+        for name, value in {"cuda_graph": cuda_graph, "optimize": optimize}.items():
+            if value not in ("auto", True, False):
+                raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
+        if compile not in (*COMPILE, True, False):
+            raise ValueError(f"compile must be True, False, {', '.join(map(repr, COMPILE))}, got {compile!r}")
         shape = image_shape or getattr(model, "image_shape", None)
         if shape is None:
             raise ValueError("image_shape=(C, H, W) is needed: the model does not say what it makes")
-        schedule: dict[str, Any] = {
-            "steps": steps,
-            "sigmas": sigmas,
-            "ts": ts,
-            "num_scales": num_scales,
-            **noise_range(model),
-        }
-        self.sigmas = sampler_sigmas(sampler, **schedule)
         self.model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
-        self.image_shape = tuple(shape)
+        self.image_shape, self.num_scales, self.noise = tuple(shape), num_scales, noise
         self.num_classes: int | None = getattr(model, "num_classes", None)
-        self.device = model.device if isinstance(model, Denoiser) else torch.device("cpu")
+        self._range: dict[str, Any] = noise_range(model)
+        self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **self._range)
+        self._runner = Runner(
+            model,
+            cuda_graph=cuda_graph,
+            cache_size=cache_size,
+            host_work=next((f"{name} is called between steps" for name in _CALLED if options.get(name)), None),
+            optimize=optimize,
+            compile={True: "whole", False: "off"}.get(compile, compile),  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+        if isinstance(noise, torch.Generator) and noise.device.type != self.device.type:
+            raise ValueError(f"noise is a generator on {noise.device} and the model is on {self.device}")
 
-    @torch.no_grad()
-    def generate(
-        self,
-        noise: Tensor | ops.Draw,
-        labels: Tensor | None = None,
-        *,
-        noise_fn: NoiseFn | None = None,
-        pixels: str | None = None,
-    ) -> Tensor:
-        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw; `noise_fn` draws what steps add.
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now; the CPU if it has no weights."""
+        return self._runner.device
 
-        `pixels`: make uint8 [B, H, W, C] instead, with this rounding.
+    @property
+    def ts(self) -> tuple[int, ...]:
+        """The levels as indices of the grid of `num_scales`, the nearest ones; the last is where sampling ends."""
+        return schedules.nearest_ts([sigma for sigma in self.sigmas if sigma > 0], self.num_scales, **self._range)
+
+    @property
+    def startup(self) -> float:
+        """Seconds spent so far to get ready: optimising, compiling with the first run, warming up and capturing."""
+        return self._runner.startup
+
+    def explain(self) -> dict[str, tuple[str, str]]:
+        """What runs, and why not something faster: `loop`, `network` and `compile`, each as (path, why).
+
+        >>> Sampler(lambda x, sigma: 0.1 * x, image_shape=(1, 8, 8)).explain()["loop"]
+        ('eager', 'the model is on a cpu device: CUDA graphs are for GPUs')
         """
-        options = {"image_shape": self.image_shape, "pixels": pixels, **self.options}
-        if noise_fn is not None and self.sampler in ("multistep", "heun", "dpm", "ancestral"):
-            options["noise_fn"] = noise_fn
-        with _evaluating(self.model):
-            return sample(self.model, noise, sampler=self.sampler, sigmas=self.sigmas, labels=labels, **options)
+        return self._runner.explain()
+
+    def refresh(self) -> None:
+        """Take the weights as they are now, after a write through `.data`, which nothing else shows."""
+        self._runner.refresh()
+
+    def sample(self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False) -> Tensor:
+        """n images, uint8 [n, H, W, C] on the CPU.
+
+        Args: seed: noise, and labels if not given, follow from it and the sample's index alone;
+            classes: one for all, or n of them; progress: show a bar.
+        Raises: ValueError: n below 0, or classes that do not fit. torch.OutOfMemoryError: a batch does not fit; the
+            message names the largest that does.
+        """
+        channels, height, width = self.image_shape
+        batches = [images for images, _ in self.stream(n, seed=seed, classes=classes, progress=progress)]
+        return torch.cat(batches) if batches else torch.empty(0, height, width, channels, dtype=torch.uint8)
+
+    def stream(
+        self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all.
+
+        On a GPU a batch is handed out when the next one has been started, with the weights of that moment.
+        """
+        labels = self.labels(n, seed=seed, classes=classes)
+        return self.batches(range(0, n, self.batch_size), n, labels, seed=seed, progress=progress)
+
+    def batches(
+        self, starts: Sequence[int], n: int, labels: Tensor | None, *, seed: int = 0, progress: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives."""
+        device, size = self.device, self.batch_size
+        padded = None
+        if labels is not None and n:
+            # The surplus of the last batch repeats the last label: nothing of it is kept.
+            padded = torch.cat([labels, labels[-1:].expand(-n % size)]).to(device)
+        copies = HostCopies(device)
+        started: list[int] = []
+
+        def arrived() -> tuple[Tensor, Tensor | None]:
+            start = started.pop(0)
+            end = min(start + size, n)
+            return copies.receive()[: end - start], None if labels is None else labels[start:end]
+
+        for start in _bar(starts) if progress else starts:
+            batch_labels = None if padded is None else padded[start : start + size]
+            self._make(range(start, start + size), seed, batch_labels, copies.send)
+            started.append(start)
+            if len(copies) > copies.ahead:
+                yield arrived()
+        while started:
+            yield arrived()
 
     def labels(self, n: int, *, seed: int = 0, classes: Classes = None) -> Tensor | None:
         """The labels int64 [n] that `sample` uses: those given, or drawn from (seed, index); None if unconditional.
 
-        Raises: ValueError: classes for an unconditional model, not n of them, or out of range.
+        Raises: ValueError: n below 0; classes for an unconditional model, not n of them, or out of range.
         """
+        if n < 0:
+            raise ValueError(f"n must be 0 or more, got {n}")
         if self.num_classes is None:
             if classes is not None:
                 raise ValueError("classes were given to an unconditional model: leave them out")
@@ -107,49 +202,123 @@ class Sampler:
             raise ValueError(f"classes must be from 0 to {self.num_classes - 1}, got {came}")
         return labels
 
-    def stream(
-        self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all."""
-        if n < 0:
-            raise ValueError(f"n must be 0 or more, got {n}")
-        labels = self.labels(n, seed=seed, classes=classes)
-        starts: Any = range(0, n, self.batch_size)
-        if progress:
-            from tqdm.auto import tqdm
+    def generate(
+        self,
+        noise: Tensor | ops.Draw,
+        labels: Tensor | None = None,
+        *,
+        noise_fn: NoiseFn | Sequence[Tensor] | None = None,
+        pixels: str | None = None,
+    ) -> Tensor:
+        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw.
 
-            starts = tqdm(starts, unit="batch")
-        for start in starts:
-            kept = min(self.batch_size, n - start)
-            index = torch.arange(start, start + self.batch_size, device=self.device)
-            batch_labels = None
-            if labels is not None:
-                # The surplus of the last batch repeats its first label: nothing of it is kept.
-                surplus = labels[start].expand(self.batch_size - kept)
-                batch_labels = torch.cat([labels[start : start + kept], surplus]).to(self.device)
-            noise_fn = CounterNoise(seed, index)
-            images = self.generate(noise_fn.next(), batch_labels, noise_fn=noise_fn, pixels="trunc")
-            yield images[:kept].cpu(), None if labels is None else labels[start : start + kept]
-
-    def sample(self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False) -> Tensor:
-        """n images, uint8 [n, H, W, C] on the CPU.
-
-        Args: seed: noise, and labels if not given, follow from it and the sample's index alone;
-            classes: one for all, or n of them; progress: show a bar.
+        noise_fn: draws what steps add (default: torch's own generator), or holds it, a tensor for each draw. From
+            tensors alone it runs as a graph; a function or a draw is called for at each step.
+        pixels: make uint8 [B, H, W, C] instead, with this rounding.
         """
-        channels, height, width = self.image_shape
-        batches = [images for images, _ in self.stream(n, seed=seed, classes=classes, progress=progress)]
-        return torch.cat(batches) if batches else torch.empty(0, height, width, channels, dtype=torch.uint8)
+        if isinstance(noise, ops.Draw) or callable(noise_fn):
+            with self._runner.ready() as model:
+                return self._loop(model, noise, labels, noise_fn if callable(noise_fn) else None, pixels)
+        draws = None if noise_fn is None else list(noise_fn)
+        values: Values = {"noise": noise, **({} if labels is None else {"labels": labels})}
+        values.update({f"draw {i}": draw for i, draw in enumerate(draws or ())})
+
+        def loop(model: Any, values: dict[str, Any]) -> Tensor:
+            if draws is None:
+                return self._loop(model, values["noise"], values.get("labels"), None, pixels)
+            given = GivenNoise([values[f"draw {i}"] for i in range(len(draws))])
+            made = self._loop(model, values["noise"], values.get("labels"), given, pixels)
+            given.check_used()
+            return made
+
+        generators = [_default_generator(noise.device)] if draws is None else []
+        return self._runner.run(("generate", draws is None, pixels), loop, values, Tensor.clone, generators)
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B].
+
+        >>> sampler = Sampler(lambda x, sigma: 0.5 * x, image_shape=(1, 2, 2))
+        >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()
+        tensor([0.5000])
+        """
+        values: Values = {"x": x, "sigma": sigma if isinstance(sigma, Tensor) else float(sigma)}
+        if labels is not None:
+            values["labels"] = labels
+
+        def loop(model: Any, values: dict[str, Any]) -> Tensor:
+            x, sigma = values["x"], values["sigma"]
+            level = sigma if isinstance(sigma, Tensor) else torch.full((), sigma, device=x.device)
+            evaluate = Evaluator(model, labels=values.get("labels")).settle(x.dtype)
+            return evaluate.denoised(evaluate(*evaluate.scale_input(x, level)), x, level)
+
+        return self._runner.run("denoise", loop, values, Tensor.clone)
+
+    def _loop(
+        self, model: Any, noise: Tensor | ops.Draw, labels: Tensor | None, noise_fn: NoiseFn | None, pixels: str | None
+    ) -> Tensor:
+        """The sampler's algorithm, from noise to images or pixels."""
+        options = {"image_shape": self.image_shape, "pixels": pixels, **self.options}
+        if noise_fn is not None and self.sampler in DRAWING:
+            options["noise_fn"] = noise_fn
+        return sample(model, noise, sampler=self.sampler, sigmas=self.sigmas, labels=labels, **options)
+
+    def _make(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
+        """Make the pixels of samples `index`, uint8 [B, H, W, C], and give them to `take`."""
+        try:
+            self._run_batch(index, seed, labels, take)
+            return
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            # Without its frames, which hold the tensors of the batch that was too large.
+            failure = error.with_traceback(None)
+
+        def run(size: int) -> None:
+            self._runner.forget()
+            part = None if labels is None else labels[:size]
+            self._run_batch(range(size), seed, part, lambda images: images.sum().item())
+
+        fits = largest_that_fits(run, len(index))
+        self._runner.forget()
+        found = f"the largest that does is {fits}" if fits else "and not one image does"
+        raise torch.OutOfMemoryError(
+            f"batch_size={len(index)} does not fit into the memory of {self.device}: {found}"
+        ) from failure
+
+    def _run_batch(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
+        generator = self.noise if isinstance(self.noise, torch.Generator) else None
+        values: Values = {"index": index, "seed": seed}
+        if labels is not None:
+            values["labels"] = labels
+
+        def loop(model: Any, values: dict[str, Any]) -> Tensor:
+            if generator is None:
+                counter = CounterNoise(values["seed"], values["index"])
+                return self._loop(model, counter.next(), values.get("labels"), counter, "trunc")
+            drawn = _drawn_by(generator)
+            noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
+            return self._loop(model, noise, values.get("labels"), drawn, "trunc")
+
+        self._runner.run("pixels", loop, values, take, [] if generator is None else [generator])
 
 
-@contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    """The model in evaluation mode, and back in its own after."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        if training:
-            model.train()  # type: ignore[attr-defined]
+#: Options of samplers that are called on the host between two steps.
+_CALLED = ("callback", "noise_fn", "progress")
+
+
+def _drawn_by(generator: torch.Generator) -> NoiseFn:
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The one that torch draws from on a device where none is named."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
+def _bar(starts: Sequence[int]) -> Sequence[int]:
+    from tqdm.auto import tqdm
+
+    return tqdm(starts, unit="batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class CounterNoise:
     True
     """
 
-    def __init__(self, seed: int, index: Tensor) -> None:
+    def __init__(self, seed: int | Tensor, index: Tensor) -> None:
         self.seed, self.index, self.draw = seed, index, 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -43,6 +43,30 @@ class CounterNoise:
         noise = ops.Draw(self.seed, self.index, self.draw)
         self.draw += 1
         return noise
+
+
+class GivenNoise:
+    """Noise that is there already: the k-th call returns the k-th tensor.
+
+    >>> given = GivenNoise([torch.ones(2), torch.zeros(2)])
+    >>> given(torch.empty(2)), given(torch.empty(2))
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.used = list(tensors), 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next tensor, which must be like x. Raises: ValueError: there is none."""
+        if self.used == len(self.tensors):
+            raise ValueError(f"noise_fn holds {self.used} tensors and more are drawn: give one for each draw")
+        self.used += 1
+        return self.tensors[self.used - 1]
+
+    def check_used(self) -> None:
+        """ValueError if tensors are left over."""
+        if self.used != len(self.tensors):
+            raise ValueError(f"noise_fn holds {len(self.tensors)} tensors, and {self.used} are drawn: give as many")
 
 
 def take(noise_fn: NoiseFn, x: Tensor) -> Tensor | ops.Draw:

@@ -6,7 +6,9 @@ so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -42,9 +44,32 @@ def _floats(sigmas: Sigmas, *, least: int) -> list[float]:
     return levels
 
 
+_kept_levels: ContextVar[dict[Any, Tensor] | None] = ContextVar("cmfast_levels", default=None)
+
+
+@contextmanager
+def keep_levels(pool: dict[Any, Tensor]) -> Iterator[None]:
+    """Inside the `with` block, noise levels on a device come from `pool`, and are put there when first asked for.
+
+    A loop that ran once copies nothing from the host when it runs again: a CUDA graph needs that.
+    """
+    token = _kept_levels.set(pool)
+    try:
+        yield
+    finally:
+        _kept_levels.reset(token)
+
+
 def _on_device(levels: Sequence[float], x: Tensor) -> Tensor:
     """The levels as one tensor beside x: a step takes its scalars from here, with no copy of its own."""
-    return torch.tensor(levels, dtype=_check.sigma_dtype(x), device=x.device)
+    pool = _kept_levels.get()
+    key = (*levels, _check.sigma_dtype(x), x.device)
+    kept = None if pool is None else pool.get(key)
+    if kept is None:
+        kept = torch.tensor(levels, dtype=_check.sigma_dtype(x), device=x.device)
+        if pool is not None:
+            pool[key] = kept
+    return kept
 
 
 def _steps(count: int, progress: bool) -> Iterable[int]:
@@ -388,14 +413,12 @@ def sample(
     if few and "sigma_min" in known:
         options = {"sigma_min": known["sigma_min"], **options}
     evaluate = _evaluator(model, labels, clip_denoised)
-    if isinstance(noise, ops.Draw):
-        dtype, device, given_shape = torch.float32, noise.index.device, image_shape
-    else:
-        dtype, device, given_shape = noise.dtype, noise.device, None
-    level = torch.tensor(levels[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    drawn = isinstance(noise, ops.Draw)
+    like = noise.index.new_empty(0, dtype=torch.float32) if isinstance(noise, ops.Draw) else noise
+    level = _on_device(levels[:1], like)[0]
     with torch.no_grad():
-        first_options = evaluate.settle(dtype).input_options
-        x, model_input, c_noise = ops.init_noise(noise, level, shape=given_shape, **first_options)
+        first_options = evaluate.settle(like.dtype).input_options
+        x, model_input, c_noise = ops.init_noise(noise, level, shape=image_shape if drawn else None, **first_options)
     options["first"] = model_input, c_noise
     ends = few and options.get("end_sigma") is None
     if ends and pixels is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "lognormal_sigmas",
     "loss_weight",
     "multistep_sigmas",
+    "nearest_ts",
     "step_sigmas",
 ]
 
@@ -101,6 +102,30 @@ def multistep_sigmas(
         raise ValueError(f"ts must increase, got {list(ts)}")
     options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     return [float(karras_sigma(t, num_scales, **options)) for t in ts]
+
+
+def nearest_ts(
+    sigmas: Sequence[float],
+    num_scales: int = 40,
+    *,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> tuple[int, ...]:
+    """The indices of the grid of num_scales levels nearest to `sigmas`, and where sampling ends: of `multistep_sigmas`
+    the inverse. Nearest in sigma^(1/rho), in which the grid is even.
+
+    Raises: ValueError: a level that is negative, or NaN.
+
+    >>> nearest_ts([80, 1.382], 40)
+    (0, 22, 39)
+    """
+    if not all(sigma >= 0 for sigma in sigmas):
+        raise ValueError(f"sigmas must be 0 or more and not NaN, got {list(sigmas)}")
+    high, low, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_scales - 1
+    fractions = [(high - sigma ** (1 / rho)) / (high - low) for sigma in sigmas]
+    indices = [min(max(round(fraction * last), 0), last) for fraction in fractions]
+    return tuple(indices if indices and indices[-1] == last else [*indices, last])
 
 
 def step_sigmas(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cmfast import Denoiser, Sampler, ops, samplers
+from cmfast.transfer import HostCopies
 from tests.golden_utils import relative_error
-from tests.tolerances import GOLDEN_LOOP
+from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.toy import ToyNetwork
 
 
@@ -22,24 +23,6 @@ def test_batch_size_changes_nothing(model, options):
     for other in (3, 64):
         # One level: matrix kernels of another batch size round differently.
         assert (images[other].int() - images[1].int()).abs().max() <= 1
-
-
-def test_noise_and_labels_are_bit_equal_across_batches(model):
-    seen = {}
-    for batch in (1, 3, 64):
-        sampler = Sampler(model, batch, steps=2)
-        rows = []
-
-        def record(noise, labels, *, noise_fn, pixels, rows=rows):
-            first = ops.normal(noise.seed, noise.index, (3, 8, 8), draw=noise.draw)
-            rows.append((first, noise_fn(first), labels))
-            return ops.to_uint8(first, rounding=pixels)
-
-        sampler.generate = record
-        list(sampler.stream(5, seed=1))
-        seen[batch] = [torch.cat(parts)[:5] for parts in zip(*rows, strict=True)]
-    for batch in (3, 64):
-        assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[batch], strict=True))
 
 
 def test_tail_is_bit_equal_at_one_batch_size(model):
@@ -102,6 +85,81 @@ def test_pixels_are_those_of_the_images(model):
         assert torch.equal(sampler.generate(noise, labels, pixels="trunc"), ops.to_uint8(images))
 
 
+def test_explain(model):
+    explained = Sampler(model, dtype=torch.float32, optimize=False).explain()
+    assert explained["network"] == ("as given", "optimize=False was asked for")
+    assert explained["compile"][0] == "off" and "a minute or more" in explained["compile"][1]
+    if not torch.cuda.is_available():
+        assert explained["loop"] == ("eager", "the model is on a cpu device: CUDA graphs are for GPUs")
+    function = Sampler(lambda x, sigma: x, image_shape=(1, 4, 4))
+    assert function.explain()["network"] == ("as given", "the model is a function")
+    with pytest.raises(RuntimeError, match="optimize=True cannot be had: the model is a function"):
+        Sampler(lambda x, sigma: x, image_shape=(1, 4, 4), optimize=True)
+
+
+def test_denoise(model):
+    sampler = Sampler(model)
+    x, labels = torch.randn(2, 3, 16, 8), torch.tensor([1, 2])
+    for sigma in (0.002, torch.tensor(3.0), torch.tensor([1.0, 70.0])):
+        assert relative_error(sampler.denoise(x, sigma, labels), model(x, sigma, labels)) <= GOLDEN_VALUE
+    assert not sampler.denoise(x, 1.0, labels).requires_grad
+    with pytest.raises(ValueError, match="labels are missing"):
+        sampler.denoise(x, 1.0)
+
+
+def test_batches_are_handed_out_one_later_where_copies_travel(model, monkeypatch):
+    """As on a GPU: a batch comes when the next has been started, and none is lost or overwritten."""
+    wanted = [images.clone() for images, _ in Sampler(model, 2).stream(7)]
+
+    class Travelling(HostCopies):
+        def __init__(self, device):
+            super().__init__(device)
+            self.ahead = 1
+
+    monkeypatch.setattr("cmfast.engine.HostCopies", Travelling)
+    sampler, started = Sampler(model, 2), []
+    make = sampler._make
+    sampler._make = lambda index, *rest: (started.append(index.start), make(index, *rest))
+    seen = []
+    for images, labels in sampler.stream(7):
+        seen.append((images, labels, len(started)))
+    assert [count for *_, count in seen] == [2, 3, 4, 4] and [len(labels) for _, labels, _ in seen] == [2, 2, 2, 1]
+    assert all(torch.equal(images, other) for (images, *_), other in zip(seen, wanted, strict=True))
+
+
+@pytest.mark.parametrize("largest", [0, 1, 5, 7])
+def test_a_batch_that_does_not_fit(model, largest):
+    class Small(ToyNetwork):
+        def forward(self, x, t, y):
+            if len(x) > largest:
+                message = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"
+                raise (torch.OutOfMemoryError("CUDA out of memory") if largest % 2 else RuntimeError(message))
+            return super().forward(x, t, y)
+
+    sampler = Sampler(Denoiser(Small(), image_shape=(3, 8, 8)), 8)
+    message = f"batch_size=8 does not fit .*: the largest that does is {largest}$" if largest else "not one image does"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        sampler.sample(16)
+
+
+def test_other_errors_pass(model):
+    with pytest.raises(RuntimeError, match="channels"):
+        Sampler(model, 2, image_shape=(4, 8, 8)).sample(2)
+
+
+def test_ts(model):
+    assert Sampler(model, steps=1).ts == (0, 39)
+    assert Sampler(model, steps=2).ts == Sampler(model, ts=(0, 22, 39)).ts == (0, 22, 39)
+    assert Sampler(model, sampler="euler", ts=(0, 7, 11), num_scales=12).ts == (0, 7, 11)
+
+
+def test_start_up_is_reported(model):
+    sampler = Sampler(model, 2)
+    before = sampler.startup
+    sampler.sample(2)
+    assert 0 <= before < 1 and sampler.startup == before  # nothing to compile or capture here
+
+
 def test_training_mode_is_left_as_it_was(model):
     model.train()
     seen = []
@@ -118,7 +176,17 @@ def test_none_at_all(model):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"batch_size": 0}, "batch_size"), ({"sampler": "nope"}, "known:"), ({"steps": 1, "ts": (0, 39)}, "not more")],
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"sampler": "nope"}, "known:"),
+        ({"steps": 1, "ts": (0, 39)}, "not more"),
+        ({"cache_size": 0}, "cache_size"),
+        ({"cuda_graph": "yes"}, "cuda_graph must be 'auto', True or False"),
+        ({"optimize": None}, "optimize must be"),
+        ({"compile": "all"}, "'regional'"),
+        ({"noise": "torch"}, "a torch.Generator"),
+        ({"dtype": torch.bfloat16, "optimize": False}, "dtype=torch.bfloat16 needs .* Its own dtype is torch.float32"),
+    ],
     ids=str,
 )
 def test_bad_arguments(model, options, message):

@@ -40,7 +40,8 @@ def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: in
     seed = seed.to(torch.int64) if isinstance(seed, Tensor) else seed
     group = torch.arange(groups, device=index.device)[None, :] & _MASK
     shape = (index.shape[0], groups)
-    draw_word = torch.as_tensor(draw, dtype=torch.int64, device=index.device) & _MASK
+    # Made on the device: a copy from the host would break the capture of a CUDA graph.
+    draw_word = (draw.to(torch.int64) if isinstance(draw, Tensor) else index.new_full((), draw)) & _MASK
     counter = (
         group.expand(shape),
         draw_word.expand(shape),

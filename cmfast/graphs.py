@@ -1,0 +1,256 @@
+"""Loops as CUDA graphs: static buffers, warm-up, capture, replay, and a cache of them with a bound."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.memory import out_of_memory
+from cmfast.samplers import keep_levels
+from cmfast.watch import name_of
+
+#: What a loop is given: tensors; numbers, which a graph reads from a scalar; ranges, as int64 [n].
+Value = Tensor | int | float | range
+Values = dict[str, Value]
+#: A loop, from its tensors and numbers to its result.
+Loop = Callable[[dict[str, Any]], Tensor]
+
+#: Runs before a capture: kernels are compiled and chosen, and libraries take their workspaces.
+WARM_UPS = 2
+#: Only one capture at a time in a process: PyTorch's allocator knows no more.
+_capturing = threading.Lock()
+
+
+class GraphError(RuntimeError):
+    """A graph was asked for and cannot be had; the message says why."""
+
+
+class CudaSpace:
+    """Where the graphs of one sampler are captured and replayed: a stream, and a memory pool that they share.
+
+    They may share it because they take turns, also between threads and their streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._lock = threading.RLock()
+        self._done = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One program at a time: buffers filled, replayed, and the result taken away, on the current stream."""
+        with self._lock, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            yield
+            self._done.record(stream)
+
+    def warm_up(self, function: Callable[[], Tensor]) -> None:
+        """Run it on the stream it will be captured on."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UPS):
+                function()
+        current.wait_stream(self.stream)
+
+    def capture(
+        self, function: Callable[[], Tensor], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The result, which every replay overwrites, and what replays."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = function()
+        finally:
+            # A capture that fails leaves its stream the current one.
+            torch.cuda.set_stream(current)
+        return result, graph.replay
+
+    def drain(self) -> None:
+        """Wait until nothing runs: before graphs are thrown away."""
+        torch.cuda.synchronize(self.device)
+
+
+#: By type of device. Tests put an emulation beside it.
+SPACES: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaSpace}
+
+
+class Program:
+    """A loop captured for values of one kind: `run` puts values into its buffers and replays.
+
+    loop: from values by name to a tensor; it takes its noise levels through `cmfast.samplers`.
+    model: the module that is blamed where the capture breaks. Generators are left where they were.
+
+    Raises: GraphError: the capture broke; the message names the innermost of the model's modules that ran.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, loop: Loop, values: Values, space: Any, model: object, generators: Sequence[torch.Generator] = ()
+    ) -> None:
+        self._buffers = {name: _buffer(value, space.device) for name, value in values.items()}
+        self._filled: dict[str, Value] = {}
+        self._levels: dict[Any, Tensor] = {}
+        self._fill(values)
+
+        def function() -> Tensor:
+            with keep_levels(self._levels):
+                return loop(dict(self._buffers))
+
+        states = [generator.get_state() for generator in generators]
+        try:
+            space.warm_up(function)
+            self._result, self._replay = _captured(function, space, model, generators)
+        finally:
+            for generator, state in zip(generators, states):
+                generator.set_state(state)
+
+    def run(self, values: Values) -> Tensor:
+        """The loop's result, which the next run overwrites."""
+        self._fill(values)
+        self._replay()
+        return self._result
+
+    @torch.no_grad()
+    def _fill(self, values: Values) -> None:
+        """Put values into the buffers; numbers by kernels that take them, so that nothing is copied from the host."""
+        for name, value in values.items():
+            buffer = self._buffers[name]
+            if isinstance(value, Tensor):
+                buffer.copy_(value)
+            elif value != self._filled.get(name):
+                if isinstance(value, range):
+                    torch.arange(value.start, value.stop, out=buffer)
+                else:
+                    buffer.fill_(_signed(value) if isinstance(value, int) else value)
+                self._filled[name] = value
+
+
+@torch.no_grad()
+def run_eagerly(loop: Loop, values: Values, device: torch.device, levels: dict[Any, Tensor]) -> Tensor:
+    """The loop's result, call by call; `levels` keeps its noise levels between runs."""
+    given = {
+        name: torch.arange(value.start, value.stop, device=device) if isinstance(value, range) else value
+        for name, value in values.items()
+    }
+    with keep_levels(levels):
+        return loop(given)
+
+
+def _captured(
+    function: Callable[[], Tensor], space: Any, model: object, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Callable[[], None]]:
+    with _capturing, _no_collection():
+        try:
+            return space.capture(function, generators)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            broken, message = error, str(error).split("\n")[0]
+        running = _innermost(model, lambda: space.capture(function, generators))
+    where = f"in {running}" if running else "outside of the model's modules"
+    raise GraphError(f"the capture of a CUDA graph broke {where}: {type(broken).__name__}: {message}") from broken
+
+
+def _innermost(model: object, run: Callable[[], object]) -> str | None:
+    """Which module of the model was running, innermost, when `run` failed."""
+    running: list[nn.Module] = []
+    handles = []
+
+    def enter(module: nn.Module, inputs: object) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
+        running.pop()
+
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        run()
+    except Exception:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return name_of(model, running[-1]) if running and isinstance(model, nn.Module) else None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: a graph that it destroys would break the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _buffer(value: Value, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value)
+    if isinstance(value, range):
+        return torch.empty(len(value), dtype=torch.int64, device=device)
+    return torch.empty((), dtype=torch.int64 if isinstance(value, int) else torch.float32, device=device)
+
+
+def _signed(value: int) -> int:
+    """The low 64 bits of a number as int64 has them: all that a seed is read for."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def kind(values: Values) -> Hashable:
+    """What a program is made for: the names, and of tensors the shape, strides, dtype and device."""
+    return tuple((name, _kind(value)) for name, value in values.items())
+
+
+def _kind(value: Value) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return ("range", len(value)) if isinstance(value, range) else type(value).__name__
+
+
+class ProgramCache:
+    """The programs used last, up to a bound."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def get(self, key: Hashable) -> Program | None:
+        """The program of this key, which is now the one used last."""
+        program = self._programs.get(key)
+        if program is not None:
+            self._programs.move_to_end(key)
+        return program
+
+    def put(self, key: Hashable, program: Program, space: Any) -> None:
+        """Keep a program, and let go of the one that was not used for longest where there are too many."""
+        self._programs[key] = program
+        if len(self._programs) > self.size:
+            if space is not None:
+                space.drain()
+            self._programs.popitem(last=False)
+
+    def clear(self, space: Any) -> None:
+        """Let go of all."""
+        if space is not None and self._programs:
+            space.drain()
+        self._programs.clear()

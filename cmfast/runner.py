@@ -1,0 +1,235 @@
+"""How a sampler runs a loop: with which form of the model, and as a CUDA graph or call by call."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cmfast import graphs, ops
+from cmfast.denoiser import Denoiser
+from cmfast.graphs import GraphError, Program, ProgramCache, Values, run_eagerly
+from cmfast.networks import compiling, prepare
+from cmfast.watch import Change, Watch, evaluating
+
+Result = TypeVar("Result")
+#: From a model and values by name to a tensor.
+ModelLoop = Callable[[Any, dict[str, Any]], Tensor]
+
+
+class Runner:
+    """Runs loops with a model, and looks before each whether the model, or what was made of it, is still the same.
+
+    host_work: why loops need the host between their steps; None if they do not.
+    Other arguments as of `cmfast.Sampler`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        cuda_graph: str | bool,
+        cache_size: int,
+        host_work: str | None,
+        optimize: str | bool,
+        compile: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.model = model
+        self.startup = 0.0
+        self._cuda_graph, self._host_work = cuda_graph, host_work
+        self._options = {"optimize": optimize, "compile": compile, "dtype": dtype}
+        self._programs = ProgramCache(cache_size)
+        self._space: Any = None
+        #: Why capturing this model failed.
+        self._broken: str | None = None
+        #: The kinds of loops that ran since the model was prepared.
+        self._ran: set[Hashable] = set()
+        self._levels: dict[Any, Tensor] = {}
+        self._lock = threading.RLock()
+        self._watch = Watch(model) if isinstance(model, nn.Module) else None
+        self._prepare()
+        refusal = self._refusal()
+        if refusal and cuda_graph is True:
+            raise GraphError(f"cuda_graph=True cannot be had: {refusal}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now; the CPU if it has no weights."""
+        parameters = self.model.parameters() if self._watch else iter(())
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def explain(self) -> dict[str, tuple[str, str]]:
+        """As `Sampler.explain`."""
+        with self._lock:
+            self._update()
+            refusal, hooked = self._refusal(), self._hooked()
+        network, compiled = self._prepared.optimised, self._prepared.compiled
+        if hooked:
+            network, compiled = ("as given", hooked), ("off", hooked)
+        loop = ("eager", refusal) if refusal else ("graph", "captured once for each shape, and replayed")
+        return {"loop": loop, "network": network, "compile": compiled}
+
+    def refresh(self) -> None:
+        """As `Sampler.refresh`."""
+        with self._lock:
+            self._update()
+            self._refresh_derived(force=True)
+
+    @contextmanager
+    def ready(self) -> Iterator[Any]:
+        """The model to call, in evaluation mode."""
+        with self._lock:
+            self._update()
+            # Hooks want to be called: then it is the model as given.
+            model = self.model if self._hooked() else self._prepared.model
+        with self._evaluating():
+            yield model
+
+    def run(
+        self,
+        name: Hashable,
+        loop: ModelLoop,
+        values: Values,
+        take: Callable[[Tensor], Result],
+        generators: Sequence[torch.Generator] = (),
+    ) -> Result:
+        """What `take` makes of the loop's result, which is a graph's own and must not be kept.
+
+        name: of the loop; one name and kind of values is one program. generators: those it draws from.
+        """
+        key = name, graphs.kind(values), _settings(self.device)
+        with self.ready() as model:
+            function = functools.partial(loop, model)
+            with self._lock:
+                if self._refusal() is None:
+                    with self._graph_space().turn():
+                        program = self._program(key, function, values, generators)
+                        if program is not None:
+                            return take(program.run(values))
+            with self._first(key):
+                return take(run_eagerly(function, values, self.device, self._levels))
+
+    # The model.
+
+    def _evaluating(self) -> Any:
+        return evaluating(self._watch.modules) if self._watch else nullcontext()
+
+    def _hooked(self) -> str | None:
+        return self._watch.hooked() if self._watch else None
+
+    def _prepare(self) -> None:
+        start = time.perf_counter()
+        with self._evaluating():
+            self._prepared = prepare(self.model, **self._options)  # type: ignore[arg-type]
+        self.startup += time.perf_counter() - start
+
+    def _refresh_derived(self, *, force: bool) -> None:
+        """Bring derived weights up to date; if that replaced them, programs are worthless."""
+        if self._prepared.refresh is None or self._watch is None:
+            return
+        with self._evaluating(), torch.no_grad():
+            replaced = self._prepared.refresh(force=force)
+        # What it wrote into the model is no change to see next time.
+        self._watch.settle()
+        if replaced:
+            self.forget()
+
+    def _update(self) -> None:
+        """See what changed in the model, and make anew what that makes worthless."""
+        if self._watch is None:
+            return
+        change = self._watch.change(values=self._prepared.refresh is not None)
+        if change is Change.STRUCTURE:
+            self._prepare()
+            self._ran.clear()
+            self._broken = None
+        if change in (Change.STORAGE, Change.STRUCTURE):
+            self.forget()
+        if change is not Change.NOTHING:
+            self._refresh_derived(force=False)
+
+    def forget(self) -> None:
+        """Let go of all programs, and of their memory."""
+        self._programs.clear(self._space)
+
+    @contextmanager
+    def _first(self, key: Hashable) -> Iterator[None]:
+        """Around a run. The first of its kind may compile, and shows what the model writes into itself."""
+        if key in self._ran:
+            yield
+            return
+        compiled = self._prepared.compiled[0] != "off"
+        start = time.perf_counter()
+        with compiling() if compiled else nullcontext():
+            yield
+        with self._lock:
+            if compiled or self._refusal() is None:
+                self.startup += time.perf_counter() - start
+            if self._watch is not None:
+                self._watch.settle()
+            self._ran.add(key)
+
+    # Graphs.
+
+    def _refusal(self) -> str | None:
+        """Why loops run call by call; None if they are captured."""
+        if self._cuda_graph is False:
+            return "cuda_graph=False was asked for"
+        device = self.device
+        if device.type not in graphs.SPACES:
+            return f"the model is on a {device.type} device: CUDA graphs are for GPUs"
+        if self._host_work:
+            return self._host_work
+        if torch.is_autocast_enabled(device.type):
+            return "torch.autocast is on, and keeps cast weights that a graph would go on reading: cast the model"
+        return self._hooked() or self._unseen() or self._broken
+
+    def _unseen(self) -> str | None:
+        network = self.model.network if isinstance(self.model, Denoiser) else self.model
+        if self._watch is None or not isinstance(network, nn.Module):
+            # Asked for outright, it is the user who sees to it.
+            return None if self._cuda_graph is True else "changes of a function cannot be seen: pass a module"
+        return self._watch.unseen()
+
+    def _graph_space(self) -> Any:
+        if self._space is None or self._space.device != self.device:
+            self._space = graphs.SPACES[self.device.type](self.device)
+        return self._space
+
+    def _program(
+        self, key: Hashable, function: graphs.Loop, values: Values, generators: Sequence[torch.Generator]
+    ) -> Program | None:
+        """The captured loop; None if capturing it failed, and that is no error."""
+        program = self._programs.get(key)
+        if program is None:
+            try:
+                self._ran.discard(key)
+                with self._first(key):
+                    program = Program(function, values, self._space, self.model, generators)
+            except GraphError as error:
+                if self._cuda_graph is True:
+                    raise
+                self._broken = str(error)
+                warnings.warn(f"{error}. Sampling goes on without a graph", RuntimeWarning, stacklevel=4)
+                return None
+            self._programs.put(key, program, self._space)
+        return program
+
+
+def _settings(device: torch.device) -> Hashable:
+    """What a graph holds of the settings that were in force when it was captured."""
+    return (
+        device,
+        ops.current_backend(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
