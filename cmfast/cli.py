@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from cmfast import __version__
 
+DTYPES = ("float32", "bfloat16", "float16")
+#: What --cuda-graph says, as `Sampler` takes it.
+GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
@@ -17,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"cmfast: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
+            print(f"cmfast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmfast: interrupted", file=sys.stderr)
@@ -51,11 +56,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
     parser.add_argument("--ts", type=_integers, help="indices of the 40-level grid instead, such as 0,22,39")
     parser.add_argument("--sigmas", type=_numbers, help="noise levels instead, such as 80,1.382")
-    parser.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
+    # Two names, since torchrun takes `--num` for a beginning of its own --numa-binding.
+    parser.add_argument("--num", "--num-images", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--classes", type=_integers, help="such as 3 or 0,1,2, in turn; default: drawn from the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="what the network computes in; default: as the checkpoint")
+    parser.add_argument("--compile", choices=("auto", "off", "whole", "regional"), default="auto", help="torch.compile")
+    parser.add_argument("--cuda-graph", choices=tuple(GRAPHS), default="auto", help="on: fail where there is none")
     parser.add_argument("--out", default="samples.png", help="FILE.png or FILE.npz (default: samples.png)")
     parser.add_argument(
         "--set",
@@ -70,33 +79,54 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from cmfast import images
+    import torch
+
+    from cmfast import images, sharding
+    from cmfast.graphs import GraphError
 
     if arguments.num < 1:
         raise ValueError(f"--num must be 1 or more, got {arguments.num}")
-    path = images.check_output(arguments.out)
-    model = _load(arguments)
+    num, seed, classes = arguments.num, arguments.seed, arguments.classes
+    if classes is not None:
+        classes = [classes[i % len(classes)] for i in range(num)]
+    try:
+        with sharding.ranks() as group:
+            path = group.together(lambda: images.check_output(arguments.out))
+            sampler = group.together(lambda: _sampler(arguments, group.local_rank if group.size > 1 else None))
+            labels = group.together(lambda: sampler.labels(num, seed=seed, classes=classes))
+            start = time.perf_counter()
+            bar = sys.stderr.isatty()
+            pixels = sharding.sample(sampler, num, group, labels=labels, seed=seed, progress=bar)
+            seconds = time.perf_counter() - start
+            if pixels is None:
+                return
+            images.save(path, pixels, labels)
+    except (GraphError, sharding.RankError, torch.OutOfMemoryError) as error:
+        raise ValueError(str(error)) from error
+    by = f" by {group.size} processes" if group.size > 1 else ""
+    print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")
+
+
+def _sampler(arguments: argparse.Namespace, local_rank: int | None):  # type: ignore[no-untyped-def]
+    """The Sampler that the arguments describe; local_rank: of this process on its machine, if there are several."""
+    import torch
+
     from cmfast.engine import Sampler
 
-    sampler = Sampler(
-        model,
+    return Sampler(
+        _load(arguments, local_rank),
         min(arguments.batch_size, arguments.num),
         steps=arguments.steps,
         ts=arguments.ts,
         sigmas=arguments.sigmas,
         sampler=arguments.sampler,
+        compile=arguments.compile,
+        cuda_graph=GRAPHS[arguments.cuda_graph],
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )
-    classes = arguments.classes
-    if classes is not None:
-        classes = [classes[i % len(classes)] for i in range(arguments.num)]
-    start = time.perf_counter()
-    pixels = sampler.sample(arguments.num, seed=arguments.seed, classes=classes, progress=sys.stderr.isatty())
-    seconds = time.perf_counter() - start
-    images.save(path, pixels, sampler.labels(arguments.num, seed=arguments.seed, classes=classes))
-    print(f"{path}: {arguments.num} images in {seconds:.2f} s ({arguments.num / seconds:.1f} images/s)")
 
 
-def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _load(arguments: argparse.Namespace, local_rank: int | None = None):  # type: ignore[no-untyped-def]
     """The model that --model names, or the bundled one, on the device asked for."""
     from cmfast import checkpoint
 
@@ -104,13 +134,13 @@ def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     if getattr(arguments, "preconditioning", None):
         options["preconditioning"] = arguments.preconditioning
     try:
-        return checkpoint.load(arguments.model, device=_device(arguments.device), **options).eval()
+        return checkpoint.load(arguments.model, device=_device(arguments.device, local_rank), **options).eval()
     except TypeError as error:  # an unknown --set
         raise ValueError(str(error)) from error
 
 
-def _device(name: str | None):  # type: ignore[no-untyped-def]
-    """The torch.device of that name; a GPU if there is one and no name."""
+def _device(name: str | None, local_rank: int | None = None):  # type: ignore[no-untyped-def]
+    """The torch.device of that name; a GPU if there is one and no name. Each of several processes takes its own GPU."""
     import torch
 
     try:
@@ -119,7 +149,12 @@ def _device(name: str | None):  # type: ignore[no-untyped-def]
         raise ValueError(f"--device must be cuda, cuda:N or cpu, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
-    return device
+    if device.type != "cuda" or device.index is not None or local_rank is None:
+        return device
+    if local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"there is no GPU for process {local_rank} of this machine: torchrun --nproc-per-node {found}")
+    return torch.device("cuda", local_rank)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,9 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
 def test_png(checkpoint, tmp_path, capsys):
     out = tmp_path / "x.png"
     assert cli.main(["sample", "--model", checkpoint, "--num", "5", "--batch-size", "2", "--out", str(out)]) == 0
@@ -43,7 +46,15 @@ def test_npz_holds_the_labels(checkpoint, tmp_path):
         assert (arrays["arr_1"] == drawn).all()
 
 
-@pytest.mark.parametrize("sampler", [["--sampler", "heun", "--steps", "3"], ["--ts", "0,22,39"], ["--sigmas", "80,2"]])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ["--sampler", "heun", "--steps", "3"],
+        ["--ts", "0,22,39"],
+        ["--sigmas", "80,2"],
+        ["--cuda-graph", "off", "--compile", "off", "--dtype", "float32"],
+    ],
+)
 def test_samplers(checkpoint, tmp_path, sampler):
     out = str(tmp_path / "x.png")
     assert cli.main(["sample", "--model", checkpoint, "--num", "2", *sampler, "--out", out]) == 0
@@ -64,6 +75,7 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--batch-size", "0"], "batch_size"),
         (["--device", "nope"], "nope"),
         (["--set", "nope=1"], "nope"),
+        pytest.param(["--cuda-graph", "on"], "cuda_graph=True cannot be had", marks=NO_GPU),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
