@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 #: What --cuda-graph says, as `Sampler` takes it.
 GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
     arguments = _parser().parse_args(argv)

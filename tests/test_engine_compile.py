@@ -1,0 +1,215 @@
+"""The network a Sampler runs: compiled in whole or by blocks, optimised, with weights that stay those of the model."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast import Denoiser, Sampler, UNetModel, networks
+from cmfast.networks import sharing
+from tests.golden_utils import relative_error
+from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
+from tests.tolerances import GOLDEN_VALUE
+from tests.toy import ToyNetwork
+
+
+def toy():
+    torch.manual_seed(0)
+    return Denoiser(ToyNetwork(), image_shape=(3, 8, 8)).eval()
+
+
+def tiny():
+    """A U-Net with residual blocks of four kinds and an attention block."""
+    torch.manual_seed(0)
+    network = UNetModel(8, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_classes=7)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return Denoiser(network, image_shape=(3, 8, 8)).eval()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """torch.compile without a compiler; the graphs it was given."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setitem(networks.COMPILE_OPTIONS, "backend", backend)
+    return graphs
+
+
+def close(a, b):
+    return (a.int() - b.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("model", [toy, tiny])
+def test_the_whole_network(compiled, model):
+    model = model()
+    sampler, plain = (
+        Sampler(model, 2, steps=2, compile=True, optimize=False),
+        Sampler(model, 2, steps=2, optimize=False),
+    )
+    assert sampler.explain()["compile"][0] == "whole" and not compiled
+    assert close(sampler.sample(4), plain.sample(4)) and len(compiled) == 1 and sampler.startup > plain.startup
+    started = sampler.startup
+    with torch.no_grad():
+        next(model.network.parameters()).mul_(-1)
+    assert close(sampler.sample(4), plain.sample(4)) and len(compiled) == 1 and sampler.startup == started
+
+
+def test_a_function(compiled):
+    sampler = Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4), compile="whole")
+    assert torch.equal(sampler.sample(2), Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4)).sample(2))
+    assert len(compiled) == 1
+
+
+def test_the_blocks_of_a_network(compiled):
+    """More kinds of blocks than torch.compile's own limit are compiled, each once."""
+    model = tiny()
+    blocks = [m for m in model.network.modules() if type(m).__name__ in ("ResBlock", "AttentionBlock")]
+    sampler, plain = Sampler(model, 2, steps=2, compile="regional"), Sampler(model, 2, steps=2, optimize=False)
+    assert "compiles the blocks" in sampler.explain()["network"][1]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert close(sampler.sample(4), plain.sample(4))
+    assert 4 <= len(compiled) <= len(blocks) and not any(block._compiled_call_impl for block in blocks)
+    count = len(compiled)
+    for change in (lambda conv: conv.weight.mul_(-1), lambda conv: setattr(conv, "weight", nn.Parameter(-conv.weight))):
+        with torch.no_grad():
+            change(blocks[0].in_layers[2])
+        assert close(sampler.sample(4), plain.sample(4))
+    assert len(compiled) >= count
+    with pytest.raises(ValueError, match="blocks of a UNetModel, got a ToyNetwork"):
+        Sampler(toy(), compile="regional")
+
+
+def test_a_copy_shares_the_weights():
+    network = tiny().network
+    copy = sharing(network)
+    pairs = list(zip(network.modules(), copy.modules(), strict=True))
+    assert all(type(a) is type(b) and a is not b and a._parameters is b._parameters for a, b in pairs)
+    network.input_blocks[0][0].weight = nn.Parameter(torch.zeros(32, 3, 3, 3))
+    x, t, y = torch.randn(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    assert torch.equal(copy(x, t, y), network(x, t, y))
+
+
+@pytest.mark.parametrize("compile", [True, "regional"])
+def test_hooks_are_called_all_the_same(compiled, compile):
+    model, calls = tiny(), []
+    sampler = Sampler(model, 2, compile=compile, optimize=False)
+    model.network.middle_block.register_forward_hook(lambda *_: calls.append(1))
+    sampler.sample(2)
+    assert calls == [1] and not compiled and "has a forward hook" in sampler.explain()["compile"][1]
+
+
+def test_compiled_and_captured(compiled, emulated):
+    model = toy()
+    sampler, plain = Sampler(model, 2, steps=2, compile=True), Sampler(model, 2, steps=2, cuda_graph=False)
+    for seed in (0, 1):
+        assert close(sampler.sample(4, seed=seed), plain.sample(4, seed=seed))
+    assert len(compiled) == 1 and emulated.captures == 1 and emulated.replays == 4
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and none of g\+\+.* install"):
+        Sampler(toy(), compile=True)
+    assert Sampler(toy(), 2).sample(2).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+def test_inductor():
+    model = toy()
+    torch._dynamo.reset()
+    sampler, plain = Sampler(model, 2, compile=True), Sampler(model, 2)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    assert relative_error(sampler.denoise(x, 1.0, labels), plain.denoise(x, 1.0, labels)) <= GOLDEN_VALUE
+    assert sampler.startup > 0.01
+
+
+class Fast(nn.Module):
+    """An optimised network: weights of its own, made of the given ones."""
+
+    num_classes = 7
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.derived = network, None
+        self.refresh()
+
+    def refresh(self, force=False):
+        weight = self.network.conv1.weight
+        self.derived, replaced = weight.detach().clone(), self.derived is not None
+        return replaced
+
+    def forward(self, x, t, y):
+        state = {"conv1.weight": self.derived}
+        return torch.func.functional_call(self.network, state, (x, t, y))
+
+
+@pytest.fixture
+def optimizer(monkeypatch):
+    """`cmfast.fast` as it would be, for networks whose conv1 is a convolution; what it was called with."""
+    module, calls = types.ModuleType("cmfast.fast"), []
+
+    def optimize(model, dtype=None):
+        calls.append(dtype)
+        return Denoiser(Fast(model.network), image_shape=model.image_shape)
+
+    def refusal(model):
+        kind = type(model.network.conv1).__name__
+        return None if kind == "Conv2d" else f"conv1 is a {kind}"
+
+    module.optimize, module.refusal = optimize, refusal
+    monkeypatch.setitem(sys.modules, "cmfast.fast", module)
+    return calls
+
+
+@pytest.mark.parametrize("graph", ["auto", False])
+def test_an_optimised_network(optimizer, emulated, graph):
+    model = toy()
+    sampler, plain = Sampler(model, 2, cuda_graph=graph), Sampler(model, 2, optimize=False, cuda_graph=False)
+    assert sampler.explain()["network"][0] == "optimised" and optimizer == [None]
+
+    def check(captures, calls):
+        assert torch.equal(sampler.sample(3), plain.sample(3))
+        assert emulated.captures == captures * (graph == "auto") and len(optimizer) == calls
+
+    check(1, 1)
+    with torch.no_grad():
+        model.network.conv1.weight.mul_(-1)
+    check(2, 1)
+    model.network.conv1.weight.data = 2 * model.network.conv1.weight.data
+    check(3, 1)
+    model.network.conv1.weight = nn.Parameter(-model.network.conv1.weight.detach())
+    check(4, 2)
+    model.network.conv1 = nn.Sequential(model.network.conv1)
+    check(5, 2)
+    assert sampler.explain()["network"] == ("as given", "conv1 is a Sequential")
+    handle = model.network.register_forward_hook(lambda *_: None)
+    check(5, 2)
+    handle.remove()
+    check(5, 2)
+
+
+def test_dtype_goes_to_what_optimises(optimizer):
+    model = toy()
+    Sampler(model, dtype=torch.bfloat16)
+    assert optimizer == [torch.bfloat16]
+    model.network.conv1 = nn.Sequential(model.network.conv1)
+    assert Sampler(model, dtype=torch.float32).explain()["network"][0] == "as given"
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16 needs .* conv1 is a Sequential"):
+        Sampler(model, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="optimize=True cannot be had: conv1 is a Sequential"):
+        Sampler(model, optimize=True)
+
+
+def test_a_training_model_is_optimised_in_evaluation_mode(optimizer):
+    model = toy().train()
+    sampler = Sampler(model, 2)
+    assert torch.equal(sampler.sample(2), Sampler(model, 2, optimize=False).sample(2)) and model.network.training
