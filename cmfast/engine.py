@@ -216,23 +216,32 @@ class Sampler:
             tensors alone it runs as a graph; a function or a draw is called for at each step.
         pixels: make uint8 [B, H, W, C] instead, with this rounding.
         """
-        if isinstance(noise, ops.Draw) or callable(noise_fn):
-            with self._runner.ready() as model:
-                return self._loop(model, noise, labels, noise_fn if callable(noise_fn) else None, pixels)
-        draws = None if noise_fn is None else list(noise_fn)
-        values: Values = {"noise": noise, **({} if labels is None else {"labels": labels})}
-        values.update({f"draw {i}": draw for i, draw in enumerate(draws or ())})
+        draws = noise_fn if noise_fn is None or callable(noise_fn) else list(noise_fn)
+        values: Values = {} if isinstance(noise, ops.Draw) else {"noise": noise}
+        if labels is not None:
+            values["labels"] = labels
+        if isinstance(draws, list):
+            values.update({f"draw {i}": draw for i, draw in enumerate(draws)})
 
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
-            if draws is None:
-                return self._loop(model, values["noise"], values.get("labels"), None, pixels)
+            first, labels = values.get("noise", noise), values.get("labels")
+            if not isinstance(draws, list):
+                return self._loop(model, first, labels, draws, pixels)
             given = GivenNoise([values[f"draw {i}"] for i in range(len(draws))])
-            made = self._loop(model, values["noise"], values.get("labels"), given, pixels)
+            made = self._loop(model, first, labels, given, pixels)
             given.check_used()
             return made
 
-        generators = [_default_generator(noise.device)] if draws is None else []
-        return self._runner.run(("generate", draws is None, pixels), loop, values, Tensor.clone, generators)
+        called = callable(draws) or isinstance(noise, ops.Draw)
+        generators = [_default_generator(noise.device)] if draws is None and isinstance(noise, Tensor) else []
+        return self._runner.run(
+            ("generate", draws is None, pixels),
+            loop,
+            values,
+            Tensor.clone,
+            generators=generators,
+            host_work="noise is drawn by a function" if called else None,
+        )
 
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
         """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B].
@@ -299,7 +308,7 @@ class Sampler:
             noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
             return self._loop(model, noise, values.get("labels"), drawn, "trunc")
 
-        self._runner.run("pixels", loop, values, take, [] if generator is None else [generator])
+        self._runner.run("pixels", loop, values, take, generators=[] if generator is None else [generator])
 
 
 #: Options of samplers that are called on the host between two steps.

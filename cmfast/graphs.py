@@ -97,7 +97,6 @@ class Program:
     Raises: GraphError: the capture broke; the message names the innermost of the model's modules that ran.
     """
 
-    @torch.no_grad()
     def __init__(
         self, loop: Loop, values: Values, space: Any, model: object, generators: Sequence[torch.Generator] = ()
     ) -> None:
@@ -124,7 +123,6 @@ class Program:
         self._replay()
         return self._result
 
-    @torch.no_grad()
     def _fill(self, values: Values) -> None:
         """Put values into the buffers; numbers by kernels that take them, so that nothing is copied from the host."""
         for name, value in values.items():
@@ -139,7 +137,6 @@ class Program:
                 self._filled[name] = value
 
 
-@torch.no_grad()
 def run_eagerly(loop: Loop, values: Values, device: torch.device, levels: dict[Any, Tensor]) -> Tensor:
     """The loop's result, call by call; `levels` keeps its noise levels between runs."""
     given = {
@@ -157,9 +154,13 @@ def _captured(
         try:
             return space.capture(function, generators)
         except Exception as error:
-            if out_of_memory(error):
-                raise
-            broken, message = error, str(error).split("\n")[0]
+            broken = error
+            if "capture" in str(error) and error.__context__ is not None:
+                # Ending a capture that is broken fails as well: what broke it came before.
+                broken = error.__context__  # type: ignore[assignment]
+            if out_of_memory(broken):
+                raise broken from None
+            message = str(broken).split("\n")[0]
         running = _innermost(model, lambda: space.capture(function, generators))
     where = f"in {running}" if running else "outside of the model's modules"
     raise GraphError(f"the capture of a CUDA graph broke {where}: {type(broken).__name__}: {message}") from broken

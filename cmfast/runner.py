@@ -83,39 +83,42 @@ class Runner:
             self._update()
             self._refresh_derived(force=True)
 
-    @contextmanager
-    def ready(self) -> Iterator[Any]:
-        """The model to call, in evaluation mode."""
-        with self._lock:
-            self._update()
-            # Hooks want to be called: then it is the model as given.
-            model = self.model if self._hooked() else self._prepared.model
-        with self._evaluating():
-            yield model
-
     def run(
         self,
         name: Hashable,
         loop: ModelLoop,
         values: Values,
         take: Callable[[Tensor], Result],
+        *,
         generators: Sequence[torch.Generator] = (),
+        host_work: str | None = None,
     ) -> Result:
         """What `take` makes of the loop's result, which is a graph's own and must not be kept.
 
-        name: of the loop; one name and kind of values is one program. generators: those it draws from.
+        name: of the loop; one name and kind of values is one program. generators: those it draws from. host_work: why
+            this loop needs the host; None if it does not.
+        Raises: GraphError: a graph was asked for with True, and cannot be had.
         """
-        key = name, graphs.kind(values), _settings(self.device)
-        with self.ready() as model:
-            function = functools.partial(loop, model)
+        with self._lock:
+            self._update()
+            # Hooks want to be called: then it is the model as given.
+            model = self.model if self._hooked() else self._prepared.model
+        device = self.device
+        key = name, graphs.kind(values), _settings(device)
+        function = functools.partial(loop, model)
+        # Buffers and what is derived outlive a user's inference mode.
+        with self._evaluating(), torch.no_grad():
             with self._lock:
-                if self._refusal() is None:
-                    with self._graph_space().turn():
+                refusal = host_work or self._refusal()
+                if refusal is None:
+                    with torch.inference_mode(False), self._graph_space().turn():
                         program = self._program(key, function, values, generators)
                         if program is not None:
                             return take(program.run(values))
+                elif self._cuda_graph is True:
+                    raise GraphError(f"cuda_graph=True cannot be had: {refusal}")
             with self._first(key):
-                return take(run_eagerly(function, values, self.device, self._levels))
+                return take(run_eagerly(function, values, device, self._levels))
 
     # The model.
 
@@ -127,7 +130,7 @@ class Runner:
 
     def _prepare(self) -> None:
         start = time.perf_counter()
-        with self._evaluating():
+        with self._evaluating(), torch.inference_mode(False):
             self._prepared = prepare(self.model, **self._options)  # type: ignore[arg-type]
         self.startup += time.perf_counter() - start
 
@@ -135,7 +138,7 @@ class Runner:
         """Bring derived weights up to date; if that replaced them, programs are worthless."""
         if self._prepared.refresh is None or self._watch is None:
             return
-        with self._evaluating(), torch.no_grad():
+        with self._evaluating(), torch.inference_mode(False), torch.no_grad():
             replaced = self._prepared.refresh(force=force)
         # What it wrote into the model is no change to see next time.
         self._watch.settle()
@@ -197,7 +200,7 @@ class Runner:
         if self._watch is None or not isinstance(network, nn.Module):
             # Asked for outright, it is the user who sees to it.
             return None if self._cuda_graph is True else "changes of a function cannot be seen: pass a module"
-        return self._watch.unseen()
+        return self._watch.unseen
 
     def _graph_space(self) -> Any:
         if self._space is None or self._space.device != self.device:

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 #: Methods that a class or an object may bring anew, which changes what the model computes.
 _METHODS = ("forward", "network_output", "denoise")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MISSING = object()
 _training = attrgetter("training")
 _version = attrgetter("_version")
@@ -53,9 +54,7 @@ class Watch:
         self._empty, self._parts = [part for part in parts if not part], [part for part in parts if part]
         self._part_sizes = list(map(len, self._parts))
         self._members = list(chain.from_iterable(map(dict.values, self._parts)))
-        self._hooks = [
-            vars(module)[name] for module in self.modules for name in ("_forward_hooks", "_forward_pre_hooks")
-        ]
+        self._hooks = [vars(module)[name] for module in self.modules for name in _HOOKS]
         # The attributes of torch's own modules are many and seldom written: only their number is looked at.
         self._watched = [(i, o) for i, o in enumerate(objects) if not _is_torchs(self.modules[i])]
         self._live = [attributes for _, attributes in self._watched]
@@ -74,10 +73,22 @@ class Watch:
         return [len(vars(module)) for module in self.modules if _is_torchs(module)]
 
     def _look_at_tensors(self) -> None:
-        self._tensors: list[Tensor] = [member for member in self._members if isinstance(member, Tensor)]
+        tensors = [member for member in self._members if isinstance(member, Tensor)]
+        # Subclasses may have no storage of their own to look at.
+        self._tensors = [x for x in tensors if type(x) in (Tensor, nn.Parameter, nn.Buffer)]
         self._kinds = [_kind(x) for x in self._tensors]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        self._versions = list(map(_version, self._tensors))
+        # Tensors made in inference mode count no versions.
+        self._counted = not any(map(Tensor.is_inference, self._tensors))
+        self._versions = list(map(_version, self._tensors)) if self._counted else []
+        devices = sorted({str(x.device) for x in tensors})
+        special = sorted({type(x).__name__ for x in tensors} - {"Tensor", "Parameter", "Buffer"})
+        #: Why changes of this model could not be seen; None if they can.
+        self.unseen: str | None = None
+        if special:
+            self.unseen = f"a {special[0]} among the weights is not a plain tensor"
+        elif len(devices) > 1:
+            self.unseen = f"the model lies on several devices: {', '.join(devices)}"
 
     def change(self, *, values: bool = True) -> Change:
         """What changed since the last call, or since this object was made.
@@ -92,6 +103,8 @@ class Watch:
             self._look_at_tensors()
             return Change.STRUCTURE if cast else Change.STORAGE
         if values:
+            if not self._counted:
+                return Change.VALUES
             versions = list(map(_version, self._tensors))
             if versions != self._versions:
                 self._versions = versions
@@ -124,26 +137,20 @@ class Watch:
         self._own |= self._attribute_changes()
         self._look_at_attributes()
 
-    def hooked(self) -> str | None:
-        """Which module has a forward hook, if any has: such a model must be called as it is."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return "a forward hook is registered for all modules"
-        if not any(self._hooks):
+    def hooked(self, *, root: bool = True) -> str | None:
+        """Which module has a hook, if any has: such a model must be called as it is. `root`: look at the model itself,
+        and not at its parts alone."""
+        if any(getattr(torch_module, f"_global{kind}") for kind in _HOOKS):
+            return "a hook is registered for all modules"
+        skipped = 0 if root else len(_HOOKS)
+        if not any(self._hooks[skipped:]):
             return None
-        number = next(i for i, hooks in enumerate(self._hooks) if hooks) // 2
-        return f"{self.name(self.modules[number])} has a forward hook"
+        number = next(i for i, hooks in enumerate(self._hooks) if hooks and i >= skipped) // len(_HOOKS)
+        return f"{self.name(self.modules[number])} has a hook"
 
     def name(self, module: nn.Module) -> str:
         """What to call a module in a message."""
         return name_of(self.model, module)
-
-    def unseen(self) -> str | None:
-        """Why changes of this model could not be seen; None if they can."""
-        devices = {str(x.device) for x in self._tensors}
-        if len(devices) > 1:
-            return f"the model lies on several devices: {', '.join(sorted(devices))}"
-        special = next((x for x in self._tensors if type(x) not in (Tensor, nn.Parameter, nn.Buffer)), None)
-        return None if special is None else f"a {type(special).__name__} among the weights is not a plain tensor"
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

@@ -75,8 +75,11 @@ class EmulatedSpace:
 
     def capture(self, function, generators):
         EmulatedSpace.captures += 1
-        with Recorder([*generators, torch.default_generator]) as recorder:
-            result = function()
+        try:
+            with Recorder([*generators, torch.default_generator]) as recorder:
+                result = function()
+        except Exception:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
 
         def replay() -> None:
             EmulatedSpace.replays += 1

@@ -127,9 +127,9 @@ CHANGES = [
     (override_the_module, "anew"),
     (override_the_denoiser, "anew"),
     (parametrization, "anew"),
-    (hook, "conv1 (Conv2d) has a forward hook"),
-    (pre_hook, "network (Dropping) has a forward hook"),
-    (hook_the_denoiser, "the model (Denoiser) has a forward hook"),
+    (hook, "conv1 (Conv2d) has a hook"),
+    (pre_hook, "network (Dropping) has a hook"),
+    (hook_the_denoiser, "the model (Denoiser) has a hook"),
 ]
 
 

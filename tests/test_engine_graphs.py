@@ -79,6 +79,12 @@ def test_generate_from_functions_and_draws_runs_eagerly(model, emulated):
         noise = CounterNoise(4, index)
         made.append(sampler.generate(noise.next(), labels, noise_fn=noise, pixels="trunc"))
     assert torch.equal(*made) and emulated.captures == 0
+    asked = Sampler(model, cuda_graph=True)
+    with pytest.raises(GraphError, match="cuda_graph=True cannot be had: noise is drawn by a function"):
+        asked.generate(torch.randn(2, 3, 8, 8), labels, noise_fn=torch.randn_like)
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(GraphError, match="cannot be had: the model .Denoiser. has a hook"):
+        asked.sample(2)
 
 
 @pytest.mark.parametrize("count, message", [(1, "more are drawn"), (3, "2 are drawn")])
@@ -218,6 +224,20 @@ def test_no_graph_under_autocast(model, emulated):
         assert "autocast" in sampler.explain()["loop"][1]
         assert torch.equal(sampler.sample(2), eager(model, 2).sample(2))
     assert not emulated.captures
+
+
+def test_inference_mode(model, emulated):
+    """Buffers that are made inside serve outside, and the other way round."""
+    sampler, wanted = Sampler(model, 2), eager(model, 2).sample(4)
+    with torch.inference_mode():
+        assert torch.equal(sampler.sample(4), wanted)
+    assert torch.equal(sampler.sample(4), wanted)
+    x, labels = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    before = sampler.denoise(x, 1.0, labels)
+    with torch.inference_mode():
+        assert torch.equal(sampler.denoise(x, 1.0, labels), before)
+        made = Sampler(Denoiser(ToyNetwork(), image_shape=(3, 8, 8)), 2, cuda_graph=True)
+    assert torch.equal(made.sample(2), eager(made.model, 2).sample(2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema"},
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema", "watch"},
     {"denoiser", "losses", "samplers", "editing", "fast"},
-    {"watch", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
+    {"transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "recipes", "quality", "info", "cli", "compat", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -1,0 +1,110 @@
+"""The engine with real graphs, on a GPU."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast import Denoiser, Sampler, samplers
+from cmfast.graphs import GraphError
+from tests.toy import ToyNetwork
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Denoiser(ToyNetwork(), image_shape=(3, 8, 8)).eval().cuda()
+
+
+def plain(model, batch=3, **options):
+    return Sampler(model, batch, cuda_graph=False, **options)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_graph_makes_the_same_bits(model, name):
+    graphed = Sampler(model, 3, sampler=name, cuda_graph=True)
+    for options in ({}, {"seed": 5}, {"classes": 2}):
+        assert torch.equal(graphed.sample(10, **options), plain(model, sampler=name).sample(10, **options))
+    assert graphed.startup > 0
+
+
+def test_given_noise_and_single_calls(model):
+    graphed = Sampler(model, steps=3, cuda_graph=True)
+    labels = torch.tensor([1, 2], device="cuda")
+    for _ in range(2):
+        noise, *draws = torch.randn(3, 2, 3, 8, 8, device="cuda").unbind()
+        made = graphed.generate(noise, labels, noise_fn=draws)
+        assert torch.equal(made, plain(model, steps=3).generate(noise, labels, noise_fn=draws))
+        for sigma in (0.5, torch.rand(2, device="cuda")):
+            assert torch.equal(graphed.denoise(noise, sigma, labels), plain(model).denoise(noise, sigma, labels))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_noise_from_a_generator(model, steps):
+    made = []
+    for graph in (True, False):
+        generator = torch.Generator("cuda").manual_seed(1)
+        sampler = Sampler(model, 2, steps=steps, noise=generator, cuda_graph=graph)
+        made.append(torch.cat([sampler.sample(3, classes=1), sampler.sample(2, classes=1)]))
+    assert torch.equal(*made)
+
+
+def test_a_changed_model(model):
+    sampler = Sampler(model, 2, cuda_graph=True)
+    sampler.sample(4)
+    conv = model.network.conv1
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    assert torch.equal(sampler.sample(4), plain(model, 2).sample(4))
+    conv.weight.data = -conv.weight.data
+    assert torch.equal(sampler.sample(4), plain(model, 2).sample(4))
+    model.network.conv1 = nn.Conv2d(3, 8, 3, padding=1, device="cuda")
+    assert torch.equal(sampler.sample(4), plain(model, 2).sample(4))
+
+
+def test_a_broken_capture_names_the_module_and_leaves_nothing_behind(model):
+    class Reads(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() < 1e9 else -x
+
+    good, conv = Sampler(model, 2, cuda_graph=True), model.network.conv1
+    wanted = good.sample(4)
+    model.network.conv1 = nn.Sequential(Reads(), conv)
+    with pytest.raises(GraphError, match=r"in network\.conv1\.0 \(Reads\)"):
+        Sampler(model, 2, cuda_graph=True).sample(2)
+    with pytest.warns(RuntimeWarning, match="goes on without a graph"):
+        assert torch.equal(Sampler(model, 2).sample(4), wanted)
+    model.network.conv1 = conv
+    assert torch.equal(good.sample(4), wanted)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_threads_on_streams_of_their_own(model):
+    shared, made = Sampler(model, 3, steps=2, cuda_graph=True), [None] * 4
+    wanted = [plain(model, steps=2).sample(20, seed=i) for i in range(4)]
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            sampler = shared if i < 2 else Sampler(model, 3, steps=2, cuda_graph=True)
+            made[i] = sampler.sample(20, seed=i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_a_batch_that_does_not_fit(model):
+    class Hungry(ToyNetwork):
+        def forward(self, x, t, y):
+            # Half the memory for four images.
+            torch.empty(len(x), torch.cuda.get_device_properties(0).total_memory // 8, dtype=torch.uint8, device="cuda")
+            return super().forward(x, t, y)
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"batch_size=64 .*: the largest that does is [4-7]$"):
+        Sampler(Denoiser(Hungry().cuda(), image_shape=(3, 8, 8)), 64).sample(64)
