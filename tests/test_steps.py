@@ -45,11 +45,12 @@ def test_a_row(arguments, ts, timesteps, sigmas):
     from diffusers import CMStochasticIterativeScheduler as Theirs
 
     for scheduler in (Theirs(), CMStochasticIterativeScheduler()):
-        scheduler.set_timesteps(timesteps=named)
-        assert scheduler.sigmas[: len(named)].tolist() == pytest.approx(from_ts.sigmas, rel=1e-4)
+        ways = [{"timesteps": named}]
         if "num_inference_steps" in timesteps:
-            scheduler.set_timesteps(int(timesteps.rstrip("`")[-1]))
-            assert scheduler.timesteps.tolist() == named
+            ways.append({"num_inference_steps": int(timesteps.rstrip("`")[-1])})
+        for way in ways:
+            scheduler.set_timesteps(**way)
+            assert scheduler.sigmas[: len(named)].tolist() == pytest.approx(from_ts.sigmas, rel=1e-4)
 
 
 def test_the_table_was_found():
