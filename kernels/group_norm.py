@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cmfast.kernels.common import load_state, store_state
 from cmfast.kernels.group_norm_tiles import (
-    WHOLE,
     beside,
     cut,
+    fold_jit,
     kept,
     load_affine,
     over_group,
@@ -63,9 +63,10 @@ def _finish(
 def _group_norm_whole_kernel(
     y_ptr, total_ptr, moments_ptr, x_ptr, residual_ptr,
     x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, index_ptr,
-    slabs, channels, pixels, eps, scale_stride, shift_stride, seed, seed_high, draw, least, keep_scale,
+    eps, scale_stride, shift_stride, seed, seed_high, draw, least, keep_scale,
     X_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, GROUP: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr,
     SLAB: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """y = dropout(silu(z)), z = ((t - mean) rstd w + b) (1 + s) + h, t = x + x_bias + residual       Wu & He 2018
@@ -75,12 +76,12 @@ def _group_norm_whole_kernel(
     index_ptr, seed, draw  what dropout draws from      least, keep_scale     of dropout
     Grid (B * slabs,), a slab being SLAB channels of all pixels. Traffic: 2m bytes per element, 4m if RESIDUAL.
     """
-    row, first, channel, pixel, live = slab_tile(slabs, channels, SLAB, ROWS, CHANNELS)
-    mask = (pixel < pixels)[:, None] & live[None, :]
-    at = tile_offsets(row, pixel, channel, channels, pixels, LAST)
+    row, first, live, start, at = slab_tile(C, PIXELS, SLAB, ROWS, CHANNELS, LAST)
+    channel, pixel = first + tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    mask = (pixel < PIXELS)[:, None] & live[None, :]
     x_bias = load_state(x_bias_ptr, channel, live) if X_BIAS else tl.zeros((CHANNELS,), tl.float32)
-    value = _load_total(total_ptr, x_ptr, residual_ptr, x_bias, at, mask, X_BIAS, RESIDUAL)
-    count = (pixels * GROUP).to(tl.float32)
+    value = _load_total(total_ptr + start, x_ptr + start, residual_ptr + start, x_bias, at, mask, X_BIAS, RESIDUAL)
+    count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
     center = tl.div_rn(over_group(tl.sum(value, 0), SLAB, GROUP, GROUPS, CHANNELS), count)
     value = tl.where(mask, value - center[None, :], 0.0)
     rest = tl.div_rn(over_group(tl.sum(value, 0), SLAB, GROUP, GROUPS, CHANNELS), count)
@@ -88,16 +89,16 @@ def _group_norm_whole_kernel(
     squares = tl.sum(tl.where(mask, value * value, 0.0), 0)
     variance = tl.div_rn(over_group(squares, SLAB, GROUP, GROUPS, CHANNELS), count)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    moments = moments_ptr + (row * (channels // GROUP) + channel // GROUP) * 2
+    moments = moments_ptr + (row * (C // GROUP) + channel // GROUP) * 2
     leads = live & (tl.arange(0, CHANNELS) % GROUP == 0)
     tl.store(moments, center + rest, mask=leads)
     tl.store(moments + 1, rstd, mask=leads)
-    gain, offset, _ = load_affine(
+    gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     z = value * (rstd * gain)[None, :] + offset[None, :]
     _finish(
-        y_ptr, at, mask, z, index_ptr, row, pixel, first, channels, seed, seed_high, draw, least, keep_scale,
+        y_ptr + start, at, mask, z, index_ptr, row, pixel, first, C, seed, seed_high, draw, least, keep_scale,
         SILU, DROPOUT, SEED_TENSOR, DRAW_TENSOR, ROWS, CHANNELS,
     )
 
@@ -135,12 +136,12 @@ def _group_norm_statistics_kernel(
         squares += value * value
     total = tl.sum(sums, 0)
     mean = tl.div_rn(total, tl.minimum(pixels - start, ROWS * STEPS).to(tl.float32))
-    partial = partial_ptr + (row * parts + part) * 2 * channels + channel
-    tl.store(partial, center + mean, mask=live)
-    tl.store(partial + channels, tl.sum(squares, 0) - mean * total, mask=live)
+    to = (row * parts + part) * 2 * channels + channel
+    tl.store(partial_ptr + to, center + mean, mask=live)
+    tl.store(partial_ptr + (to + channels), tl.sum(squares, 0) - mean * total, mask=live)
 
 
-@triton.jit
+@fold_jit
 def _group_norm_fold_kernel(
     affine_ptr, moments_ptr, partial_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     groups, parts, channels, pixels, eps, scale_stride, shift_stride,
@@ -158,11 +159,11 @@ def _group_norm_fold_kernel(
     row, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     k, part = tl.arange(0, CHANNELS), tl.arange(0, PARTS)
     of_part = tl.where(part < parts, tl.minimum(pixels - part * PART, PART), 0).to(tl.float32)[:, None]
-    partial = partial_ptr + (row * parts + part)[:, None] * 2 * channels + group * GROUP
+    at = (row * parts + part)[:, None] * 2 * channels + group * GROUP
     center, rest, squares = 0.0, 0.0, 0.0
     for start in range(0, GROUP, CHANNELS):
         mask = (part < parts)[:, None] & (start + k < GROUP)[None, :]
-        mean = load_state(partial, (start + k)[None, :], mask)
+        mean = load_state(partial_ptr, at + (start + k)[None, :], mask)
         if X_BIAS:
             mean += load_state(x_bias_ptr, group * GROUP + start + k, start + k < GROUP)[None, :]
         count = tl.where(mask, of_part, 0.0)
@@ -170,23 +171,23 @@ def _group_norm_fold_kernel(
             center = tl.div_rn(tl.sum(mean * count), tl.sum(count))
         mean -= center
         rest += tl.sum(mean * count)
-        squares += tl.sum(load_state(partial, channels + (start + k)[None, :], mask) + mean * mean * count)
+        squares += tl.sum(load_state(partial_ptr, at + channels + (start + k)[None, :], mask) + mean * mean * count)
     total = (pixels * GROUP).to(tl.float32)
     mean = tl.div_rn(rest, total)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares - mean * rest, total) + eps))
     moments = moments_ptr + (row * groups + group) * 2
     tl.store(moments, center + mean)
     tl.store(moments + 1, rstd)
-    affine = affine_ptr + row * 3 * channels
     for start in range(0, GROUP, CHANNELS):
         live, channel = start + k < GROUP, group * GROUP + start + k
-        gain, offset, _ = load_affine(
+        gain, offset = load_affine(
             weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
         )
         x_bias = load_state(x_bias_ptr, channel, live) if X_BIAS else tl.zeros((CHANNELS,), tl.float32)
-        tl.store(affine + channel, center + mean - x_bias, mask=live)
-        tl.store(affine + channels + channel, rstd * gain, mask=live)
-        tl.store(affine + 2 * channels + channel, offset, mask=live)
+        to = row * 3 * channels + channel
+        tl.store(affine_ptr + to, center + mean - x_bias, mask=live)
+        tl.store(affine_ptr + (to + channels), rstd * gain, mask=live)
+        tl.store(affine_ptr + (to + channels + channels), offset, mask=live)
 
 
 @tile_jit
@@ -203,9 +204,9 @@ def _group_norm_apply_kernel(
     row, _, start, first = part_tile(tiles, parts, ROWS, STEPS, CHANNELS)
     channel = first + tl.arange(0, CHANNELS)
     live = channel < channels
-    affine = affine_ptr + row * 3 * channels
-    mean, gain = load_state(affine, channel, live), load_state(affine, channels + channel, live)
-    offset = load_state(affine, 2 * channels + channel, live)
+    of = row * 3 * channels + channel
+    mean, gain = load_state(affine_ptr, of, live), load_state(affine_ptr, of + channels, live)
+    offset = load_state(affine_ptr, of + channels + channels, live)
     for step in range(STEPS):
         pixel = start + step * ROWS + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & live[None, :]
@@ -243,7 +244,7 @@ def group_norm_silu_fwd(
     parameters, options = beside(x, weight, bias, scale, shift, draw, dropout, silu)
     *affine, index = parameters
     added = outputs(x, residual, None if x_bias is None else x_bias.contiguous())
-    tiles = cut(x, num_groups, WHOLE)
+    tiles = cut(x, num_groups, False, draw is not None)
     if tiles.slab:
         tiles.run(
             _group_norm_whole_kernel, y, *outputs(x, total), moments, x, *added, *parameters,

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cmfast.kernels.common import load_state, store_state
 from cmfast.kernels.group_norm_tiles import (
-    WHOLE_BWD,
     beside,
     cut,
+    fold_jit,
     kept,
     load_affine,
     over_group,
@@ -70,18 +70,20 @@ def _load_slopes(
 
 @triton.jit
 def _store_parameter_grads(
-    grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, row, channel, live, channels,
-    s_1, s_2, factor, FILM: tl.constexpr,
+    grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, scale_ptr, row, channel, live, channels,
+    scale_stride, s_1, s_2, FILM: tl.constexpr,
 ):
     """ds = w S2 + b S1, dh = S1; and a sample's part of dw = (1 + s) S2 and db = (1 + s) S1."""
     at = row * channels + channel
+    factor = tl.zeros_like(s_1) + 1.0
     if FILM:
+        # Read again: kept, it would take registers of every thread all along.
+        factor += load_state(scale_ptr, row * scale_stride + channel, live)
         weight, bias = load_state(weight_ptr, channel, live), load_state(bias_ptr, channel, live)
         store_state(grad_scale_ptr, at, weight * s_2 + bias * s_1, live)
         store_state(grad_shift_ptr, at, s_1, live)
-    per_sample = per_sample_ptr + row * 2 * channels + channel
-    tl.store(per_sample, factor * s_2, mask=live)
-    tl.store(per_sample + channels, factor * s_1, mask=live)
+    tl.store(per_sample_ptr + (at + row * channels), factor * s_2, mask=live)
+    tl.store(per_sample_ptr + (at + row * channels + channels), factor * s_1, mask=live)
 
 
 @triton.jit
@@ -100,10 +102,11 @@ def _store_grad(
 def _group_norm_whole_bwd_kernel(
     grad_x_ptr, grad_scale_ptr, grad_shift_ptr, per_sample_ptr, x_bias_partial_ptr, grad_ptr, grad_total_ptr, x_ptr,
     moments_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, index_ptr,
-    slabs, channels, pixels, scale_stride, shift_stride, seed, seed_high, draw, least, keep_scale,
+    scale_stride, shift_stride, seed, seed_high, draw, least, keep_scale,
     X_BIAS: tl.constexpr, TOTAL: tl.constexpr, NEED_X_BIAS: tl.constexpr,
     FILM: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr, GROUP: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr,
     SLAB: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """All gradients of a slab: the formulas at the top of this file
@@ -114,27 +117,29 @@ def _group_norm_whole_bwd_kernel(
     x_bias_partial_ptr              [B, 1, C]  float32, out if NEED_X_BIAS
     Grid (B * slabs,). Traffic: 3m bytes per element, 4m if TOTAL.
     """
-    row, first, channel, pixel, live = slab_tile(slabs, channels, SLAB, ROWS, CHANNELS)
-    mask = (pixel < pixels)[:, None] & live[None, :]
-    at = tile_offsets(row, pixel, channel, channels, pixels, LAST)
-    mean, rstd = _load_moments(moments_ptr, x_bias_ptr, row, channel, live, channels, X_BIAS, GROUP)
-    gain, offset, factor = load_affine(
+    row, first, live, start, at = slab_tile(C, PIXELS, SLAB, ROWS, CHANNELS, LAST)
+    channel, pixel = first + tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    mask = (pixel < PIXELS)[:, None] & live[None, :]
+    mean, rstd = _load_moments(moments_ptr, x_bias_ptr, row, channel, live, C, X_BIAS, GROUP)
+    gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     dz, xhat = _load_slopes(
-        grad_ptr, x_ptr, at, mask, mean, rstd, gain, offset, index_ptr, row, pixel, first, channels,
+        grad_ptr + start, x_ptr + start, at, mask, mean, rstd, gain, offset, index_ptr, row, pixel, first, C,
         seed, seed_high, draw, least, keep_scale, SILU, DROPOUT, SEED_TENSOR, DRAW_TENSOR, ROWS, CHANNELS,
     )
     s_1, s_2 = tl.sum(dz, 0), tl.sum(dz * xhat, 0)
-    count = (pixels * GROUP).to(tl.float32)
+    count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
     mean_1 = tl.div_rn(over_group(gain * s_1, SLAB, GROUP, GROUPS, CHANNELS), count)
     mean_2 = tl.div_rn(over_group(gain * s_2, SLAB, GROUP, GROUPS, CHANNELS), count)
-    grad = _store_grad(grad_x_ptr, grad_total_ptr, at, mask, dz, xhat, rstd, gain, mean_1, mean_2, TOTAL)
+    grad = _store_grad(
+        grad_x_ptr + start, grad_total_ptr + start, at, mask, dz, xhat, rstd, gain, mean_1, mean_2, TOTAL
+    )
     if NEED_X_BIAS:
-        tl.store(x_bias_partial_ptr + row * channels + channel, tl.sum(grad, 0), mask=live)
+        tl.store(x_bias_partial_ptr + row * C + channel, tl.sum(grad, 0), mask=live)
     _store_parameter_grads(
-        grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, row, channel, live, channels,
-        s_1, s_2, factor, FILM,
+        grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, scale_ptr, row, channel, live, C,
+        scale_stride, s_1, s_2, FILM,
     )
 
 
@@ -154,7 +159,7 @@ def _group_norm_sums_kernel(
     channel = first + tl.arange(0, CHANNELS)
     live = channel < channels
     mean, rstd = _load_moments(moments_ptr, x_bias_ptr, row, channel, live, channels, X_BIAS, GROUP)
-    gain, offset, _ = load_affine(
+    gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     sums_1, sums_2 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -168,12 +173,12 @@ def _group_norm_sums_kernel(
         )
         sums_1 += dz
         sums_2 += dz * xhat
-    partial = partial_ptr + (row * parts + part) * 2 * channels + channel
-    tl.store(partial, tl.sum(sums_1, 0), mask=live)
-    tl.store(partial + channels, tl.sum(sums_2, 0), mask=live)
+    to = (row * parts + part) * 2 * channels + channel
+    tl.store(partial_ptr + to, tl.sum(sums_1, 0), mask=live)
+    tl.store(partial_ptr + (to + channels), tl.sum(sums_2, 0), mask=live)
 
 
-@triton.jit
+@fold_jit
 def _group_norm_fold_bwd_kernel(
     means_ptr, grad_scale_ptr, grad_shift_ptr, per_sample_ptr, partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     groups, parts, channels, pixels, scale_stride, shift_stride,
@@ -187,21 +192,21 @@ def _group_norm_fold_bwd_kernel(
     program = tl.program_id(0)
     row, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     k, part = tl.arange(0, CHANNELS), tl.arange(0, PARTS)
-    partial = partial_ptr + (row * parts + part)[:, None] * 2 * channels + group * GROUP
+    at = (row * parts + part)[:, None] * 2 * channels + group * GROUP
     total_1, total_2 = 0.0, 0.0
     for start in range(0, GROUP, CHANNELS):
         live, channel = start + k < GROUP, group * GROUP + start + k
         mask = (part < parts)[:, None] & live[None, :]
-        s_1 = tl.sum(load_state(partial, (start + k)[None, :], mask), 0)
-        s_2 = tl.sum(load_state(partial, channels + (start + k)[None, :], mask), 0)
-        gain, _, factor = load_affine(
+        s_1 = tl.sum(load_state(partial_ptr, at + (start + k)[None, :], mask), 0)
+        s_2 = tl.sum(load_state(partial_ptr, at + channels + (start + k)[None, :], mask), 0)
+        gain, _ = load_affine(
             weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
         )
         total_1 += tl.sum(gain * s_1)
         total_2 += tl.sum(gain * s_2)
         _store_parameter_grads(
-            grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, row, channel, live, channels,
-            s_1, s_2, factor, FILM,
+            grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, scale_ptr, row, channel, live,
+            channels, scale_stride, s_1, s_2, FILM,
         )
     count = (pixels * GROUP).to(tl.float32)
     means = means_ptr + (row * groups + group) * 2
@@ -229,7 +234,7 @@ def _group_norm_apply_bwd_kernel(
     live = channel < channels
     mean, rstd = _load_moments(moments_ptr, x_bias_ptr, row, channel, live, channels, X_BIAS, GROUP)
     mean_1, mean_2 = _load_moments(means_ptr, x_bias_ptr, row, channel, live, channels, False, GROUP)
-    gain, offset, _ = load_affine(
+    gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -282,7 +287,7 @@ def group_norm_silu_bwd(
     options["X_BIAS"] = x_bias is not None
     known = moments, *outputs(x, None if x_bias is None else x_bias.contiguous()), *parameters
     total = None if grad_total is None else dense(grad_total, x)
-    tiles = cut(x, num_groups, WHOLE_BWD)
+    tiles = cut(x, num_groups, True, draw is not None)
     per_sample = room(x, batch, 2, channels)
     x_bias_partial = room(x, batch, tiles.parts, channels) if need_x_bias else None
     last = {"TOTAL": total is not None, "NEED_X_BIAS": need_x_bias}

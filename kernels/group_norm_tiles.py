@@ -7,6 +7,7 @@ of the map for every channel, a fold of these for every group, and the pass that
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +20,22 @@ from cmfast.kernels.launch import CONTIGUOUS, launch, layout
 from cmfast.kernels.normal import _counter, _signed_word
 from cmfast.kernels.philox import load_word, words
 
-#: Elements of a tile where there are three launches, and those that a slab may have at most in either pass: 64 and 32
-#: of them in each of 512 threads. Untuned.
-BLOCK, WHOLE, WHOLE_BWD = 2048, 32768, 16384
-#: Channels of a tile in channels_last, one 128-byte line of bfloat16; and pixels of one where planes lie apart.
-LINE, RUN = 64, 512
-#: Pixels that a program sums or writes at most, unless there are more than PARTS times as many.
-PART, PARTS = 1024, 256
-#: Programs that keep a GPU busy.
+#: In either pass, forward and backward: elements of a tile where there are three launches, and those that a slab may
+#: have at most. Twice as many do not fit into registers. Untuned.
+BLOCK, WHOLE = (2048, 1024), (16384, 8192)
+#: Channels of a tile in channels_last: one 128-byte line of bfloat16. Where planes lie apart a tile has 4.
+LINE = 64
+#: Pixels that a program sums or writes at most, unless there are more than PARTS times as many; sums that a program
+#: folds at a time.
+PART, PARTS, FOLD = 1024, 256, 2048
+#: Programs that keep a GPU busy: with fewer, time is that of the launches.
 ENOUGH = 512
+#: Bytes of a pixel that memory moves at once.
+SECTOR = 32
 
 # Seeds and draws vary without end: they must not make a new kernel each.
 tile_jit = triton.jit(do_not_specialize=["seed", "seed_high", "draw", "least"])
+fold_jit = triton.jit(do_not_specialize=["pixels", "parts"])
 
 
 @triton.jit
@@ -44,14 +49,21 @@ def part_tile(tiles, parts, ROWS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: t
 
 
 @triton.jit
-def slab_tile(slabs, channels, SLAB: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """This program's row, first channel, channels [CHANNELS] and pixels [ROWS], all int64; and which of the channels
-    are its own."""
+def slab_tile(
+    C: tl.constexpr, PIXELS: tl.constexpr, SLAB: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """This program's row and first channel, both int64; which of the channels [CHANNELS] are its own; where the slab
+    begins, int64; and where its elements lie from there on: in 32 bits, which halves the registers they take."""
+    SLABS: tl.constexpr = (C + SLAB - 1) // SLAB
     program = tl.program_id(0)
-    k = tl.arange(0, CHANNELS)
-    first = (program % slabs).to(tl.int64) * SLAB
-    pixel = tl.arange(0, ROWS).to(tl.int64)
-    return (program // slabs).to(tl.int64), first, first + k, pixel, (k < SLAB) & (first + k < channels)
+    row, first = (program // SLABS).to(tl.int64), (program % SLABS).to(tl.int64) * SLAB
+    k, pixel = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    live = (k < SLAB) & (first + k < C)
+    if LAST:
+        return row, first, live, row * (C * PIXELS) + first, pixel[:, None] * C + k[None, :]
+    else:
+        return row, first, live, row * (C * PIXELS) + first * PIXELS, k[None, :] * PIXELS + pixel[:, None]
 
 
 @triton.jit
@@ -80,19 +92,24 @@ def over_group(value, SLAB: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.conste
 def load_affine(
     weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM: tl.constexpr
 ):
-    """w (1 + s), b (1 + s) + h and 1 + s for channels of a row; z is the first times xhat plus the second."""
+    """w (1 + s) and b (1 + s) + h for channels of a row; z is the first times xhat plus the second."""
     weight, bias = load_state(weight_ptr, channel, live), load_state(bias_ptr, channel, live)
     if FILM:
         factor = 1.0 + load_state(scale_ptr, row * scale_stride + channel, live)
-        return weight * factor, bias * factor + load_state(shift_ptr, row * shift_stride + channel, live), factor
+        return weight * factor, bias * factor + load_state(shift_ptr, row * shift_stride + channel, live)
     else:
-        return weight, bias, tl.zeros_like(weight) + 1.0
+        return weight, bias
 
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + e^-z). The exponential is the hardware's, good to 2 units in the last place."""
-    return tl.div_rn(1.0, 1.0 + tl.exp(-z))
+    """1 / (1 + e^-z) to a few units in the last place: by the hardware's exponential, and three Newton steps to the
+    reciprocal, which have no slow path to branch to."""
+    d = 1.0 + tl.exp(-tl.maximum(z, -80.0))
+    r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    r = r * (2.0 - d * r)
+    r = r * (2.0 - d * r)
+    return r * (2.0 - d * r)
 
 
 @triton.jit
@@ -105,7 +122,7 @@ def kept(
     index_ptr, seed, seed_high, draw: as in `philox.words`; least: the smallest word that is kept, as a signed number.
     """
     quad = first // 4 + tl.arange(0, CHANNELS // 4)
-    group = pixel[:, None] * ((channels + 3) // 4).to(tl.int64) + quad[None, :]
+    group = pixel.to(tl.int64)[:, None] * ((channels + 3) // 4) + quad[None, :]
     a, b, c, d = words(index_ptr, row, group, seed, seed_high, draw, SEED_TENSOR, DRAW_TENSOR)
     word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, CHANNELS))
     return tl.where(word >= load_word(least, False).to(tl.uint32), keep_scale, 0.0)
@@ -168,11 +185,13 @@ class Cut(NamedTuple):
         return self.channels // self.group
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """A launch over the batch: the sizes come after the arguments, scalars and constexprs by name."""
+        """A launch over the batch: the sizes come after the arguments or as constexprs, the rest by name."""
         tiles = -(-self.channels // (self.slab or self.block))
         options = {"GROUP": self.group, "LAST": self.last, "ROWS": self.rows, "CHANNELS": self.block}
+        sizes: tuple[int, ...] = ()
         if self.slab:
-            sizes: tuple[int, ...] = (tiles, self.channels, self.pixels)
+            # The other sizes are as many as these, so that they make no more programs.
+            options |= {"C": self.channels, "PIXELS": self.pixels}
             options |= {"SLAB": self.slab, "GROUPS": power_of_two(self.slab // self.group)}
         else:
             sizes = tiles, self.parts, self.channels, self.pixels
@@ -183,7 +202,7 @@ class Cut(NamedTuple):
     def fold(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """A launch of one program for each group of each sample, over the sums of all parts."""
         parts = power_of_two(self.parts)
-        channels = min(power_of_two(self.group), max(BLOCK // parts, 1))
+        channels = min(power_of_two(self.group), max(FOLD // parts, 1))
         options = {"GROUP": self.group, "PART": self.rows * self.steps, "PARTS": parts, "CHANNELS": channels}
         sizes = self.groups, self.parts, self.channels, self.pixels
         warps = max(1, min(8, parts * channels // 256))
@@ -195,44 +214,41 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def cut(x: Tensor, num_groups: int, limit: int) -> Cut:
-    """The tiles of a dense batch. limit: elements that a slab may have."""
+def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
+    """The tiles of a dense batch in either pass."""
     batch, channels = x.shape[:2]
     pixels = x.numel() // (batch * channels)
     last = layout(x) != CONTIGUOUS
     group = channels // num_groups
-    slab = _slab(channels, group, x.element_size() if last else 1, limit // power_of_two(pixels))
-    if slab:
+    units = (SECTOR // x.element_size(), 16 // x.element_size(), 4) if last else (4,)
+    slab = _slab(channels, group, units, WHOLE[backward] // power_of_two(pixels))
+    # Slabs of less than a sector read more than they use.
+    if slab and (slab >= units[0] or batch * -(-channels // slab) <= ENOUGH):
         rows, block = power_of_two(pixels), max(4, power_of_two(slab))
-        warps = max(1, min(16, rows * block // 1024))
+        # Making the mask takes registers.
+        warps = max(1, min(16, rows * block // (256 if drops else 512)))
         return Cut(batch, channels, pixels, group, last, slab, rows, block, 1, warps)
     if last:
         block = max(4, min(LINE, power_of_two(channels)))
-        rows = BLOCK // block
+        rows = BLOCK[backward] // block
     else:
-        rows = min(RUN, power_of_two(pixels))
-        block = max(4, min(BLOCK // rows, power_of_two(channels)))
+        rows = min(BLOCK[backward] // 4, power_of_two(pixels))
+        block = max(4, min(BLOCK[backward] // rows, power_of_two(channels)))
     blocks = -(-pixels // rows)
     programs = batch * blocks * -(-channels // block)
     steps = power_of_two(max(min(PART // rows, programs // ENOUGH), -(-blocks // PARTS), 1))
     return Cut(batch, channels, pixels, group, last, 0, rows, block, steps, 4)
 
 
-def _slab(channels: int, group: int, itemsize: int, most: int) -> int:
-    """Channels of a slab: the fewest whole groups that lie in whole 32-byte sectors of each pixel, or else 16-byte
-    accesses, and share no counter of dropout with other slabs; or all channels. 0: those are more than `most`."""
-    for unit in (max(4, 32 // itemsize), max(4, 16 // itemsize), 4) if itemsize > 1 else (4,):
-        for slab in range(group, channels + 1, group):
-            if slab % unit == 0 or slab == channels:
-                if max(4, power_of_two(slab)) <= most:
-                    return slab
-                break
+def _slab(channels: int, group: int, units: tuple[int, ...], most: int) -> int:
+    """Channels of a slab: the fewest whole groups that are a multiple of the first unit (sectors of a pixel), else of
+    the next (16-byte accesses), else of 4, which share no counter of dropout with another slab; or all channels.
+    0: these are more than `most`."""
+    for unit in units:
+        slab = min(math.lcm(group, unit), channels)
+        if max(4, power_of_two(slab)) <= most:
+            return slab
     return 0
-
-
-def on_chip(x: Tensor, num_groups: int, backward: bool = False) -> bool:
-    """Whether one launch does it all."""
-    return bool(cut(x, num_groups, WHOLE_BWD if backward else WHOLE).slab)
 
 
 def room(like: Tensor, *shape: int) -> Tensor:

@@ -26,10 +26,11 @@ UNALIGNED = ("f32", "bf16")
 
 @dataclass(frozen=True)
 class Use:
-    """A call that launches kernels. exempt: element types whose accesses need not be wide."""
+    """A call that launches kernels. exempt: element types whose accesses need not be wide; exponential: it has one."""
 
     call: Callable[[], Any]
     exempt: tuple[str, ...] = ()
+    exponential: bool = False
 
 
 def batch(shape: tuple[int, ...], dtype: torch.dtype, last: bool = False, shift: int = 0) -> Tensor:
@@ -93,6 +94,62 @@ def _pixels(last: bool = False, shape: tuple[int, ...] = ImageNet64, **options: 
 
 def _normal(shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
     return lambda: ops.normal(7, torch.arange(shape[0]), shape[1:], **options)
+
+
+def group_norm(
+    channels: int,
+    size: int,
+    *,
+    samples: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    last: bool = True,
+    film: bool = False,
+    sums: bool = False,
+    training: bool = False,
+    groups: int = 32,
+    **options: Any,
+) -> Callable[[], Any]:
+    """A normalisation with float32 parameters, the halves of one projection for scale and shift, and a bias.
+
+    sums: with a residual too; training: both passes.
+    """
+
+    def call() -> None:
+        x = batch((samples, channels, size, size), dtype, last).requires_grad_(training)
+        weight = torch.empty(channels).requires_grad_(training)
+        scale, shift = torch.empty(samples, 2 * channels, dtype=dtype).chunk(2, 1) if film else (None, None)
+        residual = batch(x.shape, dtype, last) if sums else None
+        made = ops.group_norm_silu(
+            x, groups, weight, weight, scale=scale, shift=shift, x_bias=weight, residual=residual, **options
+        )
+        made = flat(made)
+        if training:
+            torch.autograd.grad(made, [x, weight], [torch.empty_like(result) for result in made])
+
+    return call
+
+
+def _normalised() -> dict[str, Use]:
+    """Group normalisation: the U-Net of ImageNet-64 in bfloat16, channels_last, and what else there is."""
+    f32, index = torch.float32, torch.arange(4)
+    drop = {"dropout": 0.1, "draw": ops.Draw(7, index)}
+    counted = {"dropout": 0.1, "draw": ops.Draw(torch.tensor(7), index, torch.tensor(1))}
+    calls = {
+        "192 of 64x64": group_norm(192, 64, samples=256, film=True, training=True),
+        "384 of 64x64, sum, dropout": group_norm(384, 64, film=True, sums=True, training=True, **drop),
+        "384 of 16x16, sum": group_norm(384, 16, film=True, sums=True, training=True),
+        "768 of 8x8, dropout": group_norm(768, 8, film=True, training=True, **counted),
+        "768 of 8x8, float16": group_norm(768, 8, dtype=torch.float16, film=True),
+        "192 of 64x64, float32": group_norm(192, 64, dtype=f32, last=False, film=True, training=True),
+        "192 of 8x8, float32": group_norm(192, 8, dtype=f32, last=False, training=True, **drop),
+        "one element": group_norm(1, 1, dtype=f32, groups=1, training=True),
+    }
+    return {
+        **{f"group_norm_silu, {name}": Use(call, exponential=True) for name, call in calls.items()},
+        # Slabs of 36 channels, 72 bytes of a pixel.
+        "group_norm_silu, 576 of 16x16": Use(group_norm(576, 16, film=True), ("bf16",), exponential=True),
+        "group_norm_silu, no SiLU": Use(group_norm(768, 8, silu=False)),
+    }
 
 
 def _listed() -> dict[str, Use]:
@@ -188,6 +245,7 @@ def _listed() -> dict[str, Use]:
         "consistency_loss karras, odd": Use(of_case("consistency_loss karras", shape=Odd, grads="f"), UNALIGNED),
         "normal, odd": Use(_normal(Odd), UNALIGNED),
         "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
+        **_normalised(),
     }
 
 
