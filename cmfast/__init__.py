@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cmfast.checkpoint import load, save
     from cmfast.denoiser import Denoiser
     from cmfast.engine import Sampler
+    from cmfast.fast import optimize
     from cmfast.ops import backend
     from cmfast.precondition import Preconditioner
     from cmfast.samplers import sample
@@ -48,6 +49,7 @@ __all__ = [
     "losses",
     "noise",
     "ops",
+    "optimize",
     "perceptual",
     "reference",
     "sample",
@@ -65,6 +67,7 @@ _HOME = {
     "UNetModel": "unet",
     "backend": "ops",
     "load": "checkpoint",
+    "optimize": "fast",
     "sample": "samplers",
     "save": "checkpoint",
 }

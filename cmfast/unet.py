@@ -219,12 +219,7 @@ class UNetModel(nn.Module):
                 of range (values are looked at on the CPU only, and not while compiling).
         """
         self._check_inputs(x, timesteps, y)
-
-        weights_dtype = _weight_dtype(self.time_embed)
-        embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y)
+        emb = self.embed(timesteps, y)
 
         h = x.to(self.dtype)
         skips = []
@@ -235,6 +230,13 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.to(_weight_dtype(self.out))).to(x.dtype)
+
+    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """What residual blocks are given of timesteps [B] and labels [B]: [B, 4 model_channels]."""
+        weights_dtype = _weight_dtype(self.time_embed)
+        embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype))
+        return emb if y is None else emb + self.label_emb(y)
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
         """Everything that can be known from shapes and dtypes: no value on a device is read."""

@@ -139,7 +139,7 @@ def plainly(model, n=3):
     return Sampler(copied, 2, steps=2, cuda_graph=False, optimize=False).sample(n)
 
 
-@pytest.mark.parametrize("change, outcome", CHANGES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("change, outcome", CHANGES, ids=[change.__name__ for change, _ in CHANGES])
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
 def test_a_changed_model(emulated, change, outcome, graph):
     model = Denoiser(network(), image_shape=(3, 8, 8)).eval()

@@ -1,0 +1,99 @@
+"""Networks made fast, for sampling and for training: `optimize`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from cmfast.fast import diffusers
+from cmfast.fast.network import FastUNet, fast_unet
+from cmfast.fast.plan import Refused, of_unet, own_passes
+from cmfast.unet import UNetModel
+from cmfast.watch import Watch
+
+__all__ = ["FastUNet", "Refused", "optimize", "refusal"]
+
+Module = TypeVar("Module", bound=nn.Module)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def optimize(model: Module, dtype: torch.dtype | None = None) -> Module:
+    """The same network with a fast forward pass, for inference and for training; the model stays as it is.
+
+    It computes in channels_last from end to end. GroupNorm, the embedding's scale and shift, SiLU, dropout and the
+    additions before them are one operation (`ops.group_norm_silu`); the projections of the time embedding are one
+    matrix multiplication; q, k and v go into attention without copies. On a CPU, in float32 and where no gradient is
+    recorded, weights are kept as oneDNN wants them and 3x3 convolutions take 4/9 of the multiplications
+    (`fast.winograd`): that takes up to twice the memory of the weights more.
+
+    Parameters, buffers and modules are shared with the model, and so is the state dict: training, loading or averaging
+    either is seen by both. What is made of weights (another dtype or layout, joined projections) is made anew when they
+    change. A write through `.data` shows no change: call `refresh(force=True)` after it. A hook on a part, or a part of
+    another class such as a LoRA's, has the ordinary forward pass serve until it is gone; `refusal` says so.
+
+    Args:
+        model: a `UNetModel`, a `diffusers.UNet2DModel`, or a module that holds one as its `network` or `unet`, such as
+            a `Denoiser`.
+        dtype: what to compute in; the weights keep theirs, and gradients come in it. None: that of the weights, or of
+            `torch.autocast` where it is on.
+
+    Raises: TypeError: another network, or parts that the fast pass does not know; the message names the first.
+
+    >>> model = UNetModel(8, 3, 32, 3, 1, attention_resolutions=(2,), channel_mult=(1, 2))
+    >>> fast = optimize(model)
+    >>> isinstance(fast, UNetModel), fast.time_embed is model.time_embed
+    (True, True)
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, or None, got {dtype}")
+    if isinstance(model, UNetModel):
+        _plan_of(model)
+        return fast_unet(model, dtype)  # type: ignore[return-value]
+    if diffusers.is_unet2d(model):
+        _plan_of(model)
+        return diffusers.fast_unet2d(model, dtype)
+    for name in ("network", "unet"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and isinstance(model, nn.Module):
+            outer: Any = copy.copy(model)
+            # A copy shares its table of parts with the original: this one's has another network in it.
+            outer._modules = {**model._modules, name: optimize(inner, dtype)}
+            return outer
+    raise Refused(
+        f"cannot optimize a {type(model).__name__}: expected a UNetModel, a diffusers.UNet2DModel, or a module with "
+        "one of them as its network, such as a Denoiser"
+    )
+
+
+def refusal(model: Any) -> str | None:
+    """Why `optimize` does not take a model, or has its ordinary pass serve; None if the fast pass does.
+
+    >>> refusal(nn.Linear(2, 2))[:29]
+    'cannot optimize a Linear: exp'
+    """
+    try:
+        if isinstance(model, UNetModel) or diffusers.is_unet2d(model):
+            if hasattr(model, "_fast"):
+                return model.refusal
+            _plan_of(model)
+            return Watch(model).hooked(root=False)
+        for name in ("network", "unet"):
+            if isinstance(getattr(model, name, None), nn.Module):
+                return refusal(getattr(model, name))
+        optimize(model)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def _plan_of(model: Any) -> None:
+    """Refused, if it has no plan, or another forward pass than that of its class."""
+    ours = isinstance(model, UNetModel)
+    original = UNetModel if ours else diffusers.unet2d_class()
+    if not hasattr(model, "_fast") and type(model).forward is not original.forward:
+        raise Refused(f"the {type(model).__name__} has a forward pass of its own")
+    own_passes(model)
+    (of_unet if ours else diffusers.of_unet2d)(model)

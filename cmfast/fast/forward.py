@@ -1,0 +1,240 @@
+"""The fast forward pass of a planned U-Net: channels_last throughout, in one dtype, in as few passes as possible.
+
+Two ways of adding. Where GroupNorm has a kernel, a convolution's bias and the residual connection wait, as a `Sum`,
+for the normalisation that comes next, which adds them on the way. Elsewhere (on a CPU, inside torch.compile) the
+convolution adds them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cmfast import ops
+from cmfast.fast import winograd
+from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
+from cmfast.fast.weights import Weights
+
+
+class Sum:
+    """x + residual + bias, added when somebody needs it."""
+
+    def __init__(self, x: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> None:
+        self._x, self._residual, self._bias = x, residual, bias
+
+    @property
+    def waiting(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, and what is still to be added to it."""
+        return self._x, self._residual, self._bias
+
+    def settle(self, total: Tensor | None = None) -> Tensor:
+        """The sum, or the given one from now on."""
+        if total is None:
+            total = self._x if self._residual is None else self._x + self._residual
+            total = total if self._bias is None else total + _per_channel(self._bias)
+        self._x, self._residual, self._bias = total, None, None
+        return total
+
+
+def _per_channel(bias: Tensor) -> Tensor:
+    return bias[:, None, None]
+
+
+class Forward:
+    """One pass.
+
+    dtype: of all activations; live: gradients flow to the weights; packed: a CPU's convolutions, which have none;
+    waits: GroupNorm adds what waits.
+    """
+
+    def __init__(
+        self, plan: Plan, weights: Weights, dtype: torch.dtype, *, live: bool, packed: bool, waits: bool
+    ) -> None:
+        self.plan, self.weights, self.dtype = plan, weights, dtype
+        self.live, self.packed, self.waits = live, packed, waits
+        self._draw: ops.Draw | None = None
+
+    def __call__(self, x: Tensor, emb: Tensor) -> Tensor:
+        """F from the input [B, C, H, W] and the embedding [B, E], in the dtype of x."""
+        plan = self.plan
+        self._draw = self._first_draw(x)
+        h = Sum(self.convolve(x.to(self.dtype, memory_format=torch.channels_last), plan.first))
+        embeddings = self.embeddings(emb)
+        skips = [h]
+        for layers in plan.encoder:
+            h = self.run(layers, h, embeddings)
+            skips.append(h)
+        h = self.run(plan.middle, h, embeddings)
+        for layers in plan.decoder:
+            joined = torch.cat([h.settle(), skips.pop().settle()], dim=1)
+            h = self.run(layers, Sum(joined), embeddings)
+        return self.convolve(self.normalise(h, plan.out_norm), plan.out_conv).to(x.dtype)
+
+    def embeddings(self, emb: Tensor) -> Iterator[Tensor]:
+        """Every residual block's projection of the embedding, [B, its outputs], in turn: one multiplication for all."""
+        projections = [layer.embed for layer in self.plan.layers() if isinstance(layer, ResBlock)]
+        weight = self.weights.joined(tuple(p.weight for p in projections), self.live)
+        bias = self.weights.joined(tuple(p.bias for p in projections), self.live)
+        every = F.linear(F.silu(emb).to(weight.dtype), weight, bias)
+        return iter(every.split([p.out_features for p in projections], dim=1))
+
+    def run(self, layers: Layers, h: Sum, embeddings: Iterator[Tensor]) -> Sum:
+        """The layers of a block, one after the other."""
+        for layer in layers:
+            arguments: tuple[Any, ...] = (h,)
+            if isinstance(layer, ResBlock):
+                arguments = h, next(embeddings)
+                function: Any = self.res_block
+            else:
+                function = self.attend if isinstance(layer, Attention) else self.resample
+            if self.live and not isinstance(layer, Resample) and layer.checkpoint():
+                h = self._checkpointed(function, layer, h, *arguments[1:])
+            else:
+                h = function(layer, *arguments)
+        return h
+
+    def res_block(self, block: ResBlock, x: Sum, emb: Tensor) -> Sum:
+        """x + conv(norm(conv(norm(x)))), the embedding halfway."""
+        h = self.normalise(x, block.in_norm)
+        residual = x.settle()
+        if block.resample:
+            h, residual = _resampled(h, block.resample), _resampled(residual, block.resample)
+        if block.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            middle = self.convolved(h, block.in_conv)
+            h = self.normalise(middle, block.out_norm, scale=scale, shift=shift, dropout=block.dropout)
+        else:
+            h = self.convolve(h, block.in_conv) + emb.to(h.dtype)[:, :, None, None]
+            h = self.normalise(Sum(h), block.out_norm, dropout=block.dropout)
+        if block.skip is None:
+            return self.convolved(h, block.out_conv, residual)
+        return self.convolved(h, block.out_conv, self.convolve(residual, block.skip), spare=True)
+
+    def attend(self, block: Attention, x: Sum) -> Sum:
+        """x + the projection of self-attention over all positions."""
+        h = x.settle() if block.norm is None else self.normalise(x, block.norm, silu=False)
+        residual = x.settle()
+        # Views all, of channels_last memory.
+        qkv = self.project(h, block.qkv).permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (3, block.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
+        if self.waits:
+            return Sum(self.project(h, (block.proj,), bias=False), residual, self._plain(block.proj.bias))
+        return Sum(self.project(h, (block.proj,), residual))
+
+    def resample(self, layer: Resample, x: Sum) -> Sum:
+        """Twice or half the resolution."""
+        if layer.kind == "up":
+            h = _resampled(x.settle(), "up")
+            return Sum(h) if layer.conv is None else self.convolved(h, layer.conv)
+        return Sum(_resampled(x.settle(), "down") if layer.conv is None else self.convolve(x.settle(), layer.conv))
+
+    def normalise(
+        self,
+        x: Sum,
+        norm: nn.GroupNorm,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = True,
+        dropout: nn.Dropout | None = None,
+    ) -> Tensor:
+        """GroupNorm of the sum, which is settled on the way, scaled and shifted; SiLU; dropout."""
+        value, residual, bias = x.waiting
+        options: dict[str, Any] = {"eps": norm.eps, "scale": scale, "shift": shift, "silu": silu}
+        if bias is not None:
+            options["x_bias"] = bias
+        if dropout is not None and _drops(dropout) and self._draw is not None:
+            options |= {"dropout": dropout.p, "draw": self._draw}
+            self._draw = self._draw._replace(draw=self._draw.draw + 1)
+        result = ops.group_norm_silu(value, norm.num_groups, norm.weight, norm.bias, residual=residual, **options)
+        if isinstance(result, Tensor):
+            return result
+        h, total = result
+        x.settle(total)
+        return h
+
+    def convolved(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Sum:
+        """conv(h) + residual; `spare`: nobody else needs the residual."""
+        if self.waits:
+            h = F.conv2d(h, self.weights.filters(conv.weight, self.live), None, conv.stride, conv.padding)
+            return Sum(h, residual, self._plain(conv.bias))
+        return Sum(self.convolve(h, conv, residual, spare))
+
+    def convolve(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Tensor:
+        """conv(h) + residual, added now."""
+        if conv.kernel_size == (1, 1):
+            return self.project(h, (conv,), residual, spare)
+        if self.packed and winograd.fits(conv, h):
+            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual)
+        if self.packed:
+            return self._packed(h, (conv,), residual, spare)
+        weight = self.weights.filters(conv.weight, self.live)
+        out = F.conv2d(h, weight, self._plain(conv.bias), conv.stride, conv.padding)
+        return out if residual is None else out + residual
+
+    def project(
+        self,
+        h: Tensor,
+        modules: tuple[nn.Module, ...],
+        residual: Tensor | None = None,
+        spare: bool = False,
+        bias: bool = True,
+    ) -> Tensor:
+        """1x1 convolutions or linear layers of the channels, their outputs one after the other; plus residual."""
+        if self.packed:
+            return self._packed(h, modules, residual, spare)
+        weight = self.weights.joined(tuple(m.weight for m in modules), self.live)  # type: ignore[misc]
+        vector = self.weights.joined(tuple(m.bias for m in modules), self.live) if bias else None  # type: ignore[misc]
+        out = F.linear(h.permute(0, 2, 3, 1), weight, vector).permute(0, 3, 1, 2)
+        return out if residual is None else out + residual
+
+    def _packed(
+        self, h: Tensor, modules: tuple[nn.Module, ...], residual: Tensor | None, spare: bool = False
+    ) -> Tensor:
+        """oneDNN's convolution with weights in its own layout; the residual is added in the same pass."""
+        weight = self.weights.packed(modules, h.shape)
+        bias = self.weights.joined(tuple(m.bias for m in modules), False)  # type: ignore[misc]
+        padding = list(getattr(modules[0], "padding", (0, 0)))
+        stride = list(getattr(modules[0], "stride", (1, 1)))
+        geometry = padding, stride, [1, 1], 1
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *geometry, "none", [], "")
+        add: tuple[Any, ...] = "add", 1.0, None, [], None
+        if spare:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, h, weight, bias, *geometry, *add)
+        return torch.ops.mkldnn._convolution_pointwise.binary(h, residual, weight, bias, *geometry, *add)
+
+    def _plain(self, parameter: Any) -> Tensor:
+        return self.weights.plain(parameter, self.live)
+
+    def _first_draw(self, x: Tensor) -> ops.Draw | None:
+        """The draw of the first dropout mask; None if nothing drops. As in `nn.Dropout`, torch's generator decides."""
+        if not any(isinstance(layer, ResBlock) and _drops(layer.dropout) for layer in self.plan.layers()):
+            return None
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+        return ops.Draw(seed, torch.arange(x.shape[0], device=x.device), 0)
+
+    def _checkpointed(self, function: Any, layer: Any, h: Sum, *emb: Tensor) -> Sum:
+        """A layer whose activations are made again in the backward pass; its dropout draws the same again."""
+        draw = self._draw
+
+        def again(x: Tensor, *emb: Tensor) -> Tensor:
+            self._draw = draw
+            return function(layer, Sum(x), *emb).settle()
+
+        return Sum(checkpoint(again, h.settle(), *emb, use_reentrant=False, preserve_rng_state=False))
+
+
+def _drops(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+def _resampled(x: Tensor, kind: str) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if kind == "up" else F.avg_pool2d(x, 2)

@@ -1,0 +1,122 @@
+"""Networks with the fast forward pass: the modules, parameters and interface of those they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.fast.forward import Forward
+from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
+from cmfast.fast.weights import Weights
+from cmfast.ops import _dispatch
+from cmfast.unet import UNetModel
+from cmfast.watch import Change, Watch
+
+
+class FastPass:
+    """What a fast network has beside its modules: the plan of them, and what is made of their weights."""
+
+    def __init__(self, model: nn.Module, make_plan: Callable[[Any], Plan], dtype: torch.dtype | None) -> None:
+        self._model, self._make_plan, self.dtype = model, make_plan, dtype
+        self._weights = Weights(dtype)
+        self._plan: Plan | None = None
+        self._reason: str | None = None
+        self._watch: Watch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: what was made of the modules is made again."""
+        return {"model": self._model, "make_plan": self._make_plan, "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def looked(self) -> FastPass:
+        """Itself, with a plan: while compiling there is none to be made."""
+        self._look()
+        return self
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the network's own pass serves now; None if the fast one does."""
+        self._look()
+        return self._reason or self._watch.hooked(root=False)  # type: ignore[union-attr]
+
+    def _look(self) -> bool:
+        """Make the plan anew, of the modules as they are, if they changed; whether they did."""
+        if self._watch is None:
+            self._watch = Watch(self._model)
+        elif self._watch.change(values=False) is not Change.STRUCTURE:
+            return False
+        self._weights.clear()
+        try:
+            own_passes(self._model)
+            self._plan, self._reason = self._make_plan(self._model), None
+        except Refused as refused:
+            self._plan, self._reason = None, str(refused)
+        return True
+
+    def refresh(self, force: bool) -> bool:
+        """As `FastUNet.refresh`."""
+        return self._look() or self._weights.refresh(force)
+
+    def run(self, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
+        """The fast pass. x [B, C, H, W], embed() [B, E]; there must be no refusal."""
+        assert self._plan is not None
+        compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        live = compiling or (recording and any(p.requires_grad for p in self._model.parameters()))
+        dtype, weights = self.dtype or self._plan.first.weight.dtype, self._weights
+        if self.dtype is None and torch.is_autocast_enabled(x.device.type):
+            dtype, live = torch.get_autocast_dtype(x.device.type), True
+            weights = Weights(dtype)
+        waits = _dispatch.use_kernel("group_norm_silu", x, dtypes=(dtype,))
+        with torch.autocast(x.device.type, enabled=False):
+            emb = embed()
+            differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
+            packed = not (waits or differentiable) and x.device.type == "cpu" and _has_onednn(dtype)
+            return Forward(self._plan, weights, dtype, live=live, packed=packed, waits=waits)(x, emb)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+class FastUNet(UNetModel):
+    """A `UNetModel` with the fast forward pass: `optimize` makes it.
+
+    It holds the modules of the network that it was made of, not copies: state dict, parameters and training mode of the
+    parts are shared, and a change of one is seen by the other.
+    """
+
+    _fast: FastPass
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """As `UNetModel.forward`."""
+        # While compiling, the parts are as they were at the start.
+        if not torch.compiler.is_compiling() and self._fast.refusal is not None:
+            return super().forward(x, timesteps, y)
+        self._check_inputs(x, timesteps, y)
+        return self._fast.run(x, lambda: self.embed(timesteps, y))
+
+    def refresh(self, force: bool = False) -> bool:
+        """Make anew what was made of weights that have changed since; the forward pass does so itself.
+
+        `force`: also where no change shows, after a write through `.data`. True if memory was replaced that a captured
+        CUDA graph reads, which must then be captured again.
+        """
+        return self._fast.refresh(force)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the ordinary forward pass serves, such as a hook on a part; None if the fast one does."""
+        return self._fast.refusal
+
+
+def fast_unet(model: UNetModel, dtype: torch.dtype | None) -> FastUNet:
+    """The fast form of a U-Net, sharing everything with it."""
+    network = FastUNet.__new__(FastUNet)
+    network.__dict__.update(model.__dict__)
+    network.__dict__["_fast"] = FastPass(network, of_unet, dtype).looked()
+    return network

@@ -1,0 +1,145 @@
+"""Tensors made of parameters: in another dtype or layout, joined, or packed for the CPU's convolutions.
+
+They are kept, and follow their parameters: one that was written to or replaced is made again before it is next used,
+into the same memory where that is possible, so that a captured graph sees it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.fast import winograd
+
+Make = Callable[..., Tensor]
+
+
+class Weights:
+    """What is made of a network's parameters, in `dtype` (None: each in its own).
+
+    `live` weights are made in the pass that uses them, and gradients flow through them to the parameters; the others
+    are made once and kept.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._kept: dict[Any, _Kept] = {}
+
+    def plain(self, parameter: Tensor, live: bool) -> Tensor:
+        """The parameter in the dtype wanted; itself if it is in that dtype."""
+        if self.dtype in (None, parameter.dtype):
+            return parameter
+        return self._made("plain", (parameter,), self._cast, live)
+
+    def filters(self, parameter: Tensor, live: bool) -> Tensor:
+        """A convolution's weight [K, C, h, w] in channels_last."""
+        if self.dtype in (None, parameter.dtype) and parameter.is_contiguous(memory_format=torch.channels_last):
+            return parameter
+        return self._made("filters", (parameter,), self._filters, live)
+
+    def joined(self, parameters: tuple[Tensor, ...], live: bool) -> Tensor:
+        """Matrices [O, I] or [O, I, 1, 1], or vectors [O], one below the other."""
+        if len(parameters) == 1 and self.dtype in (None, parameters[0].dtype):
+            return _matrix(parameters[0])
+        return self._made("joined", parameters, self._joined, live)
+
+    def summed(self, parameters: tuple[Tensor, ...], live: bool) -> Tensor:
+        """The sum of vectors [O]."""
+        if len(parameters) == 1:
+            return self.plain(parameters[0], live)
+        return self._made("summed", parameters, lambda *vectors: self._cast(sum(vectors)), live)  # type: ignore[arg-type]
+
+    def packed(self, convs: tuple[nn.Module, ...], shape: torch.Size) -> Tensor:
+        """The weight of a convolution as oneDNN wants it for inputs of `shape`; of several 1x1, or linear, joined."""
+        conv = convs[0]
+        geometry = (_pair(conv, "padding", 0), _pair(conv, "stride", 1), [1, 1])
+
+        def pack(*weights: Tensor) -> Tensor:
+            joined = torch.cat([w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in weights])
+            return torch.ops.mkldnn._reorder_convolution_weight(self._cast(joined), *geometry, 1, list(shape))
+
+        weights: Any = tuple(c.weight for c in convs)
+        return self._made("packed", weights, pack, False, tuple(shape))
+
+    def winograd(self, conv: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a 3x3 convolution for `winograd.convolve` of inputs of `shape`."""
+        strip = winograd.strip_shape(shape)
+        weight = self._made(
+            "winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), False, strip
+        )
+        return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(self._cast(b)), False)
+
+    def refresh(self, force: bool = False) -> bool:
+        """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
+        replaced = False
+        for kept in self._kept.values():
+            if force or kept.signature != _signature(kept.parameters):
+                replaced |= kept.make_again()
+        return replaced
+
+    def clear(self) -> None:
+        """Forget everything that was made."""
+        self._kept.clear()
+
+    def _cast(self, parameter: Tensor) -> Tensor:
+        return parameter if self.dtype is None else parameter.to(self.dtype)
+
+    def _filters(self, parameter: Tensor) -> Tensor:
+        return self._cast(parameter).contiguous(memory_format=torch.channels_last)
+
+    def _joined(self, *parameters: Tensor) -> Tensor:
+        return torch.cat([self._cast(_matrix(parameter)) for parameter in parameters])
+
+    def _made(
+        self, kind: str, parameters: tuple[Tensor, ...], make: Make, live: bool, shape: tuple[int, ...] = ()
+    ) -> Tensor:
+        if live:
+            return make(*parameters)
+        key = (kind, *map(id, parameters))
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != shape:
+            kept = self._kept[key] = _Kept(parameters, make, shape)
+        elif kept.signature != _signature(parameters):
+            kept.make_again()
+        return kept.value
+
+
+class _Kept:
+    """A tensor made of parameters, and what these were then. It holds the parameters: their ids stay theirs."""
+
+    def __init__(self, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> None:
+        self.parameters, self._make, self.shape = parameters, make, shape
+        self.signature, self.value = _signature(parameters), self._made()
+
+    def _made(self) -> Tensor:
+        # Not tensors of inference mode, which could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._make(*(parameter.detach() for parameter in self.parameters))
+
+    def make_again(self) -> bool:
+        """Into the same memory if that fits; True if it did not."""
+        self.signature, made = _signature(self.parameters), self._made()
+        old = self.value
+        fits = (made.shape, made.dtype, made.device, made.layout) == (old.shape, old.dtype, old.device, old.layout)
+        if not fits or made.is_mkldnn:
+            self.value = made
+            return True
+        old.copy_(made)
+        return False
+
+
+def _pair(module: nn.Module, name: str, default: int) -> list[int]:
+    """A setting of a convolution; a linear layer has none."""
+    return list(getattr(module, name, (default, default)))
+
+
+def _matrix(parameter: Tensor) -> Tensor:
+    return parameter.flatten(1) if parameter.ndim > 1 else parameter
+
+
+def _signature(parameters: tuple[Tensor, ...]) -> list[Any]:
+    """What changes when parameters are written to or replaced, but not when that is done through `.data`."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in parameters]

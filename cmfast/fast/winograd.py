@@ -1,0 +1,150 @@
+"""3x3 convolutions on a CPU in 4/9 of the multiplications: Winograd's F(2x2, 3x3), Lavin & Gray 2016.
+
+An output tile of 2x2 pixels comes from an input tile of 4x4, Y = A' ((G g G') * (B' d B)) A, and the products of one
+place in all tiles are a matrix multiplication over channels: 16 of them, which oneDNN does as one grouped 1x1
+convolution. Everything is channels_last, so each addition of a transform runs over whole rows of channels. Tiles are
+done in strips that stay in cache.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Fewest channels that pay for the transforms, and what their number must be divisible by: the widest vector.
+LEAST_CHANNELS = 64
+VECTOR = 16
+#: Elements of a strip's transformed input, at most, where a row of tiles is no more.
+STRIP = 1 << 21
+
+_FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def fits(conv: nn.Conv2d, h: Tensor) -> bool:
+    """Whether a convolution of h [B, C, H, W] can be done so, and gains by it."""
+    channels = conv.in_channels, conv.out_channels
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and min(channels) >= LEAST_CHANNELS
+        and not any(count % VECTOR for count in channels)
+        and not any(size % 2 for size in h.shape[2:])
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    )
+
+
+def transform(weight: Tensor) -> Tensor:
+    """G g G' of a weight [K, C, 3, 3]: [16 K, C, 1, 1], the place in the tile before the channel."""
+    g = torch.tensor(_FILTER, dtype=torch.float64)
+    places = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g)
+    return places.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
+
+
+def strip_shape(shape: torch.Size) -> tuple[int, int, int, int]:
+    """Samples, places and channels, rows and columns of tiles of a strip for inputs of `shape`: all strips are alike.
+
+    oneDNN lays out a weight for one shape; with another it is many times slower.
+    """
+    batch, channels, height, width = shape
+    row = 16 * channels * (width // 2)
+    rows = _divisor(height // 2, STRIP // row)
+    samples = _divisor(batch, STRIP // (row * rows)) if rows == height // 2 else 1
+    return samples, 16 * channels, rows, width // 2
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is no more than the limit, or 1."""
+    return next((d for d in range(min(limit, number), 1, -1) if number % d == 0), 1)
+
+
+def pack(weight: Tensor, strip: tuple[int, int, int, int]) -> Tensor:
+    """The transformed weight as oneDNN wants it, for strips of that shape."""
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    return reorder(transform(weight), [0, 0], [1, 1], [1, 1], 16, list(strip))
+
+
+def spread(bias: Tensor) -> Tensor:
+    """A bias [K] for the products, [16 K]: at the place that every output adds once."""
+    return F.pad(bias[None], (0, 0, 5, 10)).flatten()
+
+
+def convolve(h: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus residual; packed, bias: of
+    `pack` for the strips of h, and of `spread`."""
+    batch, channels, height, width = h.shape
+    outputs = bias.numel() // 16
+    padded = _workspace("padded", batch, height + 2, width + 2, channels)
+    for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+        edge.zero_()
+    padded[:, 1:-1, 1:-1].copy_(h.permute(0, 2, 3, 1))
+    out = torch.empty(batch, height, width, outputs, dtype=h.dtype)
+    added = None if residual is None else residual.permute(0, 2, 3, 1)
+
+    samples, _, rows, _ = strip_shape(h.shape)
+    for b in range(0, batch, samples):
+        for r in range(0, height // 2, rows):
+            strip = padded[b : b + samples, 2 * r : 2 * (r + rows) + 2]
+            products = torch.ops.mkldnn._convolution_pointwise(
+                _tiles(strip), packed, bias, [0, 0], [1, 1], [1, 1], 16, "none", [], ""
+            )
+            target = out[b : b + samples, 2 * r : 2 * (r + rows)]
+            _untile(products, target)
+            if added is not None:
+                target += added[b : b + samples, 2 * r : 2 * (r + rows)]
+    return out.permute(0, 3, 1, 2)
+
+
+def _tiles(strip: Tensor) -> Tensor:
+    """B' d B of a padded strip [b, 2 r + 2, W + 2, C], as an image [b, 16 C, r, W / 2] in channels_last."""
+    batch, height, width, channels = strip.shape
+    rows, columns = height // 2 - 1, width // 2 - 1
+    half = _workspace("half", batch, rows, 4, width, channels)
+    d = [strip[:, i : i + 2 * rows - 1 : 2] for i in range(4)]
+    for place, (first, second, sign) in enumerate(_INPUT):
+        torch.add(d[first], d[second], alpha=sign, out=half[:, :, place])
+    whole = _workspace("whole", batch, rows, columns, 4, 4, channels)
+    d = [half[:, :, :, i : i + 2 * columns - 1 : 2].transpose(2, 3) for i in range(4)]
+    for place, (first, second, sign) in enumerate(_INPUT):
+        torch.add(d[first], d[second], alpha=sign, out=whole[:, :, :, :, place])
+    return whole.flatten(3).permute(0, 3, 1, 2)
+
+
+#: B': each row is a sum or difference of two.
+_INPUT = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
+
+
+def _untile(products: Tensor, out: Tensor) -> None:
+    """A' m A of an image [b, 16 K, r, c] in channels_last, into out [b, 2 r, 2 c, K]."""
+    batch, places, rows, columns = products.shape
+    m = products.permute(0, 2, 3, 1).view(batch, rows, columns, 4, 4, places // 16)
+    half = _workspace("folded", batch, rows, columns, 4, 2, places // 16)
+    torch.add(m[..., 0, :], m[..., 1, :], out=half[..., 0, :]).add_(m[..., 2, :])
+    torch.sub(m[..., 1, :], m[..., 2, :], out=half[..., 1, :]).sub_(m[..., 3, :])
+    # [b, r, row in the tile, c, column in the tile, K]
+    pixels = out.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
+    torch.add(half[:, :, :, 0], half[:, :, :, 1], out=pixels[:, :, 0]).add_(half[:, :, :, 2])
+    torch.sub(half[:, :, :, 1], half[:, :, :, 2], out=pixels[:, :, 1]).sub_(half[:, :, :, 3])
+
+
+class _Buffers(threading.local):
+    """Memory that calls of a thread use again: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def _workspace(name: str, *shape: int) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    buffer = _buffers.by_name.get(name)
+    if buffer is None or buffer.numel() < count:
+        with torch.inference_mode(False):
+            buffer = _buffers.by_name[name] = torch.empty(count)
+    return buffer[:count].view(shape)
