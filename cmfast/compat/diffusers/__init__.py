@@ -13,9 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmfast.compat.diffusers.config import config_from_diffusers, config_to_diffusers
     from cmfast.compat.diffusers.convert import (
-        config_from_diffusers,
-        config_to_diffusers,
         state_dict_from_diffusers,
         state_dict_to_diffusers,
         unet_from_diffusers,
@@ -37,8 +36,8 @@ _HOME = {
     "CMStochasticIterativeScheduler": "scheduler",
     "UNet2DNetwork": "network",
     "accelerate": "pipeline",
-    "config_from_diffusers": "convert",
-    "config_to_diffusers": "convert",
+    "config_from_diffusers": "config",
+    "config_to_diffusers": "config",
     "default_timesteps": "steps",
     "read_network": "network",
     "sigmas_from_timesteps": "steps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ class UNet2DNetwork(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         return self.unet(x, timesteps, class_labels=y).sample
+
+    @property
+    def refresh(self) -> Callable[..., bool]:
+        """That of an optimised network, as `cmfast.fast.FastUNet.refresh`; other networks have none."""
+        return self.unet.refresh
 
 
 def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict[str, Any]]:

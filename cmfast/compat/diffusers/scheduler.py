@@ -8,17 +8,21 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeSchedulerOutput
+from diffusers.schedulers import scheduling_consistency_models
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cmfast import ops
 from cmfast.ops import _check
 
+# diffusers resolves its names when they are asked for, which type checkers do not follow.
+_Base: Any = diffusers.CMStochasticIterativeScheduler
+Output: Any = scheduling_consistency_models.CMStochasticIterativeSchedulerOutput
+
 logger = logging.getLogger("cmfast.compat.diffusers")
 
 
-class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
+class CMStochasticIterativeScheduler(_Base):
     """`diffusers.CMStochasticIterativeScheduler`: the same arguments, calls, noise and numbers, up to rounding.
 
     A step is one fused operation, which also makes the input that `scale_model_input` is asked for next. Which step it
@@ -38,6 +42,7 @@ class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
     torch.Size([2, 3, 8, 8])
     """
 
+    timesteps: Tensor
     # The levels on the host, and on devices by (device, dtype), of the `sigmas` that they were made from.
     _sigmas_seen: Tensor | None = None
     _levels: list[float]
@@ -94,7 +99,7 @@ class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
         if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.dtype == schedule.dtype:
             # The storage, not the address: on the meta device, where tests run, all addresses are 0.
             if timestep.untyped_storage()._cdata == schedule.untyped_storage()._cdata:
-                return (timestep.storage_offset() - schedule.storage_offset()) // schedule.stride(0)
+                return int(timestep.storage_offset() - schedule.storage_offset()) // int(schedule.stride(0))
         value = float(timestep)
         found = [i for i, t in enumerate(schedule.tolist()) if t == value]
         if not found:
@@ -118,7 +123,7 @@ class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> CMStochasticIterativeSchedulerOutput | tuple[Tensor]:
+    ) -> Any:
         """D(sample), and unless there is one timestep only, noise of the next level: as `diffusers` has it.
 
         Raises: ValueError: an integer timestep. IndexError: one that is not in `timesteps`, or a step too many.
@@ -165,7 +170,7 @@ class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
             if self._levels[following] == self._noise_level(self._levels[following]) and not previous.is_inference():
                 self._next_input = previous, previous._version, model_input
         self._step_index += 1
-        return CMStochasticIterativeSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+        return Output(prev_sample=previous) if return_dict else (previous,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """original_samples + sigma noise, with the sigma of each sample's timestep [B].
@@ -188,7 +193,7 @@ class CMStochasticIterativeScheduler(diffusers.CMStochasticIterativeScheduler):
 
 # Pipelines write the module of their scheduler's class into model_index.json. With diffusers' own, which has a class
 # of this name, a saved pipeline needs nothing but diffusers.
-CMStochasticIterativeScheduler.__module__ = diffusers.CMStochasticIterativeScheduler.__module__
+CMStochasticIterativeScheduler.__module__ = _Base.__module__
 
 
 def _rebuild(config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:

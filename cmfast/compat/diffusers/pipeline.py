@@ -1,0 +1,258 @@
+"""`accelerate`: a ConsistencyModelPipeline of diffusers that samples through cmfast; same calls, same results."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from cmfast.compat.diffusers.network import UNet2DNetwork
+from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler
+from cmfast.denoiser import Denoiser
+from cmfast.engine import Sampler
+from cmfast.precondition import Preconditioner
+
+# diffusers resolves its names when they are asked for, which type checkers do not follow.
+ConsistencyModelPipeline: Any = diffusers.ConsistencyModelPipeline
+ImagePipelineOutput: Any = diffusers.ImagePipelineOutput
+DiffusersScheduler: Any = diffusers.CMStochasticIterativeScheduler
+
+logger = logging.getLogger("cmfast.compat.diffusers")
+
+#: Schedules whose samplers are kept ready; what was not used for longest goes.
+SCHEDULES = 4
+
+
+def accelerate(
+    pipe: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    compile: str | bool = "auto",
+    cuda_graph: str | bool = "auto",
+) -> Any:
+    """The pipeline with the same interface, made fast: it shares the network with `pipe`, which stays as it is.
+
+    A call runs as a whole, from noise to pixels: on a GPU as one CUDA graph. Noise and labels are drawn as diffusers
+    draws them, so a seed gives the same images. With a callback the steps run one by one, without a graph; where
+    offloading, `torch.autocast` or another scheduler are in the way, diffusers' own loop runs. `explain()` says which.
+
+    Args:
+        pipe: its scheduler must be a CMStochasticIterativeScheduler.
+        dtype: what the network computes in, such as torch.bfloat16, where that is not the dtype of its parameters.
+        compile, cuda_graph: as of `cmfast.Sampler`. With cuda_graph=True the pipeline must be on the GPU already.
+
+    Raises:
+        TypeError: another pipeline, or one with a `__call__` of its own.
+        ValueError, RuntimeError: what was asked for cannot be had; the message says why.
+    """
+    base: Any = getattr(type(pipe), "_accelerated_from", type(pipe))
+    if not isinstance(pipe, ConsistencyModelPipeline):
+        raise TypeError(f"expected a ConsistencyModelPipeline, got a {type(pipe).__name__}")
+    if base.__call__ is not ConsistencyModelPipeline.__call__:
+        raise TypeError(f"{base.__name__} has its own __call__, which would be passed over: expected the pipeline's")
+    cls = _accelerated(base)
+    fast = cls.__new__(cls)
+    fast.__dict__.update(pipe.__dict__)
+    if type(pipe.scheduler) is DiffusersScheduler:
+        fast.scheduler = CMStochasticIterativeScheduler.from_config(pipe.scheduler.config)
+    fast._options = {"dtype": dtype, "compile": compile, "cuda_graph": cuda_graph}
+    fast._engine = None
+    if fast._obstacle() is None:
+        # What cannot be had is an error now, not at the first call.
+        fast._ready().sampler((float(fast.scheduler.config.sigma_max),))
+    return fast
+
+
+@functools.cache
+def _accelerated(base: type) -> Any:
+    """The fast class of a pipeline class. It keeps the name and the module, under which pipelines are saved."""
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, "_accelerated_from": base}
+    return type(base.__name__, (_Accelerated, base), names)
+
+
+class _Engine:
+    """A network made fast, and samplers with it, one for each schedule."""
+
+    def __init__(self, unet: Any, config: Any, options: dict[str, Any]) -> None:
+        self.unet, self.config = unet, config
+        self.network, self.reason = fast_network(unet, options["dtype"])
+        self.model = Denoiser(
+            UNet2DNetwork(self.network),
+            Preconditioner.consistency(config.sigma_data, config.sigma_min),
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            rho=config.rho,
+            image_shape=(unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
+        )
+        self._options = {"compile": options["compile"], "cuda_graph": options["cuda_graph"], "optimize": False}
+        self._samplers: OrderedDict[tuple[float, ...], Sampler] = OrderedDict()
+
+    def sampler(self, sigmas: tuple[float, ...]) -> Sampler:
+        """The sampler of these levels. It keeps a program for each batch size."""
+        sampler = self._samplers.pop(sigmas, None)
+        if sampler is None:
+            sampler = Sampler(self.model, sigmas=sigmas, clip_denoised=self.config.clip_denoised, **self._options)
+        self._samplers[sigmas] = sampler
+        while len(self._samplers) > SCHEDULES:
+            self._samplers.popitem(last=False)
+        return sampler
+
+    def explain(self) -> dict[str, tuple[str, str]]:
+        """As `Sampler.explain`, of the sampler used last."""
+        last = next(reversed(self._samplers), (self.model.sigma_max,))
+        network = ("as given", self.reason) if self.reason else ("optimised", "the same weights in fewer passes")
+        return {**self.sampler(last).explain(), "network": network}
+
+
+def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
+    """The UNet2DModel made fast, sharing its parameters; or as it is, and why.
+
+    Raises: ValueError: it cannot be made fast, and should compute in another dtype than its own.
+    """
+    from cmfast.fast import optimize, refusal
+
+    reason = refusal(unet)
+    if reason is None:
+        return optimize(unet, dtype=dtype), None
+    if dtype not in (None, unet.dtype):
+        raise ValueError(f"dtype={dtype} needs a network that can be made fast: {reason}. Or cast it: pipe.to({dtype})")
+    return unet, reason
+
+
+class _Accelerated(ConsistencyModelPipeline):
+    """What an accelerated pipeline does otherwise than the one it was made from."""
+
+    _options: dict[str, Any]
+    _engine: _Engine | None
+
+    def __reduce__(self) -> Any:
+        # By name pickle would find diffusers' class.
+        plain = self._accelerated_from.__new__(self._accelerated_from)  # type: ignore[attr-defined]
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_engine", "_options")})
+        return functools.partial(accelerate, **self._options), (plain,)
+
+    def explain(self) -> dict[str, tuple[str, str]]:
+        """What the next call runs if it has no callback, and why: `loop`, `network` and `compile`, as (path, why)."""
+        obstacle = self._obstacle()
+        if obstacle:
+            return {"loop": ("diffusers", obstacle), "network": ("as given", obstacle), "compile": ("off", obstacle)}
+        return self._ready().explain()
+
+    def _obstacle(self) -> str | None:
+        """Why diffusers' own loop must run; None if cmfast's can."""
+        if type(self.scheduler) is not CMStochasticIterativeScheduler:
+            return f"the scheduler is a {type(self.scheduler).__module__}.{type(self.scheduler).__name__}, not cmfast's"
+        if any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in self.unet.modules()):
+            return "the network has hooks of accelerate or diffusers, such as those of offloading"
+        if torch.is_autocast_enabled(self._execution_device.type):
+            return "torch.autocast is on: call accelerate(pipe, dtype=...) instead"
+        if self.unet.training and self.unet.config.dropout > 0:
+            return "the network is in training mode and has dropout"
+        return None
+
+    def _ready(self) -> _Engine:
+        """The engine for the network and scheduler that the pipeline has now."""
+        engine = self._engine
+        if engine is None or engine.unet is not self.unet or engine.config != self.scheduler.config:
+            engine = _Engine(self.unet, self.scheduler.config, self._options)
+            self._engine = engine
+        return engine
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: Tensor | list[int] | int | None = None,
+        num_inference_steps: int | None = 1,
+        timesteps: list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        callback_steps: int = 1,
+    ) -> Any:
+        obstacle = self._obstacle()
+        if obstacle:
+            logger.info("diffusers' own loop runs: %s", obstacle)
+            drawn = batch_size, class_labels, num_inference_steps, timesteps, generator, latents
+            return super().__call__(*drawn, output_type, return_dict, callback, callback_steps)
+
+        # In diffusers' order: what is drawn from one generator, or from torch's own, comes out the same.
+        size, device, dtype = self.unet.config.sample_size, self._execution_device, self.unet.dtype
+        self.check_inputs(num_inference_steps, timesteps, latents, batch_size, size, callback_steps)
+        channels = self.unet.config.in_channels
+        sample = self.prepare_latents(batch_size, channels, size, size, dtype, device, generator, latents)
+        labels = self.prepare_class_labels(batch_size, device, class_labels)
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps)
+
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
+            if callback is None:
+                images = self._whole(sample, labels, generator, output_type)
+                bar.update(len(self.scheduler.timesteps))
+            else:
+                logger.info("step by step, without a CUDA graph: there is a callback")
+                images = self._step_by_step(sample, labels, generator, callback, callback_steps, bar)
+        if images.dtype == torch.uint8:
+            result = _pil_images(images)
+        else:
+            # numpy has no bfloat16.
+            wide = images.dtype == torch.bfloat16 and output_type != "pt"
+            result = self.postprocess_image(images.float() if wide else images, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _whole(self, sample: Tensor, labels: Tensor | None, generator: Any, output_type: str | None) -> Tensor:
+        """All steps at once, from the first sample: [B, C, H, W] in [-1, 1], or for PIL images uint8 [B, H, W, C]."""
+        levels = tuple(self.scheduler.sigmas[:-1].tolist())
+        draws = []
+        if len(levels) > 1:
+            s_noise = self.scheduler.config.s_noise
+            options = {"dtype": sample.dtype, "device": sample.device, "generator": generator}
+            noise = [randn_tensor(sample.shape, **options) for _ in levels]
+            # The last draw is of noise that adds nothing, and keeps generators in step with diffusers.
+            draws = [z if s_noise == 1 else s_noise * z for z in noise[:-1]]
+        if labels is not None and labels.numel() == 1:
+            labels = labels.reshape(1).expand(sample.shape[0])
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        pixels = "nearest" if output_type == "pil" else None
+        sampler = self._ready().sampler(levels)
+        images = sampler.generate(sample.to(wide) / levels[0], labels, noise_fn=draws, pixels=pixels)
+        return images if pixels else images.to(sample.dtype)
+
+    def _step_by_step(
+        self,
+        sample: Tensor,
+        labels: Tensor | None,
+        generator: Any,
+        callback: Callable[[int, Tensor, Tensor], None],
+        callback_steps: int,
+        bar: Any,
+    ) -> Tensor:
+        """diffusers' loop, with the fast network and the fused step."""
+        network = self._ready().network
+        for i, t in enumerate(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(sample, t)
+            model_output = network(model_input, t, class_labels=labels, return_dict=False)[0]
+            sample = self.scheduler.step(model_output, t, sample, generator=generator)[0]
+            bar.update()
+            if i % callback_steps == 0:
+                callback(i, t, sample)
+        return sample
+
+
+def _pil_images(images: Tensor) -> list[Image.Image]:
+    """uint8 [B, H, W, C] as PIL images, one channel as greyscale."""
+    arrays = images.cpu().numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]

@@ -1,0 +1,381 @@
+"""The accelerated pipeline beside diffusers' own: same calls, same outputs."""
+
+import copy
+import inspect
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from cmfast.compat.diffusers import CMStochasticIterativeScheduler, accelerate
+from cmfast.compat.diffusers import pipeline as module
+from tests.checkpoint_utils import same_bits
+from tests.compat.diffusers_utils import diffusers, small_pipeline, small_unet
+from tests.golden_utils import relative_error
+from tests.tolerances import DIFFUSERS_VALUE, FLOOR
+
+STEPS = {
+    "one": {},
+    "two": {"num_inference_steps": 2},
+    "[22, 0]": {"num_inference_steps": None, "timesteps": [22, 0]},
+    "[30, 12, 5]": {"num_inference_steps": None, "timesteps": [30, 12, 5]},
+}
+
+
+@pytest.fixture(autouse=True)
+def errors_at_most():
+    """diffusers warns of what is in order here, such as timesteps beside its default number of steps."""
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    yield
+    diffusers.utils.logging.set_verbosity(level)
+
+
+@pytest.fixture(params=["as given", "optimised"])
+def network(request, monkeypatch):
+    """With the network made fast, and with one that cannot be."""
+    if request.param == "as given":
+        monkeypatch.setattr(module, "fast_network", lambda unet, dtype: (unet, "it is not wanted"))
+    return request.param
+
+
+def call(pipeline, *args, seed=0, **options):
+    """The images, and the states of both generators after: noise of the given one, labels of torch's own."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    images = pipeline(*args, generator=generator, **options).images
+    return images, generator.get_state(), torch.get_rng_state()
+
+
+def both(plain, *args, **options):
+    """Images of diffusers' pipeline and of the accelerated one; what was drawn is the same."""
+    expected, *states = call(plain, *args, **options)
+    found, *our_states = call(accelerate(plain), *args, **options)
+    assert all(torch.equal(a, b) for a, b in zip(states, our_states, strict=True))
+    return expected, found
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("num_classes", [None, 10], ids=["unconditional", "conditional"])
+def test_same_images(steps, num_classes, network):
+    plain = small_pipeline(num_class_embeds=num_classes)
+    expected, found = both(plain, 3, output_type="pt", **steps)
+    assert found.dtype == expected.dtype and found.shape == expected.shape == (3, 3, 8, 8)
+    assert expected.std() > 0.1
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    assert accelerate(plain).explain()["network"][0] == network
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_types(output_type, channels):
+    plain = small_pipeline(in_channels=channels, out_channels=channels)
+    expected, found = both(plain, 3, num_inference_steps=2, output_type=output_type)
+    assert type(found) is type(expected)
+    if output_type == "pil":
+        assert [(a.mode, a.size) for a in found] == [(b.mode, b.size) for b in expected]
+        # Rounding may fall to either side of a half.
+        difference = np.stack([np.asarray(a, int) - np.asarray(b, int) for a, b in zip(found, expected)])
+        assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+    else:
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert np.abs(np.asarray(found) - np.asarray(expected)).max() < DIFFUSERS_VALUE
+    tuple_of_images = accelerate(plain)(output_type=output_type, return_dict=False)
+    assert type(tuple_of_images) is tuple and len(tuple_of_images) == 1
+
+
+@pytest.mark.parametrize(
+    "labels, batch",
+    [(7, 1), ([7], 1), ([1, 2, 3], 3), (torch.tensor([1, 2, 3]), 3), ([4], 3), (torch.tensor(4), 3)],
+    ids=["int", "list-of-one", "list", "tensor", "one-for-all", "scalar-for-all"],
+)
+def test_labels(labels, batch):
+    plain = small_pipeline(num_class_embeds=10)
+    expected, found = both(plain, batch, labels, num_inference_steps=2, output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    other, _ = both(plain, batch, 0 if batch == 1 else [0, 0, 0], num_inference_steps=2, output_type="pt")
+    assert relative_error(other, expected) > 0.01
+
+
+def test_labels_of_an_unconditional_network_are_ignored():
+    expected, found = both(small_pipeline(), 2, [1, 2], output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+
+
+def test_latents_and_lists_of_generators():
+    plain = small_pipeline()
+    latents = torch.randn(2, 3, 8, 8)
+    expected, found = both(plain, 2, latents=latents, **STEPS["[22, 0]"], output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    results = []
+    for pipeline in (plain, accelerate(plain)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+        results.append(pipeline(2, num_inference_steps=2, generator=generators, output_type="pt").images)
+    assert relative_error(*results) < DIFFUSERS_VALUE
+    # Without a generator it is torch's own.
+    results = []
+    for pipeline in (plain, accelerate(plain)):
+        torch.manual_seed(3)
+        results.append(pipeline(2, num_inference_steps=3, output_type="pt").images)
+    assert relative_error(*results) < DIFFUSERS_VALUE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"s_noise": 1.05, "clip_denoised": False}, {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 1.0, "rho": 5.0}],
+    ids=["noise", "levels"],
+)
+def test_settings_of_the_scheduler(config):
+    plain = small_pipeline(scheduler=diffusers.CMStochasticIterativeScheduler(**config))
+    # One step, and the first of two: at diffusers' last level is a rounding error, of which the root may be NaN.
+    seen = []
+    for pipeline in (plain, accelerate(plain)):
+        torch.manual_seed(0)
+        pipeline(2, **STEPS["[22, 0]"], output_type="pt", callback=lambda i, t, x: seen.append(x.clone()))
+    assert relative_error(seen[2], seen[0]) < DIFFUSERS_VALUE
+    expected, found = both(plain, 2, output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    fast = accelerate(plain)
+    torch.manual_seed(0)
+    whole = fast(2, **STEPS["[22, 0]"], output_type="pt").images
+    assert relative_error(whole, (seen[3] / 2 + 0.5).clamp(0, 1)) < DIFFUSERS_VALUE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("steps", ["one", "[30, 12, 5]"])
+def test_half_precision(steps, dtype, network, monkeypatch):
+    """The error against float32, of the same weights and noise, is not twice that of diffusers in the same dtype."""
+    plain = small_pipeline(num_class_embeds=10)
+    plain.unet.to(dtype)
+    options = {"class_labels": [1, 2, 3], "output_type": "pt", **STEPS[steps]}
+    fast, found = accelerate(plain), None
+    eager, found = (call(pipeline, 3, **options)[0] for pipeline in (plain, fast))
+    assert found.dtype == eager.dtype == dtype
+    assert call(fast, 3, **{**options, "output_type": "pil"})[0][0].size == (8, 8)
+    assert np.isfinite(call(fast, 3, **{**options, "output_type": "np"})[0]).all()
+
+    from diffusers.pipelines.consistency_models import pipeline_consistency_models
+    from diffusers.schedulers import scheduling_consistency_models
+
+    for other in (pipeline_consistency_models, scheduling_consistency_models):
+        draw = other.randn_tensor
+        monkeypatch.setattr(other, "randn_tensor", lambda *a, dtype, draw=draw, **k: draw(*a, dtype=half, **k).float())
+    half = dtype
+    plain.unet.float()
+    expected = call(plain, 3, **options)[0]
+    assert relative_error(found, expected) <= 2 * relative_error(eager, expected) + FLOOR[dtype]
+
+
+def test_dtype_of_the_network():
+    plain = small_pipeline(num_class_embeds=10)
+    fast = accelerate(plain, dtype=torch.bfloat16)
+    expected = call(plain, 3, output_type="pt", num_inference_steps=2)[0]
+    found = call(fast, 3, output_type="pt", num_inference_steps=2)[0]
+    assert found.dtype == torch.float32 and fast.unet.dtype == torch.float32
+    assert 1e-5 < relative_error(found, expected) < 10 * FLOOR[torch.bfloat16]
+
+
+def test_callbacks(network, caplog):
+    plain = small_pipeline(num_class_embeds=10)
+    fast = accelerate(plain)
+    caplog.set_level(logging.INFO, "cmfast.compat.diffusers")
+    for callback_steps, timesteps in ((1, [30, 12, 0]), (2, [30, 20, 12, 0])):
+        seen = {plain: [], fast: []}
+        for pipeline, calls in seen.items():
+            found = call(
+                pipeline,
+                2,
+                timesteps=timesteps,
+                output_type="pt",
+                callback=lambda i, t, x, calls=calls: calls.append((i, t, x.clone())),
+                callback_steps=callback_steps,
+            )
+            seen[pipeline] = [*calls, found[0]]
+        (*theirs, expected), (*ours, images) = seen.values()
+        assert [i for i, *_ in ours] == [i for i, *_ in theirs] == list(range(0, len(timesteps), callback_steps))
+        for (_, t, x), (_, t2, x2) in zip(theirs, ours, strict=True):
+            assert torch.equal(t, t2) and t.dtype == t2.dtype
+            assert relative_error(x2, x) < DIFFUSERS_VALUE
+        assert relative_error(images, expected) < DIFFUSERS_VALUE
+    assert "step by step, without a CUDA graph: there is a callback" in caplog.text
+
+
+def test_a_callback_may_change_the_sample():
+    plain = small_pipeline()
+    expected, found = both(
+        plain, 2, **STEPS["[22, 0]"], output_type="pt", callback=lambda i, t, x: x.mul_(0.5) if i == 0 else None
+    )
+    unchanged, _ = both(plain, 2, **STEPS["[22, 0]"], output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(unchanged, expected)
+
+
+def test_the_pipeline_it_was_made_from_stays(tmp_path):
+    plain = small_pipeline()
+    scheduler, config = plain.scheduler, dict(plain.config)
+    fast = accelerate(plain)
+    assert type(plain) is diffusers.ConsistencyModelPipeline
+    assert plain.scheduler is scheduler and dict(plain.config) == config and "_engine" not in vars(plain)
+    assert isinstance(fast, diffusers.ConsistencyModelPipeline)
+    assert fast.unet is plain.unet and fast.components.keys() == plain.components.keys()
+    assert type(fast.scheduler) is CMStochasticIterativeScheduler
+    parameters = [list(inspect.signature(type(p).__call__).parameters) for p in (plain, fast)]
+    assert parameters[0] == parameters[1]
+
+
+def test_saved_as_diffusers_own(tmp_path):
+    """Whoever has only diffusers loads what was saved."""
+    fast = accelerate(small_pipeline(num_class_embeds=10))
+    fast.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "ConsistencyModelPipeline"
+    assert index["scheduler"] == ["diffusers", "CMStochasticIterativeScheduler"]
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert type(loaded) is diffusers.ConsistencyModelPipeline
+    assert type(loaded.scheduler) is diffusers.CMStochasticIterativeScheduler
+    assert same_bits(loaded.unet, fast.unet)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
+def test_copies(copied):
+    fast = accelerate(small_pipeline(), dtype=torch.float32)
+    fast()
+    twin = copied(fast)
+    assert type(twin) is type(fast) and twin.unet is not fast.unet
+    assert twin._options == fast._options
+    images = [call(pipeline, 2, output_type="pt")[0] for pipeline in (fast, twin)]
+    assert torch.equal(*images)
+
+
+def test_changes_are_seen(network):
+    """Weights, the network, the scheduler and the dtype, changed after the first call."""
+    plain = small_pipeline()
+    fast = accelerate(plain)
+
+    def check():
+        expected, found = (call(p, 2, **STEPS["[22, 0]"], output_type="pt")[0] for p in (plain, fast))
+        assert found.dtype == expected.dtype and relative_error(found, expected) < DIFFUSERS_VALUE
+        return expected
+
+    results = [check()]
+    with torch.no_grad():
+        plain.unet.conv_in.weight.mul_(0.5)
+    results.append(check())
+    plain.unet.load_state_dict(small_unet(seed=5).state_dict())
+    results.append(check())
+    plain.unet = fast.unet = small_unet(seed=6)
+    results.append(check())
+    plain.scheduler = diffusers.CMStochasticIterativeScheduler(sigma_max=40.0)
+    fast.scheduler = CMStochasticIterativeScheduler.from_config(plain.scheduler.config)
+    results.append(check())
+    plain.to(torch.float64)
+    results.append(check().float())
+    for a, b in zip(results[:-2], results[1:-1]):
+        assert relative_error(b, a) > 1e-3
+
+
+def test_few_schedules_are_kept():
+    fast = accelerate(small_pipeline())
+    for start in range(7):
+        fast(timesteps=[start], output_type="pt")
+    assert len(fast._engine._samplers) == module.SCHEDULES
+
+
+def test_progress_bar(capsys):
+    fast = accelerate(small_pipeline())
+    fast.set_progress_bar_config(disable=False)
+    fast(num_inference_steps=4)
+    assert "4/4" in capsys.readouterr().err
+    fast(num_inference_steps=3, callback=lambda *_: None)
+    assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"num_inference_steps": None}, ValueError),
+        ({"num_inference_steps": 41}, ValueError),
+        ({"timesteps": [0, 22]}, ValueError),
+        ({"timesteps": [40]}, ValueError),
+        ({"callback_steps": 0}, ValueError),
+        ({"callback_steps": None}, ValueError),
+        ({"latents": torch.zeros(1, 3, 4, 4)}, ValueError),
+        ({"batch_size": 2, "class_labels": 1}, AssertionError),
+        ({"batch_size": 2, "generator": [torch.Generator()] * 3}, ValueError),
+        ({"output_type": "jpeg"}, ValueError),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_are_those_of_diffusers(options, error):
+    plain = small_pipeline(num_class_embeds=10)
+    messages = []
+    for pipeline in (plain, accelerate(plain)):
+        with pytest.raises(error) as raised:
+            pipeline(**options)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_what_is_in_the_way_is_said(caplog):
+    """Then diffusers' own loop runs, and gives what it gives."""
+    caplog.set_level(logging.INFO, "cmfast.compat.diffusers")
+    plain = small_pipeline(dropout=0.5)
+    fast = accelerate(plain)
+    assert fast.explain()["loop"][0] == "eager"
+
+    def check(message):
+        assert fast.explain()["loop"][0] == "diffusers" and message in fast.explain()["loop"][1]
+        expected, found = (call(p, 2, num_inference_steps=2, output_type="pt")[0] for p in (plain, fast))
+        assert relative_error(found, expected) < DIFFUSERS_VALUE
+        assert message in caplog.text
+
+    plain.unet.train()
+    check("training mode and has dropout")
+    plain.unet.eval()
+    plain.unet._hf_hook = object()
+    check("hooks of accelerate or diffusers")
+    del plain.unet._hf_hook
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.explain()["loop"][1].startswith("torch.autocast is on")
+    fast.scheduler = plain.scheduler
+    check("CMStochasticIterativeScheduler, not cmfast's")
+
+
+def test_what_cannot_be_accelerated():
+    with pytest.raises(TypeError, match="expected a ConsistencyModelPipeline, got a DDPMPipeline"):
+        accelerate(diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler()))
+    with pytest.raises(TypeError, match="expected a ConsistencyModelPipeline, got a UNet2DModel"):
+        accelerate(small_unet())
+
+    class Own(diffusers.ConsistencyModelPipeline):
+        def __call__(self):
+            return None
+
+    with pytest.raises(TypeError, match="Own has its own __call__"):
+        accelerate(Own(small_unet(), diffusers.CMStochasticIterativeScheduler()))
+    with pytest.raises(RuntimeError, match="cuda_graph=True cannot be had"):
+        accelerate(small_pipeline(), cuda_graph=True)
+
+
+def test_subclasses_keep_what_is_theirs():
+    class Own(diffusers.ConsistencyModelPipeline):
+        def prepare_latents(self, *args, **options):
+            return 0.5 * super().prepare_latents(*args, **options)
+
+    own = Own(small_unet(), diffusers.CMStochasticIterativeScheduler())
+    own.set_progress_bar_config(disable=True)
+    expected, found = both(own, 2, output_type="pt")
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    assert isinstance(accelerate(own), Own) and type(accelerate(accelerate(own))) is type(accelerate(own))
+
+
+def test_a_dtype_needs_a_fast_network(monkeypatch):
+    import cmfast.fast
+
+    monkeypatch.setattr(cmfast.fast, "refusal", lambda unet: "of its shape")
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16 needs a network that can be made fast: of its shape"):
+        accelerate(small_pipeline(), dtype=torch.bfloat16)
+    assert accelerate(small_pipeline()).explain()["network"] == ("as given", "of its shape")
