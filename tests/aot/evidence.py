@@ -125,17 +125,17 @@ def _narrow_tiles(program: CompiledKernel, exempt: tuple[str, ...]) -> list[str]
     threads = program.metadata.num_warps * (32 if "ptx" in program.asm else 64)
     wanted: Counter[tuple[str, int]] = Counter()
     for kind, argument, elements, dtype in _tiles(program):
-        if elements >= FULL and dtype not in exempt:
-            wanted[kind, argument] += max(elements // threads * _BYTES[dtype] // WIDEST, 1)
+        share = elements // threads * _BYTES[dtype]
+        if elements >= FULL and dtype not in exempt and ("ptx" in program.asm or share >= WIDEST):
+            wanted[kind, argument] += max(share // WIDEST, 1)
+    faults = []
     if "ptx" not in program.asm:
-        faults = []
         for kind in "load", "store":
             found = sum(width == WIDEST for other, width in _emitted(program) if other == kind)
             needed = sum(count for (other, _), count in wanted.items() if other == kind)
             faults += [f"{found} {kind}s of {WIDEST} bytes, expected {needed}"] if found < needed else []
         return faults
     emitted = list(_emitted_for(program.asm["ptx"]))
-    faults = []
     for (kind, argument), count in wanted.items():
         widths = [width for other, number, width in emitted if (other, number) == (kind, argument)]
         if len(widths) < count or set(widths) != {WIDEST}:
