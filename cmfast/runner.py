@@ -138,7 +138,9 @@ class Runner:
         """Bring derived weights up to date; if that replaced them, programs are worthless."""
         if self._prepared.refresh is None or self._watch is None:
             return
-        with self._evaluating(), torch.inference_mode(False), torch.no_grad():
+        # In turn with replays: on another thread's stream, one could read what is being written.
+        turn = self._space.turn() if self._space else nullcontext()
+        with turn, self._evaluating(), torch.inference_mode(False), torch.no_grad():
             replaced = self._prepared.refresh(force=force)
         # What it wrote into the model is no change to see next time.
         self._watch.settle()

@@ -174,8 +174,8 @@ def _same(now: object, then: object) -> bool:
     return type(now) is type(then) and isinstance(now, (bool, int, float, str, tuple)) and now == then
 
 
-#: Modules that someone samples with, which were in training mode: how many do, and their flag.
-_held: dict[nn.Module, list[Any]] = {}
+#: Modules in training mode that are held in evaluation mode, and how many hold them.
+_held: dict[nn.Module, int] = {}
 _held_lock = threading.Lock()
 
 
@@ -189,15 +189,14 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
         if _held or any(map(_training, modules)):
             mine = [module for module in modules if module in _held or module.training]
         for module in mine:
-            _held.setdefault(module, [0, module.training])[0] += 1
+            _held[module] = _held.get(module, 0) + 1
             module.training = False
     try:
         yield
     finally:
         with _held_lock:
             for module in mine:
-                entry = _held[module]
-                entry[0] -= 1
-                if not entry[0]:
-                    module.training = entry[1]
+                _held[module] -= 1
+                if not _held[module]:
+                    module.training = True
                     del _held[module]

@@ -251,6 +251,7 @@ def test_derived_weights(emulated, replaces, graph):
     with torch.no_grad():
         derived.conv.weight.mul_(-1)
     check(1 + replaces)
+    check(1 + replaces)
     derived.conv.weight.data = derived.conv.weight.data * 3
     check(2 + replaces)
     derived.conv.weight.data.mul_(-0.5)  # no one sees this
