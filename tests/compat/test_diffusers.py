@@ -1,14 +1,19 @@
 """Models of diffusers: pipelines, networks and their folders."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import cmfast
 from cmfast.checkpoint import CheckpointError, load
 from cmfast.precondition import Preconditioner
 from tests.checkpoint_utils import same_bits
 from tests.golden_utils import relative_error
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,33 @@ def test_diffusers_weights_missing(pipeline_folder):
         load(pipeline_folder)
 
 
+def test_diffusers_is_imported_when_it_is_needed():
+    code = """
+import sys
+import cmfast.compat.diffusers as compat
+for name in ("UNet2DNetwork", "read_network", "unet_from_diffusers", "config_to_diffusers", "ts_from_timesteps"):
+    getattr(compat, name)
+assert "diffusers" not in sys.modules
+for name in compat.__all__:
+    assert name in dir(compat) and getattr(compat, name).__name__ == name
+assert "diffusers" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'speed_up'; it has CMStochasticIterativeScheduler, UNet2D"):
+        cmfast.compat.diffusers.speed_up  # noqa: B018
+
+
 def test_without_diffusers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'pip install "cmfast\[diffusers\]"'):
         load(tmp_path)
+    for module in ("scheduler", "pipeline"):
+        monkeypatch.delitem(sys.modules, f"cmfast.compat.diffusers.{module}", raising=False)
+    for name in ("accelerate", "CMStochasticIterativeScheduler"):
+        monkeypatch.delitem(vars(cmfast.compat.diffusers), name, raising=False)
+        with pytest.raises(ImportError, match=rf'{name} needs diffusers: pip install "cmfast\[diffusers\]"'):
+            getattr(cmfast.compat.diffusers, name)

@@ -1,10 +1,13 @@
 """UNet2DModel <-> UNetModel: the same bits under other names, the same outputs, and refusals by name."""
 
+import inspect
+
 import pytest
 import torch
 
 from cmfast.checkpoint import CheckpointError, load, meta_network, save
 from cmfast.compat.diffusers import (
+    config,
     config_from_diffusers,
     config_to_diffusers,
     state_dict_from_diffusers,
@@ -124,12 +127,10 @@ def test_published_layouts(name, published):
     """Names and shapes at full size, without memory."""
     shown, asked = PUBLISHED[name]
     unet = meta_network(published, diffusers.UNet2DModel)
-    config = config_from_diffusers(unet.config)
-    assert {key: config.get(key, True) for key in shown if key != "dims"} == {
-        key: value for key, value in shown.items() if key != "dims"
-    }
-    assert {key: config[key] for key in asked} == asked
-    network = meta_network(config)
+    arguments = config_from_diffusers(unet.config)
+    network = meta_network(arguments)
+    assert {key: network.config[key] for key in shown} == shown
+    assert {key: arguments[key] for key in asked} == asked
     assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in unet.parameters())
     if name == "ImageNet-64":
         assert sum(p.numel() for p in network.parameters()) == 295_899_267
@@ -268,6 +269,13 @@ def test_weights_that_do_not_fit():
         unet_from_diffusers(network)
     with pytest.raises(TypeError, match="expected a UNetModel, got a UNet2DModel"):
         unet_to_diffusers(unet)
+
+
+def test_defaults_are_those_of_diffusers():
+    """A configuration without a key means the default of the class."""
+    parameters = list(inspect.signature(diffusers.UNet2DModel.__init__).parameters.values())[1:]
+    ours = {**{key: values[0] for key, values in config._REQUIRED.items()}, **config._DEFAULTS}
+    assert ours == {parameter.name: parameter.default for parameter in parameters}
 
 
 def test_a_network_for_any_size():

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import cmfast
 from cmfast.compat.diffusers import CMStochasticIterativeScheduler, accelerate
 from cmfast.compat.diffusers import pipeline as module
 from tests.checkpoint_utils import same_bits
 from tests.compat.diffusers_utils import diffusers, small_pipeline, small_unet
 from tests.golden_utils import relative_error
+from tests.graph_emulator import emulated_graphs  # noqa: F401
 from tests.tolerances import DIFFUSERS_VALUE, FLOOR
 
 STEPS = {
@@ -277,6 +279,60 @@ def test_changes_are_seen(network):
         assert relative_error(b, a) > 1e-3
 
 
+@pytest.fixture
+def captured(emulated):
+    """Emulated graphs of the reference: operations look at values on a CPU, which a capture forbids."""
+    with cmfast.backend("reference"):
+        yield emulated
+
+
+def test_it_runs_as_one_graph(network, captured):
+    """Captured once for each batch size and schedule; replayed with other noise, labels, and changed weights."""
+    plain = small_pipeline(num_class_embeds=10)
+    fast = accelerate(plain)
+    assert fast.explain()["loop"][0] == "graph"
+
+    def check(batch, seed, captures, output_type="pt", **options):
+        before = captured.captures
+        found, expected = (call(p, batch, seed=seed, output_type=output_type, **options)[0] for p in (fast, plain))
+        assert captures is None or captured.captures - before == captures
+        if output_type == "pt":
+            assert relative_error(found, expected) < DIFFUSERS_VALUE
+        return found
+
+    steps = STEPS["[30, 12, 5]"]
+    first = check(2, 0, 1, **steps)
+    assert relative_error(check(2, 1, 0, **steps), first) > 0.01
+    labelled = [check(2, 0, 0, class_labels=labels, **steps) for labels in ([1, 2], [1, 3], [1])]
+    assert torch.equal(labelled[0][0], labelled[1][0]) and not torch.equal(labelled[0][1], labelled[1][1])
+    with torch.no_grad():
+        plain.unet.mid_block.resnets[0].conv1.weight.mul_(0.5)
+        plain.unet.down_blocks[1].attentions[0].to_k.weight.mul_(3)
+    # The convolution's weights packed for a CPU are replaced, then the graph is captured anew.
+    assert relative_error(check(2, 0, 0 if network == "as given" else None, **steps), first) > 1e-3
+    check(3, 0, 1, **steps)
+    check(2, 0, 1)
+    check(2, 0, 1, "pil")
+    check(2, 0, 0, "pil", callback=lambda *_: None)
+    assert captured.replays > 5
+
+
+def test_a_wrapped_network_is_optimised_and_its_changes_are_seen(captured):
+    """`Sampler(load(pipeline))`: what is derived from weights that changed in place is made anew for the graph."""
+    pipeline = small_pipeline()
+    sampler = cmfast.Sampler(cmfast.load(pipeline), batch_size=2)
+    assert sampler.explain()["network"][0] == "optimised"
+    before = sampler.sample(2)
+    with torch.no_grad():
+        pipeline.unet.down_blocks[1].attentions[0].to_v.weight.mul_(-5)
+        pipeline.unet.conv_out.weight.mul_(2)
+    after = sampler.sample(2)
+    assert captured.captures >= 1 and captured.replays >= 2
+    fresh = cmfast.Sampler(cmfast.load(pipeline), batch_size=2, cuda_graph=False, optimize=False).sample(2)
+    assert (after.int() - before.int()).abs().max() > 10
+    assert (after.int() - fresh.int()).abs().max() <= 1
+
+
 def test_few_schedules_are_kept():
     fast = accelerate(small_pipeline())
     for start in range(7):
@@ -373,9 +429,7 @@ def test_subclasses_keep_what_is_theirs():
 
 
 def test_a_dtype_needs_a_fast_network(monkeypatch):
-    import cmfast.fast
-
-    monkeypatch.setattr(cmfast.fast, "refusal", lambda unet: "of its shape")
+    monkeypatch.setattr(module, "refusal", lambda unet: "of its shape")
     with pytest.raises(ValueError, match="dtype=torch.bfloat16 needs a network that can be made fast: of its shape"):
         accelerate(small_pipeline(), dtype=torch.bfloat16)
     assert accelerate(small_pipeline()).explain()["network"] == ("as given", "of its shape")

@@ -84,7 +84,7 @@ def test_same_numbers_of_other_configurations(config):
     theirs = run(Theirs(**config), **schedule)
     for a, b in zip(run(Ours(**config), **schedule)[:-1], theirs, strict=False):
         assert relative_error(a, b) < DIFFUSERS_VALUE
-    # diffusers' last level is float32(sigma_min)^2 - sigma_min^2, which may be negative: then its sample is NaN.
+    # Its last noise is scaled by the root of float32(sigma_min)^2 - sigma_min^2, which may be negative: then it is NaN.
     assert torch.isfinite(run(Ours(**config), **schedule)[-1]).all()
 
 
@@ -107,6 +107,12 @@ def test_the_fused_input_is_used_once_and_only_for_an_unchanged_sample():
         x, *inputs = steps(change)
         expected = reference.scale_model_input(x, reference.timesteps[1])
         assert all(relative_error(value, expected) < DIFFUSERS_VALUE for value in inputs)
+
+
+def test_nothing_is_kept_after_the_last_step():
+    scheduler = Ours()
+    run(scheduler, timesteps=[22, 0])
+    assert scheduler._next_input is None
 
 
 def test_mixed_dtypes():

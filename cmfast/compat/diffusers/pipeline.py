@@ -18,6 +18,7 @@ from cmfast.compat.diffusers.network import UNet2DNetwork
 from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
+from cmfast.fast import optimize, refusal
 from cmfast.precondition import Preconditioner
 
 # diffusers resolves its names when they are asked for, which type checkers do not follow.
@@ -117,8 +118,6 @@ def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str |
 
     Raises: ValueError: it cannot be made fast, and should compute in another dtype than its own.
     """
-    from cmfast.fast import optimize, refusal
-
     reason = refusal(unet)
     if reason is None:
         return optimize(unet, dtype=dtype), None
@@ -223,8 +222,10 @@ class _Accelerated(ConsistencyModelPipeline):
             noise = [randn_tensor(sample.shape, **options) for _ in levels]
             # The last draw is of noise that adds nothing, and keeps generators in step with diffusers.
             draws = [z if s_noise == 1 else s_noise * z for z in noise[:-1]]
-        if labels is not None and labels.numel() == 1:
-            labels = labels.reshape(1).expand(sample.shape[0])
+        if labels is not None and not labels.is_floating_point():
+            # However they come, they are of one kind: a graph serves all.
+            labels = labels.to(torch.int64)
+            labels = labels.reshape(1).repeat(sample.shape[0]) if labels.numel() == 1 else labels
         wide = torch.promote_types(sample.dtype, torch.float32)
         pixels = "nearest" if output_type == "pil" else None
         sampler = self._ready().sampler(levels)

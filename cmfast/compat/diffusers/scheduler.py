@@ -150,24 +150,19 @@ class CMStochasticIterativeScheduler(_Base):
             "clip": config.clip_denoised,
         }
         sigma = self._level(index, sample)
-        if len(self.timesteps) == 1:
-            previous = ops.denoise(model_output, sample, sigma, **options)
-        else:
+        if len(self.timesteps) > 1:
             noise = randn_tensor(
                 model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator
             )
+        if len(self.timesteps) == 1 or following == count - 1:
+            # The last level is sigma_min, whose noise adds nothing; drawn, it keeps generators in step with diffusers.
+            previous = ops.denoise(model_output, sample, sigma, **options)
+        else:
+            options |= {"sigma_min": config.sigma_min, "dtype": sample.dtype}
             next_level = self._level(count + following, sample)
-            previous, model_input, _ = ops.renoise(
-                model_output,
-                sample,
-                sigma,
-                next_level,
-                noise,
-                sigma_min=config.sigma_min,
-                dtype=sample.dtype,
-                **options,
-            )
-            if self._levels[following] == self._noise_level(self._levels[following]) and not previous.is_inference():
+            previous, model_input, _ = ops.renoise(model_output, sample, sigma, next_level, noise, **options)
+            # With s_noise the level of the noise is not that of the sample, which scales the input.
+            if config.s_noise == 1 and not previous.is_inference():
                 self._next_input = previous, previous._version, model_input
         self._step_index += 1
         return Output(prev_sample=previous) if return_dict else (previous,)
