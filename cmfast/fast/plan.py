@@ -118,9 +118,7 @@ def of_unet(model: UNetModel) -> Plan:
     first = _parts(model.input_blocks[0], "input_blocks.0", 1, unet_blocks.TimestepEmbedSequential)[0]
     return Plan(
         first=convolution(first, "input_blocks.0.0", size=3),
-        encoder=tuple(
-            _layers(block, f"input_blocks.{i}") for i, block in enumerate(model.input_blocks) if i
-        ),
+        encoder=tuple(_layers(block, f"input_blocks.{i}") for i, block in enumerate(model.input_blocks) if i),
         middle=_layers(model.middle_block, "middle_block"),
         decoder=tuple(_layers(block, f"output_blocks.{i}") for i, block in enumerate(model.output_blocks)),
         out_norm=group_norm(norm, "out.0", unet_blocks.GroupNorm32),

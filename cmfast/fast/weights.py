@@ -67,9 +67,7 @@ class Weights:
     def winograd(self, conv: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Weight and bias of a 3x3 convolution for `winograd.convolve` of inputs of `shape`."""
         strip = winograd.strip_shape(shape)
-        weight = self._made(
-            "winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), False, strip
-        )
+        weight = self._made("winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), False, strip)
         return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(self._cast(b)), False)
 
     def refresh(self, force: bool = False) -> bool:

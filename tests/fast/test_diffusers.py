@@ -1,0 +1,148 @@
+"""diffusers' UNet2DModel with the fast pass, against diffusers' own."""
+
+import copy
+
+import pytest
+import torch
+
+from cmfast.fast import Refused, optimize, refusal
+from tests.fast.test_optimize import Lora, changed_in_place, check
+from tests.tolerances import FLOOR
+
+diffusers = pytest.importorskip("diffusers")
+
+BASE = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 16,
+}
+CONFIGS = {
+    # As in the published consistency models.
+    "published": {
+        "num_class_embeds": 10,
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 32,
+        "upsample_type": "resnet",
+        "downsample_type": "resnet",
+    },
+    "added": {},
+    "plain": {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
+    "no norm in the middle": {"resnet_time_scale_shift": "scale_shift"},
+    "no attention in the middle": {"add_attention": False},
+    "timestep classes": {"class_embed_type": "timestep"},
+    "other groups": {"norm_num_groups": 8, "norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False},
+}
+
+
+def make(name: str, **changes):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**{**BASE, **CONFIGS[name], **changes}).eval()
+
+
+def inputs(model, dtype=torch.float32):
+    torch.manual_seed(1)
+    labels = () if model.class_embedding is None else (torch.tensor([1, 2, 9]),)
+    return torch.randn(3, 3, 8, 8, dtype=dtype), torch.tensor([40.0, -1500.0, 900.0]), *labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs(name, dtype):
+    model = make(name)
+    args = inputs(model)
+    fast = optimize(model, dtype)
+    if name == "timestep classes":
+        # diffusers has these in float32 alone.
+        with torch.no_grad():
+            expected = model(*args).sample
+            check(fast(*args).sample, expected, expected.double(), FLOOR[dtype], 2 * expected.abs().max().item())
+        return
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(args[0].double(), *args[1:]).sample
+        eager = copy.deepcopy(model).to(dtype)(args[0].to(dtype), *args[1:]).sample
+        result = fast(*args)
+        check(result.sample, eager, exact, FLOOR[dtype], exact.abs().max().item())
+        assert torch.equal(fast(*args, return_dict=False)[0], result.sample)
+    assert type(result) is type(model(*args)) and result.sample.dtype == torch.float32
+
+
+def test_gradients():
+    model = make("published")
+    args = inputs(model)
+    grads = []
+    for network in (copy.deepcopy(model).double(), model, optimize(model)):
+        network.zero_grad()
+        network(args[0].to(network.dtype), *args[1:]).sample.square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    exact, eager, fast = grads
+    scale = max(grad.abs().max().item() for grad in exact.values())
+    for name in exact:
+        check(fast[name], eager[name], exact[name], FLOOR[torch.float32], scale, name)
+
+
+@pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7.0])], ids=str)
+def test_forms_of_a_timestep(timestep):
+    model = make("added")
+    x = inputs(model)[0]
+    with torch.no_grad():
+        expected = model(x, timestep).sample
+        check(optimize(model)(x, timestep).sample, expected, expected.double(), FLOOR[torch.float32], 10)
+
+
+def test_is_that_model(tmp_path):
+    model = make("published")
+    fast = optimize(model)
+    assert isinstance(fast, diffusers.UNet2DModel) and fast.config == model.config
+    assert list(fast.state_dict()) == list(model.state_dict())
+    fast.save_pretrained(tmp_path)
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path)
+    assert type(again) is diffusers.UNet2DModel
+    args = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(again(*args).sample, model(*args).sample)
+        changed_in_place(model)
+        assert torch.equal(fast(*args).sample, optimize(copy.deepcopy(model))(*args).sample)
+        other = copy.deepcopy(fast)
+        assert torch.equal(other(*args).sample, fast(*args).sample)
+
+
+def test_parts_of_another_kind_are_called():
+    model = make("published")
+    fast = optimize(model)
+    args = inputs(model)
+    block = model.mid_block.resnets[0]
+    block.conv1 = Lora(block.conv1)
+    with torch.no_grad():
+        assert torch.equal(fast(*args).sample, model(*args).sample)
+    assert fast.refusal == "mid_block.resnets.0.conv1 is a Lora, expected Conv2d"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"center_input_sample": True}, "center_input_sample is set"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
+        ({"act_fn": "gelu"}, "nonlinearity is a GELU, expected SiLU"),
+        ({"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")}, "down_blocks.0 is a SkipDownBlock2D"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block.resnets.0 has output_scale_factor"),
+        ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "downsample_padding": 0}, "padding=0, expected 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals(changes, message):
+    model = make("added", **changes)
+    assert message in refusal(model)
+    with pytest.raises(Refused, match=message.replace(".", r"\.")):
+        optimize(model)
+
+
+def test_errors():
+    model = make("published")
+    x, timesteps, labels = inputs(model)
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        optimize(model)(x, timesteps)
+    with pytest.raises(ValueError, match="class_labels were given"):
+        optimize(make("added"))(x, timesteps, labels)

@@ -1,0 +1,66 @@
+"""The optimised U-Net with its kernels: biases and residual connections that wait for the next normalisation."""
+
+import copy
+
+import pytest
+import torch
+
+import cmfast
+from cmfast.fast import optimize
+from tests.fast.test_optimize import check, inputs, run
+from tests.golden_utils import small_unet
+from tests.tolerances import FLOOR
+
+CASES = {
+    "published": ({"num_classes": 5}, torch.float32),
+    "published-bfloat16": ({"num_classes": 5}, torch.bfloat16),
+    "added-bfloat16": ({"use_scale_shift_norm": False, "resblock_updown": False}, torch.bfloat16),
+    "dropping, checkpointed": ({"dropout": 0.25, "use_checkpoint": True}, torch.float32),
+}
+
+
+def on(device, model, args):
+    return model.to(device), tuple(x.to(device) for x in args)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients(case, device):
+    config, dtype = CASES[case]
+    model = small_unet(**config).train("dropout" in config)
+    model, args = on(device, model, inputs(model, 2, size=2 if "dropout" in config else 4))
+    fast = optimize(model, None if dtype == torch.float32 else dtype)
+
+    def measure(network, arguments, backend):
+        with cmfast.backend(backend):
+            torch.manual_seed(1)  # of the dropout masks
+            return run(network, arguments)
+
+    # The same pass without kernels is what is right: tests/fast compares it with the network as it was.
+    wide = optimize(copy.deepcopy(model).double())
+    exact_out, exact = measure(wide, (args[0].double(), *args[1:]), "reference")
+    eager_out, eager = measure(fast, args, "reference")
+    out, grads = measure(fast, args, "triton")
+    check(out, eager_out, exact_out, FLOOR[dtype], exact_out.abs().max().item())
+    scale = max(grad.abs().max().item() for grad in exact.values())
+    for name, grad in grads.items():
+        check(grad, eager[name], exact[name], FLOOR[dtype], scale, name)
+    with cmfast.backend("triton"), torch.no_grad():
+        torch.manual_seed(1)
+        check(fast(*args), eager_out, exact_out, FLOOR[dtype], exact_out.abs().max().item())
+
+
+def test_what_waits_is_added_once(device, monkeypatch):
+    """No convolution adds its bias, and no addition of its own remains where a normalisation follows."""
+    model = small_unet(num_classes=5).eval()
+    model, args = on(device, model, inputs(model, 2, size=4))
+    fast = optimize(model)
+    biases, conv2d = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "conv2d",
+        lambda x, weight, bias, *rest: biases.append(bias) or conv2d(x, weight, bias, *rest),
+    )
+    with cmfast.backend("triton"), torch.no_grad():
+        fast(*args)
+    blocks = sum(type(module).__name__ == "ResBlock" for module in model.modules())
+    assert sum(bias is None for bias in biases) == 2 * blocks and sum(bias is not None for bias in biases) == 2
