@@ -167,7 +167,7 @@ def _captured(
 
 
 def _innermost(model: object, run: Callable[[], object]) -> str | None:
-    """Which module of the model was running, innermost, when `run` failed."""
+    """What of the model was running when `run` failed: the innermost module; None if none of it."""
     running: list[nn.Module] = []
     handles = []
 
@@ -182,11 +182,12 @@ def _innermost(model: object, run: Callable[[], object]) -> str | None:
     try:
         run()
     except Exception:
-        pass
+        return name_of(model, running[-1]) if running and isinstance(model, nn.Module) else None
     finally:
         for handle in handles:
             handle.remove()
-    return name_of(model, running[-1]) if running and isinstance(model, nn.Module) else None
+    # An optimised network does not take its fast pass where its parts have hooks.
+    return f"the fast pass of {type(getattr(model, 'network', model)).__name__}"
 
 
 @contextmanager

@@ -105,20 +105,19 @@ class Runner:
             model = self.model if self._hooked() else self._prepared.model
         device = self.device
         key = name, graphs.kind(values), _settings(device)
-        function = functools.partial(loop, model)
         # Buffers and what is derived outlive a user's inference mode.
         with self._evaluating(), torch.no_grad():
             with self._lock:
                 refusal = host_work or self._refusal()
                 if refusal is None:
                     with torch.inference_mode(False), self._graph_space().turn():
-                        program = self._program(key, function, values, generators)
+                        program = self._program(key, model, loop, values, generators)
                         if program is not None:
                             return take(program.run(values))
                 elif self._cuda_graph is True:
                     raise GraphError(f"cuda_graph=True cannot be had: {refusal}")
             with self._first(key):
-                return take(run_eagerly(function, values, device, self._levels))
+                return take(run_eagerly(functools.partial(loop, model), values, device, self._levels))
 
     # The model.
 
@@ -210,7 +209,7 @@ class Runner:
         return self._space
 
     def _program(
-        self, key: Hashable, function: graphs.Loop, values: Values, generators: Sequence[torch.Generator]
+        self, key: Hashable, model: Any, loop: ModelLoop, values: Values, generators: Sequence[torch.Generator]
     ) -> Program | None:
         """The captured loop; None if capturing it failed, and that is no error."""
         program = self._programs.get(key)
@@ -218,7 +217,7 @@ class Runner:
             try:
                 self._ran.discard(key)
                 with self._first(key):
-                    program = Program(function, values, self._space, self.model, generators)
+                    program = Program(functools.partial(loop, model), values, self._space, model, generators)
             except GraphError as error:
                 if self._cuda_graph is True:
                     raise

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import cmfast
 from cmfast import Denoiser, Sampler, UNetModel, networks
+from cmfast.graphs import GraphError
 from cmfast.networks import sharing
 from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
@@ -195,6 +197,56 @@ def test_an_optimised_network(optimizer, emulated, graph):
     check(5, 2)
     handle.remove()
     check(5, 2)
+
+
+def double(parameter):
+    parameter.data = 2 * parameter.data
+
+
+@pytest.mark.parametrize("graph", ["auto", False])
+def test_the_optimised_u_net(emulated, graph):
+    """`cmfast.optimize` itself: captured, and with the weights of now."""
+    # In the reference's forms, as those that write in place are the CPU's alone.
+    with cmfast.backend("reference"):
+        model = tiny()
+        sampler = Sampler(model, 2, steps=2, cuda_graph=graph)
+        plain = Sampler(model, 2, steps=2, cuda_graph=False, optimize=False)
+        assert sampler.explain()["network"][0] == "optimised"
+        conv, projection = model.network.input_blocks[0][0], model.network.middle_block[0].emb_layers[1]
+        changes = [
+            lambda: conv.weight.mul_(-1),
+            lambda: projection.weight.mul_(-50),
+            lambda: double(projection.weight),
+            lambda: setattr(conv, "weight", nn.Parameter(-conv.weight)),
+            lambda: model.load_state_dict({name: 1.1 * x for name, x in model.state_dict().items()}),
+        ]
+        before = plain.sample(5)
+        assert close(sampler.sample(5), before)
+        for change in changes:
+            with torch.no_grad():
+                change()
+            wanted = plain.sample(5)
+            assert close(sampler.sample(5), wanted) and not close(before, wanted)
+            before = wanted
+        projection.weight.data.mul_(-1)
+        sampler.refresh()
+        assert close(sampler.sample(5), plain.sample(5))
+        assert (emulated.replays > 0 and sampler.explain()["loop"][0] == "graph") == (graph == "auto")
+
+
+def test_a_broken_capture_of_a_fast_pass(emulated):
+    """Which is not taken where parts have hooks: so it is named as a whole."""
+    model = tiny()
+    model.network.hooked = lambda: any(module._forward_hooks for module in model.network.modules())
+    forward = type(model.network).forward
+
+    class Reads(UNetModel):
+        def forward(self, x, *rest):
+            return forward(self, x if self.hooked() or x.sum().item() < 1e9 else -x, *rest)
+
+    model.network.__class__ = Reads
+    with pytest.raises(GraphError, match="broke in the fast pass of Reads: RuntimeError: .*not permitted"):
+        Sampler(model, 2, cuda_graph=True, optimize=False).sample(2)
 
 
 def test_dtype_goes_to_what_optimises(optimizer):

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema", "watch"},
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema"}
+    | {"watch"},
     {"denoiser", "losses", "samplers", "editing", "fast"},
     {"transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "recipes", "quality", "info", "cli", "compat", "__main__"},
