@@ -26,7 +26,7 @@ def toy():
 def tiny():
     """A U-Net with residual blocks of four kinds and an attention block."""
     torch.manual_seed(0)
-    network = UNetModel(8, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_classes=7)
+    network = UNetModel(8, 3, 32, 3, 1, (2,), channel_mult=(1, 2), num_classes=7, use_scale_shift_norm=True)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
     return Denoiser(network, image_shape=(3, 8, 8)).eval()
@@ -215,7 +215,7 @@ def test_the_optimised_u_net(emulated, graph):
         conv, projection = model.network.input_blocks[0][0], model.network.middle_block[0].emb_layers[1]
         changes = [
             lambda: conv.weight.mul_(-1),
-            lambda: projection.weight.mul_(-50),
+            lambda: projection.weight.mul_(-1),
             lambda: double(projection.weight),
             lambda: setattr(conv, "weight", nn.Parameter(-conv.weight)),
             lambda: model.load_state_dict({name: 1.1 * x for name, x in model.state_dict().items()}),
