@@ -278,6 +278,14 @@ def test_defaults_are_those_of_diffusers():
     assert ours == {parameter.name: parameter.default for parameter in parameters}
 
 
+def test_every_width_is_met():
+    """channel_mult is a quotient, of which the product with the base may be a little less than the width."""
+    for base in range(32, 2048, 32):
+        for width in range(32, 2048, 32):
+            (_, mult) = config_from_diffusers({**SMALL, "block_out_channels": (base, width)})["channel_mult"]
+            assert int(mult * base) == width
+
+
 def test_a_network_for_any_size():
     assert config_from_diffusers(small_unet(sample_size=None).config, image_size=16)["image_size"] == 16
     assert config_from_diffusers(small_unet(sample_size=(8, 8)).config)["image_size"] == 8
