@@ -28,7 +28,7 @@ class Sampler:
 
     On a GPU the loop is captured once for each shape and replayed. Before each batch the model is looked at: weights
     written in place are used as they are; replaced weights, modules or methods make it capture again; a model with
-    forward hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
+    hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
     The model is in evaluation mode for as long as a batch is started, and then in its own again.
 
     Args:

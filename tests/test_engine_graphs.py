@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import cmfast
 from cmfast import Denoiser, Sampler, ops, samplers
 from cmfast.engine import DRAWING
-from cmfast.graphs import GraphError, ProgramCache
+from cmfast.graphs import CudaSpace, GraphError, ProgramCache
 from cmfast.noise import CounterNoise
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -244,6 +244,57 @@ def test_inference_mode(model, emulated):
 def test_asking_for_a_graph_without_a_gpu(model):
     with pytest.raises(RuntimeError, match="cuda_graph=True cannot be had: .* cpu device"):
         Sampler(model, cuda_graph=True)
+
+
+def test_how_a_real_space_calls_torch(monkeypatch):
+    """Order matters: waits before runs, generators before a capture, and the stream of before after one that fails."""
+    calls = []
+
+    class Noted:
+        """Anything of torch.cuda: notes what is called, and is a context of nothing."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, name):
+            return Noted(f"{self.name}.{name}")
+
+        def __call__(self, *arguments, **options):
+            calls.append((self.name, *(x.name for x in arguments if isinstance(x, Noted)), *options.values()))
+            return Noted(self.name.replace("current_stream", "user").lower())
+
+        def __enter__(self):
+            calls.append((f"enter {self.name}",))
+
+        def __exit__(self, *error):
+            calls.append((f"exit {self.name}",))
+
+    for name in ("Stream", "Event", "CUDAGraph", "graph", "current_stream", "set_stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, Noted(name))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    space = CudaSpace(torch.device("cuda", 0))
+    calls.clear()
+    with space.turn():
+        space.warm_up(lambda: calls.append("run"))
+        ready = calls.index("run")
+        assert ("stream.wait_stream", "user") in calls[:ready] and ("enter stream",) in calls[:ready]
+        assert calls.count("run") == 2 and calls[-1] == ("user.wait_stream", "stream")
+        result, replay = space.capture(lambda: "result", [Noted("generator")])
+        assert result == "result" and replay.name == "cudagraph.replay"
+        names = [call[0] for call in calls]
+        assert (
+            names.index("cudagraph.register_generator_state") < names.index("enter graph") < names.index("exit graph")
+        )
+        assert next(call for call in calls if call[0] == "graph")[1:] == (
+            "cudagraph",
+            "pool",
+            space.stream,
+            "thread_local",
+        )
+        with pytest.raises(KeyError):
+            space.capture(lambda: {}["x"], [])
+        assert calls[-1] == ("set_stream", "user")
+    assert calls.index(("user.wait_event", "event")) < ready and ("event.record", "user") in calls[-3:]
 
 
 class OnHost(TorchDispatchMode):
