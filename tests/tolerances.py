@@ -16,6 +16,7 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.
 
 #: The same floors for kernels, as a part of the largest value. Half precision: one unit in the last place, since
 #: Triton's interpreter cuts off where a GPU rounds. float32: four, since coefficients are computed in another order.
+#: Of a sum whose terms cancel (the gradient of a bias before a normalisation), as a part of the sum of their sizes.
 KERNEL_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 #: Against diffusers in float32, networks and loops of up to 40 steps: the same formulas in another order, and timesteps

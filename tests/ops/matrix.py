@@ -79,8 +79,8 @@ def make(case: Case, shape, dtypes, device, seed: int = 0) -> Call:
     return Call(case, states, {k: v.to(device, torch.float32) for k, v in sigmas.items()}, model_dtype)
 
 
-def close(value: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
-    """error(fast) <= 2 error(eager, same dtype) + floor."""
+def close(value: Tensor, eager: Tensor, exact: Tensor, what: str, size: float | None = None) -> None:
+    """error(fast) <= 2 error(eager, same dtype) + floor, a part of `size` (default: of the largest value)."""
     assert value.shape == exact.shape, what
     assert value.dtype == eager.dtype, what
     # A mean over no elements is NaN on every path.
@@ -89,7 +89,8 @@ def close(value: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
     if not value.numel():
         return
     error, eager_error = ((v.double() - exact).abs().max().item() for v in (value, eager))
-    allowed = 2 * eager_error + KERNEL_FLOOR[value.dtype] * exact.abs().max().item()
+    size = exact.abs().max().item() if size is None else size
+    allowed = 2 * eager_error + KERNEL_FLOOR[value.dtype] * size
     assert error <= allowed, f"{what}: error {error:.3g}, eager {eager_error:.3g}, allowed {allowed:.3g}"
 
 
