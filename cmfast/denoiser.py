@@ -54,12 +54,20 @@ class Denoiser(nn.Module):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """The dtype the network takes its input in: that of its first floating parameter; None if it has none."""
+        """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
+        stated = getattr(self.network, "input_dtype", None)
+        if stated is not None:
+            return stated
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():
                 if parameter.is_floating_point():
                     return parameter.dtype
         return None
+
+    @property
+    def input_format(self) -> torch.memory_format | None:
+        """The layout the network wants its input in; None if it does not say."""
+        return getattr(self.network, "input_format", None)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +86,8 @@ class Denoiser(nn.Module):
             sigma = torch.tensor(float(sigma), dtype=_check.sigma_dtype(x), device=x.device)
         self.check_labels(labels, x.shape[0])
         sigma_data, boundary = self.preconditioner.sigma_data, self.preconditioner.boundary
-        model_input, c_noise = ops.scale_input(x, sigma, sigma_data=sigma_data, dtype=self.input_dtype)
+        options: dict[str, Any] = {"dtype": self.input_dtype, "memory_format": self.input_format}
+        model_input, c_noise = ops.scale_input(x, sigma, sigma_data=sigma_data, **options)
         model_output = self.network_output(model_input, c_noise, labels)
         return ops.denoise(model_output, x, sigma, sigma_data=sigma_data, boundary=boundary, clip=clip)
 
@@ -142,11 +151,11 @@ class Evaluator:
         self.model: Any = model
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward and not _intercepted(model)
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
-        self.dtype = dtype
+        self.dtype, self.memory_format = dtype, None
         self._check: Callable[[Tensor | None, int], None] | None = None
         if self.fused:
             self.model = model.network_output  # type: ignore[union-attr]
-            self.dtype = dtype or model.input_dtype  # type: ignore[union-attr]
+            self.dtype, self.memory_format = dtype or model.input_dtype, model.input_format  # type: ignore[union-attr]
             self._set_scaling(model.preconditioner)  # type: ignore[union-attr]
             self._check = model.check_labels  # type: ignore[union-attr]
 
@@ -192,7 +201,8 @@ class Evaluator:
     @property
     def input_options(self) -> dict[str, Any]:
         """Keyword arguments of operations that write a network input."""
-        return {"sigma_data": self.scaling["sigma_data"], "dtype": self.dtype}
+        scaling = {"sigma_data": self.scaling["sigma_data"], "dtype": self.dtype}
+        return scaling if self.memory_format is None else {**scaling, "memory_format": self.memory_format}
 
     @property
     def step_options(self) -> dict[str, Any]:

@@ -71,9 +71,21 @@ class Forward:
             skips.append(h)
         h = self.run(plan.middle, h, embeddings)
         for layers in plan.decoder:
-            joined = torch.cat([h.settle(), skips.pop().settle()], dim=1)
-            h = self.run(layers, Sum(joined), embeddings)
+            h = self.run(layers, Sum(self.join(h, skips.pop())), embeddings)
         return self.convolve(self.normalise(h, plan.out_norm), plan.out_conv).to(x.dtype)
+
+    def join(self, h: Sum, skip: Sum) -> Tensor:
+        """The channels of both, one after the other; what waits in h is added on the way."""
+        x, residual, bias = h.waiting
+        kept = skip.settle()
+        if self.live or residual is None or bias is not None or torch.is_grad_enabled():
+            return torch.cat([h.settle(), kept], dim=1)
+        channels = x.shape[1]
+        shape = x.shape[0], channels + kept.shape[1], *x.shape[2:]
+        joined = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        torch.add(x, residual, out=joined[:, :channels])
+        joined[:, channels:].copy_(kept)
+        return joined
 
     def embeddings(self, emb: Tensor) -> Iterator[Tensor]:
         """Every residual block's projection of the embedding, [B, its outputs], in turn: one multiplication for all."""
@@ -113,6 +125,10 @@ class Forward:
             h = self.normalise(Sum(h), block.out_norm, dropout=block.dropout)
         if block.skip is None:
             return self.convolved(h, block.out_conv, residual)
+        if self.waits:
+            # Both biases in the multiplication that has room for one.
+            both = self.weights.summed((block.skip.bias, block.out_conv.bias), self.live)
+            return Sum(self.convolve(h, block.out_conv, bias=False), self.project(residual, (block.skip,), bias=both))
         return self.convolved(h, block.out_conv, self.convolve(residual, block.skip), spare=True)
 
     def attend(self, block: Attention, x: Sum) -> Sum:
@@ -125,7 +141,7 @@ class Forward:
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
         if self.waits:
-            return Sum(self.project(h, (block.proj,), bias=False), residual, self._plain(block.proj.bias))
+            return Sum(self.project(h, (block.proj,)), residual)
         return Sum(self.project(h, (block.proj,), residual))
 
     def resample(self, layer: Resample, x: Sum) -> Sum:
@@ -163,11 +179,12 @@ class Forward:
     def convolved(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Sum:
         """conv(h) + residual; `spare`: nobody else needs the residual."""
         if self.waits:
-            h = F.conv2d(h, self.weights.filters(conv.weight, self.live), None, conv.stride, conv.padding)
-            return Sum(h, residual, self._plain(conv.bias))
+            return Sum(self.convolve(h, conv, bias=False), residual, self._plain(conv.bias))
         return Sum(self.convolve(h, conv, residual, spare))
 
-    def convolve(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Tensor:
+    def convolve(
+        self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False, bias: bool = True
+    ) -> Tensor:
         """conv(h) + residual, added now."""
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
@@ -175,8 +192,8 @@ class Forward:
             return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual)
         if self.packed:
             return self._packed(h, (conv,), residual, spare)
-        weight = self.weights.filters(conv.weight, self.live)
-        out = F.conv2d(h, weight, self._plain(conv.bias), conv.stride, conv.padding)
+        vector = self._plain(conv.bias) if bias else None
+        out = F.conv2d(h, self.weights.filters(conv.weight, self.live), vector, conv.stride, conv.padding)
         return out if residual is None else out + residual
 
     def project(
@@ -185,14 +202,18 @@ class Forward:
         modules: tuple[nn.Module, ...],
         residual: Tensor | None = None,
         spare: bool = False,
-        bias: bool = True,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """1x1 convolutions or linear layers of the channels, their outputs one after the other; plus residual."""
+        """1x1 convolutions or linear layers of the channels, their outputs one after the other; plus residual.
+
+        bias: another than theirs.
+        """
         if self.packed:
             return self._packed(h, modules, residual, spare)
         weight = self.weights.joined(tuple(m.weight for m in modules), self.live)  # type: ignore[misc]
-        vector = self.weights.joined(tuple(m.bias for m in modules), self.live) if bias else None  # type: ignore[misc]
-        out = F.linear(h.permute(0, 2, 3, 1), weight, vector).permute(0, 3, 1, 2)
+        if bias is None:
+            bias = self.weights.joined(tuple(m.bias for m in modules), self.live)  # type: ignore[misc]
+        out = F.linear(h.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         return out if residual is None else out + residual
 
     def _packed(

@@ -46,7 +46,7 @@ class Weights:
             return _matrix(parameters[0])
         return self._made("joined", parameters, self._joined, live)
 
-    def summed(self, parameters: tuple[Tensor, ...], live: bool) -> Tensor:
+    def summed(self, parameters: tuple[Any, ...], live: bool) -> Tensor:
         """The sum of vectors [O]."""
         if len(parameters) == 1:
             return self.plain(parameters[0], live)

@@ -1,14 +1,18 @@
 """The optimised U-Net with its kernels: biases and residual connections that wait for the next normalisation."""
 
+import collections
 import copy
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.fast import optimize
+from cmfast.unet import UNetModel
 from tests.fast.test_optimize import check, inputs, run
-from tests.golden_utils import small_unet
+from tests.golden_utils import load, small_unet, unet_arguments
 from tests.tolerances import FLOOR
 
 CASES = {
@@ -64,3 +68,44 @@ def test_what_waits_is_added_once(device, monkeypatch):
         fast(*args)
     blocks = sum(type(module).__name__ == "ResBlock" for module in model.modules())
     assert sum(bias is None for bias in biases) == 2 * blocks and sum(bias is not None for bias in biases) == 2
+
+
+#: What launches nothing on a GPU: views, room for results, and the reading of labels on a CPU.
+SILENT = {
+    *("view", "_unsafe_view", "permute", "transpose", "t", "slice", "select", "unsqueeze", "expand", "alias", "detach"),
+    *("as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "min", "max", "_local_scalar_dense"),
+}
+
+
+@pytest.mark.unguarded
+def test_launches_of_the_published_network(monkeypatch):
+    """The original launches 1,182 kernels for ImageNet-64, and a graph of dependent ones takes 2 us for each."""
+    launches = []
+    for module in [module for name, module in sys.modules.items() if name.startswith("cmfast.kernels.")]:
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launches.append(kernel.__name__))
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name not in SILENT:
+                launches.append(name)
+            if "convolution" in name and args[2] is not None:
+                launches.append("bias")
+            return func(*args, **(kwargs or {}))
+
+    _, meta = load("unet_imagenet64_2303")
+    with torch.device("meta"):
+        model = UNetModel(**unet_arguments(meta["config"]))
+    # Nothing is looked at but what is launched: the weights may be anything.
+    fast = optimize(model.to_empty(device="cpu").eval().to(memory_format=torch.channels_last))
+    x, timesteps, y = torch.zeros(1, 3, 64, 64), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    with cmfast.backend("triton"), torch.no_grad():
+        fast(x, timesteps, y)
+        launches.clear()
+        with Launches():
+            fast(x, timesteps, y)
+    counts = collections.Counter(launches)
+    assert counts["addmm"] == 2 + 1 + 2 * 22 + 19  # of the embedding, for all its users, of attention, of skips
+    assert counts["bias"] == 2 and counts["clone"] == counts["contiguous"] == 0
+    assert len(launches) <= 370, counts
