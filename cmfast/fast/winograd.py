@@ -8,14 +8,17 @@ done in strips that stay in cache.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Fewest channels that pay for the transforms, and what their number must be divisible by: the widest vector.
-LEAST_CHANNELS = 64
+#: Fewest channels, and multiplications of an ordinary convolution, that pay for the transforms.
+LEAST_CHANNELS = 128
+LEAST_WORK = 75_000_000
+#: What the number of channels must be divisible by: the widest vector.
 VECTOR = 16
 #: Elements of a strip's transformed input, at most, where a row of tiles is no more.
 STRIP = 1 << 21
@@ -30,6 +33,7 @@ def fits(conv: nn.Conv2d, h: Tensor) -> bool:
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
         and min(channels) >= LEAST_CHANNELS
+        and 9 * math.prod(channels) * h.numel() // h.shape[1] >= LEAST_WORK
         and not any(count % VECTOR for count in channels)
         and not any(size % 2 for size in h.shape[2:])
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -140,9 +144,7 @@ _buffers = _Buffers()
 
 
 def _workspace(name: str, *shape: int) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     buffer = _buffers.by_name.get(name)
     if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):

@@ -24,6 +24,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def winograd_for_small_networks(monkeypatch):
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 64)
+    monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+
+
 def inputs(model, batch: int = 3, size: int = 8, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)

@@ -71,15 +71,16 @@ def test_strips_are_alike():
 @pytest.mark.parametrize(
     "conv, shape",
     [
-        (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 7, 8)),
-        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (1, 64, 8, 8)),
-        (nn.Conv2d(64, 64, 1), (1, 64, 8, 8)),
-        (nn.Conv2d(32, 64, 3, padding=1), (1, 32, 8, 8)),
-        (nn.Conv2d(72, 64, 3, padding=1), (1, 72, 8, 8)),
-        (nn.Conv2d(64, 3, 3, padding=1), (1, 64, 8, 8)),
+        (nn.Conv2d(192, 192, 3, padding=1), (1, 192, 33, 32)),
+        (nn.Conv2d(192, 192, 3, stride=2, padding=1), (1, 192, 32, 32)),
+        (nn.Conv2d(192, 192, 1), (1, 192, 64, 64)),
+        (nn.Conv2d(96, 192, 3, padding=1), (1, 96, 64, 64)),
+        (nn.Conv2d(200, 192, 3, padding=1), (1, 200, 32, 32)),
+        (nn.Conv2d(192, 3, 3, padding=1), (1, 192, 64, 64)),
+        (nn.Conv2d(192, 192, 3, padding=1), (1, 192, 8, 8)),
     ],
-    ids=["odd", "stride", "1x1", "narrow", "vectors", "last"],
+    ids=["odd", "stride", "1x1", "narrow", "vectors", "last", "little work"],
 )
 def test_what_it_does_not_do(conv, shape):
     assert not winograd.fits(conv, torch.empty(shape))
-    assert winograd.fits(nn.Conv2d(64, 96, 3, padding=1), torch.empty(1, 64, 8, 8))
+    assert winograd.fits(nn.Conv2d(192, 192, 3, padding=1), torch.empty(1, 192, 32, 32))
