@@ -1,0 +1,108 @@
+"""The memory that a forward pass needs if every tensor is freed after its last use: a yardstick for peaks.
+
+It is that of the network's operations, not of anyone's program: no allocator, no workspace, nothing held for too long.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.networks import without_memory
+
+
+class Operation(NamedTuple):
+    """The memories that an operation reads, and those that it creates; by number."""
+
+    reads: list[int]
+    creates: list[int]
+    pointwise: bool
+
+
+class Liveness(TorchDispatchMode):
+    """Records operations, and says how many bytes of their results are alive at most.
+
+    A result lives from the operation that creates it to the last that reads it or a view of it; a pointwise operation
+    may write its result over an operand that dies there. What was there before, weights and inputs, is not counted.
+
+    >>> with Liveness() as liveness:
+    ...     x = torch.zeros(256)
+    ...     skip = x * 2            # x and skip
+    ...     y = x + 1               # in the place of x, which is not read again
+    ...     z = torch.cat([y[:2], skip])
+    >>> liveness.peak()             # y, skip and their concatenation
+    3080
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[Operation] = []
+        self._sizes: dict[int, int] = {}
+        # Kept, so that no address is given away twice.
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        reads = self._memories((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        known = len(self._storages)
+        self._memories(result)
+        creates = list(self._storages)[known:]
+        self._sizes |= {memory: self._storages[memory].nbytes() for memory in creates}
+        self._operations.append(Operation(reads, creates, torch.Tag.pointwise in func.tags))
+        return result
+
+    def _memories(self, tree: Any) -> list[int]:
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+        for storage in storages:
+            self._storages.setdefault(storage._cdata, storage)
+        return list(dict.fromkeys(storage._cdata for storage in storages))
+
+    def peak(self) -> int:
+        """Bytes alive at most, an operation's operands and results together."""
+        last = {memory: i for i, op in enumerate(self._operations) for memory in (*op.reads, *op.creates)}
+        alive = peak = 0
+        for i, operation in enumerate(self._operations):
+            created = sum(self._sizes[memory] for memory in operation.creates)
+            dying = [self._sizes.get(memory, 0) for memory in operation.reads if last[memory] == i]
+            in_place = operation.pointwise and max(dying, default=0) >= created
+            peak = max(peak, alive + (0 if in_place else created))
+            unread = sum(self._sizes[memory] for memory in operation.creates if last[memory] == i)
+            alive += created - unread - sum(dying)
+        return peak
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as one operation, without the matrix of all pairs that it falls into where there is no kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def forward_peak(name: str, batch: int, dtype: torch.dtype) -> int:
+    """Bytes alive at most in one forward pass of a network of `NETWORKS`, its skip connections among them.
+
+    Walked in float32, in which the plain network makes no casts, and counted in `dtype`.
+    """
+    network = without_memory(name, torch.float32)
+    size = network.image_size
+    x = torch.empty(batch, network.in_channels, size, size, device="meta")
+    timesteps = torch.empty(batch, device="meta")
+    labels = None if network.num_classes is None else torch.empty(batch, dtype=torch.int64, device="meta")
+    with torch.no_grad(), Liveness() as liveness, _Attention():
+        network(x, timesteps, labels)
+    return liveness.peak() * dtype.itemsize // torch.float32.itemsize
+
+
+def weight_bytes(name: str, dtype: torch.dtype) -> int:
+    """Bytes of a network's parameters."""
+    return sum(p.numel() for p in without_memory(name, dtype).parameters()) * dtype.itemsize

@@ -1,0 +1,259 @@
+"""Who makes images: cmfast's Sampler and its rivals, all from the same weights, and all through the same gate."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import networks
+from benchmarks.convolutions import Convolutions
+from benchmarks.original import Missing, original_unet
+from cmfast import Denoiser, Sampler, ops, reference
+
+#: What diffusers' documentation recommends for the most speed; it includes CUDA graphs on a GPU.
+MAX_AUTOTUNE = {"mode": "max-autotune", "dynamic": False}
+#: Noise of the first step and labels of the images that the gate looks at follow from it.
+SEED = 2**40 + 7
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Providers that are timed in turn, on one batch size and one way of sampling."""
+
+    batch: int
+    providers: tuple[str, ...]
+    sampler: str = "multistep"
+    steps: int = 1
+
+    def __str__(self) -> str:
+        """
+        >>> str(Trial(16, ("eager", "cmfast"), steps=2))
+        'batch 16, multistep, 2 steps: eager, cmfast'
+        """
+        plural = "" if self.steps == 1 else "s"
+        return f"batch {self.batch}, {self.sampler}, {self.steps} step{plural}: {', '.join(self.providers)}"
+
+
+class Models:
+    """One network with its weights, as it comes and in channels_last, in the dtype that is measured."""
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, openai: Path | None = None) -> None:
+        self.name, self.device, self.dtype, self.openai = name, device, dtype, openai
+        self.contiguous = networks.denoiser(name, device, dtype)
+        self.channels_last = self.cast(dtype, memory_format=torch.channels_last)
+
+    @property
+    def network(self) -> Any:
+        """The U-Net itself."""
+        return self.contiguous.network
+
+    def cast(self, dtype: torch.dtype, **options: Any) -> Denoiser:
+        """A copy in another dtype."""
+        return networks.around(copy.deepcopy(self.network).to(dtype=dtype, **options))
+
+    def labels(self, batch: int) -> Tensor | None:
+        """The labels that `Sampler.sample` draws for the first images of SEED."""
+        labels = Sampler(self.contiguous, **PLAIN).labels(batch, seed=SEED)
+        return None if labels is None else labels.to(self.device)
+
+    def noise(self, batch: int) -> Tensor:
+        """The unit noise that it begins with, [B, C, H, W] float32."""
+        index = torch.arange(batch, device=self.device)
+        return ops.normal(SEED, index, self.contiguous.image_shape, draw=0, dtype=torch.float32)
+
+
+#: A `Sampler` that calls the network as it is, step by step.
+PLAIN: dict[str, Any] = {"optimize": False, "cuda_graph": False, "compile": False}
+
+
+class Engine:
+    """A `Sampler` of a trial; options are the Sampler's."""
+
+    def __init__(self, models: Models, trial: Trial, model: Denoiser, **options: Any) -> None:
+        self.dtype, self.shares_weights, self.note = models.dtype, True, None
+        self.sampler = Sampler(model, trial.batch, sampler=trial.sampler, steps=trial.steps, **options)
+
+    def sample(self, n: int) -> Tensor:
+        """n images, uint8 [n, H, W, C] on the CPU."""
+        return self.sampler.sample(n, seed=SEED)
+
+    def denoised(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """D, not clipped, of the noise at the largest level, float32."""
+        sigma_max = self.sampler.sigmas[0]
+        return self.sampler.denoise(sigma_max * noise, sigma_max, labels)
+
+    def pixels(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """The images of that noise, uint8 on the CPU: it is the Sampler's own for SEED, which it draws itself."""
+        return self.sample(len(noise))
+
+
+class OneStep:
+    """Another network, F(c_in x, c_noise, labels), in one function from noise to D, and that under torch.compile.
+
+    Drawing noise before and turning D into pixels after it are a launch each; n images wait for the host once.
+    """
+
+    shares_weights = False
+
+    def __init__(
+        self,
+        models: Models,
+        trial: Trial,
+        network: Callable[..., Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        input_dtype: torch.dtype | None = None,
+        compile: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        note: str | None = None,
+    ) -> None:
+        self.dtype, self.note = dtype or models.dtype, note
+        self._batch, self._shape, self._device = trial.batch, models.contiguous.image_shape, models.device
+        self._num_classes = models.contiguous.num_classes
+        sigma = torch.tensor(models.contiguous.sigma_max, device=models.device)
+        options: dict[str, Any] = {"dtype": input_dtype or self.dtype}
+        if channels_last:
+            options["memory_format"] = torch.channels_last
+
+        def step(noise: Tensor, labels: Tensor | None) -> Tensor:
+            x = sigma * noise
+            return reference.denoise(network(*reference.scale_input(x, sigma, **options), labels), x, sigma)
+
+        self._step = step if compile is None else torch.compile(step, **compile)
+
+    def sample(self, n: int) -> Tensor:
+        """As `Engine.sample`, n a multiple of the batch size."""
+        batches = []
+        for _ in range(n // self._batch):
+            noise = torch.randn(self._batch, *self._shape, device=self._device)
+            labels = None
+            if self._num_classes is not None:
+                labels = torch.randint(self._num_classes, (self._batch,), device=self._device)
+            batches.append(ops.to_uint8(self._run(noise, labels)))
+        return torch.cat(batches).cpu()
+
+    def denoised(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """As `Engine.denoised`."""
+        return self._run(noise, labels).clone()
+
+    def pixels(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """As `Engine.pixels`."""
+        return ops.to_uint8(self._run(noise, labels)).cpu()
+
+    @torch.no_grad()
+    def _run(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        return self._step(noise, labels)
+
+
+class ConvolutionsAlone:
+    """Not images, but what of the time for them is convolutions."""
+
+    shares_weights, note = True, None
+
+    def __init__(self, models: Models, trial: Trial, *, packed: bool) -> None:
+        if models.device.type != "cpu" or models.dtype != torch.float32:
+            raise Missing("measured in float32 on a CPU only")
+        self.dtype = models.dtype
+        self._run = Convolutions(models.name, models.network, trial.batch, packed=packed)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> None:
+        """The convolutions of one batch."""
+        self._run()
+
+    @torch.no_grad()
+    def wrong(self) -> str | None:
+        """As `Convolutions.wrong`."""
+        return self._run.wrong()
+
+
+Provider = Engine | OneStep | ConvolutionsAlone
+
+
+def _cmfast(models: Models, trial: Trial, **options: Any) -> Engine:
+    # On a GPU from filters in channels_last, of which the optimised network then needs no second copy.
+    model = models.channels_last if models.device.type == "cuda" else models.contiguous
+    return Engine(models, trial, model, **options)
+
+
+def _diffusers(models: Models, trial: Trial, compile: dict[str, Any] | None = None) -> OneStep:
+    if not find_spec("diffusers"):
+        raise Missing("diffusers is not installed for this Python")
+    from cmfast.compat.diffusers import unet_to_diffusers
+
+    unet = unet_to_diffusers(models.network).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        return unet(x, timesteps, class_labels=labels, return_dict=False)[0]
+
+    return OneStep(models, trial, network, compile=compile, channels_last=True)
+
+
+def _openai(models: Models, trial: Trial, compiled: bool = False) -> OneStep:
+    fp16 = models.device.type == "cuda"
+    network, note = original_unet(models.network, models.openai, fp16=fp16)
+    # The network alone is compiled, as is: whatever its code does to the compiler is part of what is measured.
+    model = torch.compile(network) if compiled else network
+    dtype = torch.float16 if fp16 else None
+    # Its first and last layers stay in float32, and it casts between them itself.
+    return OneStep(models, trial, model, dtype=dtype, input_dtype=torch.float32, note=note)
+
+
+def _eager_compile(models: Models, trial: Trial) -> OneStep:
+    step = OneStep(models, trial, torch.compile(models.network))
+    step.shares_weights = True
+    return step
+
+
+#: By name, what makes it. Raises: Missing.
+PROVIDERS: dict[str, Callable[[Models, Trial], Provider]] = {
+    "convolutions": functools.partial(ConvolutionsAlone, packed=True),
+    "convolutions_unpacked": functools.partial(ConvolutionsAlone, packed=False),
+    "eager": lambda models, trial: Engine(models, trial, models.contiguous, **PLAIN),
+    "eager_channels_last": lambda models, trial: Engine(models, trial, models.channels_last, **PLAIN),
+    "openai": _openai,
+    "diffusers": _diffusers,
+    "cmfast": _cmfast,
+    "cmfast_compile": functools.partial(_cmfast, compile=True),
+    "diffusers_compile": functools.partial(_diffusers, compile=MAX_AUTOTUNE),
+    "eager_compile": _eager_compile,
+    "openai_compile": functools.partial(_openai, compiled=True),
+}
+#: Those that take minutes to start.
+COMPILED = tuple(name for name in PROVIDERS if name.endswith("_compile"))
+
+
+def trials(device_type: str, batches: list[int], compile: bool) -> list[Trial]:
+    """What is run, the important first."""
+    if device_type == "cuda":
+        quick = ("eager", "eager_channels_last", "openai", "diffusers", "cmfast")
+        # Batches of one and the largest have bars.
+        ordered = sorted(batches, key=lambda batch: (batch not in (batches[0], batches[-1]), batch))
+        ends = ordered[:2]
+        rivals = ("diffusers_compile", "cmfast_compile") if compile else ()
+        return [
+            *(Trial(b, quick) for b in ends),
+            # One at a time: one that takes too long to compile does not take the other's numbers with it.
+            *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ends),
+            *(Trial(b, quick) for b in ordered[len(ends) :]),
+            *(Trial(b, ("cmfast",), steps=2) for b in ends),
+            Trial(ends[0], ("cmfast",), sampler="heun", steps=18),
+            *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ordered[len(ends) :]),
+        ]
+    quick = ("convolutions", "convolutions_unpacked", "eager", "eager_channels_last", "openai", "cmfast")
+    slow = ("convolutions", "eager_compile", "openai_compile", "cmfast", "cmfast_compile")
+    return [
+        *(Trial(b, quick) for b in batches),
+        *(Trial(b, slow) for b in batches if compile),
+        Trial(batches[0], ("cmfast",), steps=2),
+    ]
+
+
