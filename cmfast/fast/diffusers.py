@@ -215,6 +215,10 @@ def _fast_class(base: Any) -> Any:
             """As `cmfast.fast.FastUNet.refresh`."""
             return self._fast.refresh(force)
 
+        def compile_parts(self) -> bool:
+            """As `cmfast.fast.FastUNet.compile_parts`."""
+            return self._fast.compile_parts()
+
         @property
         def refusal(self) -> str | None:
             """As `cmfast.fast.FastUNet.refusal`."""

@@ -49,14 +49,22 @@ class Forward:
     """One pass.
 
     dtype: of all activations; live: gradients flow to the weights; packed: a CPU's convolutions, which have none;
-    waits: GroupNorm adds what waits.
+    waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications.
     """
 
     def __init__(
-        self, plan: Plan, weights: Weights, dtype: torch.dtype, *, live: bool, packed: bool, waits: bool
+        self,
+        plan: Plan,
+        weights: Weights,
+        dtype: torch.dtype,
+        *,
+        live: bool,
+        packed: bool = False,
+        waits: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.plan, self.weights, self.dtype = plan, weights, dtype
-        self.live, self.packed, self.waits = live, packed, waits
+        self.live, self.packed, self.waits, self.compiled = live, packed, waits, compiled
         self._draw: ops.Draw | None = None
 
     def __call__(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -189,7 +197,7 @@ class Forward:
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
         if self.packed and winograd.fits(conv, h):
-            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual)
+            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual, compiled=self.compiled)
         if self.packed:
             return self._packed(h, (conv,), residual, spare)
         vector = self._plain(conv.bias) if bias else None

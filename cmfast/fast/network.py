@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
 from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
 from cmfast.fast.weights import Weights
@@ -25,6 +26,7 @@ class FastPass:
         self._plan: Plan | None = None
         self._reason: str | None = None
         self._watch: Watch | None = None
+        self._compiled = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what was made of the modules is made again."""
@@ -62,6 +64,16 @@ class FastPass:
         """As `FastUNet.refresh`."""
         return self._look() or self._weights.refresh(force)
 
+    def compile_parts(self) -> bool:
+        """As `FastUNet.compile_parts`."""
+        self._look()
+        if self._plan is None:
+            return False
+        weight = self._plan.first.weight
+        on_cpu = weight.device.type == "cpu" and _has_onednn(self.dtype or weight.dtype)
+        self._compiled = on_cpu and any(map(winograd.wide, self._plan.convolutions()))
+        return self._compiled
+
     def run(self, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
         """The fast pass. x [B, C, H, W], embed() [B, E]; there must be no refusal."""
         assert self._plan is not None
@@ -76,7 +88,8 @@ class FastPass:
             emb = embed()
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
             packed = not (waits or differentiable) and x.device.type == "cpu" and _has_onednn(dtype)
-            return Forward(self._plan, weights, dtype, live=live, packed=packed, waits=waits)(x, emb)
+            options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
+            return Forward(self._plan, weights, dtype, **options)(x, emb)
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -117,6 +130,13 @@ class FastUNet(UNetModel):
         CUDA graph reads, which must then be captured again.
         """
         return self._fast.refresh(force)
+
+    def compile_parts(self) -> bool:
+        """Have inductor compile what is between a CPU's matrix multiplications, at the next call; True if it will.
+
+        With wide convolutions that is faster than the network compiled as a whole, whose convolutions are slower.
+        """
+        return self._fast.compile_parts()
 
     @property
     def refusal(self) -> str | None:

@@ -74,6 +74,12 @@ class Plan:
         for block in (*self.encoder, self.middle, *self.decoder):
             yield from block
 
+    def convolutions(self) -> Iterator[nn.Conv2d]:
+        """Those of the residual blocks, which are most of the work."""
+        for layer in self.layers():
+            if isinstance(layer, ResBlock):
+                yield from (layer.in_conv, layer.out_conv)
+
 
 def own_passes(model: nn.Module) -> None:
     """Refused, if a part was given a forward pass of its own; hooks are looked for elsewhere."""

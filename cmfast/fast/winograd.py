@@ -8,8 +8,10 @@ done in strips that stay in cache.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +28,22 @@ STRIP = 1 << 21
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
-def fits(conv: nn.Conv2d, h: Tensor) -> bool:
-    """Whether a convolution of h [B, C, H, W] can be done so, and gains by it."""
+def wide(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can be done so, and gains by it in images that are not small."""
     channels = conv.in_channels, conv.out_channels
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
         and min(channels) >= LEAST_CHANNELS
-        and 9 * math.prod(channels) * h.numel() // h.shape[1] >= LEAST_WORK
         and not any(count % VECTOR for count in channels)
-        and not any(size % 2 for size in h.shape[2:])
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     )
+
+
+def fits(conv: nn.Conv2d, h: Tensor) -> bool:
+    """Whether the convolution of h [B, C, H, W] can be done so, and gains by it."""
+    work = 9 * conv.in_channels * conv.out_channels * (h.numel() // h.shape[1])
+    return wide(conv) and work >= LEAST_WORK and not any(size % 2 for size in h.shape[2:])
 
 
 def transform(weight: Tensor) -> Tensor:
@@ -75,9 +81,14 @@ def spread(bias: Tensor) -> Tensor:
     return F.pad(bias[None], (0, 0, 5, 10)).flatten()
 
 
-def convolve(h: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus residual; packed, bias: of
-    `pack` for the strips of h, and of `spread`."""
+def convolve(
+    h: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None = None, *, compiled: bool = False
+) -> Tensor:
+    """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus residual.
+
+    packed, bias: of `pack` for the strips of h, and of `spread`. compiled: the transforms, by inductor.
+    """
+    tiles, untile = _compiled_transforms() if compiled else (_tiles, _untile)
     batch, channels, height, width = h.shape
     outputs = bias.numel() // 16
     padded = _workspace("padded", batch, height + 2, width + 2, channels)
@@ -92,12 +103,10 @@ def convolve(h: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None = 
         for r in range(0, height // 2, rows):
             strip = padded[b : b + samples, 2 * r : 2 * (r + rows) + 2]
             products = torch.ops.mkldnn._convolution_pointwise(
-                _tiles(strip), packed, bias, [0, 0], [1, 1], [1, 1], 16, "none", [], ""
+                tiles(strip), packed, bias, [0, 0], [1, 1], [1, 1], 16, "none", [], ""
             )
-            target = out[b : b + samples, 2 * r : 2 * (r + rows)]
-            _untile(products, target)
-            if added is not None:
-                target += added[b : b + samples, 2 * r : 2 * (r + rows)]
+            place = slice(b, b + samples), slice(2 * r, 2 * (r + rows))
+            untile(products, out[place], None if added is None else added[place])
     return out.permute(0, 3, 1, 2)
 
 
@@ -120,8 +129,8 @@ def _tiles(strip: Tensor) -> Tensor:
 _INPUT = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
 
 
-def _untile(products: Tensor, out: Tensor) -> None:
-    """A' m A of an image [b, 16 K, r, c] in channels_last, into out [b, 2 r, 2 c, K]."""
+def _untile(products: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    """A' m A of an image [b, 16 K, r, c] in channels_last, plus residual, into out [b, 2 r, 2 c, K]."""
     batch, places, rows, columns = products.shape
     m = products.permute(0, 2, 3, 1).view(batch, rows, columns, 4, 4, places // 16)
     half = _workspace("folded", batch, rows, columns, 4, 2, places // 16)
@@ -131,6 +140,40 @@ def _untile(products: Tensor, out: Tensor) -> None:
     pixels = out.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
     torch.add(half[:, :, :, 0], half[:, :, :, 1], out=pixels[:, :, 0]).add_(half[:, :, :, 2])
     torch.sub(half[:, :, :, 1], half[:, :, :, 2], out=pixels[:, :, 1]).sub_(half[:, :, :, 3])
+    if residual is not None:
+        out += residual
+
+
+def _tiles_in_one(strip: Tensor) -> Tensor:
+    """`_tiles` for a compiler, which makes one pass of it."""
+
+    def differences(x: Tensor, dim: int) -> list[Tensor]:
+        count = x.shape[dim] // 2 - 1
+        d = [x.narrow(dim, i, 2 * count - 1).unfold(dim, 1, 2).squeeze(-1) for i in range(4)]
+        return [d[first] + sign * d[second] for first, second, sign in _INPUT]
+
+    places = [place for half in differences(strip, 1) for place in differences(half, 2)]
+    return torch.cat(places, dim=3).permute(0, 3, 1, 2)
+
+
+def _untile_in_one(products: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    """`_untile` for a compiler, which makes one pass of it."""
+    batch, places, rows, columns = products.shape
+    m = products.permute(0, 2, 3, 1).reshape(batch, rows, columns, 4, 4, places // 16)
+
+    def sums(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return parts[0] + parts[1] + parts[2], parts[1] - parts[2] - parts[3]
+
+    halves = [sums([m[:, :, :, i, j] for j in range(4)]) for i in range(4)]
+    pixels = [torch.stack(row, dim=3) for row in zip(*(sums(list(h)) for h in zip(*halves)))]
+    result = torch.stack(pixels, dim=2).reshape(out.shape)
+    out.copy_(result if residual is None else result + residual)
+
+
+@functools.cache
+def _compiled_transforms() -> tuple[Any, Any]:
+    """Both, for any shape: one compilation each."""
+    return torch.compile(_tiles_in_one, dynamic=True), torch.compile(_untile_in_one, dynamic=True)
 
 
 class _Buffers(threading.local):

@@ -1,6 +1,7 @@
 """Optimised networks: the numbers of the network they are made of, and its weights as they are now."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -434,6 +435,34 @@ def test_winograd_is_used():
         fast(*inputs(model))
     kinds = {kind for kind, *_ in fast._fast._weights._kept}
     assert ("winograd" in kinds) == winograd.fits(nn.Conv2d(64, 64, 3, padding=1), torch.empty(1, 64, 4, 4))
+
+
+def test_parts_are_compiled(monkeypatch):
+    """On a CPU, where convolutions are wide: the transforms, and with the same numbers."""
+    compiled = []
+    monkeypatch.setattr(winograd, "_compiled_transforms", lambda: compiled.append(1) or transforms)
+    transforms = winograd._tiles_in_one, winograd._untile_in_one
+    model = small_unet(model_channels=64).eval()
+    fast, plain = optimize(model), optimize(model)
+    args = inputs(model)
+    assert fast.compile_parts() == winograd.wide(nn.Conv2d(64, 64, 3, padding=1))
+    with torch.no_grad():
+        assert torch.equal(fast(*args), plain(*args))
+        assert bool(compiled) == fast.compile_parts()
+    assert (
+        not optimize(small_unet(channel_mult=[1, 1])).compile_parts()
+        and not optimize(model, torch.bfloat16).compile_parts()
+    )
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+@pytest.mark.slow
+def test_parts_compiled_by_inductor():
+    model = small_unet(model_channels=64).eval()
+    fast, args = optimize(model), inputs(model)
+    fast.compile_parts()
+    with torch.no_grad():
+        assert relative_error(fast(*args), optimize(model)(*args)) < FLOOR[torch.float32]
 
 
 # --- errors ---------------------------------------------------------------------------------------

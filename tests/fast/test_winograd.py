@@ -40,6 +40,21 @@ def test_every_strip(shape, strip, monkeypatch):
     check(convolution(shape[1], 112), image(*shape), image(shape[0], 112, *shape[2:]))
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 6, 10), (1, 96, 2, 2)], ids=str)
+def test_transforms_for_a_compiler(shape):
+    """In one expression, and with the same bits."""
+    batch, channels, height, width = shape
+    strip = torch.randn(batch, height + 2, width + 2, channels)
+    assert torch.equal(winograd._tiles_in_one(strip), winograd._tiles(strip))
+    assert winograd._tiles_in_one(strip).is_contiguous(memory_format=torch.channels_last)
+    products = image(batch, 16 * channels, height // 2, width // 2)
+    for residual in (None, torch.randn(batch, height, width, channels)):
+        results = [torch.empty(batch, height, width, channels) for _ in range(2)]
+        winograd._untile(products, results[0], residual)
+        winograd._untile_in_one(products, results[1], residual)
+        assert torch.equal(*results)
+
+
 def test_shapes_of_the_published_network():
     check(convolution(192, 192), image(1, 192, 64, 64))
     check(convolution(768, 768), image(2, 768, 8, 8))
