@@ -147,6 +147,15 @@ def _strided_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _strided_tile_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    row, column = tl.arange(0, BLOCK // 32)[:, None].to(tl.int64), tl.arange(0, 32)[None, :].to(tl.int64)
+    # As wide as they should be, and of another argument.
+    wide = tl.load(x_ptr + row * 32 + column) + tl.load(x_ptr + 1024 + row * 32 + column)
+    tl.store(x_ptr + row * 32 + column, wide)
+    tl.store(out_ptr + (row * 32 + column) * 2, wide)
+
+
+@triton.jit
 def _wrapping_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at))
@@ -165,6 +174,7 @@ def _late_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
         (_approximate_kernel, "approximate arithmetic"),
         (_spilling_kernel, "spills"),
         (_strided_kernel, "narrow accesses"),
+        (_strided_tile_kernel, "narrow accesses"),
         (_wrapping_kernel, "narrow offsets"),
         (_late_kernel, "narrow offsets"),
     ],

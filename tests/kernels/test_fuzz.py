@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 
+from cmfast.kernels import group_norm_tiles
+from tests.ops import norms
 from tests.ops.cases import CASES, OUTPUTS
 from tests.ops.matrix import DTYPES, Call, check_path, close, make
 
@@ -56,6 +61,44 @@ def test_any_shape_and_stride(device, drawn):
     _, call = drawn
     states = {k: v.to(device) for k, v in call.states.items()}
     check_path(Call(call.case, states, {k: v.to(device) for k, v in call.sigmas.items()}, call.dtype), "triton")
+
+
+@st.composite
+def normalisations(draw):
+    """A call of group_norm_silu, and the sizes of its tiles."""
+    groups, group = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 5, 8]), max_size=3))
+    shape = (draw(st.sampled_from([0, 1, 3])), groups * group, *sizes)
+    # Of one element in a group, or two, all gradients but rounding are zero: they are plus and minus one deviation.
+    hypothesis.assume(group * math.prod(sizes) >= 8)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    kind, seed = draw(st.sampled_from(sorted(norms.KINDS))), draw(st.integers(0, 99))
+    norm = norms.make(shape, groups, kind, dtype=dtype, last=draw(st.booleans()), seed=seed)
+    kinds = st.sampled_from(["plain", "transposed", "sliced", "offset", "channels last"])
+    tensors = {k: strided(v, draw(kinds), draw(st.integers(0, v.ndim - 1))) for k, v in norm.tensors.items()}
+    tiles = {
+        "WHOLE": draw(st.sampled_from([(0, 0), (2048, 1024), (2**20, 2**20)])), "BLOCK": (256, 256),
+        "PART": draw(st.sampled_from([16, 64])), "ENOUGH": draw(st.sampled_from([1, 16])), "FOLD": 32,
+    }  # fmt: skip
+    return norms.Norm(tensors, groups, norm.options), tiles
+
+
+@hypothesis.given(normalisations())
+@hypothesis.settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+def test_any_normalisation(device, drawn):
+    norm, tiles = drawn
+    tensors = {k: v.to(device) for k, v in norm.tensors.items()}
+    options = dict(norm.options)
+    if "draw" in options:
+        options["draw"] = options["draw"]._replace(index=options["draw"].index.to(device))
+    with mock.patch.multiple(group_norm_tiles, **tiles):
+        norms.check_path(norms.Norm(tensors, norm.num_groups, options), "triton")
 
 
 @pytest.mark.parametrize("sigma", LEVELS, ids=str)

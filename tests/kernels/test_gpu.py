@@ -10,6 +10,7 @@ from cmfast import ops
 from cmfast.ops import _dispatch
 from tests.ops.cases import CASES, Case, flat
 from tests.ops.matrix import DTYPES, Call, make
+from tests.ops.norms import make as make_norm
 
 pytestmark = pytest.mark.skipif(_dispatch.INTERPRETING, reason="needs a GPU: the interpreter has no streams or graphs")
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -141,3 +142,43 @@ def test_auto_takes_the_kernel(case, device):
     call = make(case, (2, 3, 8, 8), MAIN, device)
     assert all(torch.equal(a, b) for a, b in zip(call.run("auto"), call.run("triton"), strict=True))
     assert all(ops.explain(name, device)[0] == "triton" for name in ops.FUSED)
+
+
+norms = pytest.mark.parametrize("size", [8, 64], ids=["a slab", "three launches"])
+
+
+@norms
+def test_group_norm_in_a_graph(size, device):
+    """Both passes, captured together, of another batch and other samples' masks at the next replay."""
+    norm = make_norm((2, 192, size, size), 32, dtype=torch.bfloat16, last=True, device=device)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        norm.run_with_grads("triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_grads = norm.run_with_grads("triton")
+    with torch.no_grad():
+        for tensor in norm.tensors.values():
+            tensor.mul_(0.75).add_(0.25)
+    norm.options["draw"].index.add_(1000)
+    graph.replay()
+    values, grads = norm.run_with_grads("triton")
+    for value, other in zip([*captured, *captured_grads.values()], [*values, *grads.values()], strict=True):
+        assert torch.equal(value, other)
+
+
+@norms
+@pytest.mark.parametrize("kind", ["film", "all"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_group_norm_compiled_whole(backend, kind, size, device):
+    torch._dynamo.reset()
+    norm = make_norm((2, 192, size, size), 32, kind, last=True, device=device)
+    leaves, expected = norm.graph("reference")
+    with cmfast.backend(backend):
+        results = torch.compile(norm.call, fullgraph=True)(leaves)
+    weights = [torch.ones_like(r) for r in results]
+    for made, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(made, other, rtol=1e-4, atol=1e-4)
+    for grads in zip(*(torch.autograd.grad(r, list(leaves.values()), weights) for r in (results, expected))):
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-2)

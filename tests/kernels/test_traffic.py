@@ -10,8 +10,10 @@ import torch
 
 import cmfast
 from cmfast import ops
+from cmfast.kernels import group_norm_tiles
 from cmfast.ops import _dispatch
 from tests.ops.cases import draw
+from tests.ops.norms import make
 
 pytestmark = pytest.mark.skipif(not _dispatch.INTERPRETING, reason="counts in Triton's interpreter")
 S, M = 4, 2  # bytes of a float32 state and of a bfloat16 network input
@@ -131,6 +133,33 @@ def test_backward(name, counter):
     counter.bytes = 0
     torch.autograd.backward(results, [torch.ones_like(r) for r in results])
     check(counter, x, floor)
+
+
+#: Group normalisation by what stands around it: the floors of both passes, where a slab fits on chip and where not.
+NORMS = {
+    "film": ((2 * M, 3 * M), (3 * M, 5 * M)),
+    # A sum reads the residual and is written; its gradient is read.
+    "sum": ((4 * M, 5 * M), (4 * M, 6 * M)),
+    "dropout": ((2 * M, 3 * M), (3 * M, 5 * M)),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("launches", [1, 3])
+@pytest.mark.parametrize("kind", NORMS)
+def test_group_norm(kind, launches, last, counter, monkeypatch):
+    """On a map so large that what is read and written for each channel of a program does not show, as for many samples
+    of the U-Net's large maps."""
+    monkeypatch.setattr(group_norm_tiles, "WHOLE", (2**20, 2**20) if launches == 1 else (0, 0))
+    monkeypatch.setattr(group_norm_tiles, "ENOUGH", 1)
+    norm = make((1, 16, 128, 64), 4, kind, dtype=torch.bfloat16, last=last)
+    leaves, results = norm.graph("triton")
+    forward, backward = (floors[launches == 3] for floors in NORMS[kind])
+    check(counter, norm.tensors["x"], forward)
+    counter.bytes = 0
+    torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    check(counter, norm.tensors["x"], backward)
+    assert all(leaf.grad is not None for leaf in leaves.values())
 
 
 def test_the_counter_sees_a_second_read(counter):

@@ -107,7 +107,7 @@ def check_path(norm: Norm, backend: str) -> None:
         check_empty(norm, backend)
         return
     x = norm.tensors["x"]
-    known = [strides(x.contiguous()), strides(layout(x, True))]
+    known = [strides(x.contiguous()), strides(layout(x.contiguous(), True))]
     exact, exact_grads = norm.to(torch.float64).run_with_grads("reference")
     eager, eager_grads = norm.run_with_grads("reference")
     fast, fast_grads = norm.run_with_grads(backend)

@@ -9,6 +9,7 @@ import cmfast
 from cmfast import ops
 from cmfast.ops import _dispatch
 from tests.ops.cases import CASES, flat
+from tests.ops.norms import make
 
 pytestmark = pytest.mark.skipif(
     not _dispatch.HAS_TRITON or _dispatch.INTERPRETING, reason="traces launches of compiled kernels"
@@ -79,3 +80,30 @@ def test_gradients_of_levels_are_inductors():
     with cmfast.backend("auto"):
         results, kernels = traced(CASES["add_noise drawn"].call, states, {"sigma": cuda(2).requires_grad_()})
     assert kernels == 0 and results[0].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [8, 64], ids=["a slab", "three launches"])
+@pytest.mark.parametrize("kind", ["plain", "dropout", "all"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_group_norm(backend, gradient, kind, size):
+    """`auto` leaves it to inductor, unless it drops; its parameters' gradients are the kernels' own."""
+    norm = make((2, 192, size, size), 32, kind, last=True)
+    options = {k: v for k, v in norm.options.items() if k != "draw"}
+    with MODE:
+        tensors = {
+            k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda", requires_grad=gradient)
+            for k, v in norm.tensors.items()
+        }
+    index = cuda(2, dtype=torch.int64)
+
+    def call(tensors, index):
+        drawn = {"draw": ops.Draw(7, index)} if "dropout" in options else {}
+        return ops.group_norm_silu(num_groups=32, **tensors, **options, **drawn)
+
+    with cmfast.backend(backend):
+        results, kernels = traced(call, tensors, index)
+    expected = norm.run("reference")
+    assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
+    assert all(r.requires_grad == gradient for r in results)
+    assert (kernels > 0) == (backend == "triton" or "dropout" in options)
