@@ -21,7 +21,7 @@ help:
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make lint    ruff and mypy"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
-	@echo "make gpu     on a GPU machine: GPU tests, kernel benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
+	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
 demo: $(VENV)/.core

@@ -31,6 +31,8 @@ TAIL = 4000
 GRACE_S = 5
 #: Seconds for all steps together.
 TOTAL_S = 530
+#: See `Step`.
+SECONDS, FINISH_S = "SECONDS", 30
 #: Kernel tests that compute-sanitizer, which is slow, runs: every operation and gradient, once at a size that fills no
 #: block, once in many blocks.
 SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition"
@@ -42,7 +44,10 @@ PYTEST = ["-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-p", "no:cachepro
 
 @dataclass(frozen=True)
 class Step:
-    """`python` and `arguments`, under `wrapper` where there is one. `missing()` says what the machine lacks for it."""
+    """`python` and `arguments`, under `wrapper` where there is one. `missing()` says what the machine lacks for it.
+
+    The argument `SECONDS` stands for the seconds that the step has, less `FINISH_S` for what is running then.
+    """
 
     name: str
     arguments: list[str]
@@ -51,8 +56,9 @@ class Step:
     missing: Callable[[], str | None] = lambda: None
     environment: tuple[tuple[str, str], ...] = ()
 
-    def command(self, python: str) -> list[str]:
-        return [*self.wrapper, python, *self.arguments]
+    def command(self, python: str, limit_s: float | None = None) -> list[str]:
+        seconds = str(max(1, int((limit_s or self.seconds) - FINISH_S)))
+        return [*self.wrapper, python, *(seconds if word == SECONDS else word for word in self.arguments)]
 
 
 def _no_pytest() -> str | None:
@@ -80,21 +86,22 @@ def _sanitizer(tool: str, seconds: float) -> Step:
 
 
 def steps(out: Path) -> list[Step]:
-    benchmark_s = 200
+    benchmark_s = 130
     # Most of a test's time is its kernels' compilation, on the CPU.
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
     return [
-        Step("environment", ["-m", "benchmarks.environment"], 30),
-        Step("tests", [*PYTEST, *workers, "-k", CORE], 110, missing=_no_pytest),
+        Step("environment", ["-m", "benchmarks.environment"], 20),
+        Step("tests", [*PYTEST, *workers, "-k", CORE], 100, missing=_no_pytest),
         Step(
             "benchmarks",
             ["benchmarks/kernels.py", "--device", "cuda", "--out", str(out), "--seconds", str(benchmark_s)],
-            # What is running when its seconds are over may finish.
-            benchmark_s + 30,
+            benchmark_s + FINISH_S,
         ),
-        _sanitizer("memcheck", 50),
-        _sanitizer("racecheck", 50),
-        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 60, missing=_no_pytest),
+        # Its compiled rivals take minutes to start: `--only sampling --seconds 1500` has them for them.
+        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 150),
+        _sanitizer("memcheck", 35),
+        _sanitizer("racecheck", 35),
+        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 30, missing=_no_pytest),
     ]
 
 
@@ -113,7 +120,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
     """One step: its status, its seconds, and the end of what it printed."""
     entry: dict[str, Any] = {
-        "step": step.name, "command": shlex.join(step.command("python3")), "limit_s": round(limit_s, 1)
+        "step": step.name, "command": shlex.join(step.command("python3", limit_s)), "limit_s": round(limit_s, 1)
     }
     reason = step.missing()
     if reason:
@@ -126,7 +133,7 @@ def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
     with log.open("wb") as file:
         try:
             process = subprocess.Popen(
-                step.command(python), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+                step.command(python, limit_s), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )
         except OSError as error:

@@ -24,7 +24,7 @@ class Missing(Exception):
 
 
 class _Attention(nn.Module):
-    """In the place of flash_attn's: qkv [B, S, 3, heads, d] to ([B, S, heads, d], None), by PyTorch's fused attention."""
+    """In the place of flash_attn's: qkv [B, S, 3, heads, d] to ([B, S, heads, d], None), by PyTorch's own attention."""
 
     def __init__(self, attention_dropout: float = 0.0, **options: Any) -> None:
         super().__init__()

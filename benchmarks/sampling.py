@@ -41,7 +41,7 @@ ROUNDS = 7
 #: Images in a row, one batch after the other, that one sample of the throughput lasts, in seconds.
 THROUGHPUT_S = 0.25
 #: With a time limit, a trial with compiled providers is not started when less is left: it would be cut off.
-COMPILE_S = {"cuda": 120.0, "cpu": 240.0}
+COMPILE_S = {"cuda": 240.0, "cpu": 240.0}
 
 
 class Contender:
@@ -104,22 +104,22 @@ class Contender:
         return count or None
 
 
-def slices(contenders: list[Contender], device: torch.device) -> dict[tuple[str, str], Callable[[], float]]:
-    """By provider and mode, a sample: seconds for a batch. On a CPU, where nothing overlaps, there is one mode.
+def slices(contenders: list[Contender], device: torch.device) -> dict[str, Callable[[], float]]:
+    """By `provider mode`, a sample: seconds for a batch. On a CPU, where nothing overlaps, there is one mode.
 
     latency: one batch alone, from the call to pixels on the host. throughput: batches in a row.
     """
     stopwatch = timing.Stopwatch(torch.device("cpu"))  # The wall clock: what is timed ends on the host.
-    found: dict[tuple[str, str], Callable[[], float]] = {}
+    found: dict[str, Callable[[], float]] = {}
     for contender in contenders:
         def seconds(count: int, contender: Contender = contender) -> float:
             return stopwatch(lambda: contender.batches(count)) / count
 
         once = seconds(1)
-        found[contender.name, "latency"] = lambda seconds=seconds: seconds(1)
+        found[f"{contender.name} latency"] = lambda seconds=seconds: seconds(1)
         if device.type == "cuda":
             count = max(2, min(100, math.ceil(THROUGHPUT_S / once)))
-            found[contender.name, "throughput"] = lambda seconds=seconds, count=count: seconds(count)
+            found[f"{contender.name} throughput"] = lambda seconds=seconds, count=count: seconds(count)
     return found
 
 
@@ -150,10 +150,11 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
     del gate
     samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))
     abouts = {contender.name: contender.about for contender in contenders}
-    for (name, mode), times in samples.items():
+    for key, times in samples.items():
+        name, mode = key.split()
         statistics = {
-            key.replace("_us", "_ms"): [round(v / 1e3, 4) for v in value] if isinstance(value, list) else value / 1e3
-            for key, value in timing.statistics_us(times).items() if key.endswith("_us")
+            what.replace("_us", "_ms"): [round(v / 1e3, 4) for v in value] if isinstance(value, list) else value / 1e3
+            for what, value in timing.statistics_us(times).items() if what.endswith("_us")
         }
         found["rows"].append({
             "trial": number,
@@ -177,7 +178,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="imagenet64")
     parser.add_argument("--batches", type=_numbers, help="batch sizes, as in 1,16 (default: by device and network)")
-    parser.add_argument("--providers", type=lambda text: text.split(","), help=f"of {','.join(PROVIDERS)}")
+    parser.add_argument("--providers", type=lambda text: text.split(","),
+                        help=f"these alone, at one step, of {','.join(PROVIDERS)}")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="also what takes minutes to compile (default: on a GPU)")
     parser.add_argument("--openai", type=Path, metavar="CHECKOUT", help="a checkout of openai/consistency_models")
@@ -201,15 +203,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
-    """The trials of a command line, with the providers that it asks for."""
+    """The trials of a command line; with --providers, those and no others, at one step."""
     default = (LARGE_BATCHES if options.network == "lsun256" else BATCHES)[device.type]
-    compile = device.type == "cuda" if options.compile is None else options.compile
-    found = trials(device.type, options.batches or default, compile)
-    if options.providers is None:
-        return found
-    picked = [Trial(t.batch, tuple(p for p in t.providers if p in options.providers), t.sampler, t.steps)
-              for t in found]
-    return [trial for trial in picked if trial.providers]
+    batches = options.batches or default
+    if options.providers:
+        return [Trial(batch, tuple(options.providers)) for batch in batches]
+    return trials(device.type, batches, device.type == "cuda" if options.compile is None else options.compile)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -258,9 +257,10 @@ def main(argv: list[str] | None = None) -> int:
             found = measure(models, trial, i, budget_s=BUDGET_S[device.type], rounds=options.rounds)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            found = {"rows": [], "missing": {}, "failures": [{"trial": str(trial), "provider": "all", "reason": reason}]}
+            failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
+            found = {"rows": [], "missing": {}, "failures": failures}
             if isinstance(error, torch.AcceleratorError):
-                result["failures"] += found["failures"]
+                result["failures"] += failures
                 result["truncated"], result["not_started"] = True, [str(t) for t in chosen[i + 1 :]]
                 record.write()
                 raise  # The device is lost to this process.

@@ -130,9 +130,10 @@ def _table(rows: list[Row]) -> list[str]:
         for row in sorted(trial, key=lambda row: (row["mode"], row["p50_ms"])):
             rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.2f}"
             peak = f"{row['peak_bytes'] / 1e9:.2f}" if row.get("peak_bytes") else ""
+            kernels = row.get("kernels") or ""
             lines.append(
                 f"    {row['provider']:28} {row['mode']:10} {row['p20_ms']:8.2f}  {row['p50_ms']:8.2f}  "
-                f"{row['p80_ms']:8.2f}  {rate:>8}  {row['first_call_s']:12.1f}  {peak:>7}  {row.get('kernels') or '':>7}"
+                f"{row['p80_ms']:8.2f}  {rate:>8}  {row['first_call_s']:12.1f}  {peak:>7}  {kernels:>7}"
             )
     return lines
 
