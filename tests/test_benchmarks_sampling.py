@@ -210,6 +210,15 @@ def test_liveness_by_hand():
     assert live.peak() == 1200
 
     with Liveness() as live:
+        ((x + 1) * 2).sub(3)  # each in the place of the one before
+    assert live.peak() == 400
+
+    with Liveness() as live:
+        torch.cat([x, x])  # 800 that nobody reads
+        torch.cat([x, x, x])
+    assert live.peak() == 1200
+
+    with Liveness() as live:
         skip = x + 1
         h = skip * 2
         h = torch.cat([h, h])  # 400 of skip, 400 of h, 800 of the result
