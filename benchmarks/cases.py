@@ -18,8 +18,10 @@ from cmfast import ops, reference
 SEED = 2**40 + 7
 DRAW = 3
 #: The names of tensors that are a network's outputs, and so in its dtype and layout. Of the others, "shape" is a batch
-#: without memory, for operations that read none, and "bias" is [B, C, 1, 1].
-MODEL_TENSORS = ("f", "f2", "bias")
+#: without memory, for operations that read none, "bias" is [B, C, 1, 1], and "film" is [B, 2 C], also a network's.
+MODEL_TENSORS = ("f", "f2", "bias", "film")
+#: The names of those that are parameters [C], in float32.
+PARAMETERS = ("gain", "offset")
 
 
 class Floor(NamedTuple):
@@ -60,7 +62,8 @@ class Case:
 
     tensors: batches [B, C, H, W], those of `MODEL_TENSORS` in the model's dtype; sigmas: [B]; grad_to: the tensor whose
     gradient is taken as well; drawn: noise is drawn inside; compiled: the operation stands inside a region under
-    torch.compile, and the question is what it costs there.
+    torch.compile, and the question is what it costs there; sizes: where not images but a network's maps are its
+    batches, those maps and how many of them.
     """
 
     call: Callable[[Any, Inputs, Dtypes], Any]
@@ -70,6 +73,7 @@ class Case:
     grad_to: str | None = None
     drawn: bool = False
     compiled: bool = False
+    sizes: tuple[tuple[tuple[int, int, int], int], ...] = ()
 
 
 def draw(t: Inputs) -> reference.Draw | Tensor:
@@ -119,6 +123,11 @@ def _consistency_loss(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
     return library.consistency_loss(t["f"], t["x"], t["sigma"], t["f2"], "karras", t["x2"], t["next"])
 
 
+def _group_norm_silu(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    scale, shift = t["film"].chunk(2, dim=1)
+    return library.group_norm_silu(t["f"], 32, t["gain"], t["offset"], scale=scale, shift=shift)
+
+
 def _region(call: Callable[[Any, Inputs, Dtypes], Any]) -> Callable[[Any, Inputs, Dtypes], Any]:
     """What stands around an operation in a network: a bias before it, a cast of the state after it."""
 
@@ -137,6 +146,10 @@ def _denoise(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
 _euler_step = _solver("euler_step", "f", "x", "sigma", "next")
 _TWO = ("sigma", "next")
 _PAIR = ("f", "x", "f2", "x2")
+_NORM = {"tensors": ("f", "gain", "offset", "film"), "sigmas": ()}
+#: Maps of the ImageNet-64 U-Net that do not fit on chip, and are read twice; and those that do.
+_LARGE_MAPS = (((192, 64, 64), 256), ((192, 64, 64), 64), ((384, 32, 32), 256), ((192, 64, 64), 1))
+_SMALL_MAPS = (((384, 16, 16), 256), ((768, 8, 8), 256), ((384, 16, 16), 1), ((768, 8, 8), 1))
 
 CASES = {
     "denoise": Case(_denoise, Floor(2, 1), ("f", "x")),
@@ -166,6 +179,11 @@ CASES = {
     "scale_input": Case(_solver("scale_input", "x", "sigma"), Floor(1, 1), ("x",)),
     "normal": Case(_normal, Floor(1), ("shape",), (), drawn=True),
     "to_uint8": Case(lambda library, t, dtypes: library.to_uint8(t["x"]), Floor(1, 0, 1), ("x",)),
+    # The backward pass reads the batch and a gradient, twice where they do not fit on chip, and writes a gradient.
+    "group_norm_silu": Case(_group_norm_silu, Floor(0, 3), **_NORM, sizes=_LARGE_MAPS),
+    "group_norm_silu + backward": Case(_group_norm_silu, Floor(0, 8), **_NORM, sizes=_LARGE_MAPS, grad_to="f"),
+    "group_norm_silu on chip": Case(_group_norm_silu, Floor(0, 2), **_NORM, sizes=_SMALL_MAPS),
+    "group_norm_silu on chip + backward": Case(_group_norm_silu, Floor(0, 5), **_NORM, sizes=_SMALL_MAPS, grad_to="f"),
     # The bias is one number per sample and channel, which a floor does not count.
     "region: bias, denoise, cast": Case(_region(_denoise), Floor(1, 2), ("f", "x", "bias"), compiled=True),
     "region: bias, euler_step, cast": Case(_region(_euler_step), Floor(1, 3), ("f", "x", "bias"), _TWO, compiled=True),
@@ -213,21 +231,34 @@ OTHER_SIZES = [((3, 256, 256), 1), ((3, 256, 256), 64), ((3, 32, 32), 1), ((3, 3
 CPU_SIZES = [((3, 64, 64), 1), ((3, 64, 64), 16), ((3, 32, 32), 1), ((3, 32, 32), 64)]
 
 
+def _of_maps(dtype: torch.dtype, sizes: int | None = None, largest: int | None = None) -> list[Config]:
+    """Cases on maps, channels_last and in one dtype: each at its first sizes, of `largest` samples at most."""
+    return [
+        Config(name, shape, min(batch, largest or batch), Dtypes(dtype, dtype), channels_last=True)
+        for name, case in CASES.items()
+        for shape, batch in case.sizes[:sizes]
+    ]
+
+
 def configs(device_type: str, quick: bool = False) -> list[Config]:
     """What is run, the important first."""
+    images = [name for name, case in CASES.items() if not case.sizes]
     if quick:
         sizes = [((3, 64, 64), 64)] if device_type == "cuda" else [((3, 32, 32), 2)]
-        return [Config(case, *size) for case in CASES for size in sizes]
+        maps = _of_maps(torch.bfloat16, 1, None if device_type == "cuda" else 1)
+        return [*(Config(case, *size) for case in images for size in sizes), *maps]
     all_float32 = Dtypes(torch.float32, torch.float32)
     if device_type != "cuda":
         # What networks run in on a CPU.
-        return [Config(case, *size, dtypes=all_float32) for size in CPU_SIZES for case in CASES]
-    plain = [name for name, case in CASES.items() if not case.compiled]
+        maps = _of_maps(torch.float32, 1, 1) + _of_maps(torch.float32, 1, 4)
+        return [*(Config(case, *size, dtypes=all_float32) for size in CPU_SIZES for case in images), *maps]
+    plain = [name for name in images if not CASES[name].compiled]
     regions = [name for name, case in CASES.items() if case.compiled]
     rest = [name for name in plain if name not in FIRST]
     large = ((3, 64, 64), 256)
     return [
         *(Config(case, *size) for size in MAIN_SIZES for case in FIRST),
+        *_of_maps(torch.bfloat16),
         *(Config(case, *MAIN_SIZES[-1]) for case in ("heun_predictor", "heun_corrector")),
         *(Config(case, *large) for case in [*rest, *regions]),
         *(Config(case, *size) for size in MAIN_SIZES if size != large for case in rest
@@ -256,10 +287,14 @@ def _input_set(config: Config, number: int, device: torch.device, generator: tor
         if name == "shape":
             t[name] = torch.zeros((), device=device).expand(config.batch, *config.shape)
             continue
-        shape = (config.shape[0], 1, 1) if name == "bias" else config.shape
+        channels = config.shape[0]
+        shapes = {"bias": (config.batch, channels, 1, 1), "film": (config.batch, 2 * channels)}
+        shapes |= dict.fromkeys(PARAMETERS, (channels,))
         dtype = config.dtypes.model if name in MODEL_TENSORS else config.dtypes.state
-        t[name] = torch.randn(config.batch, *shape, generator=generator, device=device).to(dtype)
-        if config.channels_last and name in MODEL_TENSORS:
+        dtype = torch.float32 if name in PARAMETERS else dtype
+        shape = shapes.get(name, (config.batch, *config.shape))
+        t[name] = torch.randn(shape, generator=generator, device=device).to(dtype)
+        if config.channels_last and name in MODEL_TENSORS and t[name].ndim == 4:
             t[name] = t[name].contiguous(memory_format=torch.channels_last)
     level = torch.rand(config.batch, generator=generator, device=device) * 3 + 0.5
     t |= {name: level * 0.6**i for i, name in enumerate(case.sigmas)}
@@ -287,7 +322,7 @@ def run(case: Case, function: Callable[[Inputs], Any], t: Inputs) -> list[Tensor
 def exact(config: Config, t: Inputs, start: int, stop: int) -> list[Tensor]:
     """The float64 yardstick for the samples start to stop."""
     case = CASES[config.case]
-    part = {name: x.detach()[start:stop] for name, x in t.items()}
+    part = {name: x.detach() if name in PARAMETERS else x.detach()[start:stop] for name, x in t.items()}
     wide = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
     if case.grad_to:
         wide[case.grad_to].requires_grad_()

@@ -82,12 +82,12 @@ def _group_norm_whole_kernel(
     x_bias = load_state(x_bias_ptr, channel, live) if X_BIAS else tl.zeros((CHANNELS,), tl.float32)
     value = _load_total(total_ptr + start, x_ptr + start, residual_ptr + start, x_bias, at, mask, X_BIAS, RESIDUAL)
     count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
-    center = tl.div_rn(over_group(tl.sum(value, 0), SLAB, GROUP, GROUPS, CHANNELS), count)
+    center = tl.div_rn(over_group(tl.sum(value, 0), GROUP, GROUPS, CHANNELS), count)
     value = tl.where(mask, value - center[None, :], 0.0)
-    rest = tl.div_rn(over_group(tl.sum(value, 0), SLAB, GROUP, GROUPS, CHANNELS), count)
+    rest = tl.div_rn(over_group(tl.sum(value, 0), GROUP, GROUPS, CHANNELS), count)
     value -= rest[None, :]
     squares = tl.sum(tl.where(mask, value * value, 0.0), 0)
-    variance = tl.div_rn(over_group(squares, SLAB, GROUP, GROUPS, CHANNELS), count)
+    variance = tl.div_rn(over_group(squares, GROUP, GROUPS, CHANNELS), count)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     moments = moments_ptr + (row * (C // GROUP) + channel // GROUP) * 2
     leads = live & (tl.arange(0, CHANNELS) % GROUP == 0)

@@ -130,8 +130,8 @@ def _group_norm_whole_bwd_kernel(
     )
     s_1, s_2 = tl.sum(dz, 0), tl.sum(dz * xhat, 0)
     count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
-    mean_1 = tl.div_rn(over_group(gain * s_1, SLAB, GROUP, GROUPS, CHANNELS), count)
-    mean_2 = tl.div_rn(over_group(gain * s_2, SLAB, GROUP, GROUPS, CHANNELS), count)
+    mean_1 = tl.div_rn(over_group(gain * s_1, GROUP, GROUPS, CHANNELS), count)
+    mean_2 = tl.div_rn(over_group(gain * s_2, GROUP, GROUPS, CHANNELS), count)
     grad = _store_grad(
         grad_x_ptr + start, grad_total_ptr + start, at, mask, dz, xhat, rstd, gain, mean_1, mean_2, TOTAL
     )

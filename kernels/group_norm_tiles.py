@@ -77,13 +77,13 @@ def tile_offsets(row, pixel, channel, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
-def over_group(value, SLAB: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """For each channel of a slab [CHANNELS] the sum over its group."""
+def over_group(value, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """For each channel of a slab the sum over its group. value [CHANNELS]: 0 where there is no channel."""
     if GROUPS == 1:
         return tl.zeros_like(value) + tl.sum(value, 0)
     else:
         k = tl.arange(0, CHANNELS)
-        member = ((k // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]) & (k < SLAB)[None, :]
+        member = (k // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]
         sums = tl.sum(tl.where(member, value[None, :], 0.0), 1)
         return tl.sum(tl.where(member, sums[:, None], 0.0), 0)
 
@@ -221,7 +221,8 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
     last = layout(x) != CONTIGUOUS
     group = channels // num_groups
     units = (SECTOR // x.element_size(), 16 // x.element_size(), 4) if last else (4,)
-    slab = _slab(channels, group, units, WHOLE[backward] // power_of_two(pixels))
+    # A slab's offsets have 32 bits.
+    slab = _slab(channels, group, units, WHOLE[backward] // power_of_two(pixels)) if channels * pixels < 2**31 else 0
     # Slabs of less than a sector read more than they use.
     if slab and (slab >= units[0] or batch * -(-channels // slab) <= ENOUGH):
         rows, block = power_of_two(pixels), max(4, power_of_two(slab))

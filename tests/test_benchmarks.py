@@ -117,9 +117,9 @@ def test_runs_as_a_file():
 def test_configurations_of_a_gpu():
     chosen = cases.configs("cuda")
     assert len(set(chosen)) == len(chosen)
-    for case in cases.CASES:
-        sizes = {(c.shape, c.batch) for c in chosen if c.case == case}
-        assert {((3, 64, 64), 1), ((3, 64, 64), 64), ((3, 64, 64), 256), ((3, 256, 256), 256)} <= sizes
+    images = {((3, 64, 64), 1), ((3, 64, 64), 64), ((3, 64, 64), 256), ((3, 256, 256), 256)}
+    for name, case in cases.CASES.items():
+        assert set(case.sizes or images) <= {(c.shape, c.batch) for c in chosen if c.case == name}
     first = chosen[: 4 * len(cases.FIRST)]
     assert {c.case for c in first} == set(cases.FIRST)
     assert max(c.elements * 4 for c in first) > summary.LARGE_BYTES
@@ -137,6 +137,11 @@ def test_bars(tmp_path):
         row | {"provider": "inductor", "p50_us": 0.9},
         large | {"provider": "cmfast", "percent_of_copy": 93.0},
         large | {"provider": "cmfast", "case": "renoise drawn", "percent_of_copy": 84.0},
+        *(
+            row | {"case": "group_norm_silu", "shape": [192, 64, 64], "provider": name, "p50_us": us,
+                   "percent_of_copy": 79.0, "largest_tensor_bytes": 33e6}
+            for name, us in (("cmfast", 1.1), ("inductor", 1.0))
+        ),
     ]
     lines = summary.bars({"environment": {"device_type": "cuda"}, "rows": rows})
     assert any(line.startswith("met: denoise 256x3x256x256") for line in lines)
@@ -144,6 +149,9 @@ def test_bars(tmp_path):
     slower = "MISSED: at most 3% slower than inductor at 3x64x64, graph mode: 0 of 1"
     assert any(line.startswith(slower) for line in lines)
     assert any(line.startswith("not measured: euler_step") for line in lines)
+    assert any(line.startswith("MISSED: group_norm_silu 64x192x64x64") for line in lines)
+    assert any(line.startswith("MISSED: at most 3% slower than inductor on maps, graph mode: 0 of 1") for line in lines)
+    assert any(line.startswith("not measured: group_norm_silu on chip, tensors > 32 MB") for line in lines)
 
 
 class TestGpuSteps:
