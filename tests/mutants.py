@@ -72,6 +72,11 @@ def _here(case: str, shape: str = "(2, 3, 7, 3)") -> str:
     return f"tests/ops/test_every_op.py::test_what_auto_takes_here[{shape}-{case}]"
 
 
+def _norm(kind: str, way: str = "one launch", layout: str = "contiguous") -> str:
+    """Group normalisation with what stands around it, through a slab or three launches."""
+    return f"tests/kernels/test_group_norm.py::test_kinds[{way}-{kind}-{layout}]"
+
+
 def _loop(name: str, through: str = "network") -> str:
     return f"tests/test_golden.py::test_sampling_loops[{name}-{through}]"
 
@@ -87,6 +92,8 @@ _GRADIENT_LAYOUT = "tests/kernels/test_every_op.py::test_layout_of_incoming_grad
 _SAME_NOISE = _NOISE + "test_every_operation_draws_the_same_noise[{}]"
 _WORDS = _NOISE + "test_integers_are_those_of_the_reference[{}]"
 _FORMULAS, _DISPATCH = "tests/ops/test_formulas.py::", "tests/ops/test_dispatch.py::"
+_NORM = "tests/kernels/test_group_norm.py::"
+_DROPS = _NORM + "test_dropout_keeps_what_the_reference_keeps[one launch-{}-numbers-contiguous]"
 _SOUND = "tests/aot/test_programs.py::test_a_program_is_sound[{}-sm_90]"
 
 COMMON = [
@@ -338,6 +345,101 @@ SOLVERS = [
      "tensors = model_output, model_output_next, x_t, sigma, sigma, next_sigma", _kernel("heun_corrector"), 2, 1),
 ]  # fmt: skip
 
+NORM_TILES = [
+    ("rows of scale taken for dense", "row * scale_stride + channel", "row * shift_stride * 0 + channel",
+     _norm("film")),
+    ("shift of the first sample for all", "row * shift_stride + channel", "channel", _norm("film")),
+    ("shift scaled too", "bias * factor + load_state(shift_ptr, row * shift_stride + channel, live)",
+     "(bias + load_state(shift_ptr, row * shift_stride + channel, live)) * factor", _norm("film")),
+    ("groups of another size", "(k // GROUP)[None, :]", "(k // GROUPS)[None, :]", _norm("plain")),
+    ("two Newton steps", "    r = r * (2.0 - d * r)\n    r = r * (2.0 - d * r)\n", "    r = r * (2.0 - d * r)\n",
+     _norm("plain")),
+    ("groups of dropout's counters by channels alone", "tl.int64)[:, None] * ((channels + 3) // 4)",
+     "tl.int64)[:, None] * (channels // 4)", _DROPS.format("(3, 30, 5, 7)-5")),
+    ("words in the wrong order", "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))",
+     _DROPS.format("(3, 30, 5, 7)-5")),
+    ("what is kept not scaled", "keep_scale, 0.0)", "1.0, 0.0)", _norm("dropout")),
+    ("slabs that share a counter of dropout", "if last else (4,)", "if last else (1,)",
+     _DROPS.format("(3, 30, 5, 7)-5")),
+    ("a projection's rows copied", "t if t.stride(-1) == 1 else t.contiguous()", "t.contiguous()",
+     _NORM + "test_rows_of_a_projection_are_not_copied"),
+    ("columns taken for dense", "t if t.stride(-1) == 1 else t.contiguous()", "t",
+     _NORM + "test_layouts[one launch-sliced]"),
+    ("last part of a map left out", "-(-self.pixels // (self.rows * self.steps))",
+     "max(1, self.pixels // (self.rows * self.steps))", _norm("plain", "three launches")),
+    ("part of a map counted in 32 bits", "(program // tiles % parts).to(tl.int64)", "(program // tiles % parts)",
+     _SOUND.format("group_norm_silu, 192 of 64x64")),
+    ("slabs of more than registers hold", "(16384, 8192)", "(65536, 32768)",
+     _SOUND.format("group_norm_silu, 384 of 16x16, sum")),
+    ("slabs of less than a sector for many samples", "(slab >= units[0] or ", "(True or ",
+     _NORM + "test_slabs_are_whole_groups_that_share_no_counter[192]"),
+]  # fmt: skip
+
+NORM = [
+    ("statistics of the sum before it is rounded", "value = rounded.to(tl.float32)", "value = value.to(tl.float32)",
+     _NORM + "test_dtypes[one launch-bfloat16-contiguous]"),
+    ("the bias where there is no element", "tl.where(mask, value + x_bias[None, :], 0.0)", "value + x_bias[None, :]",
+     _NORM + "test_a_large_bias[three launches-sum]"),
+    ("SiLU without its factor", "z = z * sigmoid(z)", "z = sigmoid(z)", _norm("plain")),
+    ("variance of a sample", "over_group(squares, GROUP, GROUPS, CHANNELS), count)",
+     "over_group(squares, GROUP, GROUPS, CHANNELS), count - 1.0)", _norm("plain")),
+    ("rest of the mean forgotten", "    value -= rest[None, :]\n", "",
+     _NORM + "test_large_means[one launch--1000.0-x_bias-contiguous]"),
+    ("variances of E[x^2] - E[x]^2", "    center = tl.div_rn(tl.sum(value, 0), tl.minimum(pixels - start, ROWS).to(",
+     "    center = 0.0 * tl.div_rn(tl.sum(value, 0), tl.minimum(pixels - start, ROWS).to(",
+     _NORM + "test_large_means[three launches-50.0-film-contiguous]"),
+    ("first tile of a part alone", "for step in range(1, STEPS):", "for step in range(1, 1):",
+     _norm("plain", "three launches", "channels_last")),
+    ("parts of equal weight", "tl.where(part < parts, tl.minimum(pixels - part * PART, PART), 0)",
+     "tl.where(part < parts, PART, 0)", _norm("plain", "three launches", "channels_last")),
+    ("channels' means not told apart", "+ mean * mean * count)", ")", _norm("plain", "three launches")),
+    ("eps of the deviation", "tl.sqrt_rn(variance + eps))", "(tl.sqrt_rn(variance) + eps))", _norm("all")),
+    ("a bias that is in the sum already, again", "(residual is None) == alone", "True",
+     _norm("sum", "three launches")),
+]  # fmt: skip
+
+NORM_BWD = [
+    ("slope of SiLU without its second part", "dz *= s * (1.0 + z * (1.0 - s))", "dz *= s", _norm("plain")),
+    ("dropout forgotten in the backward pass", "    if DROPOUT:\n        dz *= kept(",
+     "    if False:\n        dz *= kept(", _norm("dropout")),
+    ("gradient of the scale without the bias", "weight * s_2 + bias * s_1", "weight * s_2", _norm("film")),
+    ("gradient of the weight without the scale", "factor * s_2, mask=live", "s_2, mask=live", _norm("film")),
+    ("gradient through the variance forgotten", " - xhat * mean_2[None, :])", ")", _norm("plain")),
+    ("gradient through the mean without the weight", "over_group(gain * s_1,", "over_group(s_1,", _norm("plain")),
+    ("gradient of the sum's own use forgotten", "    if TOTAL:\n        grad +=", "    if False:\n        grad +=",
+     _norm("residual")),
+    ("mean of the sum without its bias", "        mean -= load_state(x_bias_ptr, channel, live)\n", "        pass\n",
+     _norm("x_bias")),
+    ("first tile of a part alone", "for step in range(STEPS):", "for step in range(1):",
+     _norm("plain", "three launches", "channels_last"), 2, 1),
+    ("gradient of the first tile of a part alone", "for step in range(STEPS):", "for step in range(1):",
+     _norm("plain", "three launches", "channels_last"), 2, 2),
+    ("a map's gradient in its own layout", "grad = dense(grad, x)", "grad = dense(grad)",
+     _NORM + "test_layout_of_incoming_gradients[one launch-channels_last]"),
+]  # fmt: skip
+
+NORM_OP = [
+    ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
+     _NORM + "test_only_what_was_normalised_is_kept"),
+    ("gradient of the sum not added to that of x", "grad_sum if grads[0] is None else grads[0] + grad_sum", "grad_sum",
+     _NORM + "test_gradients_of_gradients[all]"),
+    ("parameters taken for noise levels", "*tensors, draw, levels=False)", "*tensors, draw)",
+     "tests/ops/test_compile.py::test_group_norm[triton-training-all-a slab]"),
+]  # fmt: skip
+
+REFERENCE_NORM = [
+    ("variance of a sample", "correction=0", "correction=1",
+     "tests/ops/test_group_norm.py::test_is_what_pytorchs_modules_make"),
+    ("statistics of the sum before it is rounded", "(total + residual.to(wide)).to(x.dtype)",
+     "(total + residual.to(wide))", "tests/ops/test_group_norm.py::test_rounds_once[sum-torch.bfloat16]"),
+    ("scale without one", "z * (1 + scale.to(wide)", "z * (scale.to(wide)",
+     "tests/ops/test_group_norm.py::test_is_what_pytorchs_modules_make"),
+    ("groups of dropout's counters reach over pixels", "groups = -(-count // 4)", "groups = -(-count // 2)",
+     "tests/ops/test_group_norm.py::TestDropout::test_words_are_philoxs"),
+    ("words below the threshold kept", "word >= min(", "word < min(",
+     "tests/ops/test_group_norm.py::TestDropout::test_keeps_as_many_as_it_should"),
+]  # fmt: skip
+
 AUTOGRAD = [
     ("results kept for the backward pass returned too", "results[: len(results) - keep]",
      "results[: len(results) - keep + 1]", _kernel("weighted_loss l2")),
@@ -369,6 +471,10 @@ DISPATCH = [
 ]  # fmt: skip
 
 INPLACE = [
+    ("variances of PyTorch in channels_last trusted", "> LARGE_MEAN)", "> float(\"inf\"))",
+     "tests/ops/test_group_norm.py::test_large_means_in_channels_last"),
+    ("the batch overwritten by a sum", "if records or total is x else total.add_(residual)", "if records else "
+     "total.add_(residual)", "tests/ops/test_group_norm.py::test_nothing_that_was_given_changes[residual-contiguous]"),
     ("a denoiser's output overwritten", "model_output.to(torch.float32, copy=True)", "model_output.to(torch.float32)",
      "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise plain]"),
     ("the state overwritten", "(x_t * c_skip).addcmul_", "x_t.mul_(c_skip).addcmul_",
@@ -890,6 +996,9 @@ MUTANTS = [
         "kernels/common.py": COMMON,
         "kernels/launch.py": LAUNCH,
         "kernels/losses.py": LOSSES,
+        "kernels/group_norm.py": NORM,
+        "kernels/group_norm_bwd.py": NORM_BWD,
+        "kernels/group_norm_tiles.py": NORM_TILES,
         "kernels/noise.py": NOISE,
         "kernels/normal.py": NORMAL,
         "kernels/philox.py": PHILOX,
@@ -898,6 +1007,7 @@ MUTANTS = [
         "kernels/renoise.py": RENOISE,
         "kernels/solvers.py": SOLVERS,
         "cmfast/ops/_autograd.py": AUTOGRAD,
+        "cmfast/ops/group_norm.py": NORM_OP,
         "cmfast/ops/_dispatch.py": DISPATCH,
         "cmfast/ops/_inplace.py": INPLACE,
         "cmfast/reference/precondition.py": REFERENCE_PRECONDITION,
@@ -905,6 +1015,7 @@ MUTANTS = [
         "cmfast/reference/noise.py": REFERENCE_NOISE,
         "cmfast/reference/solvers.py": REFERENCE_SOLVERS,
         "cmfast/reference/images.py": REFERENCE_IMAGES,
+        "cmfast/reference/group_norm.py": REFERENCE_NORM,
         "cmfast/reference/lpips.py": REFERENCE_LPIPS,
         "cmfast/precondition.py": PRECONDITIONER,
         "cmfast/denoiser.py": DENOISER,

@@ -99,6 +99,14 @@ def test_a_mean_that_is_far_from_the_first_pixels(way, device):
     check_path(norm, "triton")
 
 
+@pytest.mark.parametrize("kind", ["x_bias", "sum"])
+def test_a_large_bias(kind, way, device):
+    """It is no part of the tile's elements that are none."""
+    norm = make((2, 8, 5, 3), 8, kind, last=True, device=device)
+    norm.tensors["x_bias"].fill_(1000.0)
+    check_path(norm, "triton")
+
+
 def test_one_pixel_in_a_group_is_its_mean(device):
     norm = make((2, 8, 1, 1), 8, "film", device=device)
     _, grads = norm.run_with_grads("triton")

@@ -43,7 +43,7 @@ def test_rounds_once(kind, dtype):
         added = {k: v for k, v in wide.tensors.items() if k not in ("x_bias", "residual")}
         wide = Norm({**added, "x": values[1].double()}, norm.num_groups, norm.options)
     (exact,) = wide.run("reference")
-    assert values[0].dtype == dtype
+    assert all(value.dtype == dtype for value in values)
     assert (values[0].double() - exact).abs().max() <= FLOOR[dtype] * (1 + exact.abs().max())
 
 
