@@ -48,19 +48,21 @@ def test_what_auto_takes_here(case, shape, in_place):
 
 @pytest.mark.parametrize("name", _inplace.FORMS)
 def test_large_batches_take_the_forms_that_write_in_place(name):
-    """On the CPU, in float32, from LEAST elements on; with gradients only those that know them."""
+    """On the CPU, in float32, from LEAST elements on or from one; with gradients only those that know them."""
     x = torch.ones(_inplace.LEAST_WITH_GRADIENTS)
     form = _inplace.FORMS[name]
     reference = getattr(cmfast.reference, name)
+    small = form if name in _inplace.ANY_SIZE else reference
     assert _dispatch.plain(name, x) is form
-    assert _dispatch.plain(name, x[: _inplace.LEAST - 1]) is reference
+    assert _dispatch.plain(name, x[: _inplace.LEAST - 1]) is small
+    assert _dispatch.plain(name, x[:0]) is reference
     assert _dispatch.plain(name, x.double()) is reference and _dispatch.plain(name, x.bfloat16()) is reference
     assert _dispatch.plain(name, x.to("meta")) is reference
     with cmfast.backend("reference"):
         assert _dispatch.plain(name, x) is reference
     x.requires_grad_()
     assert _dispatch.plain(name, x) is (form if name in _inplace.DIFFERENTIABLE else reference)
-    assert _dispatch.plain(name, x[: _inplace.LEAST]) is reference
+    assert _dispatch.plain(name, x[: _inplace.LEAST]) is small
     with torch.no_grad():
         assert _dispatch.plain(name, x) is form
 
