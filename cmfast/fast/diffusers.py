@@ -215,6 +215,13 @@ def _fast_class(base: Any) -> Any:
             """As `cmfast.fast.FastUNet.refresh`."""
             return self._fast.refresh(force)
 
+        @property
+        def input_dtype(self) -> torch.dtype:
+            """As `cmfast.fast.FastUNet.input_dtype`."""
+            return self._fast.dtype or self.dtype
+
+        input_format = torch.channels_last
+
         def compile_parts(self) -> bool:
             """As `cmfast.fast.FastUNet.compile_parts`."""
             return self._fast.compile_parts()

@@ -118,10 +118,8 @@ class FastUNet(UNetModel):
         """What it computes in, and so takes its input in."""
         return self._fast.dtype or self.dtype
 
-    @property
-    def input_format(self) -> torch.memory_format:
-        """The layout it computes in; the next input follows that of the output."""
-        return torch.channels_last
+    #: The layout it computes in; the next input follows that of the output.
+    input_format = torch.channels_last
 
     def refresh(self, force: bool = False) -> bool:
         """Make anew what was made of weights that have changed since; the forward pass does so itself.

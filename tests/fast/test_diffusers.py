@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import cmfast
 from cmfast.fast import Refused, optimize, refusal
 from tests.fast.test_optimize import Lora, changed_in_place, check
 from tests.tolerances import FLOOR
@@ -146,3 +147,19 @@ def test_errors():
         optimize(model)(x, timesteps)
     with pytest.raises(ValueError, match="class_labels were given"):
         optimize(make("added"))(x, timesteps, labels)
+
+
+def test_in_a_denoiser():
+    """Its inputs come in the dtype and layout that it computes in."""
+    model = cmfast.load(make("published"), preconditioning="consistency")
+    seen = []
+    fast = optimize(model, torch.bfloat16)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = model(x, 3.0, labels)
+        fast.network.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        check(fast(x, 3.0, labels), expected, expected.double(), FLOOR[torch.bfloat16], 4 * expected.abs().max().item())
+        cmfast.Sampler(fast, 2, steps=2).sample(2)
+    assert {x.dtype for x in seen} == {torch.bfloat16} and len(seen) == 3
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert not hasattr(model.network, "refresh") and model.input_format is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,10 @@ from torch import Tensor, nn
 from cmfast.checkpoint import SCHEDULE_KEYWORDS, CheckpointError
 
 SCHEDULER = "CMStochasticIterativeScheduler"
+
+
+#: Attributes of a network that `cmfast.optimize` made; see `cmfast.fast.FastUNet`. Others do not have them.
+_OPTIMISED = ("refresh", "compile_parts", "input_dtype", "input_format", "refusal")
 
 
 class UNet2DNetwork(nn.Module):
@@ -32,10 +35,11 @@ class UNet2DNetwork(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         return self.unet(x, timesteps, class_labels=y).sample
 
-    @property
-    def refresh(self) -> Callable[..., bool]:
-        """That of an optimised network, as `cmfast.fast.FastUNet.refresh`; other networks have none."""
-        return self.unet.refresh
+    def __getattr__(self, name: str) -> Any:
+        """What an optimised network says of itself, such as `refresh`, is said of this one too."""
+        if name in _OPTIMISED:
+            return getattr(self.unet, name)
+        return super().__getattr__(name)
 
 
 def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict[str, Any]]:
