@@ -97,7 +97,8 @@ def _forward(options: dict[str, Any], draw: Draw | None, *tensors: Any) -> tuple
     """y, with a residual the sum, and what the backward pass needs to know of the groups."""
     from cmfast.kernels.group_norm import group_norm_silu_fwd
 
-    return group_norm_silu_fwd(*tensors, draw, **options)
+    arguments: list[Any] = [*tensors, draw]
+    return group_norm_silu_fwd(*arguments, **options)
 
 
 def _of_sum(
