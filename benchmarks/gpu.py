@@ -38,8 +38,8 @@ SECONDS, FINISH_S = "SECONDS", 30
 SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition"
 #: Kernel tests that come first: every operation in the dtypes of use, and what only a GPU shows. The others, which
 #: compile hundreds of kernels more, take the time that is left at the end.
-CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact"
-PYTEST = ["-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact or test_engine_gpu or test_optimize"
+PYTEST = ["-m", "pytest", "tests/kernels", "tests/test_engine_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 
 
 @dataclass(frozen=True)

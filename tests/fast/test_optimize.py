@@ -48,8 +48,16 @@ def run(model, args, autocast: bool = False) -> tuple[torch.Tensor, dict[str, to
     return out.detach(), {"x": x.grad, **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
+def last(args) -> tuple[torch.Tensor, ...]:
+    """The same inputs, x in channels_last: the ordinary network computes in its layout, and rounds otherwise."""
+    return args[0].to(memory_format=torch.channels_last), *args[1:]
+
+
 def check(value, eager, exact, floor, scale, what="") -> None:
-    error, allowed = ((v.double() - exact).abs().max().item() for v in (value, eager))
+    """`eager`: what eager PyTorch makes in the same dtype, in one layout or in several."""
+    every = eager if isinstance(eager, tuple) else (eager,)
+    error = (value.double() - exact).abs().max().item()
+    allowed = max((v.double() - exact).abs().max().item() for v in every)
     assert error <= 2 * allowed + floor * scale, f"{what}: {error:.3g}, eager {allowed:.3g}, of {scale:.3g}"
 
 
@@ -69,7 +77,7 @@ def test_outputs(model, dtype, size):
     cast = copy.deepcopy(model).to(dtype)
     fast = optimize(model, None if dtype == torch.float32 else dtype)
     with torch.no_grad():
-        eager, out = cast(*args), fast(*args)
+        eager, out = (cast(*args), cast(*last(args))), fast(*args)
         assert out.dtype == torch.float32 and fast(args[0].to(dtype), *args[1:]).dtype == dtype
     check(out, eager, exact, FLOOR[dtype], exact.abs().max())
     # Weights in that dtype themselves are the same thing.
@@ -81,15 +89,16 @@ def test_outputs(model, dtype, size):
 def test_gradients(model, dtype):
     args = inputs(model)
     exact_out, exact = run(copy.deepcopy(model).double(), (args[0].double(), *args[1:]))
-    eager_out, eager = run(copy.deepcopy(model).to(dtype), args)
+    cast = copy.deepcopy(model).to(dtype)
+    (eager_out, eager), (eager_last, eager_grads) = run(cast, args), run(cast, last(args))
     fast_out, grads = run(optimize(copy.deepcopy(model), dtype), args)
-    check(fast_out, eager_out, exact_out, FLOOR[dtype], exact_out.abs().max())
+    check(fast_out, (eager_out, eager_last), exact_out, FLOOR[dtype], exact_out.abs().max())
     assert grads.keys() == exact.keys()
     # A bias before a normalisation has no gradient but rounding: errors are measured by the largest gradient.
     scale = max(grad.abs().max().item() for grad in exact.values())
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
-        check(grad, eager[name], exact[name], FLOOR[dtype], scale, name)
+        check(grad, (eager[name], eager_grads[name]), exact[name], FLOOR[dtype], scale, name)
 
 
 def test_float64():
