@@ -27,7 +27,7 @@ DIFFUSERS_VALUE = 1e-5
 #: a float64 run, in either layout; gradients of x differ by up to 1.0e-5.
 FAST_VALUE = 3e-5
 
-#: GOLDEN_FULL_SIZE for the optimised network, which adds in another order: it measures 2.4e-4, and 1.6e-4 from a float64 run,
+#: GOLDEN_FULL_SIZE for the optimised network, which adds in another order: it measures 2.4e-4, and 1.6e-4 from float64,
 #: where the original code's golden numbers lie 2.4e-4 from that.
 GOLDEN_FULL_SIZE_FAST = 5e-4
 

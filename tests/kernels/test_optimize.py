@@ -31,7 +31,7 @@ def on(device, model, args):
 def test_outputs_and_gradients(case, device):
     config, dtype = CASES[case]
     model = small_unet(**config).train("dropout" in config)
-    model, args = on(device, model, inputs(model, 2, size=2 if "dropout" in config else 4))
+    model, args = on(device, model, inputs(model, 2, size=4))
     fast = optimize(model, None if dtype == torch.float32 else dtype)
 
     def measure(network, arguments, backend):
