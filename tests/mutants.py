@@ -971,6 +971,12 @@ FAST_WINOGRAD = [
 ]
 
 FAST_NETWORK = [
+    (
+        "compiling asks nothing",
+        "return _passes[number].refusal is None",
+        "return True",
+        _FAST + "compiling_sees_what_changed_before",
+    ),
     ("changes of structure", "is not Change.STRUCTURE:", "is not None:", _FAST + "a_lora_is_called"),
     ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason", _FAST + "a_hook_is_called"),
     ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _FAST + "a_hook_is_called"),

@@ -129,10 +129,12 @@ def _resample(module: Any, where: str, kind: str) -> Resample:
 
 def _res_block(module: Any, block: Any, where: str) -> ResBlock:
     _named(module, "ResnetBlock2D", where)
-    if module.output_scale_factor != 1 or module.skip_time_act or module.time_emb_proj is None:
-        raise Refused(f"{where} has output_scale_factor, skip_time_act or no time embedding")
+    if module.output_scale_factor != 1:
+        raise Refused(f"{where} has output_scale_factor={module.output_scale_factor}, expected 1")
+    if module.skip_time_act or module.time_emb_proj is None:
+        raise Refused(f"{where} has no projection of the time embedding after a SiLU")
     if module.time_embedding_norm not in ("default", "scale_shift"):
-        raise Refused(f"{where} has time_embedding_norm={module.time_embedding_norm!r}")
+        raise Refused(f"{where} has time_embedding_norm={module.time_embedding_norm!r}, expected default or scale_shift")
     exact(module.nonlinearity, nn.SiLU, f"{where}.nonlinearity")
     resample = None
     for kind in ("up", "down"):
@@ -184,7 +186,7 @@ def fast_unet2d(model: Any, dtype: torch.dtype | None) -> Any:
     kind = base if hasattr(model, "_fast") else _fast_class(base)
     network = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet2d, dtype).looked()
+    network.__dict__["_fast"] = FastPass(network, of_unet2d, dtype)
     return network
 
 
@@ -200,7 +202,7 @@ def _fast_class(base: Any) -> Any:
             class_labels: Tensor | None = None,
             return_dict: bool = True,
         ) -> Any:
-            if not torch.compiler.is_compiling() and self._fast.refusal is not None:
+            if not self._fast.serves:
                 return super().forward(sample, timestep, class_labels, return_dict)
             result = self._fast.run(sample, lambda: _embed(self, sample, timestep, class_labels))
             if not return_dict:

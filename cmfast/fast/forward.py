@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from cmfast import ops
 from cmfast.fast import winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
-from cmfast.fast.weights import Weights
+from cmfast.fast.weights import Weights, geometry
 
 
 class Sum:
@@ -36,13 +36,9 @@ class Sum:
         """The sum, or the given one from now on."""
         if total is None:
             total = self._x if self._residual is None else self._x + self._residual
-            total = total if self._bias is None else total + _per_channel(self._bias)
+            total = total if self._bias is None else total + self._bias[:, None, None]
         self._x, self._residual, self._bias = total, None, None
         return total
-
-
-def _per_channel(bias: Tensor) -> Tensor:
-    return bias[:, None, None]
 
 
 class Forward:
@@ -106,16 +102,15 @@ class Forward:
     def run(self, layers: Layers, h: Sum, embeddings: Iterator[Tensor]) -> Sum:
         """The layers of a block, one after the other."""
         for layer in layers:
-            arguments: tuple[Any, ...] = (h,)
-            if isinstance(layer, ResBlock):
-                arguments = h, next(embeddings)
-                function: Any = self.res_block
+            if isinstance(layer, Resample):
+                h = self.resample(layer, h)
+                continue
+            emb = (next(embeddings),) if isinstance(layer, ResBlock) else ()
+            function: Any = self.res_block if isinstance(layer, ResBlock) else self.attend
+            if self.live and layer.checkpoint():
+                h = self._checkpointed(function, layer, h, *emb)
             else:
-                function = self.attend if isinstance(layer, Attention) else self.resample
-            if self.live and not isinstance(layer, Resample) and layer.checkpoint():
-                h = self._checkpointed(function, layer, h, *arguments[1:])
-            else:
-                h = function(layer, *arguments)
+                h = function(layer, h, *emb)
         return h
 
     def res_block(self, block: ResBlock, x: Sum, emb: Tensor) -> Sum:
@@ -230,15 +225,13 @@ class Forward:
         """oneDNN's convolution with weights in its own layout; the residual is added in the same pass."""
         weight = self.weights.packed(modules, h.shape)
         bias = self.weights.joined(tuple(m.bias for m in modules), False)  # type: ignore[misc]
-        padding = list(getattr(modules[0], "padding", (0, 0)))
-        stride = list(getattr(modules[0], "stride", (1, 1)))
-        geometry = padding, stride, [1, 1], 1
+        options = *geometry(modules[0]), 1
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *geometry, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *options, "none", [], "")
         add: tuple[Any, ...] = "add", 1.0, None, [], None
         if spare:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, h, weight, bias, *geometry, *add)
-        return torch.ops.mkldnn._convolution_pointwise.binary(h, residual, weight, bias, *geometry, *add)
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, h, weight, bias, *options, *add)
+        return torch.ops.mkldnn._convolution_pointwise.binary(h, residual, weight, bias, *options, *add)
 
     def _plain(self, parameter: Any) -> Tensor:
         return self.weights.plain(parameter, self.live)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,9 @@ class FastPass:
         self._reason: str | None = None
         self._watch: Watch | None = None
         self._compiled = False
+        #: By which it is found while Dynamo traces, where it cannot be looked at.
+        self.number = next(_numbers)
+        _passes[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what was made of the modules is made again."""
@@ -35,10 +40,10 @@ class FastPass:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def looked(self) -> FastPass:
-        """Itself, with a plan: while compiling there is none to be made."""
-        self._look()
-        return self
+    @property
+    def serves(self) -> bool:
+        """Whether the fast pass is to be taken now. A compiled region keeps the answer that it was compiled with."""
+        return _serves(self.number)
 
     @property
     def refusal(self) -> str | None:
@@ -92,6 +97,19 @@ class FastPass:
             return Forward(self._plan, weights, dtype, **options)(x, emb)
 
 
+_numbers = itertools.count()
+_passes: weakref.WeakValueDictionary[int, FastPass] = weakref.WeakValueDictionary()
+
+
+def _serves(number: int) -> bool:
+    return _passes[number].refusal is None
+
+
+# Called, not traced, and its answer taken for a constant: what `torch.compiler.assume_constant_result` does, without
+# its import of Dynamo. It takes constants alone, hence the number.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
@@ -107,8 +125,7 @@ class FastUNet(UNetModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNetModel.forward`."""
-        # While compiling, the parts are as they were at the start.
-        if not torch.compiler.is_compiling() and self._fast.refusal is not None:
+        if not self._fast.serves:
             return super().forward(x, timesteps, y)
         self._check_inputs(x, timesteps, y)
         return self._fast.run(x, lambda: self.embed(timesteps, y))
@@ -146,5 +163,5 @@ def fast_unet(model: UNetModel, dtype: torch.dtype | None) -> FastUNet:
     """The fast form of a U-Net, sharing everything with it."""
     network = FastUNet.__new__(FastUNet)
     network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet, dtype).looked()
+    network.__dict__["_fast"] = FastPass(network, of_unet, dtype)
     return network

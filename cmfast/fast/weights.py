@@ -54,12 +54,9 @@ class Weights:
 
     def packed(self, convs: tuple[nn.Module, ...], shape: torch.Size) -> Tensor:
         """The weight of a convolution as oneDNN wants it for inputs of `shape`; of several 1x1, or linear, joined."""
-        conv = convs[0]
-        geometry = (_pair(conv, "padding", 0), _pair(conv, "stride", 1), [1, 1])
-
         def pack(*weights: Tensor) -> Tensor:
             joined = torch.cat([w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in weights])
-            return torch.ops.mkldnn._reorder_convolution_weight(self._cast(joined), *geometry, 1, list(shape))
+            return torch.ops.mkldnn._reorder_convolution_weight(self._cast(joined), *geometry(convs[0]), 1, list(shape))
 
         weights: Any = tuple(c.weight for c in convs)
         return self._made("packed", weights, pack, False, tuple(shape))
@@ -129,9 +126,9 @@ class _Kept:
         return False
 
 
-def _pair(module: nn.Module, name: str, default: int) -> list[int]:
-    """A setting of a convolution; a linear layer has none."""
-    return list(getattr(module, name, (default, default)))
+def geometry(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
+    """Padding, stride and dilation of a planned convolution; a linear layer is one of 1x1."""
+    return list(getattr(module, "padding", (0, 0))), list(getattr(module, "stride", (1, 1))), [1, 1]
 
 
 def _matrix(parameter: Tensor) -> Tensor:

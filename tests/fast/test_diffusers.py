@@ -128,7 +128,7 @@ def test_parts_of_another_kind_are_called():
         ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
         ({"act_fn": "gelu"}, "nonlinearity is a GELU, expected SiLU"),
         ({"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")}, "down_blocks.0 is a SkipDownBlock2D"),
-        ({"mid_block_scale_factor": 2.0}, "mid_block.resnets.0 has output_scale_factor"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block.resnets.0 has output_scale_factor=2.0, expected 1"),
         ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "downsample_padding": 0}, "padding=0, expected 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -152,6 +152,20 @@ def test_one_compiled_graph(mode):
         assert relative_error(compiled(*args), model(*args)) < FAST_VALUE
 
 
+def test_compiling_sees_what_changed_before():
+    """A part of another kind, and a copy that nobody has called yet."""
+    model = small_unet().eval()
+    args = inputs(model)
+    fast = optimize(model)
+    layers = model.middle_block[0].in_layers
+    layers[2] = Lora(layers[2])
+    with torch.no_grad():
+        assert relative_error(torch.compile(fast, backend="aot_eager")(*args), model(*args)) < FAST_VALUE
+        other = copy.deepcopy(optimize(small_unet().eval()))
+        compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+        assert relative_error(compiled(*args), small_unet().eval()(*args)) < FAST_VALUE
+
+
 def test_layout_of_the_input_does_not_matter(model):
     args = inputs(model)
     fast = optimize(model)
