@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -30,7 +29,7 @@ from torch import Tensor
 import cmfast
 from benchmarks import summary, timing
 from benchmarks.cases import CASES, Config, Inputs, configs, exact, make_inputs, operation, run
-from benchmarks.environment import environment
+from benchmarks.record import Record
 from cmfast import reference
 from tests.tolerances import FLOOR
 
@@ -277,34 +276,6 @@ def _samples(
     return timing.interleave(slices, budget_s), calls, broken
 
 
-class Record:
-    """The JSON file, whole after every configuration: a run that is stopped leaves what it measured."""
-
-    def __init__(self, folder: Path, device: torch.device, command: str) -> None:
-        self.result: dict[str, Any] = {
-            "schema": 1,
-            "environment": environment(device) | {"command": command},
-            "note": None,
-            "copy_bandwidth": [],
-            "truncated": False,
-            "not_started": [],
-            "failures": [],
-            "rows": [],
-        }
-        if device.type != "cuda":
-            self.result["note"] = (
-                "measured on a CPU, where cmfast takes plain PyTorch, some of it in place: tells nothing of a GPU"
-            )
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.result["environment"]["device"]).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"kernels-{name}.json"
-
-    def write(self) -> None:
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(unfinished, self.path)
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/kernels.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
@@ -350,7 +321,11 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no GPU here", file=sys.stderr)
         return 2
-    record = Record(options.out, device, _command(options))
+    record = Record("kernels", options.out, device, _command(options), note=None, copy_bandwidth=[])
+    if device.type != "cuda":
+        record.result["note"] = (
+            "measured on a CPU, where cmfast takes plain PyTorch, some of it in place: tells nothing of a GPU"
+        )
     result = record.result
     gpu = result["environment"]["gpu"]
     refusal = inductor_refusal(device)

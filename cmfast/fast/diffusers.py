@@ -134,7 +134,8 @@ def _res_block(module: Any, block: Any, where: str) -> ResBlock:
     if module.skip_time_act or module.time_emb_proj is None:
         raise Refused(f"{where} has no projection of the time embedding after a SiLU")
     if module.time_embedding_norm not in ("default", "scale_shift"):
-        raise Refused(f"{where} has time_embedding_norm={module.time_embedding_norm!r}, expected default or scale_shift")
+        norm = module.time_embedding_norm
+        raise Refused(f"{where} has time_embedding_norm={norm!r}, expected 'default' or 'scale_shift'")
     exact(module.nonlinearity, nn.SiLU, f"{where}.nonlinearity")
     resample = None
     for kind in ("up", "down"):
