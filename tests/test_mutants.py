@@ -1,10 +1,11 @@
-"""The table of faults (mutants.py) fits the code: `make mutants` makes them."""
+"""The tables of faults (tests/faults) fits the code: `make mutants` makes them."""
 
 import ast
 
 import pytest
 
-from tests.mutants import MUTANTS, ROOT
+from tests.faults import MUTANTS
+from tests.mutants import ROOT
 
 TEXTS = {file: (ROOT / file).read_text(encoding="utf-8") for file in {m.file for m in MUTANTS}}
 

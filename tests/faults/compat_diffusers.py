@@ -1,0 +1,77 @@
+"""What stands in for diffusers."""
+
+CONVERTED = "tests/compat/test_diffusers_convert.py::test_"
+SCHEDULED = "tests/compat/test_diffusers_scheduler.py::test_"
+ACCELERATED = "tests/compat/test_diffusers_pipeline.py::test_"
+DIFFUSERS = "cmfast/compat/diffusers/"
+
+DIFFUSERS_CONFIG = [
+    ("the middle attention without normalisation", "in ((32,) if scale_shift else (None, 32)):", "in (None, 32):",
+     CONVERTED + "what_cannot_be_converted_from[attn_norm_num_groups-1]"),
+    ("unknown options are passed over", 'not key.startswith("_") and value:', 'not key.startswith("_") and False:',
+     CONVERTED + "what_cannot_be_converted_from[learned_skip-]"),
+    ("a head of one width at every level", "for width in attended}\n    if len(dims) == 1:",
+     "for width in attended}\n    if dims:", CONVERTED + "what_cannot_be_converted_to[num_head_channels-1]"),
+    ("a width that rounds down", "if int(multiple * base) == width else", "if True else",
+     CONVERTED + "every_width_is_met"),
+]  # fmt: skip
+
+DIFFUSERS_CONVERT = [
+    ("keys before queries", '("to_q", "to_k", "to_v")', '("to_k", "to_q", "to_v")',
+     CONVERTED + "same_outputs_and_back[imagenet-like]"),
+    ("upsampling beside attention", 'f"output_blocks.{index}.{1 + attends}"', 'f"output_blocks.{index}.1"',
+     CONVERTED + "same_outputs_and_back[imagenet-like]"),
+    ("weights are shared", "{name: tensor.clone() for name, tensor in state.items()}, assign", "state, assign",
+     CONVERTED + "converted_weights_are_copies"),
+    ("left-over weights", '("not expected", state.keys() - wanted)', '("not expected", set())',
+     CONVERTED + "weights_that_do_not_fit"),
+]  # fmt: skip
+
+DIFFUSERS_SCHEDULER = [
+    ("timesteps are looked up by value", "if timestep.untyped_storage()._cdata == schedule.untyped_storage()._cdata:",
+     "if False:", SCHEDULED + "nothing_is_read_on_the_host[2]"),
+    ("a sample that was changed", "ready[0] is sample and ready[1] == sample._version", "ready[0] is sample",
+     SCHEDULED + "the_fused_input_is_used_once_and_only_for_an_unchanged_sample"),
+    ("another sample", "ready[0] is sample and ready[1] == sample._version", "True",
+     SCHEDULED + "the_fused_input_is_used_once_and_only_for_an_unchanged_sample"),
+    ("the input of a level that s_noise made", "if config.s_noise == 1 and not", "if not",
+     SCHEDULED + "same_numbers_of_other_configurations[s_noise]"),
+    ("s_noise once", "math.sqrt(scale**2 * (sigma", "math.sqrt(scale * (sigma",
+     SCHEDULED + "same_numbers_of_other_configurations[s_noise]"),
+    ("no noise drawn at the last step", "if len(self.timesteps) > 1:", "if following < count - 1:",
+     ACCELERATED + "callbacks_leave_generators_in_step"),
+    ("a step of the wider dtype", "torch.promote_types(sample.dtype, model_output.dtype)", "sample.dtype",
+     SCHEDULED + "mixed_dtypes"),
+    ("saved under this module's name", "CMStochasticIterativeScheduler.__module__ = _Base.__module__\n", "",
+     SCHEDULED + "saved_as_diffusers_own"),
+    ("begin_index in the middle", "self.begin_index if self.step_index is None else self.step_index]",
+     "self.begin_index]", SCHEDULED + "add_noise[fp32]"),
+]  # fmt: skip
+
+DIFFUSERS_PIPELINE = [
+    ("one draw too few", "for _ in levels]", "for _ in levels[1:]]",
+     ACCELERATED + "same_images[as given-conditional-two]"),
+    ("labels before latents", "        channels = self.unet.config.in_channels\n",
+     "        torch.randint(0, 2, (1,))\n        channels = self.unet.config.in_channels\n",
+     ACCELERATED + "same_images[as given-conditional-one]"),
+    ("x_T of the first level, not of sigma_max", "sample.to(wide) / levels[0]",
+     "sample.to(wide) / self.scheduler.init_noise_sigma",
+     ACCELERATED + "same_images[as given-conditional-[30, 12, 5]]"),
+    ("s_noise forgotten", "z if s_noise == 1 else s_noise * z", "z", ACCELERATED + "settings_of_the_scheduler[noise]"),
+    ("pixels cut off", '"nearest" if', '"trunc" if', ACCELERATED + "output_types[3-pil]"),
+    ("offloading is passed over", 'if any("_hf_hook" in vars(m) or', "if any(",
+     ACCELERATED + "what_is_in_the_way_is_said"),
+    ("another network", "engine.unet is not self.unet or", "", ACCELERATED + "changes_are_seen[as given]"),
+    ("another scheduler", " or engine.config != self.scheduler.config", "",
+     ACCELERATED + "changes_are_seen[as given]"),
+    ("labels of two kinds", "labels = labels.to(torch.int64)\n", "pass\n",
+     ACCELERATED + "it_runs_as_one_graph[as given]"),
+    ("every callback", "if i % callback_steps == 0:", "if True:", ACCELERATED + "callbacks[as given]"),
+]  # fmt: skip
+
+FAULTS = {
+    DIFFUSERS + "config.py": DIFFUSERS_CONFIG,
+    DIFFUSERS + "convert.py": DIFFUSERS_CONVERT,
+    DIFFUSERS + "scheduler.py": DIFFUSERS_SCHEDULER,
+    DIFFUSERS + "pipeline.py": DIFFUSERS_PIPELINE,
+}

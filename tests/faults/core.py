@@ -1,0 +1,91 @@
+"""Models, schedules, losses, samplers."""
+
+from tests.faults.ids import loop, loss
+
+PRECONDITIONER = [
+    ("EDM with the boundary of a consistency model", "return cls(sigma_data, 0.0)", "return cls(sigma_data)",
+     "tests/test_denoiser.py::test_identity_at_the_boundary"),
+    ("a model's sigma_min forgotten", "return cls.consistency(sigma_data, sigma_min)",
+     "return cls.consistency(sigma_data)", "tests/test_denoiser.py::test_preconditioner_by_name"),
+]  # fmt: skip
+
+DENOISER = [
+    ("clip forgotten in steps", '"clip": self.clip, "dtype": self.dtype', '"clip": False, "dtype": self.dtype',
+     loop("euler.5.plain.bc.clip")),
+    ("clip forgotten in D", "sigma, clip=self.clip, **self.scaling", "sigma, clip=False, **self.scaling",
+     loop("onestep.40.plain.bc.clip")),
+    ("a hooked Denoiser evaluated by its network", " and not _intercepted(model)", "",
+     "tests/test_engine_changes.py::test_a_changed_model[eager-hook_the_denoiser]"),
+    ("an overridden Denoiser evaluated by its network", " and type(model).forward is Denoiser.forward", "",
+     "tests/test_denoiser.py::test_an_overridden_denoiser_is_called_as_a_whole"),
+    ("boundary of the default model for all", '"boundary": preconditioner.boundary}', '"boundary": 0.002}',
+     loop("euler.5.plain.edm.noclip")),
+]  # fmt: skip
+
+SCHEDULES = [
+    ("levels evenly spaced", "(high + fraction * (low - high)) ** rho", "(high + fraction * (low - high)) ** 1",
+     "tests/test_golden.py::test_karras_sigmas"),
+    ("N intervals for N - 1", "index / max(num_scales - 1, 1)", "index / num_scales",
+     "tests/test_golden.py::test_karras_sigmas"),
+    ("last step not at the grid's end", "round(i * 39 / steps)", "round(i * 40 / steps)",
+     "tests/test_schedules.py::test_step_sigmas"),
+    ("sigma_down from the level before", "return next_sigma * ratio,", "return sigma * ratio,",
+     "tests/test_schedules.py::test_ancestral_levels"),
+    ("sigma_up: a square missing", "(1 - ratio**2) ** 0.5", "(1 - ratio) ** 0.5",
+     "tests/test_schedules.py::test_ancestral_levels"),
+    ("number of scales: end not counted", "((end_scales + 1) ** 2", "(end_scales**2",
+     "tests/test_golden.py::test_ema_and_scales"),
+    ("progdist: last stages as short as the others", "distill_steps_per_iter * 2", "distill_steps_per_iter",
+     "tests/test_schedules.py::test_progdist_halves_then_lingers"),
+]  # fmt: skip
+
+TRAINING_LOSSES = [
+    ("target at the student's level", "_grid_sigma(indices + 1, num_scales, x_start, levels)",
+     "_grid_sigma(indices, num_scales, x_start, levels)", loss("ct.l2.uniform")),
+    ("an index beyond the grid drawn", "_draw_indices(indices, num_scales - 1, x_start)",
+     "_draw_indices(indices, num_scales, x_start)", loss("ct.l2.uniform", "drawn")),
+    ("another dropout mask for the target", "            restore()\n", "            pass\n",
+     "tests/test_losses.py::test_student_and_target_see_the_same_dropout"),
+    ("solvers swapped", 'if solver == "euler":', 'if solver != "euler":', loss("cd.l2.uniform")),
+    ("student's input given to a model of other scalings", "if evaluate.input_options == maker.input_options:",
+     "if True:", "tests/test_losses.py::test_a_function_is_as_good_a_model_as_a_denoiser"),
+    ("target's input at the student's level", "second, next_sigma))", "second, sigma))",
+     "tests/test_losses.py::test_a_function_is_as_good_a_model_as_a_denoiser"),
+    ("target's D by the student's scalings", "target[0].scaling != student.scaling", "False",
+     "tests/test_losses.py::test_a_function_is_as_good_a_model_as_a_denoiser"),
+    ("progressive: N levels, not N intervals", "_grid_sigma(indices + part, num_scales + 1,",
+     "_grid_sigma(indices + part, num_scales,", loss("pd.l2.uniform")),
+    ("progressive: lerp from the wrong end", "torch.lerp(x_t, x_next, ratio)", "torch.lerp(x_next, x_t, ratio)",
+     loss("pd.l2.uniform")),
+    ("huber: c without the root of the dimension", "(x[0].numel() if len(x) else 1) ** 0.5",
+     "(x[0].numel() if len(x) else 1)", "tests/test_losses.py::test_huber_c_grows_with_the_image"),
+]  # fmt: skip
+
+SAMPLERS = [
+    ("multistep: noise of the level before", "            sigma[i + 1],\n            take(noise_fn, x),",
+     "            sigma[i],\n            take(noise_fn, x),", loop("multistep.40.plain.bc.clip")),
+    ("multistep: default sigma_min", "            sigma_min=sigma_min,\n", "",
+     "tests/test_samplers.py::test_a_model_brings_its_own_noise_range"),
+    ("churn by too much", "min(s_churn / steps, 2**0.5 - 1)", "s_churn / steps", loop("heun.6.churn.bc.noclip")),
+    ("churn: a square missing", "max(hat**2 - level**2, 0.0) ** 0.5", "max(hat - level, 0.0) ** 0.5",
+     loop("heun.6.churn.bc.noclip")),
+    ("churn: s_noise forgotten", "[s_noise * max(hat", "[max(hat", loop("heun.6.churn.bc.noclip")),
+    ("churn at every level", "gamma > 0 and bool(low <= np.float32(sigma) <= high)", "gamma > 0",
+     "tests/test_samplers.py::test_churn_adds_noise_only_between_its_bounds"),
+    ("midpoint of the levels themselves", "((hat ** (1 / 3) + to ** (1 / 3)) / 2) ** 3", "(hat + to) / 2",
+     loop("dpm.5.plain.bc.noclip")),
+    ("ancestral: a step to the next level", "ops.euler_step(model_output, x, sigma[i], down[i],",
+     "ops.euler_step(model_output, x, sigma[i], sigma[i + 1],", loop("ancestral.5.plain.bc.noclip")),
+    ("progdist steps to 0", "levels[:-1] if levels[-1] == 0 else levels", "levels",
+     loop("progdist.4.plain.edm.clip")),
+    ("midpoint ancestral: time not moved", "(times[i] + h / 2) * batch", "times[i] * batch",
+     "tests/test_samplers.py::test_midpoint_ancestral_takes_the_time_of_the_midpoint"),
+]  # fmt: skip
+
+FAULTS = {
+    "cmfast/precondition.py": PRECONDITIONER,
+    "cmfast/denoiser.py": DENOISER,
+    "cmfast/schedules.py": SCHEDULES,
+    "cmfast/losses.py": TRAINING_LOSSES,
+    "cmfast/samplers.py": SAMPLERS,
+}

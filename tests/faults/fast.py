@@ -1,0 +1,179 @@
+"""Networks made fast."""
+
+
+_FAST = "tests/fast/test_optimize.py::test_"
+_WINOGRAD_STRIP = "tests/fast/test_winograd.py::test_every_strip[(3, 64, 6, 10)-strip5000]"
+_FAST_OUTPUT = _FAST + "outputs[{}-8-torch.float32]"
+
+
+FAST_PLAN = [
+    (
+        "1x1 taken for any",
+        "!= expected or conv.bias is None",
+        "!= expected and conv.bias is None",
+        _FAST + "errors",
+    ),
+    (
+        "a subclass passes",
+        "if type(module) not in kinds:",
+        "if not isinstance(module, kinds):",
+        _FAST + "a_parametrised_weight_is_used",
+    ),
+    ("parts with a pass of their own", 'if "forward" in vars(module):', 'if "pass" in vars(module):', _FAST + "errors"),
+    ("down for up", 'return Resample("up", conv)', 'return Resample("down", conv)', _FAST_OUTPUT.format("resampling")),
+    ("a skip is forgotten", "if type(skip) is nn.Identity else", "if True else", _FAST_OUTPUT.format("published")),
+    (
+        "scale and shift always",
+        "scale_shift=module.use_scale_shift_norm",
+        "scale_shift=True",
+        _FAST_OUTPUT.format("added"),
+    ),
+]
+
+FAST_FORWARD = [
+    ("no skip", "skips.append(h)", "skips.append(skips[0])", _FAST_OUTPUT.format("published")),
+    ("skips in order", "skips.pop())), emb", "skips.pop(0))), emb", _FAST_OUTPUT.format("published")),
+    ("halves the wrong way", "scale, shift = emb.chunk", "shift, scale = emb.chunk", _FAST_OUTPUT.format("published")),
+    ("embedding without SiLU", "F.linear(F.silu(emb)", "F.linear((emb)", _FAST_OUTPUT.format("published")),
+    (
+        "attention without x",
+        "residual = x.settle()\n        # Views",
+        "residual = h\n        # Views",
+        _FAST_OUTPUT.format("published"),
+    ),
+    ("SiLU before attention", "block.norm, silu=False)", "block.norm, silu=True)", _FAST_OUTPUT.format("published")),
+    ("heads mixed", "permute(2, 0, 3, 1, 4)", "permute(2, 0, 3, 1, 4).flip(0)", _FAST_OUTPUT.format("heads")),
+    (
+        "another epsilon",
+        '"eps": norm.eps',
+        '"eps": 10 * norm.eps',
+        "tests/fast/test_diffusers.py::test_outputs[other groups-torch.float32]",
+    ),
+    ("dropout in evaluation", "return dropout.training and dropout.p > 0", "return dropout.p > 0", _FAST + "dropout"),
+    (
+        "one mask for all",
+        "self._draw._replace(draw=self._draw.draw + 1)",
+        "self._draw._replace(draw=0)",
+        "tests/fast/test_masks.py::test_masks_differ_from_layer_to_layer",
+    ),
+    ("another mask when recomputing", "            self._draw = draw\n", "            pass\n", _FAST + "dropout"),
+    (
+        "bias twice",
+        "return Sum(self.convolve(h, conv, bias=False), residual",
+        "return Sum(self.convolve(h, conv), residual",
+        "tests/kernels/test_optimize.py::test_outputs_and_gradients[published]",
+    ),
+    (
+        "one bias of two",
+        "(block.skip.bias, block.out_conv.bias)",
+        "(block.skip.bias,)",
+        "tests/kernels/test_optimize.py::test_outputs_and_gradients[published]",
+    ),
+    (
+        "the sum is forgotten",
+        "        x.settle(total)\n",
+        "",
+        "tests/kernels/test_optimize.py::test_launches_of_the_published_network",
+    ),
+    (
+        "the result in another dtype",
+        "plan.out_conv).to(x.dtype)",
+        "plan.out_conv)",
+        _FAST + "outputs[published-8-torch.bfloat16]",
+    ),
+]
+
+FAST_WEIGHTS = [
+    (
+        "old weights",
+        "elif kept.signature != _signature(parameters):",
+        "elif False:",
+        _FAST + "changes_are_seen[model-None-changed_in_place]",
+    ),
+    (
+        "versions are not looked at",
+        "0 if p.is_inference() else p._version",
+        "0",
+        _FAST + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
+    ),
+    ("weights for another shape", "kept is None or kept.shape != shape", "kept is None", _FAST + "another_batch_size"),
+    ("new memory", "if not fits or made.is_mkldnn:", "if True:", _FAST + "refresh"),
+    ("force is nothing", "if force or kept.signature", "if kept.signature", _FAST + "refresh"),
+    (
+        "tensors of inference mode",
+        "torch.inference_mode(False), torch.no_grad()",
+        "torch.no_grad()",
+        _FAST + "inference_mode",
+    ),
+    (
+        "a copy for nothing",
+        "and parameter.is_contiguous(memory_format=torch.channels_last):",
+        "and False:",
+        _FAST + "weights_of_the_right_kind_are_not_copied",
+    ),
+]
+
+FAST_WINOGRAD = [
+    ("wrong sign", "(2, 1, -1), (1, 3, -1))", "(2, 1, 1), (1, 3, -1))", _WINOGRAD_STRIP),
+    ("wrong filter", "(0.5, -0.5, 0.5)", "(0.5, 0.5, 0.5)", _WINOGRAD_STRIP),
+    ("bias at another place", "(0, 0, 5, 10)", "(0, 0, 6, 9)", _WINOGRAD_STRIP),
+    ("no zeros around", "        edge.zero_()", "        edge.fill_(1.0)", _WINOGRAD_STRIP),
+    ("residual of another strip", "added[place])", "added[:samples, : 2 * rows])", _WINOGRAD_STRIP),
+    (
+        "odd sizes",
+        "and not any(size % 2 for size in h.shape[2:])",
+        "",
+        "tests/fast/test_winograd.py::test_what_it_does_not_do[odd]",
+    ),
+    (
+        "strides",
+        "        and conv.stride == (1, 1)\n",
+        "",
+        "tests/fast/test_winograd.py::test_what_it_does_not_do[stride]",
+    ),
+    (
+        "strips that differ",
+        "for d in range(min(limit, number), 1, -1) if number % d == 0), 1)",
+        "for d in range(min(limit, number), 1, -1)), 1)",
+        "tests/fast/test_winograd.py::test_strips_are_alike",
+    ),
+    (
+        "other transforms when compiled",
+        "parts[1] - parts[2] - parts[3]",
+        "parts[1] - parts[2] + parts[3]",
+        "tests/fast/test_winograd.py::test_transforms_for_a_compiler[(3, 64, 6, 10)]",
+    ),
+]
+
+FAST_NETWORK = [
+    (
+        "compiling asks nothing",
+        "return _passes[number].refusal is None",
+        "return True",
+        _FAST + "compiling_sees_what_changed_before",
+    ),
+    ("changes of structure", "is not Change.STRUCTURE:", "is not None:", _FAST + "a_lora_is_called"),
+    ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason", _FAST + "a_hook_is_called"),
+    ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _FAST + "a_hook_is_called"),
+    (
+        "packed where gradients flow",
+        "packed = not (waits or differentiable)",
+        "packed = not (waits or live)",
+        _FAST + "gradient_of_the_input_alone[published]",
+    ),
+    (
+        "autocast is ignored",
+        "if self.dtype is None and torch.is_autocast_enabled",
+        "if False and torch.is_autocast_enabled",
+        _FAST + "autocast_is_the_dtype[published]",
+    ),
+    ("float64 packed", "return dtype == torch.float32 and", "return", _FAST + "float64"),
+]
+
+FAULTS = {
+    "cmfast/fast/plan.py": FAST_PLAN,
+    "cmfast/fast/forward.py": FAST_FORWARD,
+    "cmfast/fast/weights.py": FAST_WEIGHTS,
+    "cmfast/fast/winograd.py": FAST_WINOGRAD,
+    "cmfast/fast/network.py": FAST_NETWORK,
+}

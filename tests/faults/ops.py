@@ -1,0 +1,162 @@
+"""Operations: dispatch, gradients, the forms for the CPU, the references."""
+
+from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_NOISE, T_NORM, here, kernel
+
+NORM_OP = [
+    ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
+     T_NORM + "test_only_what_was_normalised_is_kept"),
+    ("gradient of the sum not added to that of x", "grad_sum if grads[0] is None else grads[0] + grad_sum", "grad_sum",
+     T_NORM + "test_gradients_of_gradients[all]"),
+    ("parameters taken for noise levels", "*tensors, draw, levels=False)", "*tensors, draw)",
+     "tests/ops/test_compile.py::test_group_norm[triton-training-all-a slab]"),
+]  # fmt: skip
+
+REFERENCE_NORM = [
+    ("variance of a sample", "correction=0", "correction=1",
+     "tests/ops/test_group_norm.py::test_is_what_pytorchs_modules_make"),
+    ("statistics of the sum before it is rounded", "(total + residual.to(wide)).to(x.dtype)",
+     "(total + residual.to(wide))", "tests/ops/test_group_norm.py::test_rounds_once[sum-torch.bfloat16]"),
+    ("scale without one", "z * (1 + scale.to(wide)", "z * (scale.to(wide)",
+     "tests/ops/test_group_norm.py::test_is_what_pytorchs_modules_make"),
+    ("groups of dropout's counters reach over pixels", "groups = -(-count // 4)", "groups = -(-count // 2)",
+     "tests/ops/test_group_norm.py::TestDropout::test_words_are_philoxs"),
+    ("words below the threshold kept", "word >= min(", "word < min(",
+     "tests/ops/test_group_norm.py::TestDropout::test_keeps_as_many_as_it_should"),
+]  # fmt: skip
+
+AUTOGRAD = [
+    ("results kept for the backward pass returned too", "results[: len(results) - keep]",
+     "results[: len(results) - keep + 1]", kernel("weighted_loss l2")),
+    ("kept results off by one", "saved = output[len(output) - ctx.keep :]",
+     "saved = output[len(output) - ctx.keep - 1 :]", kernel("weighted_loss huber")),
+    ("kept distances dropped", '{"saved": ctx.saved_tensors[count:]} if ctx.keep else {}', "{}",
+     kernel("weighted_loss huber")),
+    ("c_noise carries a gradient", "*(() if levels_vary else [output[i] for i in c_noise])", "",
+     kernel("euler_step", "the_same_results_carry_gradients", "levels given")),
+    ("c_noise never carries a gradient", "() if levels_vary else [output[i] for i in c_noise]",
+     "[output[i] for i in c_noise]", kernel("euler_step")),
+    ("no gradients of levels", "if needed[i] and results[i] is None", "if False", kernel("denoise")),
+    ("one tensor for two inputs gets the gradient of both", "x.view_as(x) if isinstance(x, Tensor)",
+     "x if isinstance(x, Tensor)", "tests/kernels/test_every_op.py::test_one_tensor_as_two_inputs"),
+]  # fmt: skip
+
+DISPATCH = [
+    ("backend not put back", "_chosen.reset(token)", "pass", T_DISPATCH + "test_backend_nests_and_ends"),
+    ("kernels take float64", "KERNEL_DTYPES = (torch.float32,", "KERNEL_DTYPES = (torch.float64, torch.float32,",
+     T_DISPATCH + "test_reasons"),
+    ("dtypes of inputs not looked at", "[*(tensor.dtype for tensor in tensors if tensor.is_floating_point()), *dtypes]",
+     "dtypes", T_DISPATCH + "test_reasons"),
+    ("dtypes of results not looked at", "is_floating_point()), *dtypes]", "is_floating_point())]",
+     T_DISPATCH + "test_dtypes_of_results_count"),
+    ("in-place forms in half precision", ' or x.dtype != torch.float32 for x in tensors', " for x in tensors",
+     "tests/ops/test_every_op.py::test_large_batches_take_the_forms_that_write_in_place"),
+    ("in-place forms where a graph is recorded", "any(x.requires_grad for x in tensors)", "False",
+     here("euler_step")),
+]  # fmt: skip
+
+INPLACE = [
+    ("variances of PyTorch in channels_last trusted", "> LARGE_MEAN)", "> float(\"inf\"))",
+     "tests/ops/test_group_norm.py::test_large_means_in_channels_last"),
+    ("the batch overwritten by a sum", "if records or total is x else total.add_(residual)", "if records else "
+     "total.add_(residual)", "tests/ops/test_group_norm.py::test_nothing_that_was_given_changes[residual-contiguous]"),
+    ("a denoiser's output overwritten", "model_output.to(torch.float32, copy=True)", "model_output.to(torch.float32)",
+     "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise plain]"),
+    ("the state overwritten", "(x_t * c_skip).addcmul_", "x_t.mul_(c_skip).addcmul_",
+     "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise]"),
+    ("lerp by the inverse", "_beside(next_sigma, x_t) / _beside(sigma, x_t)",
+     "_beside(sigma, x_t) / _beside(next_sigma, x_t)", here("euler_step")),
+    ("heun: the whole first slope", "torch.lerp(x_t, x_2, 0.5)", "torch.lerp(x_t, x_2, 1.0)", here("heun_corrector")),
+    ("heun: Euler only where all samples end", "if bool(ends.any()):", "if bool(ends.all()):",
+     here("heun_corrector end", "(3, 4, 16, 16)")),
+    ("huber without minus c", ".sqrt_().sub_(huber_c)", ".sqrt_()", here("weighted_loss huber")),
+    ("gradient of huber: 0 / 0", "torch.where(length > 0, scale / length, 0.0)", "scale / length",
+     T_FORMULAS + "test_huber_without_c_has_gradient_zero_at_zero"),
+    ("gradient of l2 without the factor 2", '(2 if norm == "l2" else 1) / max', "1 / max", here("weighted_loss l2")),
+    ("gradient of the target has the wrong sign", "grad_target = grad_x.neg()", "grad_target = grad_x.clone()",
+     here("weighted_loss l2")),
+    ("student's gradient by c_skip", 'options["sigma_data"], options["boundary"])[1])',
+     'options["sigma_data"], options["boundary"])[0])', here("consistency_loss l2")),
+    ("target's D at the student's level", "_denoised(target, x_t2, next_sigma, *sizes)",
+     "_denoised(target, x_t2, sigma, *sizes)", here("consistency_loss uniform")),
+]  # fmt: skip
+
+REFERENCE_PRECONDITION = [
+    ("c_skip without the boundary", "c_skip = sigma_data**2 / (offset**2 + sigma_data**2)",
+     "c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)", "tests/test_golden.py::test_scalings_and_denoise[bc]"),
+    ("c_out without the boundary", "c_out = sigma_data * offset /", "c_out = sigma_data * sigma /",
+     "tests/test_golden.py::test_scalings_and_denoise[bc]"),
+    ("c_in: root missing", "c_in = 1 / (sigma**2 + sigma_data**2) ** 0.5", "c_in = 1 / (sigma**2 + sigma_data**2)",
+     "tests/test_golden.py::test_scalings_and_denoise[edm]"),
+    ("EDM's c_noise", "250.0 * torch.log(sigma + 1e-44)", "0.25 * torch.log(sigma + 1e-44)", T_FORMULAS + "test_steps"),
+    ("an infinite state reaches a denoiser", "return clip_unit(model_output.to(wide), clip)",
+     "return clip_unit(0 * x_t.to(wide) + model_output.to(wide), clip)",
+     T_FORMULAS + "test_a_function_is_its_own_denoiser"),
+]  # fmt: skip
+
+REFERENCE_LOSSES = [
+    ("snr = 1 / sigma", "snr_weight(sigma**-2,", "snr_weight(sigma**-1,",
+     "tests/test_golden.py::test_loss_weights[snr]"),
+    ("karras weight: a square missing", "snr + 1.0 / sigma_data**2", "snr + 1.0 / sigma_data",
+     "tests/test_golden.py::test_loss_weights[karras]"),
+    ("truncated snr: minimum for maximum", "snr.clamp(min=1)", "snr.clamp(max=1)",
+     "tests/test_golden.py::test_loss_weights[truncated-snr]"),
+    ("huber without minus c", ".sqrt(), 0) - huber_c", ".sqrt(), 0)", T_FORMULAS + "test_distances"),
+    ("huber has slope NaN at 0", "torch.where(positive, radicand, 1).sqrt()", "radicand.sqrt()",
+     T_FORMULAS + "test_huber_without_c_has_gradient_zero_at_zero"),
+    ("l2 not squared", "distance = delta.square().mean(1)", "distance = delta.abs().mean(1)",
+     T_FORMULAS + "test_distances"),
+]  # fmt: skip
+
+REFERENCE_NOISE = [
+    ("nine rounds of Philox", "for _ in range(10):", "for _ in range(9):",
+     T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
+    ("a digit of a multiplier", "0xCD9E8D57", "0xCD9E8D37",
+     T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
+    ("high word of the key is 0", "seed & _MASK, (seed >> 32) & _MASK", "seed & _MASK, 0",
+     T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
+    ("high word of the index ignored", "((index >> 32) & _MASK).expand(shape)", "(index * 0).expand(shape)",
+     T_NOISE + "test_normals_are_those_of_the_reference[torch.float32-(5,)]"),
+    ("draw ignored", "draw_word.expand(shape)", "(0 * draw_word).expand(shape)",
+     T_FORMULAS + "TestCounterNoise::test_draws_seeds_and_indices_differ"),
+    ("radius without the factor 2", "torch.sqrt(-2 * torch.log(", "torch.sqrt(-torch.log(",
+     T_FORMULAS + "TestCounterNoise::test_is_normal"),
+    ("sigma_min forgotten in the noise's scale", "((level - sigma_min) * (level + sigma_min))", "(level * level)",
+     T_FORMULAS + "test_renoise"),
+    ("c_in of the noise's level", "level = sigma if input_sigma is None else input_sigma", "level = sigma",
+     here("add_noise churn")),
+]  # fmt: skip
+
+REFERENCE_SOLVERS = [
+    ("heun: sum of the slopes, not their mean", "0.5 * (d + d_next) * dt", "(d + d_next) * dt",
+     T_FORMULAS + "test_steps"),
+    ("heun: NaN at the end", "torch.where(at_zero, torch.ones_like(next_sigma), next_sigma)", "next_sigma",
+     T_FORMULAS + "test_heun_is_euler_where_the_next_level_is_zero"),
+    ("midpoint by the first slope", "x_t.to(wide) + d_mid * dt", "x_t.to(wide) + d * dt", T_FORMULAS + "test_steps"),
+    ("slope over the next level", "(x.to(wide) - denoised) / per_sample(sigma, x, wide)",
+     "(denoised - x.to(wide)) / per_sample(sigma, x, wide)", T_FORMULAS + "test_steps"),
+]  # fmt: skip
+
+REFERENCE_IMAGES = [
+    ("NaN becomes 255", "nan_to_num(nan=0.0)", "nan_to_num(nan=255.0)", T_FORMULAS + "test_to_uint8"),
+    ("pixels not clamped", ".clamp(0, 255)", "", T_FORMULAS + "test_to_uint8"),
+    ("trunc and nearest swapped", 'if rounding == "nearest":', 'if rounding == "trunc":', T_FORMULAS + "test_to_uint8"),
+]  # fmt: skip
+
+REFERENCE_LPIPS = [
+    ("mean over the channels", ".sum(1).mean((1, 2))", ".mean((1, 2, 3))",
+     "tests/test_perceptual.py::test_layer_is_the_formula"),
+]  # fmt: skip
+
+FAULTS = {
+    "cmfast/ops/_autograd.py": AUTOGRAD,
+    "cmfast/ops/group_norm.py": NORM_OP,
+    "cmfast/ops/_dispatch.py": DISPATCH,
+    "cmfast/ops/_inplace.py": INPLACE,
+    "cmfast/reference/precondition.py": REFERENCE_PRECONDITION,
+    "cmfast/reference/losses.py": REFERENCE_LOSSES,
+    "cmfast/reference/noise.py": REFERENCE_NOISE,
+    "cmfast/reference/solvers.py": REFERENCE_SOLVERS,
+    "cmfast/reference/images.py": REFERENCE_IMAGES,
+    "cmfast/reference/group_norm.py": REFERENCE_NORM,
+    "cmfast/reference/lpips.py": REFERENCE_LPIPS,
+}
