@@ -84,6 +84,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from cmfast import images, sharding
     from cmfast.graphs import GraphError
+    from cmfast.ranks import RankError, ranks
 
     if arguments.num < 1:
         raise ValueError(f"--num must be 1 or more, got {arguments.num}")
@@ -91,7 +92,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if classes is not None:
         classes = [classes[i % len(classes)] for i in range(num)]
     try:
-        with sharding.ranks() as group:
+        with ranks() as group:
             path = group.together(lambda: images.check_output(arguments.out))
             sampler = group.together(lambda: _sampler(arguments, group.local_rank if group.size > 1 else None))
             labels = group.together(lambda: sampler.labels(num, seed=seed, classes=classes))
@@ -102,7 +103,7 @@ def _sample(arguments: argparse.Namespace) -> None:
             if pixels is None:
                 return
             images.save(path, pixels, labels)
-    except (GraphError, sharding.RankError, torch.OutOfMemoryError) as error:
+    except (GraphError, RankError, torch.OutOfMemoryError) as error:
         raise ValueError(str(error)) from error
     by = f" by {group.size} processes" if group.size > 1 else ""
     print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")

@@ -25,7 +25,7 @@ LEVELS = [
     {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema"}
     | {"watch"},
     {"denoiser", "losses", "samplers", "editing", "fast"},
-    {"transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
+    {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "recipes", "quality", "info", "cli", "compat", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cmfast import Denoiser, Sampler, sharding
+from cmfast import Denoiser, Sampler, ranks, sharding
 from tests.toy import ToyNetwork
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -70,7 +70,7 @@ def in_threads(monkeypatch, size, work):
     def start(rank):
         exchange.local.rank = rank
         try:
-            results[rank] = work(sharding.Ranks(rank, rank, size))
+            results[rank] = work(ranks.Ranks(rank, rank, size))
         except Exception as error:
             results[rank] = error
 
@@ -120,7 +120,7 @@ def test_a_rank_that_fails_later(monkeypatch, failing):
     errors = in_threads(monkeypatch, 2, work)
     where = "rank 1: " if failing else ""
     assert [str(error) for error in errors] == [f"{where}RuntimeError: out of luck"] * 2
-    assert all(isinstance(error, sharding.RankError) for error in errors)
+    assert all(isinstance(error, ranks.RankError) for error in errors)
     assert [type(error.__cause__) for error in errors][failing] is RuntimeError
 
 
@@ -129,5 +129,5 @@ def test_a_connection_that_is_lost(monkeypatch):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(dist, "all_reduce", lost)
-    with pytest.raises(sharding.RankError, match="rank 1 lost the connection .*closed by peer"):
-        sharding.Ranks(1, 1, 2).together(lambda: 3)
+    with pytest.raises(ranks.RankError, match="rank 1 lost the connection .*closed by peer"):
+        ranks.Ranks(1, 1, 2).together(lambda: 3)

@@ -111,6 +111,9 @@ ENGINE = [
 SHARDING = [
     ("batches in a row", "starts[group.rank :: group.size], n, labels", "starts[group.rank :], n, labels",
      "tests/test_sharding.py::test_any_number_of_ranks[7-2]"),
+]  # fmt: skip
+
+RANKS = [
     ("the other ranks wait", "failed = torch.tensor([int(failure is not None)])", "failed = torch.tensor([0])",
      "tests/test_sharding.py::test_a_rank_that_fails_later[1]"),
 ]  # fmt: skip
@@ -124,4 +127,5 @@ FAULTS = {
     "cmfast/memory.py": MEMORY,
     "cmfast/engine.py": ENGINE,
     "cmfast/sharding.py": SHARDING,
+    "cmfast/ranks.py": RANKS,
 }

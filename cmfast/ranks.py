@@ -1,0 +1,85 @@
+"""The processes of a run, as `torchrun` starts them: what they do together, and what happens where one fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class RankError(RuntimeError):
+    """Something failed in one of the processes, and so in all; the message says where and what."""
+
+
+class Ranks:
+    """The processes of a run: this one's number (rank), its number on this machine, and how many there are."""
+
+    def __init__(self, rank: int = 0, local_rank: int = 0, size: int = 1) -> None:
+        self.rank, self.local_rank, self.size = rank, local_rank, size
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns here, if it returns everywhere.
+
+        Raises: RankError: it failed on some rank: everywhere, so that no one waits for a rank that gave up. Its own
+            exception, if there is one process only.
+        """
+        if self.size == 1:
+            return work()
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        failed = torch.tensor([int(failure is not None)])
+        try:
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            messages: list[str | None] = [None] * self.size
+            if failed.item():
+                dist.all_gather_object(messages, None if failure is None else _described(failure))
+        except RuntimeError as error:
+            raise RankError(f"rank {self.rank} lost the connection to another: {error}") from (failure or error)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                # What fails on the first rank mostly fails on all, as it would in one process.
+                raise RankError(f"rank {rank}: {message}" if rank else message) from failure
+        return result
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, on the first; nothing on the others. They are on the CPU and of one shape."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
+        dist.gather(x, parts or None)
+        return parts
+
+
+def _described(error: Exception) -> str:
+    """The message; with its type, where it is not one that is written for users."""
+    return str(error) if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
+    """The processes that torchrun started, connected; this one alone if it did not.
+
+    tensors_on: "cuda" where gradients travel between GPUs. Images and messages travel on the host, where gloo does all
+    that is needed, with GPUs or without.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    if tensors_on == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0)), size)
+    finally:
+        dist.destroy_process_group()
