@@ -14,8 +14,9 @@ from cmfast import ops
 #: x -> standard normal noise like x.
 NoiseFn = Callable[[Tensor], Tensor]
 
-#: The draw number that labels use; noise counts up from 0.
+#: The draw numbers that labels and the mirroring of training images use; noise counts up from 0.
 LABEL_DRAW = 0xFFFFFFFF
+FLIP_DRAW = 0xFFFFFFFE
 
 
 class CounterNoise:

