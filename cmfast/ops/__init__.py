@@ -7,11 +7,15 @@ is taken here and why.
 """
 
 from cmfast.ops._dispatch import BACKENDS, FUSED, SMALL, backend, current_backend, explain
+from cmfast.ops.averages import ema_update_
+from cmfast.ops.draw import Below, Drawn, Grid, Levels, LogNormal, draw_levels, draw_pair
+from cmfast.ops.dropout import dropout
 from cmfast.ops.group_norm import group_norm_silu
 from cmfast.ops.images import to_uint8
 from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.ops.lpips import lpips_layer
 from cmfast.ops.noise import Draw, add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
+from cmfast.ops.optimizer import adam_ema_, grad_norm, radam_ema_
 from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
 
@@ -20,7 +24,13 @@ __all__ = [
     "FUSED",
     "SMALL",
     "WEIGHTINGS",
+    "Below",
     "Draw",
+    "Drawn",
+    "Grid",
+    "Levels",
+    "LogNormal",
+    "adam_ema_",
     "add_noise",
     "add_noise_pair",
     "backend",
@@ -29,8 +39,13 @@ __all__ = [
     "current_backend",
     "denoise",
     "denoise_to_uint8",
+    "draw_levels",
+    "draw_pair",
+    "dropout",
+    "ema_update_",
     "euler_step",
     "explain",
+    "grad_norm",
     "group_norm_silu",
     "heun_corrector",
     "heun_predictor",
@@ -39,6 +54,7 @@ __all__ = [
     "lpips_layer",
     "midpoint_corrector",
     "normal",
+    "radam_ema_",
     "renoise",
     "scale_input",
     "scalings",

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmfast import reference
-from cmfast.ops import _inplace
+from cmfast.ops import _inplace, _multi
 from cmfast.reference import Draw
 
 BACKENDS = ("auto", "triton", "reference")
@@ -41,6 +42,10 @@ FUSED = (
     "weighted_loss",
     "consistency_loss",
     "group_norm_silu",
+    "ema_update_",
+    "grad_norm",
+    "radam_ema_",
+    "adam_ema_",
 )
 #: Those that make a few numbers for each sample, and need none.
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int")
@@ -148,7 +153,7 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
     return _transform_refusal()
 
 
-def _subclass_refusal(tensors: list[Tensor]) -> str | None:
+def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
@@ -210,6 +215,18 @@ def plain(name: str, *inputs: Any) -> Callable[..., Any]:
     return _inplace.FORMS[name]
 
 
+def plain_list(name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The same for an operation on lists of tensors: its form for the CPU, where all are float32."""
+    first = tensors[0]
+    if first.device.type != "cpu" or current_backend() != "auto" or torch.compiler.is_compiling():
+        return getattr(reference, name)
+    if set(map(attrgetter("dtype"), tensors)) != {torch.float32}:
+        return getattr(reference, name)
+    if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
+        return getattr(reference, name)
+    return _multi.FORMS[name]
+
+
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
@@ -233,6 +250,6 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     reason = reason or "Triton's interpreter is for tests: backend 'triton' chooses it"
     if chosen == "triton":
         return "refused", reason
-    if name in _inplace.FORMS and device.type == "cpu" and dtype == torch.float32:
+    if (name in _inplace.FORMS or name in _multi.FORMS) and device.type == "cpu" and dtype == torch.float32:
         return "in place", reason
     return "reference", reason

@@ -5,6 +5,19 @@ and is the yardstick of every fast path. Coefficients and sums are computed in f
 input is float64), whatever the dtype of the tensors; results are rounded once, at the end.
 """
 
+from cmfast.reference.averages import ema_update_
+from cmfast.reference.draw import (
+    LEVEL_DRAW,
+    Below,
+    Grid,
+    Levels,
+    LogNormal,
+    draw_index,
+    draw_levels,
+    draw_pair,
+    level_below,
+)
+from cmfast.reference.dropout import dropout
 from cmfast.reference.group_norm import dropout_mask, group_norm_silu
 from cmfast.reference.images import to_uint8
 from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
@@ -19,29 +32,44 @@ from cmfast.reference.noise import (
     renoise,
     uniform_int,
 )
+from cmfast.reference.optimizer import adam_ema_, grad_norm, radam_ema_
 from cmfast.reference.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.reference.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
 
 __all__ = [
-    "Draw",
+    "LEVEL_DRAW",
     "WEIGHTINGS",
+    "adam_ema_",
+    "Below",
+    "Draw",
+    "Grid",
+    "Levels",
+    "LogNormal",
     "add_noise",
     "add_noise_pair",
     "c_noise",
     "consistency_loss",
     "denoise",
     "denoise_to_uint8",
+    "draw_index",
+    "draw_levels",
+    "draw_pair",
+    "dropout",
     "dropout_mask",
+    "ema_update_",
     "euler_step",
+    "grad_norm",
     "group_norm_silu",
     "heun_corrector",
     "heun_predictor",
     "init_noise",
+    "level_below",
     "loss_weight",
     "lpips_layer",
     "midpoint_corrector",
     "normal",
     "philox4x32",
+    "radam_ema_",
     "renoise",
     "scale_input",
     "scalings",

@@ -1,0 +1,263 @@
+"""Averages of a model's parameters over training: several, in one pass; a target network may be one of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast import ops
+from cmfast.rates import Given, Rate, parse_rate
+
+Parameters = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Averages:
+    """K averages of parameters: average_k <- average_k + (1 - rate_k) (parameter - average_k) at every update.
+
+    They start as the parameters are, lie as these do in memory, and are float32 (float64 for float64), whatever the
+    parameters' dtype. Parameters that are `DTensor`s (FSDP) have averages that are sharded alike, each rank's part
+    updated there.
+
+    parameters   a module, wrapped by DDP or torch.compile or not, or (name, tensor) pairs
+    rates        one for each average: a `cmfast.rates.Rate`, a number, or the text of one ("power:0.05")
+    targets      modules whose weights are an average, by its number: a target network. They get the parameters' values
+                 now, and those of the average at every update; float32 weights are the average's own memory. A module's
+                 buffers follow those of the module that is averaged.
+
+    Raises: TypeError, ValueError: no parameters, or a rate, dtype or target that does not fit; the message names it.
+
+    >>> model = nn.Linear(2, 1)
+    >>> averages = Averages(model, [0.5, "power:0.05"])
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> averages.update_()
+    >>> bool((averages.tensors(1)[0] == 0).all())  # after one step a power function has forgotten where it started
+    True
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        rates: Sequence[Rate | float | str],
+        *,
+        targets: Mapping[int, nn.Module] | None = None,
+    ) -> None:
+        self.model = unwrap(parameters) if isinstance(parameters, nn.Module) else None
+        pairs = list(_named(parameters))
+        if not pairs:
+            raise ValueError("there are no parameters to average")
+        #: The parameters' names, without what DDP and torch.compile put before them.
+        self.names = [name for name, _ in pairs]
+        self._parameters = [parameter for _, parameter in pairs]
+        for name, parameter in pairs:
+            if not parameter.is_floating_point():
+                raise TypeError(f"parameter {name!r} is {parameter.dtype}: averages are of floating numbers")
+        self.device = self._parameters[0].device
+        #: How fast each forgets.
+        self.schedules = [parse_rate(rate) for rate in rates]
+        #: Updates so far, int64 on the device.
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._rates = torch.tensor([rate.constant or 0.0 for rate in self.schedules], dtype=torch.float64)
+        self._rates = self._rates.to(self.device)
+        for rate in self.schedules:
+            if isinstance(rate, Given):
+                rate.value = rate.value.to(self.device)
+        with torch.no_grad():
+            self._averages = [[_average_of(p) for p in self._parameters] for _ in self.schedules]
+        #: Weights of targets in another dtype, and the averages they are rounded from.
+        self._rounded: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for k, target in (targets or {}).items():
+            self._share(k, unwrap(target))
+        self._position = {id(p): i for i, p in enumerate(self._parameters)}
+        self._locals = [list(map(local, tensors)) for tensors in self._averages]
+
+    def __len__(self) -> int:
+        return len(self.schedules)
+
+    def rates(self, step: Tensor | None = None) -> Tensor:
+        """The rates [K] of update number `step` (1 is the first; default: the next), float64 on the device, where the
+        number may be a tensor. The same memory at every call."""
+        step = self.step + 1 if step is None else step
+        for k, rate in enumerate(self.schedules):
+            if rate.constant is None:
+                self._rates[k].copy_(rate(step))
+        return self._rates
+
+    @torch.no_grad()
+    def update_(self, parameters: Parameters | None = None) -> None:
+        """One update, from the parameters they were made of or from others in the same order."""
+        tensors = self._parameters if parameters is None else [p for _, p in _named(parameters)]
+        ops.ema_update_(list(map(local, tensors)), self._locals, self.rates())
+        self.advance()
+
+    def advance(self, skipped: Tensor | None = None) -> None:
+        """What follows an update of the averages: count it, unless `skipped` is 1, and bring the targets along."""
+        self.step.add_(1 if skipped is None else (1 - skipped).to(torch.int64))
+        self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for values, sources in (self._rounded, self._buffers):
+            if values:
+                torch._foreach_copy_(values, sources)
+
+    def of(self, parameter: Tensor) -> list[Tensor] | None:
+        """The K averages of one of the parameters, this rank's part of them; None for another tensor."""
+        i = self._position.get(id(parameter))
+        return None if i is None else [tensors[i] for tensors in self._locals]
+
+    def except_for(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The parameters that are not among these, and their averages [K]."""
+        known = set(map(id, parameters))
+        rest = [i for i, p in enumerate(self._parameters) if id(p) not in known]
+        return [local(self._parameters[i]) for i in rest], [[tensors[i] for i in rest] for tensors in self._locals]
+
+    def tensors(self, k: int) -> list[Tensor]:
+        """Average k, in the order of `names`: the memory itself."""
+        return self._averages[k]
+
+    def module(self, k: int, model: nn.Module | None = None) -> nn.Module:
+        """A copy of the model, or of another that has its parameters, whose weights are average k: to sample or save.
+
+        Raises: ValueError: these averages were made of tensors, and no model is given.
+        """
+        model = self.model if model is None else unwrap(model)
+        if model is None:
+            raise ValueError("these averages were made of tensors, not of a module: give the model to copy")
+        duplicate = copy.deepcopy(model).requires_grad_(False)
+        self.copy_to(duplicate, k)
+        return duplicate
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module, k: int) -> None:
+        """Set a module's parameters to average k, each in its own dtype, and its buffers to those of the model.
+
+        Raises: ValueError: its parameters have other names or shapes.
+        """
+        parameters = self._parameters_of(unwrap(module))
+        for parameter, average in zip(parameters, self._averages[k]):
+            parameter.copy_(_like(average, parameter))
+        for buffer, source in zip(*self._buffers_of(unwrap(module))):
+            buffer.copy_(source)
+
+    def state_dict(self) -> dict[str, Any]:
+        """`step`, `rates` (the text of each), `given` (values set from outside) and `averages`: a name -> tensor for
+        each. The tensors are the memory itself: copy what must not change."""
+        return {
+            "step": self.step,
+            "rates": [str(rate) for rate in self.schedules],
+            "given": [rate.value for rate in self.schedules if isinstance(rate, Given)],
+            "averages": [dict(zip(self.names, tensors)) for tensors in self._averages],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises: ValueError: it has other rates, or averages of other parameters; the message names them.
+        """
+        rates = [str(rate) for rate in self.schedules]
+        if list(state["rates"]) != rates:
+            raise ValueError(f"the state has averages with rates {list(state['rates'])}, not {rates}")
+        for k, tensors in enumerate(state["averages"]):
+            _same_names(list(tensors), self.names, f"average {k} of the state")
+            for name, average in zip(self.names, self._averages[k]):
+                if tensors[name].shape != average.shape:
+                    raise ValueError(
+                        f"{name!r} of the state is {list(tensors[name].shape)}, the parameter {list(average.shape)}"
+                    )
+        for tensors, averages in zip(state["averages"], self._averages):
+            for name, average in zip(self.names, averages):
+                average.copy_(tensors[name])
+        self.step.copy_(state["step"])
+        given = [rate for rate in self.schedules if isinstance(rate, Given)]
+        for rate, value in zip(given, state["given"], strict=True):
+            rate.value.copy_(value)
+        self._follow()
+
+    @torch.no_grad()
+    def _share(self, k: int, target: nn.Module) -> None:
+        """Make the weights of a target average k."""
+        if not 0 <= k < len(self):
+            raise ValueError(f"there is no average {k} for a target: there are {len(self)}")
+        for i, weight in enumerate(self._parameters_of(target)):
+            average = self._averages[k][i]
+            weight.copy_(average)
+            if weight.dtype == average.dtype:
+                # Not `.data`, whose writes leave no trace in the weight's version.
+                self._averages[k][i] = weight.detach()
+            else:
+                self._rounded[0].append(local(weight.detach()))
+                self._rounded[1].append(local(average))
+        for buffer, source in zip(*self._buffers_of(target)):
+            self._buffers[0].append(buffer)
+            self._buffers[1].append(source)
+
+    def _parameters_of(self, module: nn.Module) -> list[Tensor]:
+        """A module's parameters, in the order of `names`."""
+        parameters = dict(_named(module))
+        _same_names(list(parameters), self.names, f"{type(module).__name__}")
+        for name, like in zip(self.names, self._parameters):
+            if parameters[name].shape != like.shape:
+                raise ValueError(
+                    f"{name!r} is {list(parameters[name].shape)} in the {type(module).__name__}, and "
+                    f"{list(like.shape)} where it is averaged"
+                )
+        return [parameters[name] for name in self.names]
+
+    def _buffers_of(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """A module's buffers, and those of the model that has them too."""
+        if self.model is None:
+            return [], []
+        sources = dict(self.model.named_buffers())
+        pairs = [(buffer, sources[name]) for name, buffer in module.named_buffers() if name in sources]
+        return [buffer for buffer, _ in pairs], [source for _, source in pairs]
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DDP and torch.compile."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _named(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        for name, parameter in unwrap(parameters).named_parameters():
+            yield name.replace("_orig_mod.", ""), parameter
+        return
+    for i, item in enumerate(parameters):
+        yield (str(i), item) if isinstance(item, Tensor) else (item[0], item[1])
+
+
+def _average_of(parameter: Tensor) -> Tensor:
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return parameter.detach().to(dtype, copy=True)
+
+
+def _like(average: Tensor, parameter: Tensor) -> Tensor:
+    """All of a sharded average for a parameter that is whole."""
+    gather: Callable[[], Tensor] | None = getattr(average, "full_tensor", None)
+    return average if gather is None or hasattr(parameter, "full_tensor") else gather()
+
+
+def _same_names(names: list[str], wanted: list[str], what: str) -> None:
+    missing, unknown = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
+    if missing or unknown:
+        differ = {"missing": missing, "unknown": unknown}
+        lists = "; ".join(f"{kind} {', '.join(found)}" for kind, found in differ.items() if found)
+        raise ValueError(f"{what} has other parameters: {lists}")

@@ -1,0 +1,81 @@
+"""Lists of tensors, as of a model's parameters: checks, and one layout for all tensors that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from cmfast.ops._check import DTYPES
+
+Lists = list[list[Tensor]]
+_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+
+
+def check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    """As many floating tensors as `like`, the parameters, has, each of its parameter's shape; all on one device.
+
+    Raises: TypeError, ValueError: the message names the list and the tensor.
+    """
+    if isinstance(tensors, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"{name} must be a list of tensors")
+    if len(tensors) != len(like):
+        raise ValueError(f"{name} has {len(tensors)} tensors for {len(like)} parameters")
+    if not set(map(_dtype, tensors)) <= set(DTYPES):
+        wrong = next(x.dtype for x in tensors if x.dtype not in DTYPES)
+        raise TypeError(f"{name} must have floating dtypes, got {wrong}")
+    shapes, wanted = list(map(_shape, tensors)), list(map(_shape, like))
+    if shapes != wanted:
+        i = next(i for i, pair in enumerate(zip(shapes, wanted)) if pair[0] != pair[1])
+        raise ValueError(f"{name}[{i}] must have its parameter's shape {list(wanted[i])}, got {list(shapes[i])}")
+    devices = set(map(_device, tensors)) | {like[0].device} if like else set()
+    if len(devices) > 1:
+        raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
+
+
+def scalar(name: str, value: object, device: torch.device) -> None:
+    """A tensor of one element on a device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name} must be one floating number, got {value.dtype} {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the parameters on {device}: move one of them")
+
+
+@contextmanager
+def alike(written: Lists, read: Lists) -> Iterator[tuple[Lists, Lists]]:
+    """Both with the tensors of each position dense and in one order of memory, so that element i of their storages
+    belongs together: mostly the tensors themselves, else stand-ins, of which those `written` are copied back."""
+    lists = [*written, *read]
+    strides = list(map(Tensor.stride, lists[0]))
+    same = all(list(map(Tensor.stride, tensors)) == strides for tensors in lists[1:])
+    if same and all(map(_dense, lists[0])):
+        yield written, read
+        return
+    lists = [list(tensors) for tensors in lists]
+    back: list[tuple[Tensor, Tensor]] = []
+    for i, tensors in enumerate(zip(*lists)):
+        # Of a parameter that is not dense, one that is.
+        like = tensors[0] if _dense(tensors[0]) else torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        for j, x in enumerate(tensors):
+            if _dense(x) and _order(x) == _order(like):
+                continue
+            lists[j][i] = stand_in = torch.empty_like(like, dtype=x.dtype).copy_(x)
+            if j < len(written):
+                back.append((x, stand_in))
+    yield lists[: len(written)], lists[len(written) :]
+    for x, stand_in in back:
+        x.copy_(stand_in)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def _order(x: Tensor) -> list[int]:
+    """Strides of the dimensions in which there is a next element."""
+    return [stride for stride, size in zip(x.stride(), x.shape) if size > 1]

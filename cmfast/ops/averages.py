@@ -1,0 +1,74 @@
+"""Averages of parameters, several in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cmfast.ops import _lists
+from cmfast.ops._dispatch import plain_list, use_kernel
+
+
+def ema_update_(
+    parameters: Sequence[Tensor],
+    averages: Sequence[Sequence[Tensor]],
+    rates: Tensor | Sequence[float],
+    *,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """average_k <- average_k + (1 - rate_k) (parameter - average_k), in place, from one read of the parameters.
+
+    Computes in float32, float64 where a tensor is float64, and rounds once.
+
+    Args:
+        parameters: any shapes, floating dtypes and layouts, all on one device.
+        averages: [K][parameters], of the same shapes; float32 where averaging is slow: at a rate of 0.9999 a bfloat16
+            average stands still.
+        rates: [K], float64 or float32. A tensor is read on the device alone. 1 - rate is taken in its dtype, so that
+            float32 moves an average of rate 0.9999 by up to 0.03% more or less than it should.
+        copies: each becomes its parameter, in its own dtype.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, length, shape, dtype or device; the message names it.
+
+    >>> weight, average = torch.ones(2), torch.zeros(2)
+    >>> ema_update_([weight], [[average]], [0.75])
+    >>> average
+    tensor([0.2500, 0.2500])
+    """
+    check_averages(parameters, averages, copies)
+    if not parameters:
+        return
+    rates = as_rates(rates, len(averages), parameters[0].device)
+    parameters, averages = list(parameters), list(map(list, averages))
+    copies = None if copies is None else list(copies)
+    tensors = [*parameters, *(x for group in averages for x in group)]
+    with torch.no_grad():
+        if use_kernel("ema_update_", *tensors, *(copies or ()), levels=False):
+            raise NotImplementedError
+        plain_list("ema_update_", tensors)(parameters, averages, rates, copies=copies)
+
+
+def check_averages(
+    parameters: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], copies: Sequence[Tensor] | None
+) -> None:
+    _lists.check("parameters", parameters, parameters)
+    for k, tensors in enumerate(averages):
+        _lists.check(f"averages[{k}]", tensors, parameters)
+    if copies is not None:
+        _lists.check("copies", copies, parameters)
+
+
+def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:
+    """A tensor [K] on the device. Numbers are filled in there: a copy from the host would wait for it."""
+    if not isinstance(rates, Tensor):
+        numbers = [torch.full((), float(rate), dtype=torch.float64, device=device) for rate in rates]
+        rates = torch.stack(numbers) if numbers else torch.empty(0, device=device)
+    if rates.shape != (count,) or rates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rates must be [{count}] for {count} averages, float32 or float64, got {rates.dtype} {list(rates.shape)}"
+        )
+    if rates.device != device:
+        raise ValueError(f"rates is on {rates.device}, the parameters on {device}: move one of them")
+    return rates.detach()

@@ -1,0 +1,165 @@
+"""A training step's last part in one pass over memory: unscale, skip, clip, RAdam or Adam, averages, a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast.ops import _lists
+from cmfast.ops._dispatch import plain_list, use_kernel
+from cmfast.ops.averages import as_rates, check_averages
+
+
+def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+    """sqrt(sum of (g / grad_scale)^2) over all gradients, a scalar on their device: float32, float64 for float64.
+
+    Not finite where a gradient is not, or where the sum is too large for its dtype. The same gradients give the same
+    bits, in any number of calls.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, dtype or device, or no gradients.
+
+    >>> grad_norm([torch.full((3,), 2.0), torch.full((1,), 2.0)])
+    tensor(4.)
+    """
+    if not gradients:
+        raise ValueError("gradients is empty: there is no norm, nor a device for it")
+    _lists.check("gradients", gradients, gradients)
+    if grad_scale is not None:
+        _lists.scalar("grad_scale", grad_scale, gradients[0].device)
+    with torch.no_grad():
+        if use_kernel("grad_norm", *gradients, levels=False):
+            raise NotImplementedError
+        return plain_list("grad_norm", gradients)(list(gradients), grad_scale=grad_scale)
+
+
+def radam_ema_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    averages: Sequence[Sequence[Tensor]] = (),
+    rates: Tensor | Sequence[float] = (),
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    max_norm: float | None = None,
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """One step of RAdam (Liu et al. 2019) as torch.optim.RAdam takes it, then `ema_update_`, in one pass.
+
+    Parameters, moments, averages and copies change in place, and `step` grows by 1. Returns 0; where the step was
+    skipped, 1, and nothing has changed. Both are a float32 scalar on the device: no value is read on the host.
+
+    Args:
+        parameters, gradients, exp_avgs, exp_avg_sqs: of the same shapes, any floating dtypes and layouts, on one
+            device. Gradients are read; on the CPU they may be left unscaled and clipped.
+        step: steps taken so far, one float32 number.
+        averages, rates, copies: as in `ema_update_`. A skipped step is none, so that averages skip it too.
+        lr: a number, or a scalar tensor. betas, eps, weight_decay, decoupled_weight_decay, maximize: torch.optim's.
+        grad_scale: what gradients are divided by. found_inf: the step is skipped where it is not 0.
+        grad_norm: what `grad_norm(gradients, grad_scale=grad_scale)` is, over all that are clipped together. The step
+            is skipped where it is not finite. max_norm: gradients are multiplied by max_norm / (grad_norm + 1e-6) where
+            that is below 1; grad_norm is computed where it is not given.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, length, shape, dtype, device or range.
+
+    >>> weight, grad, step = torch.ones(2), torch.tensor([1.0, float("nan")]), torch.zeros(())
+    >>> radam_ema_([weight], [grad], [torch.zeros(2)], [torch.zeros(2)], step, lr=0.1, max_norm=1.0)
+    tensor(1.)
+    """
+    options = {
+        "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+        "decoupled_weight_decay": decoupled_weight_decay, "grad_scale": grad_scale, "found_inf": found_inf,
+        "grad_norm": grad_norm, "max_norm": max_norm, "copies": copies,
+    }  # fmt: skip
+    return _step("radam_ema_", (parameters, gradients, exp_avgs, exp_avg_sqs), step, averages, rates, options)
+
+
+def adam_ema_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    averages: Sequence[Sequence[Tensor]] = (),
+    rates: Tensor | Sequence[float] = (),
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    max_norm: float | None = None,
+    copies: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """One step of Adam (Kingma & Ba 2015) as torch.optim.Adam takes it, or AdamW with `decoupled_weight_decay`; all
+    else as in `radam_ema_`.
+
+    >>> weight, step = torch.ones(2), torch.zeros(())
+    >>> adam_ema_([weight], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], step, lr=0.25)
+    tensor(0.)
+    >>> weight, step
+    (tensor([0.7500, 0.7500]), tensor(1.))
+    """
+    options = {
+        "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+        "decoupled_weight_decay": decoupled_weight_decay, "grad_scale": grad_scale, "found_inf": found_inf,
+        "grad_norm": grad_norm, "max_norm": max_norm, "copies": copies,
+    }  # fmt: skip
+    return _step("adam_ema_", (parameters, gradients, exp_avgs, exp_avg_sqs), step, averages, rates, options)
+
+
+def _step(
+    name: str,
+    lists: tuple[Sequence[Tensor], ...],
+    step: Tensor,
+    averages: Sequence[Sequence[Tensor]],
+    rates: Tensor | Sequence[float],
+    options: dict[str, Any],
+) -> Tensor:
+    parameters, gradients, *_ = lists
+    copies, grad_scale = options["copies"], options["grad_scale"]
+    if not parameters:
+        raise ValueError("parameters is empty: there is nothing to step")
+    check_averages(parameters, averages, copies)
+    for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:]):
+        _lists.check(kind, tensors, parameters)
+    device = parameters[0].device
+    _lists.scalar("step", step, device)
+    for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
+        if isinstance(options[kind], Tensor):
+            _lists.scalar(kind, options[kind], device)
+    beta1, beta2 = options["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and options["eps"] >= 0 and options["weight_decay"] >= 0):
+        raise ValueError(
+            f"betas must be in [0, 1), eps and weight_decay 0 or more, got {options['betas']}, {options['eps']} and "
+            f"{options['weight_decay']}"
+        )
+    if options["max_norm"] is not None:
+        if not options["max_norm"] > 0:
+            raise ValueError(f"max_norm must be positive, got {options['max_norm']}")
+        if options["grad_norm"] is None:
+            options["grad_norm"] = grad_norm(gradients, grad_scale=grad_scale)
+    rates = as_rates(rates, len(averages), device)
+    lists, averages = tuple(map(list, lists)), list(map(list, averages))
+    options["copies"] = None if copies is None else list(copies)
+    tensors = [x for group in (*lists, *averages) for x in group]
+    with torch.no_grad():
+        if use_kernel(name, *tensors, *(copies or ()), levels=False):
+            raise NotImplementedError
+        return plain_list(name, tensors)(*lists, step, averages, rates, **options)
