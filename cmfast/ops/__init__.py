@@ -13,7 +13,7 @@ from cmfast.ops.dropout import dropout
 from cmfast.ops.group_norm import group_norm_silu
 from cmfast.ops.images import to_uint8
 from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
-from cmfast.ops.lpips import lpips_layer
+from cmfast.ops.lpips import lpips_input, lpips_layer
 from cmfast.ops.noise import Draw, add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
 from cmfast.ops.optimizer import adam_ema_, grad_norm, radam_ema_
 from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
@@ -51,6 +51,7 @@ __all__ = [
     "heun_predictor",
     "init_noise",
     "loss_weight",
+    "lpips_input",
     "lpips_layer",
     "midpoint_corrector",
     "normal",

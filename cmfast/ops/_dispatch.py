@@ -42,6 +42,8 @@ FUSED = (
     "weighted_loss",
     "consistency_loss",
     "group_norm_silu",
+    "lpips_input",
+    "lpips_layer",
     "ema_update_",
     "grad_norm",
     "radam_ema_",

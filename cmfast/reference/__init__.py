@@ -21,7 +21,7 @@ from cmfast.reference.dropout import dropout
 from cmfast.reference.group_norm import dropout_mask, group_norm_silu
 from cmfast.reference.images import to_uint8
 from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
-from cmfast.reference.lpips import lpips_layer
+from cmfast.reference.lpips import lpips_input, lpips_layer
 from cmfast.reference.noise import (
     Draw,
     add_noise,
@@ -65,6 +65,7 @@ __all__ = [
     "init_noise",
     "level_below",
     "loss_weight",
+    "lpips_input",
     "lpips_layer",
     "midpoint_corrector",
     "normal",

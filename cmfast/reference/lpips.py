@@ -1,12 +1,34 @@
-"""One layer of LPIPS, the learned perceptual distance."""
+"""LPIPS, the learned perceptual distance: what goes into its trunk, and one layer of what comes out."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cmfast.reference._common import compute_dtype
+from cmfast.reference._common import as_input, compute_dtype
 
 # Added to the norm, outside the root, as lpips 0.1.4 and piq 0.8 do: a pixel of zeros stays zero.
 EPS = 1e-10
+
+
+def lpips_input(
+    image: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """Images [B, C, H, W] or gray [B, 1, H, W], resized bilinearly, mapped from `value_range` to [0, 1], and
+    standardised by mean and std [C]; rounded once, to `dtype`."""
+    wide = compute_dtype(image, mean, std)
+    low, high = value_range
+    x = image.to(wide)
+    if size is not None:
+        x = F.interpolate(x, size=size, mode="bilinear")
+    mean, std = (t.to(wide)[:, None, None] for t in (mean, std))
+    return as_input(((x - low) / (high - low) - mean) / std, dtype or image.dtype, memory_format)
 
 
 def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Tensor:
