@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmfast.data.arrays import ImageData, mnist, read_npz
+from cmfast.data.folder import FolderData
 from cmfast.data.pixels import check_fit, fit_all
 from cmfast.data.stream import Batch, Dataset, to_unit
 
-__all__ = ["Batch", "Dataset", "ImageData", "mnist", "open_data", "to_unit"]
+__all__ = ["Batch", "Dataset", "FolderData", "ImageData", "mnist", "open_data", "to_unit"]
 
 
 def open_data(
@@ -24,12 +25,13 @@ def open_data(
     """The data set that `source` names.
 
     source           "mnist": the digits to train on; a .npz file, as `cmfast sample` and openai's evaluator write them:
-                     `arr_0` [N, H, W, C] and labels `arr_1` [N] (or `images`, `x`, `data` and `labels`, `y`)
+                     `arr_0` [N, H, W, C] and labels `arr_1` [N] (or `images`, `x`, `data` and `labels`, `y`); a folder
+                     of images, see `FolderData`
     image_size       the square in the middle of each image is resized to it; None: all have one size, which stays
-    channels         1 (grey) or 3 (RGB); None: as they are
+    channels         1 (grey) or 3 (RGB); None: as they are, of a folder RGB
     flip             mirror images left to right, each time with probability 1/2
     labelled         True: labels are needed; False: they are left out; None: those that are found
-    skip_unreadable  of a folder, leave out what is no image
+    skip_unreadable  files of a folder that are no images are skipped, with a warning, instead of an error
 
     >>> import torch
     >>> data = open_data(ImageData(torch.zeros(5, 1, 8, 8)), image_size=4)
@@ -39,23 +41,28 @@ def open_data(
     Raises: ValueError, OSError: not there, or not such images, and why. ImportError: the digits are not installed.
     """
     check_fit(image_size, channels)
-    data = _arrays(source)
+    if isinstance(source, ImageData):
+        data = source
+    elif source == "mnist":
+        data = mnist()[0]
+    else:
+        path = Path(source)
+        if _is_folder(path):
+            fitted = {"image_size": image_size, "channels": channels}
+            return FolderData(path, **fitted, flip=flip, labelled=labelled, skip_unreadable=skip_unreadable)
+        data = read_npz(path)
     if labelled and data.labels is None:
         raise ValueError("labelled=True, and the data has no labels: a .npz file has them in arr_1, labels or y")
     images = fit_all(data.images, image_size, channels)
     return replace(data, images=images, labels=None if labelled is False else data.labels, flip=flip)
 
 
-def _arrays(source: str | Path | ImageData) -> ImageData:
-    if isinstance(source, ImageData):
-        return source
-    if source == "mnist":
-        return mnist()[0]
-    path = Path(source)
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder, or a .npz file. Raises: ValueError, OSError: neither."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; data is mnist, a .npz file or a folder of images")
-    if path.is_dir() and path.suffix.lower() == ".npz":
+        raise FileNotFoundError(f'{path}: no such file or folder; data is "mnist", a .npz file or a folder of images')
+    if path.suffix.lower() == ".npz" and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a .npz file")
-    if path.suffix.lower() != ".npz":
-        raise ValueError(f"{path}: data is mnist, a .npz file or a folder of images")
-    return read_npz(path)
+    if path.suffix.lower() != ".npz" and not path.is_dir():
+        raise ValueError(f'{path}: data is "mnist", a .npz file or a folder of images')
+    return path.is_dir()

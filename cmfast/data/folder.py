@@ -1,0 +1,236 @@
+"""Folders of images, decoded as they are needed, by worker processes if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from cmfast.data import decode
+from cmfast.data.pixels import fit
+from cmfast.data.stream import Batch, Dataset, Draw, mirrored
+
+#: So many files are named in an error or a warning.
+NAMED = 5
+
+
+class FolderData(Dataset):
+    """The images in a folder and its subfolders, in the order of their names, as uint8.
+
+    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. Arguments as of `open_data`.
+
+    classes     the names of the labels, sorted, or None. Labels are the subfolders, if every image is in one and, for
+                `labelled=None`, there are two or more; without subfolders and with `labelled=True`, what stands before
+                the first "_" of every file's name, as in openai's data sets
+    unreadable  file -> why it cannot be read, of those found so far
+
+    With `skip_unreadable`, the next file that can be read stands in for one that cannot. What comes at a position then
+    still follows from the files alone, and a run that such a file ended resumes in the same order without it.
+
+    Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        image_size: int | None = None,
+        channels: int | None = None,
+        flip: bool = False,
+        labelled: bool | None = None,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.path, self.flip, self.skip_unreadable = path, flip, skip_unreadable
+        self.unreadable: dict[str, str] = {}
+        self._warned = False
+        names = _images_in(path)
+        if not names:
+            raise ValueError(f"{path} holds no images: no file in it ends in {', '.join(decode.SUFFIXES)}")
+        self.classes, labels = _find_labels(path, names, labelled)
+        height, width = self._check_headers(names, one_size=image_size is None)
+        shape = (channels or 3, image_size or height, image_size or width)
+        self._reader = _Reader(path, names, labels, shape, image_size, skip_unreadable)
+        self._digest = _digest(path, names)
+
+    def __len__(self) -> int:
+        return len(self._reader.names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._reader.shape
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else len(self.classes)
+
+    @property
+    def fingerprint(self) -> str:
+        labels = "without labels" if self.classes is None else f"of {self.num_classes} classes"
+        decoder = self._reader.decoder
+        return f"{len(self)} images uint8 {list(self.image_shape)} {labels}, read by {decoder}, {self._digest}"
+
+    def _check_headers(self, names: list[str], *, one_size: bool) -> tuple[int, int]:
+        """(height, width) of the first image, or of all. What is no image shows before a run and not in it."""
+        first, size = "", (0, 0)
+        for name in names:
+            try:
+                this = decode.size_of(self.path / name)
+            except Exception as error:  # decoders raise whatever a broken file leads them to
+                self.unreadable[name] = decode.reason(error)
+                continue
+            if not first:
+                first, size = name, this
+            elif one_size and this != size:
+                raise ValueError(
+                    f"{self.path} holds images of several sizes: {first} is {size[1]} x {size[0]}, {name} is "
+                    f"{this[1]} x {this[0]}; give image_size, to which each is cropped and resized"
+                )
+        if self.unreadable:
+            named = [f"{name} ({reason})" for name, reason in list(self.unreadable.items())[:NAMED]]
+            rest = ", ..." if len(self.unreadable) > NAMED else ""
+            message = (
+                f"{len(self.unreadable)} of {len(names)} files in {self.path} are no images: {', '.join(named)}{rest}"
+            )
+            if not self.skip_unreadable or not first:
+                raise ValueError(f"{message}; remove them, or skip them with skip_unreadable=True")
+            warnings.warn(f"{message}; they are skipped", stacklevel=4)
+        return size
+
+    def _read(self, draws: Iterator[Draw], workers: int, pin_memory: bool) -> Iterator[Batch]:
+        loader = torch.utils.data.DataLoader(
+            self._reader,
+            batch_size=None,  # a draw is a batch already
+            sampler=map(_by_value, draws),
+            collate_fn=_unchanged,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            # A loader draws a seed for its workers, which need none: not from the generator that training draws from.
+            generator=torch.Generator(),
+        )
+        for batch, unreadable in loader:
+            self._note(unreadable)
+            yield batch
+
+    def _note(self, unreadable: list[tuple[str, str]]) -> None:
+        """Raises: ValueError: files that cannot be read, and may not be skipped or are all there is."""
+        for name, reason in unreadable:
+            known = name in self.unreadable
+            self.unreadable[name] = reason
+            if not self.skip_unreadable:
+                raise ValueError(
+                    f"{self.path / name} cannot be read: {reason}; with skip_unreadable=True, which changes the order "
+                    "of no other image, training goes on without such files"
+                )
+            if len(self.unreadable) == len(self):
+                raise ValueError(f"{self.path}: none of its {len(self)} images can be read; {name}: {reason}")
+            if not known and not self._warned:
+                self._warned = True
+                message = f"{self.path / name} cannot be read: {reason}; it and others like it are skipped"
+                warnings.warn(message, stacklevel=3)
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Draws to batches: what each worker process holds a copy of."""
+
+    def __init__(
+        self,
+        path: Path,
+        names: list[str],
+        labels: list[int] | None,
+        shape: tuple[int, int, int],
+        image_size: int | None,
+        skip_unreadable: bool,
+    ) -> None:
+        # One array: a list of a million strings would be copied into every worker as it counts its references.
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = None if labels is None else torch.tensor(labels)
+        self.path, self.shape, self.image_size = path, shape, image_size
+        self.tries = len(names) if skip_unreadable else 1
+        self.decoder = decode.decoder()
+
+    def __getitem__(self, draw: Any) -> tuple[Batch, list[tuple[str, str]]]:
+        """The batch, and (file, why) of those that could not be read."""
+        unreadable: list[tuple[str, str]] = []
+        images, rows = zip(*(self._readable(row, unreadable) for row in draw.rows.tolist()))
+        flips = None if draw.flips is None else torch.from_numpy(draw.flips)
+        labels = None if self.labels is None else self.labels[list(rows)]
+        return Batch(mirrored(torch.stack(images), flips), labels, torch.from_numpy(draw.index)), unreadable
+
+    def _readable(self, row: int, unreadable: list[tuple[str, str]]) -> tuple[Tensor, int]:
+        """The image of a row, or of the next that can be read, and its row."""
+        for at in range(row, row + self.tries):
+            at %= len(self.names)
+            name = os.fsdecode(self.names[at])
+            try:
+                image = fit(decode.decode(self.path / name, self.decoder), self.image_size, self.shape[0])
+                if image.shape != self.shape:
+                    raise ValueError(f"it is {list(image.shape)}, the others {list(self.shape)}")
+                return image, at
+            except Exception as error:
+                # As a value: an error that a worker raises comes with its traceback in the message.
+                unreadable.append((name, decode.reason(error)))
+        return torch.zeros(self.shape, dtype=torch.uint8), row
+
+
+def _by_value(draw: Draw) -> Any:
+    """A draw of arrays, which go to a worker in the message itself: tensors would go through shared memory."""
+    arrays: Any = (None if part is None else part.numpy() for part in draw)
+    return Draw(*arrays)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _images_in(path: Path) -> list[str]:
+    """The images below a folder, by their paths in it."""
+    names = []
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        inside = Path(folder).relative_to(path)
+        images = (name for name in files if name.lower().endswith(decode.SUFFIXES) and not name.startswith("."))
+        names += [(inside / name).as_posix() for name in images]
+    return sorted(names)
+
+
+def _find_labels(path: Path, names: list[str], labelled: bool | None) -> tuple[list[str] | None, list[int] | None]:
+    """(names of the classes, label of each image), or (None, None)."""
+    if labelled is False:
+        return None, None
+    folders = [name.split("/")[0] for name in names if "/" in name]
+    prefixes = [name.split("_")[0] for name in names if "_" in name[1:]]
+    if len(folders) == len(names) and (labelled or len(set(folders)) > 1):
+        found = folders
+    elif labelled and not folders and len(prefixes) == len(names):
+        found = prefixes
+    elif labelled:
+        without = next(name for name in names if "/" not in name and (folders or "_" not in name[1:]))
+        raise ValueError(
+            f"labelled=True, and {path} has no labels: they are the names of its subfolders, if all images are in one, "
+            f"or without subfolders what stands before the first _ in the names of all files; {without} has none"
+        )
+    else:
+        return None, None
+    classes = sorted(set(found))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [numbers[name] for name in found]
+
+
+def _digest(path: Path, names: list[str]) -> str:
+    """Of the names and sizes of files."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            size = (path / name).stat().st_size
+        except OSError:  # a link to nothing
+            size = -1
+        digest.update(os.fsencode(f"{name}\0{size}\0"))
+    return digest.hexdigest()[:16]
