@@ -1,152 +1,90 @@
-"""The losses: denoising, consistency training and distillation, progressive distillation.
+"""The losses: denoising, consistency training and distillation and their successors, progressive distillation.
 
 Models are `Denoiser`s (or any D(x, sigma, labels)); each brings its own preconditioning, so that a consistency student
 can learn from an EDM teacher. Every loss returns per-sample terms [B], float32 or wider; take `["loss"].mean()`.
+
+With a `draw`, all that is random follows from it: levels, noise and dropout of a sample from (draw.seed,
+draw.index[b], draw.draw) alone, whatever batch and rank the sample is in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cmfast import ops, schedules
+from cmfast import curricula, ops, schedules
 from cmfast.denoiser import Evaluator
+from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distance
+from cmfast.dropout import Pairing
 from cmfast.ops import _check
 from cmfast.samplers import Model, _evaluator
 
-#: Those that `ops.consistency_loss` takes from network outputs.
-_FUSED_NORMS = ("l1", "l2", "huber")
-#: Distances between two denoised batches, by name.
-LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
+__all__ = [
+    "LOSS_NORMS",
+    "SOLVERS",
+    "Perceptual",
+    "Weighting",
+    "consistency_loss",
+    "denoising_loss",
+    "distance",
+    "easy_consistency_loss",
+    "improved_consistency_loss",
+    "progressive_distillation_loss",
+]
+
 SOLVERS = ("heun", "euler")
-#: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`.
-Perceptual = Callable[[Tensor, Tensor], Tensor]
-#: The name of a weighting (`ops.WEIGHTINGS`), or sigma [B] -> weight [B].
-Weighting = str | Callable[[Tensor], Tensor]
 
-
-def distance(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    *,
-    loss_norm: str = "l2",
-    lpips: Perceptual | None = None,
-    huber_c: float | None = None,
-) -> Tensor:
-    """Per sample [B]: weight times the distance of x and target [B, C, H, W].
-
-    `l1`, `l2`: means over the sample. `l2-32`: l2 of both resized to 32 x 32, bilinear. `huber`: pseudo-Huber of the
-    sample vector, c = 0.00054 sqrt(D) unless given (Song & Dhariwal 2023). `lpips`: that of the `lpips` module given.
-
-    Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
-    """
-    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
-    if loss_norm == "lpips":
-        if lpips is None:
-            raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
-        return lpips(x, target) * weight
-    if loss_norm == "l2-32":
-        x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
-    if loss_norm == "huber":
-        return ops.weighted_loss(x, target, weight, norm="huber", huber_c=_huber_c(x, huber_c))
-    return ops.weighted_loss(x, target, weight, norm="l1" if loss_norm == "l1" else "l2")
-
-
-def _huber_c(x: Tensor, huber_c: float | None) -> float:
-    """The given c, or 0.00054 sqrt(D) for samples of D elements: Song & Dhariwal 2023."""
-    return 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
-
-
-def _weight(sigma: Tensor, weighting: Weighting, sigma_data: float) -> Tensor:
-    if callable(weighting):
-        return weighting(sigma)
-    return ops.loss_weight(sigma, weighting, sigma_data=sigma_data)
-
-
-def _compare(
-    student: Evaluator,
-    point: tuple[Tensor, Tensor, Tensor],
-    target: Tensor | tuple[Evaluator, tuple[Tensor, Tensor, Tensor]],
-    *,
-    loss_norm: str,
-    lpips: Perceptual | None,
-    huber_c: float | None,
-    weighting: Weighting,
-    sigma_data: float,
-) -> Tensor:
-    """The weighted distance [B] of the student's D from a target, or from another model's D.
-
-    A point is (model_output, x_t, sigma). Where the norm and the scalings allow, no D is stored.
-    """
-    model_output, x_t, sigma = point
-    if loss_norm not in _FUSED_NORMS or (isinstance(target, tuple) and target[0].scaling != student.scaling):
-        denoised = student.denoised(model_output, x_t, sigma)
-        if isinstance(target, tuple):
-            with torch.no_grad():
-                target = target[0].denoised(*target[1])
-        weight = _weight(sigma, weighting, sigma_data)
-        return distance(denoised, target, weight, loss_norm=loss_norm, lpips=lpips, huber_c=huber_c)
-    x_t2 = next_sigma = None
-    if isinstance(target, tuple):
-        target, x_t2, next_sigma = (x.detach() for x in target[1])
-    return ops.consistency_loss(
-        model_output,
-        x_t,
-        sigma,
-        target,
-        weighting(sigma) if callable(weighting) else weighting,
-        x_t2,
-        next_sigma,
-        norm=loss_norm,
-        huber_c=_huber_c(x_t, huber_c) if loss_norm == "huber" else 0.0,
-        weight_sigma_data=sigma_data,
-        **student.scaling,
-    )
+#: A state, the network's input made of it, and c_noise.
+Point = tuple[Tensor, Tensor, Tensor]
 
 
 def denoising_loss(
     model: Model,
     x_start: Tensor,
-    sigma: Tensor,
+    sigma: Tensor | ops.LogNormal,
     *,
     noise: Tensor | None = None,
+    draw: ops.Draw | None = None,
     labels: Tensor | None = None,
     weighting: Weighting = "karras",
     sigma_data: float = 0.5,
 ) -> dict[str, Tensor]:
     """||D(x_start + sigma noise, sigma) - x_start||^2: the EDM objective, Karras et al. 2022, eq. 2.
 
-    Args: x_start [B, C, H, W] in [-1, 1]; sigma [B]; noise like x_start; labels int64 [B].
+    Args: x_start [B, C, H, W] in [-1, 1]; sigma [B], or with a draw what it is drawn from; noise like x_start; labels
+        int64 [B].
     Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse).
     """
-    noise = torch.randn_like(x_start) if noise is None else noise
     evaluate = _evaluator(model, labels, clip=False).settle(x_start.dtype)
-    x_t, model_input, c_noise = ops.add_noise(x_start, noise, sigma, **evaluate.input_options)
-    xs_mse = ops.consistency_loss(evaluate(model_input, c_noise), x_t, sigma, x_start, **evaluate.scaling)
-    mse = xs_mse * _weight(sigma, weighting, sigma_data)
+    pairing = Pairing(draw, x_start.device, model)
+    if isinstance(sigma, ops.LogNormal):
+        drawn = ops.draw_pair(x_start, _drawing(draw, x_start, noise), sigma, pair=False, **evaluate.input_options)
+        (x_t, *model_input), sigma = drawn.first, drawn.sigma
+    else:
+        given = _given_noise(noise, draw, x_start)
+        x_t, *model_input = ops.add_noise(x_start, given, sigma, **evaluate.input_options)
+    with pairing:
+        model_output = evaluate(*model_input)
+    xs_mse = ops.consistency_loss(model_output, x_t, sigma, x_start, **evaluate.scaling)
+    mse = xs_mse * Measure(weighting=weighting, sigma_data=sigma_data).weight(sigma)
     return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
 
 
-@contextmanager
-def _saved_random_state(x: Tensor) -> Iterator[Callable[[], None]]:
-    """A function that puts torch's generators back as they are now, so that two models draw the same dropout.
+def _drawing(draw: ops.Draw | None, x_start: Tensor, *instead: Tensor | None) -> ops.Draw:
+    """The draw, or one of torch's generator; ValueError where something else is given that it would draw."""
+    if any(given is not None for given in instead):
+        raise ValueError("noise or indices were given and would be drawn too: leave out them, or the draw")
+    if draw is not None:
+        return draw
+    batch, device = x_start.shape[0], x_start.device
+    return ops.Draw(torch.randint(2**63 - 1, (), device=device), torch.arange(batch, device=device))
 
-    The original restores the CPU's alone, so that its masks differ on a GPU.
-    """
-    cpu_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
-    def restore() -> None:
-        torch.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, x.device)
-
-    yield restore
+def _given_noise(noise: Tensor | None, draw: ops.Draw | None, x_start: Tensor) -> Tensor | ops.Draw:
+    """The given noise, that of the draw, or that of torch's generator."""
+    if noise is not None and draw is not None:
+        raise ValueError("noise and draw were both given: leave out one of them")
+    return noise if noise is not None else draw if draw is not None else torch.randn_like(x_start)
 
 
 def _grid_sigma(index: Tensor, num_scales: int, x: Tensor, levels: dict[str, float]) -> Tensor:
@@ -161,10 +99,6 @@ def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
     if indices.shape != (x_start.shape[0],):
         raise ValueError(f"indices must be [B] with B = {x_start.shape[0]}, got {list(indices.shape)}")
     return indices
-
-
-#: A state, the network's input made of it, and c_noise.
-Point = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -199,6 +133,7 @@ def consistency_loss(
     solver: str = "heun",
     noise: Tensor | None = None,
     indices: Tensor | None = None,
+    draw: ops.Draw | None = None,
     labels: Tensor | None = None,
     loss_norm: str = "l2",
     lpips: Perceptual | None = None,
@@ -218,7 +153,8 @@ def consistency_loss(
         target_model: gives the target, without gradient: an average of the student, or the student itself.
         x_start: [B, C, H, W] in [-1, 1]; num_scales: levels of the Karras grid, 2 or more.
         solver: `heun` or `euler`, the teacher's step.
-        noise: like x_start; indices: [B] from 0 to num_scales - 2; both drawn from torch's generator if not given.
+        noise: like x_start; indices: [B] from 0 to num_scales - 2; drawn from torch's generator if not given.
+        draw: what noise, indices and dropout follow from, instead.
         lpips: the module for `loss_norm="lpips"`; weighting: of snr(t), see `ops.loss_weight`.
 
     Student and target see the same dropout mask. Returns per-sample `loss` [B].
@@ -229,40 +165,121 @@ def consistency_loss(
     if num_scales < 2:
         raise ValueError(f"num_scales must be 2 or more, got {num_scales}")
     _check.choice("solver", solver, SOLVERS)
-    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
-    noise = torch.randn_like(x_start) if noise is None else noise
-    indices = _draw_indices(indices, num_scales - 1, x_start)
+    measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    sigma = _grid_sigma(indices, num_scales, x_start, levels)
-    next_sigma = _grid_sigma(indices + 1, num_scales, x_start, levels)
-
     student, target = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, target_model))
-    options = student.input_options
-    if teacher_model is None:
-        first, second = ops.add_noise_pair(x_start, noise, sigma, next_sigma, **options)
-        maker = student
+    pairing = Pairing(draw, x_start.device, model, target_model)
+
+    options, training = student.input_options, teacher_model is None
+    second: Point | None = None
+    if draw is not None:
+        grid = curricula.karras_grid(num_scales, device=x_start.device, **levels)
+        drawn = ops.draw_pair(x_start, _drawing(draw, x_start, noise, indices), grid, pair=training, **options)
+        first, second, sigma, next_sigma, _ = drawn
+        assert next_sigma is not None
     else:
-        first = ops.add_noise(x_start, noise, sigma, **options)
-        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
-    with _saved_random_state(x_start) as restore:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        indices = _draw_indices(indices, num_scales - 1, x_start)
+        sigma = _grid_sigma(indices, num_scales, x_start, levels)
+        next_sigma = _grid_sigma(indices + 1, num_scales, x_start, levels)
+        if training:
+            first, second = ops.add_noise_pair(x_start, noise, sigma, next_sigma, **options)
+        else:
+            first = ops.add_noise(x_start, noise, sigma, **options)
+
+    with pairing:
         x_t, model_output = first[0], student(*first[1:])
-        if teacher_model is not None:
-            second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
-        x_t2 = second[0]
+    maker = student
+    if second is None:
+        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)  # type: ignore[arg-type]
+        second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
+    with torch.no_grad(), pairing:
+        target_output = target(*_input_of(target, maker, second, next_sigma))
+    point, target_point = (model_output, x_t, sigma), (target_output, second[0], next_sigma)
+    return {"loss": measure.between(student, point, (target, target_point))}
+
+
+def improved_consistency_loss(
+    model: Model,
+    x_start: Tensor,
+    num_scales: int,
+    *,
+    draw: ops.Draw | None = None,
+    labels: Tensor | None = None,
+    huber_c: float | None = None,
+    mean: float = curricula.MEAN,
+    std: float = curricula.STD,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+) -> dict[str, Tensor]:
+    """iCT: (sqrt(||D(x_t, t) - D(x_t2, t2)||^2 + c^2) - c) / (t - t2), Song & Dhariwal 2023.
+
+    Consistency training where the student without gradient is its own target, neighbours on the grid of `num_scales`
+    levels are drawn as often as ln t ~ N(mean, std^2) falls between them, and the distance is the pseudo-Huber distance
+    of the sample vector, c = 0.00054 sqrt(D) unless given. For `num_scales` see `curricula.doubling_stage`.
+
+    Returns per-sample `loss` [B]. Without a draw, torch's generator decides.
+    """
+    levels = {"mean": mean, "std": std, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    grid = curricula.lognormal_grid(num_scales, device=x_start.device, **levels)
+    return {"loss": _own_target_loss(model, x_start, grid, draw, labels, huber_c)}
+
+
+def easy_consistency_loss(
+    model: Model,
+    x_start: Tensor,
+    stage: int,
+    *,
+    draw: ops.Draw | None = None,
+    labels: Tensor | None = None,
+    huber_c: float | None = 0.0,
+    mean: float = curricula.MEAN,
+    std: float = curricula.STD,
+    q: float = 2.0,
+    k: float = 8.0,
+    b: float = 1.0,
+) -> dict[str, Tensor]:
+    """ECT: (sqrt(||D(x_t, t) - D(x_r, r)||^2 + c^2) - c) / (t - r), Geng et al. 2024.
+
+    Consistency training where the student without gradient is its own target, ln t ~ N(mean, std^2), and r comes closer
+    to t from stage to stage, see `curricula.stage_below`. Where r = 0, the target is x_start: at stage 0 everywhere
+    below some t, so that tuning starts from the diffusion model that the weights come from. For EDM scalings.
+
+    Returns per-sample `loss` [B]. Without a draw, torch's generator decides.
+    """
+    levels = ops.LogNormal(mean, std, curricula.stage_below(stage, q=q, k=k, b=b))
+    return {"loss": _own_target_loss(model, x_start, levels, draw, labels, huber_c)}
+
+
+def _own_target_loss(
+    model: Model,
+    x_start: Tensor,
+    levels: ops.Levels,
+    draw: ops.Draw | None,
+    labels: Tensor | None,
+    huber_c: float | None,
+) -> Tensor:
+    """The distance of D at both points of drawn pairs, divided by that of their levels [B]."""
+    draw = _drawing(draw, x_start)
+    student = _evaluator(model, labels, clip=False).settle(x_start.dtype)
+    pairing = Pairing(draw, x_start.device, model)
+    first, second, sigma, next_sigma, _ = ops.draw_pair(x_start, draw, levels, **student.input_options)
+    assert second is not None and next_sigma is not None
+    with pairing:
+        model_output = student(*first[1:])
+    with torch.no_grad(), pairing:
+        target_output = student(*second[1:])
+    target_point = target_output, second[0], next_sigma
+    target: Tensor | tuple[Evaluator, Point] = (student, target_point)
+    # By EDM scalings, D(x_start, 0) = x_start exactly. Other models are told.
+    exact = student.scaling["sigma_data"] is not None and student.scaling["boundary"] == 0
+    if isinstance(levels, ops.LogNormal) and not exact:
         with torch.no_grad():
-            restore()
-            target_output = target(*_input_of(target, maker, second, next_sigma))
-    loss = _compare(
-        student,
-        (model_output, x_t, sigma),
-        (target, (target_output, x_t2, next_sigma)),
-        loss_norm=loss_norm,
-        lpips=lpips,
-        huber_c=huber_c,
-        weighting=weighting,
-        sigma_data=sigma_data,
-    )
-    return {"loss": loss}
+            at_zero = (next_sigma == 0).view(-1, *[1] * (x_start.ndim - 1))
+            target = torch.where(at_zero, x_start, student.denoised(*target_point))
+    measure = Measure("huber", huber_c=huber_c, weighting=1 / (sigma - next_sigma))
+    return measure.between(student, (model_output, first[0], sigma), target)
 
 
 def progressive_distillation_loss(
@@ -273,6 +290,7 @@ def progressive_distillation_loss(
     *,
     noise: Tensor | None = None,
     indices: Tensor | None = None,
+    draw: ops.Draw | None = None,
     labels: Tensor | None = None,
     loss_norm: str = "l2",
     lpips: Perceptual | None = None,
@@ -290,30 +308,29 @@ def progressive_distillation_loss(
     """
     if num_scales < 1:
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
-    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
-    noise = torch.randn_like(x_start) if noise is None else noise
-    indices = _draw_indices(indices, num_scales, x_start)
+    measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    # num_scales intervals have num_scales + 1 ends.
-    sigma, mid_sigma, next_sigma = (
-        _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
-    )
     student, teacher = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
-    first = ops.add_noise(x_start, noise, sigma, **student.input_options)
-    x_t, model_output = first[0], student(*first[1:])
+    pairing = Pairing(draw, x_start.device, model)
+    if draw is not None:
+        grid = curricula.halved_grid(num_scales, device=x_start.device, **levels)
+        options = student.input_options
+        drawn = ops.draw_pair(x_start, _drawing(draw, x_start, noise, indices), grid, pair=False, **options)
+        first, _, sigma, next_sigma, mid_sigma = drawn
+        assert next_sigma is not None and mid_sigma is not None
+    else:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        indices = _draw_indices(indices, num_scales, x_start)
+        # num_scales intervals have num_scales + 1 ends.
+        sigma, mid_sigma, next_sigma = (
+            _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
+        )
+        first = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    with pairing:
+        x_t, model_output = first[0], student(*first[1:])
     x_mid, *middle = _solve(teacher, x_t, _input_of(teacher, student, first, sigma), sigma, mid_sigma, "euler")
     x_next, *_ = _solve(teacher, x_mid, (middle[0], middle[1]), mid_sigma, next_sigma, "euler")
     with torch.no_grad():
         ratio = (sigma / (sigma - next_sigma)).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
         target = torch.lerp(x_t, x_next, ratio)
-    loss = _compare(
-        student,
-        (model_output, x_t, sigma),
-        target,
-        loss_norm=loss_norm,
-        lpips=lpips,
-        huber_c=huber_c,
-        weighting=weighting,
-        sigma_data=sigma_data,
-    )
-    return {"loss": loss}
+    return {"loss": measure.between(student, (model_output, x_t, sigma), target)}

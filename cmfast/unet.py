@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cmfast import dropout as dropouts
+from cmfast.ops import _check
+
 from .unet_blocks import (
     AttentionBlock,
     Downsample,
@@ -55,6 +58,9 @@ class UNetModel(nn.Module):
     Raises:
         ValueError: widths that are not multiples of 32, heads that do not divide them, `dims` not 1, 2 or 3.
     """
+
+    #: All of its dropout is `dropout.Dropout`.
+    drops_by_counter = True
 
     def __init__(
         self,
@@ -179,6 +185,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             GroupNorm32(channels), nn.SiLU(), zero_(conv_nd(dims, channels, out_channels, 3, padding=1))
         )
+        dropouts.number(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -266,9 +273,8 @@ class UNetModel(nn.Module):
             raise ValueError(f"y has shape {list(y.shape)}: expected [{x.shape[0]}], one label per sample")
         if y.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"y has dtype {y.dtype}: expected torch.int64 or torch.int32")
-        # Reading labels on a device would stall it, and break a graph; fake tensors have no values to read.
-        readable = y.device.type == "cpu" and type(y) is Tensor and not torch.compiler.is_compiling()
-        if readable and y.numel():
+        # Reading labels on a device would stall it, and break a graph.
+        if y.device.type == "cpu" and y.numel() and _check.has_values(y):
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"y has labels from {low} to {high}: expected 0 to {self.num_classes - 1}")

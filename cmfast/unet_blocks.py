@@ -4,11 +4,14 @@ Names of submodules (`in_layers`, `emb_layers`, `proj_out`, ...) are those of th
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from cmfast import dropout as dropouts
 
 NUM_GROUPS = 32
 
@@ -148,16 +151,18 @@ class ResBlock(TimestepBlock):
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            dropouts.Dropout(dropout),
             zero_(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
-            # Keeping the generator's state stalls the device: only where a dropout mask must be drawn again.
-            has_mask = self.training and float(self.out_layers[2].p) > 0  # type: ignore[arg-type]
-            return checkpoint(self._forward, x, emb, use_reentrant=False, preserve_rng_state=has_mask)
+            # Keeping the generator's state stalls the device: only where it must draw a dropout mask again.
+            drop: Any = self.out_layers[2]
+            generated = self.training and float(drop.p) > 0 and not getattr(drop, "counts", False)
+            forward = dropouts.kept(self._forward)
+            return checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "ema"}
-    | {"watch"},
-    {"denoiser", "losses", "samplers", "editing", "fast"},
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images"}
+    | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
+    {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "recipes", "quality", "info", "cli", "compat", "__main__"},
 ]

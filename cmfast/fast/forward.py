@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmfast import ops
+from cmfast.dropout import current
 from cmfast.fast import winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
@@ -169,8 +170,10 @@ class Forward:
         options: dict[str, Any] = {"eps": norm.eps, "scale": scale, "shift": shift, "silu": silu}
         if bias is not None:
             options["x_bias"] = bias
-        if dropout is not None and _drops(dropout) and self._draw is not None:
-            options |= {"dropout": dropout.p, "draw": self._draw}
+        if dropout is not None and self._draw is not None:
+            if _drops(dropout):
+                options |= {"dropout": dropout.p, "draw": self._draw}
+            # Of every block, dropping or not: the numbers are those of the ordinary network's layers.
             self._draw = self._draw._replace(draw=self._draw.draw + 1)
         result = ops.group_norm_silu(value, norm.num_groups, norm.weight, norm.bias, residual=residual, **options)
         if isinstance(result, Tensor):
@@ -237,9 +240,12 @@ class Forward:
         return self.weights.plain(parameter, self.live)
 
     def _first_draw(self, x: Tensor) -> ops.Draw | None:
-        """The draw of the first dropout mask; None if nothing drops. As in `nn.Dropout`, torch's generator decides."""
+        """The draw of the first dropout mask; None if nothing drops. As in `nn.Dropout`, torch's generator decides,
+        outside `cmfast.dropout.paired`."""
         if not any(isinstance(layer, ResBlock) and _drops(layer.dropout) for layer in self.plan.layers()):
             return None
+        if (draw := current()) is not None:
+            return draw
         seed = torch.randint(2**63 - 1, (), device=x.device)
         return ops.Draw(seed, torch.arange(x.shape[0], device=x.device), 0)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from cmfast import unet_blocks
+from cmfast.dropout import Dropout
 from cmfast.unet import UNetModel
 
 
@@ -182,7 +183,7 @@ def _res_block(module: unet_blocks.ResBlock, where: str) -> ResBlock:
         embed=exact(embed, nn.Linear, f"{where}.emb_layers.1"),
         scale_shift=module.use_scale_shift_norm,
         out_norm=group_norm(out_norm, f"{where}.out_layers.0", unet_blocks.GroupNorm32),
-        dropout=exact(dropout, nn.Dropout, f"{where}.out_layers.2"),
+        dropout=exact(dropout, (nn.Dropout, Dropout), f"{where}.out_layers.2"),
         out_conv=convolution(out_conv, f"{where}.out_layers.3", size=3),
         skip=None if type(skip) is nn.Identity else convolution(skip, f"{where}.skip_connection", size=1),
         resample=_resample(module.h_upd, f"{where}.h_upd").kind if module.updown else None,

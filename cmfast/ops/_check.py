@@ -4,6 +4,8 @@ Values of a tensor are looked at on the CPU only: on a GPU that would stop the s
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,9 +26,29 @@ def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
         raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
 
+class _Reading:
+    allowed = True
+
+
+_reading = _Reading()
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Inside, no value of a tensor is looked at, on the CPU neither: for a step that makes its levels itself."""
+    before, _reading.allowed = _reading.allowed, False
+    try:
+        yield
+    finally:
+        _reading.allowed = before
+
+
 def has_values(x: Tensor) -> bool:
-    """Whether values can be looked at: not in a fake tensor, nor under torch.compile or a torch.func transform."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether values can be looked at: not in a fake tensor, nor under torch.compile or a torch.func transform, nor
+    inside `unread`."""
+    if not _reading.allowed or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 

@@ -1,0 +1,111 @@
+"""What changes while a consistency model trains: how many levels there are, and how far apart a pair of them is.
+
+All of it follows from the step alone, so that every rank comes to the same. The original's curricula are
+`schedules.ema_and_scales`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast import schedules
+from cmfast.ops import Below, Grid
+
+#: ln sigma ~ N(mean, std^2), in iCT and ECT.
+MEAN, STD = -1.1, 2.0
+
+
+def doubling_steps(total_steps: int, start_scales: int, end_scales: int) -> int:
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)), the steps of each stage of `doubling_stage`; 1 or more."""
+    return max(math.floor(total_steps / (math.log2(end_scales // start_scales) + 1)), 1)
+
+
+def doubling_stage(step: int, total_steps: int, start_scales: int, end_scales: int) -> tuple[int, int]:
+    """The stage and N(step) = min(s0 2^floor(k / K'), s1) + 1: Song & Dhariwal 2023. No stage follows that of s1.
+
+    >>> [doubling_stage(step, 800, 10, 1280) for step in (0, 99, 100, 700, 800)]
+    [(0, 11), (0, 11), (1, 21), (7, 1281), (7, 1281)]
+    """
+    last = math.ceil(math.log2(end_scales / start_scales))
+    stage = min(step // doubling_steps(total_steps, start_scales, end_scales), last)
+    return stage, min(start_scales * 2**stage, end_scales) + 1
+
+
+def stage_below(stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Below:
+    """The second level of easy consistency tuning: r(t) = max(0, t (1 - q^-(stage + 1) (1 + k sigmoid(-b t)))).
+
+    Geng et al. 2024. The pair comes closer from stage to stage; r = 0 where the bracket is negative.
+
+    >>> stage_below(0)
+    Below(factor=0.5, k=8.0, b=1.0)
+    """
+    return Below(q ** -(stage + 1.0), k, b)
+
+
+# Kept for good, since a captured graph reads them from where they are; a table has a few kilobytes.
+@functools.cache
+def karras_grid(
+    num_scales: int,
+    *,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Neighbours on the Karras grid of num_scales levels, each pair as often: Song et al. 2023."""
+    return Grid(_table(num_scales, sigma_min, sigma_max, rho, device))
+
+
+@functools.cache
+def halved_grid(
+    num_scales: int,
+    *,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """The ends and the middle of num_scales intervals, each as often: progressive distillation."""
+    return Grid(_table(2 * num_scales + 1, sigma_min, sigma_max, rho, device), stride=2)
+
+
+@functools.cache
+def lognormal_grid(
+    num_scales: int,
+    *,
+    mean: float = MEAN,
+    std: float = STD,
+    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_max: float = schedules.SIGMA_MAX,
+    rho: float = schedules.RHO,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Neighbours on the Karras grid as often as a lognormal level falls between them: Song & Dhariwal 2023.
+
+    With levels that rise, p(sigma_i) ~ erf((ln sigma_{i+1} - mean) / (sqrt2 std)) - erf((ln sigma_i - mean) / (sqrt2
+    std)). Here they fall: index 0 is the pair at sigma_max.
+    """
+    levels: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    sigmas = schedules.karras_sigmas(num_scales, dtype=torch.float64, append_zero=False, **levels)
+    # In the tail of the distribution, which sigma_max lies in, erf is 1 and differences of erfc are exact.
+    tail = torch.erfc((sigmas.log() - mean) / (math.sqrt(2) * std))
+    cumulative = (tail[1:-1] - tail[0]) / (tail[-1] - tail[0])
+    thresholds = (cumulative * 2.0**32).round().to(torch.int64)
+    table = _table(num_scales, sigma_min, sigma_max, rho, device)
+    return Grid(table, thresholds=thresholds.to(device, non_blocking=True))
+
+
+def _table(num_scales: int, sigma_min: float, sigma_max: float, rho: float, device: torch.device | str) -> Tensor:
+    """The levels of a grid, falling, float32, with its ends exactly as given."""
+    if num_scales < 2:
+        raise ValueError(f"num_scales must be 2 or more, got {num_scales}")
+    levels: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    sigmas = schedules.karras_sigmas(num_scales, dtype=torch.float64, append_zero=False, **levels)
+    sigmas[0], sigmas[-1] = sigma_max, sigma_min
+    # From memory that the device copies from when it gets there, the host goes on.
+    return sigmas.float().to(device, non_blocking=True)

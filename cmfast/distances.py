@@ -1,0 +1,112 @@
+"""Weighted distances between what a student and its target denoise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmfast import ops
+from cmfast.denoiser import Evaluator
+from cmfast.ops import _check
+
+#: Those that `ops.consistency_loss` takes from network outputs.
+_FUSED_NORMS = ("l1", "l2", "huber")
+#: Distances between two denoised batches, by name.
+LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
+#: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`.
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+#: The name of a weighting (`ops.WEIGHTINGS`), or sigma [B] -> weight [B].
+Weighting = str | Callable[[Tensor], Tensor]
+
+
+def distance(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    loss_norm: str = "l2",
+    lpips: Perceptual | None = None,
+    huber_c: float | None = None,
+) -> Tensor:
+    """Per sample [B]: weight times the distance of x and target [B, C, H, W].
+
+    `l1`, `l2`: means over the sample. `l2-32`: l2 of both resized to 32 x 32, bilinear. `huber`: pseudo-Huber of the
+    sample vector, c = 0.00054 sqrt(D) unless given (Song & Dhariwal 2023). `lpips`: that of the `lpips` module given.
+
+    Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
+    """
+    _check.choice("loss_norm", loss_norm, LOSS_NORMS)
+    if loss_norm == "lpips":
+        if lpips is None:
+            raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+        return lpips(x, target) * weight
+    if loss_norm == "l2-32":
+        x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
+    if loss_norm == "huber":
+        return ops.weighted_loss(x, target, weight, norm="huber", huber_c=huber_constant(x, huber_c))
+    return ops.weighted_loss(x, target, weight, norm="l1" if loss_norm == "l1" else "l2")
+
+
+def huber_constant(x: Tensor, huber_c: float | None) -> float:
+    """The given c, or 0.00054 sqrt(D) for samples of D elements: Song & Dhariwal 2023."""
+    return 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How far apart two denoised batches are: `distance` with weights of the noise level, or weights that are given."""
+
+    loss_norm: str = "l2"
+    lpips: Perceptual | None = None
+    huber_c: float | None = None
+    weighting: Weighting | Tensor = "uniform"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check.choice("loss_norm", self.loss_norm, LOSS_NORMS)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Of each sample, [B] or as sigma."""
+        if isinstance(self.weighting, str):
+            return ops.loss_weight(sigma, self.weighting, sigma_data=self.sigma_data)
+        return self.weighting(sigma) if callable(self.weighting) else self.weighting
+
+    def between(
+        self,
+        student: Evaluator,
+        point: tuple[Tensor, Tensor, Tensor],
+        target: Tensor | tuple[Evaluator, tuple[Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        """The weighted distance [B] of the student's D from a target, or from another model's D.
+
+        A point is (model_output, x_t, sigma). Where the norm and the scalings allow, no D is stored.
+        """
+        model_output, x_t, sigma = point
+        others = isinstance(target, tuple) and target[0].scaling != student.scaling
+        if self.loss_norm not in _FUSED_NORMS or others:
+            denoised = student.denoised(model_output, x_t, sigma)
+            if isinstance(target, tuple):
+                with torch.no_grad():
+                    target = target[0].denoised(*target[1])
+            options = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
+            return distance(denoised, target, self.weight(sigma), **options)  # type: ignore[arg-type]
+        x_t2 = next_sigma = None
+        if isinstance(target, tuple):
+            target, x_t2, next_sigma = (x.detach() for x in target[1])
+        return ops.consistency_loss(
+            model_output,
+            x_t,
+            sigma,
+            target,
+            self.weighting if isinstance(self.weighting, str) else self.weight(sigma),
+            x_t2,
+            next_sigma,
+            norm=self.loss_norm,
+            huber_c=huber_constant(x_t, self.huber_c) if self.loss_norm == "huber" else 0.0,
+            weight_sigma_data=self.sigma_data,
+            **student.scaling,
+        )
