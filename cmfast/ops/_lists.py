@@ -36,6 +36,13 @@ def check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
 
 
+def one_dtype(name: str, lists: Sequence[Sequence[Tensor]]) -> None:
+    """The tensors of each position have the same dtype in all lists."""
+    for tensors in lists[1:]:
+        if list(map(_dtype, tensors)) != list(map(_dtype, lists[0])):
+            raise TypeError(f"the {name} of a parameter must have one dtype")
+
+
 def scalar(name: str, value: object, device: torch.device) -> None:
     """A tensor of one element on a device."""
     if not isinstance(value, Tensor):
@@ -70,6 +77,11 @@ def alike(written: Lists, read: Lists) -> Iterator[tuple[Lists, Lists]]:
     yield lists[: len(written)], lists[len(written) :]
     for x, stand_in in back:
         x.copy_(stand_in)
+
+
+def written_by_a_kernel(*lists: Sequence[Tensor]) -> None:
+    """Count the writes as those of PyTorch's own functions are: whoever watches a tensor's version sees them."""
+    torch.autograd.graph.increment_version([x for tensors in lists for x in tensors])
 
 
 def _dense(x: Tensor) -> bool:

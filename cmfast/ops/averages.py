@@ -24,8 +24,8 @@ def ema_update_(
 
     Args:
         parameters: any shapes, floating dtypes and layouts, all on one device.
-        averages: [K][parameters], of the same shapes; float32 where averaging is slow: at a rate of 0.9999 a bfloat16
-            average stands still.
+        averages: [K][parameters], of the same shapes, those of one parameter in one dtype. float32 where they are slow:
+            at a rate of 0.9999 a bfloat16 average stands still.
         rates: [K], float64 or float32. A tensor is read on the device alone. 1 - rate is taken in its dtype, so that
             float32 moves an average of rate 0.9999 by up to 0.03% more or less than it should.
         copies: each becomes its parameter, in its own dtype.
@@ -46,7 +46,17 @@ def ema_update_(
     tensors = [*parameters, *(x for group in averages for x in group)]
     with torch.no_grad():
         if use_kernel("ema_update_", *tensors, *(copies or ()), levels=False):
-            raise NotImplementedError
+            from cmfast.kernels import averages as kernels
+
+            written = averages if copies is None else [*averages, copies]
+            if not written:
+                return
+            with _lists.alike(written, [parameters]) as (outputs, (inputs,)):
+                kernels.ema_update_(
+                    inputs, outputs[: len(averages)], rates, copies=None if copies is None else outputs[-1]
+                )
+            _lists.written_by_a_kernel(*written)
+            return
         plain_list("ema_update_", tensors)(parameters, averages, rates, copies=copies)
 
 
@@ -56,6 +66,7 @@ def check_averages(
     _lists.check("parameters", parameters, parameters)
     for k, tensors in enumerate(averages):
         _lists.check(f"averages[{k}]", tensors, parameters)
+    _lists.one_dtype("averages", averages)
     if copies is not None:
         _lists.check("copies", copies, parameters)
 

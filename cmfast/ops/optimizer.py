@@ -31,7 +31,10 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
         _lists.scalar("grad_scale", grad_scale, gradients[0].device)
     with torch.no_grad():
         if use_kernel("grad_norm", *gradients, levels=False):
-            raise NotImplementedError
+            from cmfast.kernels import optimizer as kernels
+
+            with _lists.alike([list(gradients)], []) as ((dense,), _):
+                return kernels.grad_norm(dense, grad_scale=grad_scale)
         return plain_list("grad_norm", gradients)(list(gradients), grad_scale=grad_scale)
 
 
@@ -139,6 +142,7 @@ def _step(
     check_averages(parameters, averages, copies)
     for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:]):
         _lists.check(kind, tensors, parameters)
+    _lists.one_dtype("moments", lists[2:])
     device = parameters[0].device
     _lists.scalar("step", step, device)
     for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
@@ -161,5 +165,13 @@ def _step(
     tensors = [x for group in (*lists, *averages) for x in group]
     with torch.no_grad():
         if use_kernel(name, *tensors, *(copies or ()), levels=False):
-            raise NotImplementedError
+            from cmfast.kernels import optimizer as kernels
+
+            parameters, gradients, *moments = lists
+            written = [parameters, *moments, *averages, *([] if copies is None else [options["copies"]])]
+            with _lists.alike(written, [gradients]) as ((p, m, v, *others), (g,)):
+                options["copies"] = None if copies is None else others.pop()
+                skipped = getattr(kernels, name)(p, g, m, v, step, others, rates, **options)
+            _lists.written_by_a_kernel(*written, [step])
+            return skipped
         return plain_list(name, tensors)(*lists, step, averages, rates, **options)
