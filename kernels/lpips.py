@@ -1,4 +1,4 @@
-"""One layer of LPIPS: two feature maps at unit length over the channels, and the weighted squares of what they differ by.
+"""One layer of LPIPS: two feature maps at unit length over the channels, and weighted squares of what they differ by.
 
 A program has all channels of a few pixels in registers: either pass reads the maps once. Sums over parts of a map go to
 memory and are added in a fixed order: the same input gives the same bits.
@@ -92,7 +92,7 @@ def _lpips_layer_fwd_kernel(
         _, by_g = _length(g)
         delta = _difference(f, g, by_f, by_g)
         total += tl.sum(weight[None, :] * (delta * delta), 1)
-    tl.store(partial_ptr + program, tl.div_rn(tl.sum(total), pixels.to(tl.float32)))
+    tl.store(partial_ptr + program, tl.div_rn(tl.sum(total), tl.cast(pixels, tl.float32)))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -109,7 +109,7 @@ def _lpips_layer_bwd_kernel(
     program = tl.program_id(0)
     row, part = (program // parts).to(tl.int64), (program % parts).to(tl.int64)
     channel = tl.arange(0, CHANNELS)
-    scale = tl.div_rn(2.0 * tl.load(grad_ptr + row).to(tl.float32), pixels.to(tl.float32))
+    scale = tl.div_rn(2.0 * tl.load(grad_ptr + row).to(tl.float32), tl.cast(pixels, tl.float32))
     weight = scale * load_state(weight_ptr, channel, channel < C)
     for step in range(STEPS):
         f, g, base, at, mask = _tile(

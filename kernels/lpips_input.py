@@ -25,29 +25,29 @@ _SIZES = ["height", "in_height"]
 
 @triton.jit
 def _place(height, C: tl.constexpr, LAST: tl.constexpr):
-    """This program's sample, row of pixels and first channel, all int64. LAST: a row has all channels, else one."""
+    """This program's sample, channel and row of pixels, all int64. LAST: a row has all channels, and 0 is the first."""
     program = tl.program_id(0)
     rows = program // height
     y = (program % height).to(tl.int64)
     if LAST:
-        return rows.to(tl.int64), y, y * 0
+        return rows.to(tl.int64), y * 0, y
     else:
-        return (rows // C).to(tl.int64), y, (rows % C).to(tl.int64)
+        return (rows // C).to(tl.int64), (rows % C).to(tl.int64), y
 
 
 @triton.jit
-def _in_row(step, C: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """The elements of a row in a step, and what they have as column and channel, the latter from the first on."""
+def _in_row(step, channel, C: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """The elements of a row in a step, their columns, and their channels, int64."""
     element = step * BLOCK + tl.arange(0, BLOCK)
     if LAST:
-        return element, element // C, element % C
+        return element, element // C, (element % C).to(tl.int64)
     else:
-        return element, element, element * 0
+        return element, element, (element * 0).to(tl.int64) + channel
 
 
 @triton.jit
-def _row_start(sample, y, channel, height, width, C: tl.constexpr, LAST: tl.constexpr):
-    """Where a row of pixels begins."""
+def _row(sample, channel, y, height, width, C: tl.constexpr, LAST: tl.constexpr):
+    """Where a row of pixels begins, of a channel, or of all if LAST."""
     if LAST:
         return (sample * height + y) * width * C
     else:
@@ -55,35 +55,29 @@ def _row_start(sample, y, channel, height, width, C: tl.constexpr, LAST: tl.cons
 
 
 @triton.jit
-def _pixel(sample, y, x, channel, height, width, C: tl.constexpr, LAST: tl.constexpr):
-    """Where pixels lie."""
+def _along(x, channel, height, width, C: tl.constexpr, LAST: tl.constexpr):
+    """Where a column of a channel lies, from where its row of channel 0 begins."""
     if LAST:
-        return ((sample * height + y) * width + x) * C + channel
+        return x.to(tl.int64) * C + channel
     else:
-        return ((sample * C + channel) * height + y) * width + x
-
-
-@triton.jit
-def _gain(std_ptr, channel, mask, span):
-    """1 / (std span) of channels."""
-    return tl.div_rn(1.0, tl.load(std_ptr + channel, mask=mask, other=1.0).to(tl.float32) * span)
+        return channel * height * width + x
 
 
 @triton.jit
 def _source(position, size, in_size):
-    """The two pixels that one of `size` lies between, along one axis of `in_size`, and how far from the first.
+    """The two pixels that one of `size` lies between, along an axis of `in_size`, and how far from the first.
 
-    (i + 1/2) in_size / size - 1/2, from 0 on, in whole numbers: rounded once.
+    (i + 1/2) in_size / size - 1/2, from 0 on, in whole numbers up to the last step.
     """
     place = tl.maximum((2 * position + 1) * in_size - size, 0)
-    first = place // (2 * size)
-    part = tl.div_rn((place - first * (2 * size)).to(tl.float32), (2 * size).to(tl.float32))
-    return first, tl.minimum(first + 1, in_size - 1), part
+    first = place // size // 2
+    part = (place - first * 2 * size).to(tl.float32) * tl.div_rn(0.5, tl.cast(size, tl.float32))
+    return first, tl.where(first + 1 < in_size, first + 1, first), part
 
 
 @triton.jit
 def _share(of, position, size, in_size):
-    """What pixel `of` of the image contributes to one of the result, along one axis; 0 beyond its end."""
+    """What pixel `of` of the image contributes to one of the result, along an axis; 0 beyond its end."""
     first, second, part = _source(position, size, in_size)
     share = tl.where(first == of, 1.0 - part, 0.0) + tl.where(second == of, part, 0.0)
     return tl.where(position < size, share, 0.0)
@@ -91,8 +85,14 @@ def _share(of, position, size, in_size):
 
 @triton.jit
 def _first_taker(of, size, in_size):
-    """A pixel of the result from which on pixel `of` of the image contributes, along one axis: or one before it."""
-    return tl.maximum((2 * of - 1) * size - in_size, 0) // (2 * in_size)
+    """A pixel of the result from which on pixel `of` of the image contributes, along an axis: or one before it."""
+    return tl.maximum((2 * of - 1) * size - in_size, 0) // in_size // 2
+
+
+@triton.jit
+def _gain(std_ptr, channel, mask, span):
+    """1 / (std span) of channels."""
+    return tl.div_rn(1.0, tl.load(std_ptr + channel, mask=mask, other=1.0).to(tl.float32) * span)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -102,32 +102,34 @@ def _lpips_input_fwd_kernel(
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """((resized x - low) / span - mean) / std, bilinear between the centers of pixels
-    out_ptr            [B, C, H, W]      or channels_last if LAST, out
-    image_ptr          [B, IN_C, h, w]   or channels_last if IN_LAST; IN_C is C, or 1 for gray
+    out_ptr            [B, C, H, W]     or channels_last if LAST, out
+    image_ptr          [B, IN_C, h, w]  or channels_last if IN_LAST; IN_C is C, or 1 for gray
     mean_ptr, std_ptr  [C]
     Grid (B * C * H,), if LAST (B * H,). Traffic: s bytes per element of the image, m of the result.
     """
-    sample, y, plane = _place(height, C, LAST)
-    start = _row_start(sample, y, plane, height, width, C, LAST)
+    sample, plane, y = _place(height, C, LAST)
+    start = _row(sample, plane, y, height, width, C, LAST)
     if RESIZE:
         above, below, down = _source(y, height, in_height)
+        above_ptr = image_ptr + _row(sample, 0, above, in_height, in_width, IN_C, IN_LAST)
+        below_ptr = image_ptr + _row(sample, 0, below, in_height, in_width, IN_C, IN_LAST)
+    else:
+        row_ptr = image_ptr + _row(sample, 0, y, in_height, in_width, IN_C, IN_LAST)
     for step in range(STEPS):
-        element, x, channel = _in_row(step, C, LAST, BLOCK)
+        element, x, channel = _in_row(step, plane, C, LAST, BLOCK)
         mask = element < (width * C if LAST else width)
-        channel = channel.to(tl.int64) + plane
         gain = _gain(std_ptr, channel, mask, span)
         offset = load_state(mean_ptr, channel, mask) * span + low
         of = channel if IN_C == C else channel * 0
         if RESIZE:
             left, right, across = _source(x, width, in_width)
-            a = load_state(image_ptr, _pixel(sample, above, left, of, in_height, in_width, IN_C, IN_LAST), mask)
-            b = load_state(image_ptr, _pixel(sample, above, right, of, in_height, in_width, IN_C, IN_LAST), mask)
-            c = load_state(image_ptr, _pixel(sample, below, left, of, in_height, in_width, IN_C, IN_LAST), mask)
-            d = load_state(image_ptr, _pixel(sample, below, right, of, in_height, in_width, IN_C, IN_LAST), mask)
-            upper, lower = a * (1.0 - across) + b * across, c * (1.0 - across) + d * across
-            value = upper * (1.0 - down) + lower * down
+            at_left = _along(left, of, in_height, in_width, IN_C, IN_LAST)
+            at_right = _along(right, of, in_height, in_width, IN_C, IN_LAST)
+            a, b = load_state(above_ptr, at_left, mask), load_state(above_ptr, at_right, mask)
+            c, d = load_state(below_ptr, at_left, mask), load_state(below_ptr, at_right, mask)
+            value = (a * (1.0 - across) + b * across) * (1.0 - down) + (c * (1.0 - across) + d * across) * down
         else:
-            value = load_state(image_ptr, _pixel(sample, y, x, of, height, width, IN_C, IN_LAST), mask)
+            value = load_state(row_ptr, _along(x, of, in_height, in_width, IN_C, IN_LAST), mask)
         store_state(out_ptr + start, element, (value - offset) * gain, mask)
 
 
@@ -142,28 +144,30 @@ def _lpips_input_bwd_kernel(
     grad_ptr        [B, C, H, W]     or channels_last if LAST
     Grid (B * IN_C * h,), if IN_LAST (B * h,). Traffic: m bytes per element of the result, s of the image.
     """
-    sample, y, plane = _place(in_height, IN_C, IN_LAST)
-    start = _row_start(sample, y, plane, in_height, in_width, IN_C, IN_LAST)
+    sample, plane, y = _place(in_height, IN_C, IN_LAST)
+    start = _row(sample, plane, y, in_height, in_width, IN_C, IN_LAST)
     for step in range(STEPS):
-        element, x, own = _in_row(step, IN_C, IN_LAST, BLOCK)
+        element, x, own = _in_row(step, plane, IN_C, IN_LAST, BLOCK)
         mask = element < (in_width * IN_C if IN_LAST else in_width)
         total = tl.zeros((BLOCK,), tl.float32)
         for i in tl.static_range(C if IN_C < C else 1):
-            channel = own.to(tl.int64) + plane + i
-            gain = _gain(std_ptr, channel, mask, span)
+            channel = own + i
             if RESIZE:
                 top, left = _first_taker(y, height, in_height), _first_taker(x, width, in_width)
                 taken = tl.zeros((BLOCK,), tl.float32)
-                for down in range(taps_y):
-                    upright = _share(y, top + down, height, in_height)
-                    for across in range(taps_x):
-                        share = upright * _share(x, left + across, width, in_width)
-                        # No access where the share is 0: there may be no such pixel.
-                        at = _pixel(sample, top + down, left.to(tl.int64) + across, channel, height, width, C, LAST)
-                        taken += share * load_state(grad_ptr, at, mask & (share > 0.0))
+                for across in range(taps_x):
+                    share = _share(x, left + across, width, in_width)
+                    # There may be no such column, or row; what has a share, there is.
+                    shared = mask & (share > 0.0)
+                    at = _along(left.to(tl.int64) + across, channel, height, width, C, LAST)
+                    for down in range(taps_y):
+                        upright = _share(y, top + down, height, in_height)
+                        row_ptr = grad_ptr + _row(sample, 0, top + down, height, width, C, LAST)
+                        taken += upright * share * load_state(row_ptr, at, shared & (top + down < height))
             else:
-                taken = load_state(grad_ptr, _pixel(sample, y, x, channel, height, width, C, LAST), mask)
-            total += taken * gain
+                row_ptr = grad_ptr + _row(sample, 0, y, height, width, C, LAST)
+                taken = load_state(row_ptr, _along(x, channel, height, width, C, LAST), mask)
+            total += taken * _gain(std_ptr, channel, mask, span)
         store_state(grad_image_ptr + start, element, total, mask)
 
 

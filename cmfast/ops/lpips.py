@@ -62,7 +62,7 @@ def lpips_input(
     own = tuple(image.shape[2:])
     out = own if size is None else (size, size) if isinstance(size, int) else tuple(size)
     if len(out) != 2 or (size is not None and min(*out, *own) < 1):
-        raise ValueError(f"size must be (H, W), both 1 or more, of an image that has pixels, got {size} for {list(own)}")
+        raise ValueError(f"size must be (H, W) of 1 or more, of an image that has pixels, got {size} for {list(own)}")
     inputs = image, mean, std
     options: dict[str, Any] = {"value_range": value_range, "dtype": dtype, "memory_format": memory_format}
     served = use_kernel("lpips_input", *inputs, dtypes=(dtype,), levels=False)
