@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cmfast.data.arrays import ImageData, mnist, read_npz
+from cmfast.data.arrays import LABEL_NAMES, ImageData, mnist, read_npz
 from cmfast.data.folder import FolderData
 from cmfast.data.pixels import check_fit, fit_all
 from cmfast.data.stream import Batch, Dataset, to_unit
@@ -41,6 +41,7 @@ def open_data(
     Raises: ValueError, OSError: not there, or not such images, and why. ImportError: the digits are not installed.
     """
     check_fit(image_size, channels)
+    named = "the data" if isinstance(source, ImageData) else source
     if isinstance(source, ImageData):
         data = source
     elif source == "mnist":
@@ -51,8 +52,10 @@ def open_data(
             fitted = {"image_size": image_size, "channels": channels}
             return FolderData(path, **fitted, flip=flip, labelled=labelled, skip_unreadable=skip_unreadable)
         data = read_npz(path)
+    if not len(data):
+        raise ValueError(f"{named} holds no images")
     if labelled and data.labels is None:
-        raise ValueError("labelled=True, and the data has no labels: a .npz file has them in arr_1, labels or y")
+        raise ValueError(f"labelled=True, and {named} has no labels: a .npz file has them in {', '.join(LABEL_NAMES)}")
     images = fit_all(data.images, image_size, channels)
     return replace(data, images=images, labels=None if labelled is False else data.labels, flip=flip)
 

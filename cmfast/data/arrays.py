@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,9 +49,8 @@ class ImageData(Dataset):
         if labels is None:
             return
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 [{len(images)}], one for each image, got {labels.dtype} {list(labels.shape)}"
-            )
+            got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+            raise ValueError(f"labels must be int64 [{len(images)}], one for each image, got {got}")
         if len(labels) and labels.min() < 0:
             raise ValueError(f"labels must be 0 or more, got {labels.min().item()} for image {labels.argmin().item()}")
 
@@ -111,22 +111,24 @@ def read_npz(path: Path) -> ImageData:
     """The images of a .npz file: an array [N, H, W, C] or [N, H, W], called as in `IMAGE_NAMES`, and perhaps labels
     [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once.
 
-    Raises: ValueError: no such file, and why.
+    Raises: ValueError: no such images in it, and why.
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file, or a part of one")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images_name = _find(arrays.files, IMAGE_NAMES)
             if images_name is None:
-                raise ValueError(f"images are in an array called {' or '.join(IMAGE_NAMES)}; it has {arrays.files}")
+                expected = f"images are in an array called {', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
+                raise ValueError(f"{expected}; this file has {', '.join(arrays.files) or 'none'}")
             labels_name = _find(arrays.files, LABEL_NAMES)
             images = _stored(path, images_name)
             if images is None:
                 images = arrays[images_name]
             labels = None if labels_name is None else arrays[labels_name]
         return ImageData(_images(images, images_name), None if labels is None else _labels(labels, str(labels_name)))
-    # np.load takes what is no .npz for a pickle, and returns the one array of a .npy.
-    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a .npz file of images: {error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _find(names: list[str], known: tuple[str, ...]) -> str | None:

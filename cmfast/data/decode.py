@@ -23,7 +23,7 @@ PILLOWS = (b"BM", b"GIF")
 def decoder() -> str:
     """What decodes here: "torchvision" or "Pillow"."""
     try:
-        import torchvision.io  # noqa: F401
+        from torchvision.io import decode_image  # noqa: F401  # deprecated since 0.29: a later one may lack it
     except ImportError:
         return "Pillow"
     return "torchvision"

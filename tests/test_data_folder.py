@@ -1,0 +1,280 @@
+"""Folders of images: what is read from which files, labels, workers, and files that are no images."""
+
+import itertools
+import multiprocessing
+import os
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmfast.data import decode, open_data
+from tests.test_data import equal, pixels, take
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+
+
+def write(path, image, **options):
+    """A uint8 image [3, H, W], or one of Pillow's, as a file."""
+    if isinstance(image, torch.Tensor):
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """23 images of two classes: cat/00, dog/01, cat/02, ..."""
+    path = tmp_path_factory.mktemp("folder")
+    for i in range(23):
+        write(path / ("cat", "dog")[i % 2] / f"{i:02}.png", pixels(3, 8, 8, seed=i))
+    return path
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """The same with two that cannot be read: cat/04 shows by its header, cat/10 when it is decoded."""
+    for source in folder.rglob("*.png"):
+        target = tmp_path / source.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    (tmp_path / "cat/04.png").write_text("no image")
+    (tmp_path / "cat/10.png").write_bytes((folder / "cat/10.png").read_bytes()[:-60])
+    return tmp_path
+
+
+def test_what_a_folder_holds(tmp_path):
+    """Files by their suffix, in the order of their names, through subfolders and links; nothing hidden."""
+    names = ["Z.PNG", "a.png", "b/c.png", "b/d/e.bmp", "link/f.png"]
+    for i, name in enumerate(names[:4]):
+        write(tmp_path / "data" / name, pixels(3, 4, 6, seed=i))
+    write(tmp_path / "elsewhere/f.png", pixels(3, 4, 6, seed=4))
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/link")
+    for name in (".hidden.png", ".git/g.png"):
+        write(tmp_path / "data" / name, pixels(3, 2, 2))
+    (tmp_path / "data/notes.txt").write_text("no image")
+    opened = open_data(tmp_path / "data")
+    assert len(opened) == 5 and opened.image_shape == (3, 4, 6) and opened.num_classes is None
+    (batch,) = take(opened, 1, 5)
+    assert batch.labels is None and batch.images.dtype == torch.uint8 and batch.index.tolist() == list(range(5))
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(5 << 32))
+    assert torch.equal(batch.images, torch.stack([pixels(3, 4, 6, seed=int(i)) for i in order]))
+
+
+def test_suffixes(tmp_path):
+    for suffix in decode.SUFFIXES:
+        write(tmp_path / f"image{suffix}", pixels(3, 4, 4))
+    assert len(open_data(tmp_path)) == 6
+
+
+RGBA = Image.fromarray(pixels(9, 7, 4).numpy())
+KINDS = {
+    "RGB": (RGBA.convert("RGB"), "png", {}),
+    "grey": (RGBA.getchannel(0), "png", {}),
+    "alpha": (RGBA, "png", {}),
+    "grey alpha": (Image.merge("LA", (RGBA.getchannel(0), RGBA.getchannel(3))), "png", {}),
+    "palette": (RGBA.convert("RGB").quantize(16), "png", {"transparency": 3}),
+    "black and white": (RGBA.getchannel(0).convert("1"), "png", {}),
+    "16 bits": (Image.fromarray(np.arange(63, dtype=np.uint16).reshape(9, 7) * 1000), "png", {}),
+    "WebP": (RGBA, "webp", {"lossless": True}),
+    "BMP": (RGBA.convert("RGB"), "bmp", {}),
+    "GIF": (RGBA.convert("RGB").quantize(16), "gif", {"transparency": 3, "save_all": True, "append_images": [RGBA]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_decoders_read_the_same(tmp_path, kind):
+    """RGB, without transparency, the high byte of 16 bits, the first frame."""
+    image, suffix, options = KINDS[kind]
+    path = tmp_path / f"image.{suffix}"
+    write(path, image, **options)
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if kind == "16 bits":
+        expected = (torch.arange(63).view(1, 9, 7) * 1000 // 256).to(torch.uint8).expand(3, -1, -1)
+    read = decode.decode(path, "Pillow")
+    assert read.shape == (3, 9, 7) and read.dtype == torch.uint8 and torch.equal(read, expected)
+    assert decode.size_of(path) == (9, 7)
+    pytest.importorskip("torchvision")
+    assert torch.equal(decode.decode(path, "torchvision"), read)
+
+
+def test_without_torchvision(folder, monkeypatch):
+    pytest.importorskip("torchvision")
+    before = open_data(folder)
+    expected = take(before, 3)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    without = open_data(folder)
+    assert "read by torchvision" in before.fingerprint and "read by Pillow" in without.fingerprint
+    assert equal(take(without, 3), expected)
+
+
+def test_sizes_and_channels(tmp_path):
+    write(tmp_path / "a.png", pixels(3, 4, 6))
+    write(tmp_path / "b.png", pixels(3, 8, 5))
+    with pytest.raises(ValueError, match="several sizes: a.png is 6 x 4, b.png is 5 x 8; give image_size"):
+        open_data(tmp_path)
+    opened = open_data(tmp_path, image_size=4, channels=1)
+    assert opened.image_shape == (1, 4, 4) and take(opened, 1)[0].images.shape == (3, 1, 4, 4)
+    square = pixels(3, 4, 6)[:, :, 1:5]
+    one = next(open_data(tmp_path, image_size=4).batches(2, seed=0)).images
+    assert (one == square).flatten(1).all(1).sum() == 1
+
+
+def test_labels(tmp_path, folder):
+    opened = open_data(folder)
+    assert opened.classes == ["cat", "dog"] and opened.num_classes == 2
+    for batch in take(opened, 4, 6):
+        for image, label in zip(batch.images, batch.labels):
+            (number,) = (i for i in range(23) if torch.equal(image, pixels(3, 8, 8, seed=i)))
+            assert label == number % 2
+    assert open_data(folder, labelled=False).num_classes is None
+    assert take(open_data(folder, labelled=False), 1)[0].labels is None
+    # One subfolder is no reason to believe in labels; nor are names, which must be asked for.
+    for i, name in enumerate(["one/x_1.png", "one/y_2.png"]):
+        write(tmp_path / name, pixels(3, 4, 4, seed=i))
+    assert open_data(tmp_path).num_classes is None and open_data(tmp_path, labelled=True).classes == ["one"]
+    assert open_data(tmp_path / "one").num_classes is None
+    by_name = open_data(tmp_path / "one", labelled=True)
+    assert by_name.classes == ["x", "y"] and sorted(take(by_name, 1, 2)[0].labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "names, without",
+    [(["a_1.png", "b.png"], "b.png"), (["a_1.png", "_b.png"], "_b.png"), (["a/b_1.png", "c_2.png"], "c_2.png")],
+    ids=str,
+)
+def test_no_labels(tmp_path, names, without):
+    for name in names:
+        write(tmp_path / name, pixels(3, 4, 4))
+    assert open_data(tmp_path).num_classes is None
+    with pytest.raises(ValueError, match=f"labelled=True, and .* names of its subfolders.* first _ .*; {without} has"):
+        open_data(tmp_path, labelled=True)
+
+
+def test_a_fingerprint_tells_folders_apart(tmp_path):
+    found = set()
+    for name, colour in (("a/1.png", 0), ("b/2.png", 0), ("b/2.png", 9), ("b/3.png", 9)):
+        write(tmp_path / name, pixels(3, 4, 4) if colour else Image.new("RGB", (4, 4)))
+        opened = open_data(tmp_path)
+        found.add(opened.fingerprint)
+        assert opened.fingerprint == open_data(tmp_path).fingerprint
+    assert len(found) == 4 and "3 images uint8 [3, 4, 4] of 2 classes" in opened.fingerprint
+    assert opened.fingerprint != open_data(tmp_path, image_size=2).fingerprint
+
+
+def test_workers_ranks_and_resumes_change_nothing(folder):
+    opened = open_data(folder, flip=True)
+    expected = take(opened, 12, 6)
+    state = torch.get_rng_state()
+    for workers in (1, 2):
+        assert equal(expected, take(opened, 12, 6, workers=workers))
+    assert equal(expected[7:], take(opened, 5, 6, workers=2, start_step=7))
+    ranks = [take(opened, 12, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    assert equal(expected, [type(a)(*map(torch.cat, zip(a, b))) for a, b in zip(*ranks)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not equal(expected, take(open_data(folder), 12, 6))
+
+
+def test_workers_that_are_spawned(folder):
+    """What a worker gets can be sent to a process that shares nothing."""
+    opened = open_data(folder, flip=True)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert equal(take(opened, 3), take(opened, 3, workers=1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_end_with_the_iterator(folder):
+    before = set(multiprocessing.active_children())
+    batches = open_data(folder).batches(3, seed=0, workers=1)
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+    batches = open_data(folder).batches(3, seed=0, workers=1)
+    next(batches)
+    del batches
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds no images: no file in it ends in .png, .jpg"):
+        open_data(tmp_path)
+
+
+def test_what_is_no_image_is_named(broken):
+    with pytest.raises(ValueError, match=r"1 of 23 files .*: cat/04.png \(not an image\); remove .* skip_unreadable"):
+        open_data(broken)
+    for name in range(1, 13, 2):
+        (broken / f"dog/{name:02}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"7 of 23 files .* dog/07.png \(not an image\), \.\.\.; remove"):
+        open_data(broken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_ends_the_run_by_name(broken, folder, workers):
+    (broken / "cat/04.png").write_bytes((folder / "cat/04.png").read_bytes())
+    batches = open_data(broken).batches(6, seed=0, workers=workers)
+    with pytest.raises(ValueError, match="^.*cat/10.png cannot be read: .*with skip_unreadable=True") as caught:
+        list(itertools.islice(batches, 4))
+    assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_replaced_in_place(broken, folder, workers):
+    """By the next file; the others come when they would have, and a resume changes nothing."""
+    with pytest.warns(UserWarning, match="1 of 23 files .* cat/04.png .* are skipped"):
+        opened = open_data(broken, skip_unreadable=True)
+    assert opened.fingerprint.startswith("23 images") and list(opened.unreadable) == ["cat/04.png"]
+    with pytest.warns(UserWarning, match="cat/10.png cannot be read: .* it and others like it are skipped") as caught:
+        batches = take(opened, 12, 6, workers=workers)
+    assert sum(warning.category is UserWarning for warning in caught) == 1
+    assert list(opened.unreadable) == ["cat/04.png", "cat/10.png"]
+    replaced = 0
+    for batch, expected in zip(batches, take(open_data(folder), 12, 6)):
+        assert torch.equal(batch.labels, expected.labels)
+        for image, other in zip(batch.images, expected.images):
+            if not torch.equal(image, other):
+                replaced += 1
+                was = next(i for i in range(23) if torch.equal(other, pixels(3, 8, 8, seed=i)))
+                assert was in (4, 10) and torch.equal(image, pixels(3, 8, 8, seed=was + 2))
+    assert replaced >= 6  # two in each of three epochs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what is known is not warned of again
+        assert equal(batches[5:], take(opened, 7, 6, workers=workers, start_step=5))
+
+
+def test_the_label_of_a_replacement(broken):
+    """The last cat gone, the first dog stands in for it, and is called a dog."""
+    (broken / "cat/22.png").write_bytes(b"")
+    with pytest.warns(UserWarning):
+        batches = take(open_data(broken, skip_unreadable=True), 1, 23)
+    dogs = (batches[0].images == pixels(3, 8, 8, seed=1)).flatten(1).all(1)
+    assert dogs.sum() == 2 and batches[0].labels[dogs].tolist() == [1, 1]
+
+
+def test_nothing_that_can_be_read(tmp_path, folder):
+    whole = (folder / "cat/00.png").read_bytes()
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(whole[:-60])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of its 2 images can be read; .*.png: "):
+        take(open_data(tmp_path, skip_unreadable=True), 1)
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="2 of 2 files"):
+        open_data(tmp_path, skip_unreadable=True)
+
+
+def test_a_file_that_changes(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.png", pixels(3, 4, 4))
+    opened = open_data(tmp_path)
+    write(tmp_path / "b.png", pixels(3, 4, 5))
+    with pytest.raises(ValueError, match=r"b.png cannot be read: it is \[3, 4, 5\], the others \[3, 4, 4\]"):
+        take(opened, 1)
