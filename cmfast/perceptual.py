@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast.ops import _check
-from cmfast.ops.lpips import lpips_layer
+from cmfast.ops.lpips import lpips_input, lpips_layer, value_range_of
 
 #: A state dict, or the path of a file that torch.load reads one from.
 Weights: TypeAlias = Mapping[str, Tensor] | str | os.PathLike
+
+#: What the trunk can be asked to compute in; float64 comes with `.double()`.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,9 +70,15 @@ def unit_images(image: Tensor, *, resize: bool = True, value_range: tuple[float,
     """What the losses of consistency models compare: [0, 1], 224 x 224 (bilinear) where narrower than 256 before."""
     low, high = value_range
     image = image.to(torch.promote_types(image.dtype, torch.float32))
-    if resize and image.shape[-1] < 256:
-        image = F.interpolate(image, size=224, mode="bilinear")
+    size = _resized(image) if resize else None
+    if size is not None:
+        image = F.interpolate(image, size=size, mode="bilinear")
     return (image - low) / (high - low)
+
+
+def _resized(image: Tensor) -> int | None:
+    """The side that images are resized to; None if they are wide enough."""
+    return 224 if image.shape[-1] < 256 else None
 
 
 class LPIPS(nn.Module):
@@ -86,11 +95,15 @@ class LPIPS(nn.Module):
             IMAGENET1K_V1, downloaded once to the cache of torch.hub.
         head_weights: of the linear layers, named as in the lpips package; by default those it has installed.
         pretrained: False leaves weights that are not given random (trunk) or one (heads): for tests, timing.
+        dtype: what the trunk computes in, to which its weights are cast: float32, bfloat16 or float16. By default
+            float32 on a CPU, and on a GPU bfloat16 from when the module is moved there. The distances accumulate in
+            float32 whatever it is; in half precision two images that hardly differ are told apart less well.
 
     All weights are non-persistent buffers: `.to()` moves them, but no optimizer, average or checkpoint of a
-    module that holds an LPIPS sees them, and gradients reach the images alone.
+    module that holds an LPIPS sees them, and gradients reach the images alone. The trunk runs in channels_last.
 
     Raises:
+        TypeError: a `dtype` that is none of these.
         ValueError: unknown `net` or `pooling`, or weights that are those of another network.
         ImportError: torchvision or lpips is missing: pip install "cmfast[lpips]".
         RuntimeError: the trunk's weights could not be downloaded; the message says which file to put where.
@@ -113,16 +126,33 @@ class LPIPS(nn.Module):
         trunk_weights: Weights | None = None,
         head_weights: Weights | None = None,
         pretrained: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check.choice("net", net, tuple(_TRUNKS))
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
+        self.dtype = dtype
         self.net = net
         self.pooling = _TRUNKS[net].pooling if pooling is None else pooling
         _check.choice("pooling", self.pooling, ("avg", "max"))
         self.trunk = _make_trunk(net, self.pooling, trunk_weights, pretrained)
         self.register_buffer("heads", _make_heads(net, head_weights, pretrained), persistent=False)
         for name, values in ("mean", IMAGENET_MEAN), ("std", IMAGENET_STD):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        if dtype is not None:
+            self.trunk.to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LPIPS":
+        """What `.to()` and its kin do to the weights, and the default dtype of a GPU."""
+        super()._apply(fn, recurse)
+        if self.dtype is None and self.heads.is_cuda and self._trunk_dtype == torch.float32:
+            self.trunk.to(torch.bfloat16)
+        return self
+
+    @property
+    def _trunk_dtype(self) -> torch.dtype:
+        return next(self.trunk.buffers()).dtype
 
     def forward(
         self,
@@ -137,7 +167,7 @@ class LPIPS(nn.Module):
         `resize` is what the losses of consistency models do: images narrower than 256 become 224 x 224,
         bilinearly. Turn it off to measure images at their own size, as other LPIPS packages do.
 
-        Images in half precision are resized and normalized in float32. Autocast runs the trunk in half
+        Images in half precision are resized and normalized in float32. Autocast runs the trunk in its own half
         precision; the distances still accumulate in float32. A target that needs no gradient costs no graph.
 
         Args:
@@ -151,27 +181,30 @@ class LPIPS(nn.Module):
         _check.same_shape(x=x, target=target)
         for name, image in ("x", x), ("target", target):
             self._check_weights_fit(name, image)
-        resize = resize and x.shape[-1] < 256
-        self._check_image_shape(x, resize)
-        if not value_range[0] < value_range[1]:
-            raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
+        size = _resized(x) if resize else None
+        self._check_image_shape(x, size is not None)
+        value_range_of(value_range)
 
-        x = self._normalize(x, resize, value_range)
-        target = self._normalize(target, resize, value_range)
-        trunk = _TRUNKS[self.net]
+        images = [x, target]
+        if not (torch.is_grad_enabled() and (x.requires_grad or target.requires_grad)):
+            # No graph: one pass of the trunk for both.
+            images = [torch.cat(images)]
+        trunk, dtype = _TRUNKS[self.net], self._trunk_dtype
         heads = iter(self.heads.split(trunk.channels))
+        maps = [
+            lpips_input(
+                image, self.mean, self.std, size=size, value_range=value_range, dtype=dtype,
+                memory_format=torch.channels_last,
+            )
+            for image in images
+        ]  # fmt: skip
         distances = []
         for i, layer in enumerate(self.trunk):
-            x, target = layer(x), layer(target)
+            maps = [layer(each) for each in maps]
             if i in trunk.layers:
-                distances.append(lpips_layer(x, target, next(heads)))
+                features, target_features = maps if len(maps) == 2 else maps[0].tensor_split(2)
+                distances.append(lpips_layer(features, target_features, next(heads)))
         return torch.stack(distances).sum(0)
-
-    def _normalize(self, image: Tensor, resize: bool, value_range: tuple[float, float]) -> Tensor:
-        """Resize, map to [0, 1], standardize with ImageNet's statistics: the original's steps, in order."""
-        image = unit_images(image, resize=resize, value_range=value_range)
-        image = (image - self.mean) / self.std  # one channel broadcasts to three
-        return image.to(self.mean.dtype)
 
     def _check_weights_fit(self, name: str, image: Tensor) -> None:
         device, dtype = self.mean.device, self.mean.dtype
@@ -212,7 +245,7 @@ def _make_trunk(net: str, pooling: str, weights: Weights | None, pretrained: boo
             if isinstance(layer, nn.MaxPool2d):
                 trunk[i] = nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
     _parameters_to_buffers(trunk)
-    return trunk
+    return trunk.to(memory_format=torch.channels_last)
 
 
 def _make_heads(net: str, weights: Weights | None, pretrained: bool) -> Tensor:

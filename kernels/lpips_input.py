@@ -229,14 +229,15 @@ def lpips_input_bwd(
     if grad is None or not needed[0]:
         return (None,) * 3
     image, grad = dense(image), dense(grad)
+    batch, in_channels, *in_size = image.shape
     sizes, options = _sizes(image, len(mean), *size)
-    grad_image, in_last = empty(image), options["IN_LAST"]
-    programs, tile = _cut(*image.shape[2:], image.shape[1], in_last)
+    grad_image = empty(image)
+    programs, tile = _cut(in_size[0], in_size[1], in_channels, options["IN_LAST"])
     # Pixels that take from one of the image, and one before them.
-    taps = [min(out, 2 * out // each + 2) for out, each in zip(size, image.shape[2:])]
+    taps = [min(out, 2 * out // each + 2) for out, each in zip(size, in_size)]
     low, high = value_range
     launch(
-        _lpips_input_bwd_kernel, len(image) * programs, grad_image, grad, std.contiguous(), *sizes, *taps,
+        _lpips_input_bwd_kernel, batch * programs, grad_image, grad, std.contiguous(), *sizes, *taps,
         span=float(high - low), **options, LAST=layout(grad) != CONTIGUOUS, **tile,
     )
     return grad_image, None, None

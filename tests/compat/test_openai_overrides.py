@@ -70,7 +70,7 @@ def test_lpips_is_made_when_a_loss_needs_it(monkeypatch):
     assert not made
     for _ in range(2):
         diffusion.consistency_losses(network, torch.rand(1, 3, 8, 8), 4, target_model=network)
-    assert made == [{"pooling": "avg"}]
+    assert made == [{"pooling": "avg", "dtype": torch.float32}]
 
 
 def test_lpips_gets_what_the_original_gives_it():

@@ -108,7 +108,7 @@ class KarrasDenoiser:
     @cached_property
     def lpips_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """LPIPS of images in [0, 1], [B]. Made when a loss first needs it: sampling needs no VGG."""
-        return _UnitLPIPS(pooling="avg")
+        return _UnitLPIPS(pooling="avg", dtype=torch.float32)  # as the original, also on a GPU
 
     def get_snr(self, sigmas: Tensor) -> Tensor:
         """1 / sigma^2."""
