@@ -35,3 +35,7 @@ GOLDEN_FULL_SIZE_FAST = 5e-4
 #: rounding passes through some sixty layers. float32, which rounds timesteps of 1095 as well, measures 2.6e-6
 #: (ImageNet-64) to 4.0e-6 (tiny), bfloat16 1.1e-2 to 1.5e-2, float16 1.5e-3 to 1.9e-3.
 NETWORK = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+#: Changes of parameters, target and averages over a few training steps of the original's loops, as a part of the
+#: largest: what float16 rounds differently, RAdam magnifies.
+GOLDEN_TRAINED = {torch.float32: 1e-3, torch.float16: 2e-2}

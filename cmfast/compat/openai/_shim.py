@@ -24,8 +24,7 @@ class _Missing:
             return None
         # No ModuleNotFoundError: `from cm import name` would swallow it.
         raise ImportError(
-            f"cm.{name} is not part of {PACKAGE}, which has what sampling needs: {', '.join(MODULES)}. What trains "
-            "comes later.",
+            f"cm.{name} is not part of {PACKAGE}, which has what sampling and training need: {', '.join(MODULES)}",
             name=fullname,
         )
 

@@ -46,6 +46,16 @@ def setup_dist() -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def get_rank() -> int:
+    """The number of this process: of the process group, or before there is one of torchrun's environment."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def get_world_size() -> int:
+    """The number of processes, known as `get_rank` is."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
 def dev() -> torch.device:
     """The GPU of this process, or the CPU."""
     if torch.cuda.is_available():

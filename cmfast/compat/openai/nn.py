@@ -72,8 +72,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 @torch.no_grad()
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
     """target = rate target + (1 - rate) source, in place."""
-    for target, source in zip(target_params, source_params, strict=True):
-        target.lerp_(source.to(target), 1 - rate)
+    targets = list(target_params)
+    sources = [source.to(target) for target, source in zip(targets, source_params, strict=True)]
+    if targets:
+        torch._foreach_lerp_(targets, sources, 1 - rate)
 
 
 @torch.no_grad()

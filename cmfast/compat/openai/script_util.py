@@ -96,8 +96,9 @@ def create_model_and_diffusion(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     distillation: bool = False,
+    **settings: Any,
 ) -> tuple[UNetModel, KarrasDenoiser]:
-    """The network, and a `KarrasDenoiser` with its other settings at their defaults."""
+    """The network, and a `KarrasDenoiser` with its other settings at their defaults, or those given (`loss_norm`)."""
     model = create_model(
         image_size,
         num_channels,
@@ -117,7 +118,7 @@ def create_model_and_diffusion(
         use_new_attention_order=use_new_attention_order,
     )
     diffusion = KarrasDenoiser(
-        sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation, weight_schedule=weight_schedule
+        sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation, weight_schedule=weight_schedule, **settings
     )
     return model, diffusion
 
@@ -185,8 +186,16 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The parsed arguments called `keys`."""
-    return {key: getattr(args, key) for key in keys}
+    """The parsed arguments called `keys`.
+
+    Of those for `create_model_and_diffusion`, `loss_norm` is one where it is not the default: the original's
+    cm_train.py parses it and hands it to nobody.
+    """
+    chosen = {key: getattr(args, key) for key in keys}
+    loss_norm = getattr(args, "loss_norm", None)
+    if "weight_schedule" in chosen and loss_norm not in (None, cm_train_defaults()["loss_norm"]):
+        chosen["loss_norm"] = loss_norm
+    return chosen
 
 
 def str2bool(v: str | bool) -> bool:

@@ -73,7 +73,7 @@ def facts(diffusion):
     import cm.karras_diffusion
 
     errors = []
-    for statement in ("import cm.train_util", "from cm import train_util", "from cm.fp16_util import x"):
+    for statement in ("import cm.losses", "from cm import losses", "from cm.losses import x"):
         try:
             exec(statement)
         except ImportError as error:
