@@ -30,6 +30,7 @@ FUSED = (
     "init_noise",
     "add_noise",
     "add_noise_pair",
+    "draw_pair",
     "normal",
     "denoise",
     "denoise_to_uint8",
@@ -42,6 +43,7 @@ FUSED = (
     "weighted_loss",
     "consistency_loss",
     "group_norm_silu",
+    "dropout",
     "lpips_input",
     "lpips_layer",
     "ema_update_",
@@ -50,7 +52,7 @@ FUSED = (
     "adam_ema_",
 )
 #: Those that make a few numbers for each sample, and need none.
-SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int")
+SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "draw_levels")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The oldest CUDA architecture that kernels are compiled and tested for.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._dispatch import use_kernel
 from cmfast.ops.noise import add_noise, add_noise_pair
 from cmfast.reference import Below, Draw, Grid, Levels, LogNormal
 
@@ -92,6 +93,15 @@ def draw_pair(
     if pair and isinstance(levels, LogNormal) and levels.below is None:
         raise ValueError("pair=True needs a second level: give the LogNormal one below, or pair=False")
     options: dict[str, Any] = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
+    tables = (levels.table, levels.thresholds) if isinstance(levels, Grid) else ()
+    recorded = torch.is_grad_enabled() and x_start.requires_grad
+    if not recorded and use_kernel("draw_pair", x_start, draw, *tables, dtypes=(dtype,)):
+        from cmfast.kernels.draw import draw_pair_fwd
+
+        parts = draw_pair_fwd(x_start, draw, levels, pair=pair, **options)
+        sigma, next_sigma, mid_sigma, *_ = *parts[3 + 3 * pair :], None, None
+        return Drawn(parts[:3], parts[3:6] if pair else None, sigma, next_sigma, mid_sigma)
+    # Differentiable, and on a CPU in forms that write in place.
     drawn = draw_levels(draw, levels, dtype=_check.sigma_dtype(x_start))
     if pair:
         first, second = add_noise_pair(x_start, draw, drawn[0], drawn[1], **options)

@@ -92,6 +92,20 @@ def _pixels(last: bool = False, shape: tuple[int, ...] = ImageNet64, **options: 
     )
 
 
+def _levels(levels: Any = None, seed: Any = 7, draw: Any = 0, **options: Any) -> dict[str, Any]:
+    """What a training batch is drawn from; of a grid of nine intervals where no levels are named."""
+    if levels is None:
+        levels = ops.Grid(torch.ones(9 * options.get("stride", 1) + 1), **options)
+    return {"draw": ops.Draw(seed, torch.arange(ImageNet64[0]), draw), "levels": levels}
+
+
+def _drop(x: Tensor, seed: Any = 7, draw: Any = 0) -> None:
+    """Both passes of dropout."""
+    x.requires_grad_()
+    y = ops.dropout(x, 0.1, ops.Draw(seed, torch.arange(len(x)), draw))
+    torch.autograd.grad(y, x, torch.empty_like(y))
+
+
 def _normal(shape: tuple[int, ...] = ImageNet64, **options: Any) -> Callable[[], Any]:
     return lambda: ops.normal(7, torch.arange(shape[0]), shape[1:], **options)
 
@@ -149,6 +163,57 @@ def _normalised() -> dict[str, Use]:
         # Slabs of 36 channels, 72 bytes of a pixel.
         "group_norm_silu, 576 of 16x16": Use(group_norm(576, 16, film=True), ("bf16",), exponential=True),
         "group_norm_silu, no SiLU": Use(group_norm(768, 8, silu=False)),
+    }
+
+
+def parameters(
+    count: int = 1, dtype: torch.dtype = torch.float32, shift: int = 0, sizes: tuple[int, ...] = (64, 8192)
+) -> list[list[Tensor]]:
+    """So many lists of tensors of any values, of sizes that are multiples of 16; shift: elements off aligned memory."""
+    return [[torch.empty(size + shift, dtype=dtype)[shift:] for size in sizes] for _ in range(count)]
+
+
+def ema(k: int = 4, dtype: torch.dtype = torch.float32, copies: torch.dtype | None = None, shift: int = 0) -> Callable:
+    """K averages of parameters of a dtype, and a copy."""
+    return lambda: ops.ema_update_(
+        *parameters(1, dtype, shift), parameters(k, shift=shift), torch.empty(k, dtype=torch.float64),
+        copies=None if copies is None else parameters(1, copies, shift)[0],
+    )  # fmt: skip
+
+
+def step(op: Callable, k: int = 4, dtype: torch.dtype = torch.float32, shift: int = 0, **options: Any) -> Callable:
+    """An optimizer's step with K averages. Options that are True become scalars of the device, a dtype a copy."""
+
+    def call() -> None:
+        given = {name: torch.empty(()) if value is True and name != "maximize" else value
+                 for name, value in options.items() if name != "copies"}  # fmt: skip
+        copies = parameters(1, options["copies"], shift)[0] if "copies" in options else None
+        rates = torch.empty(k, dtype=torch.float64)
+        op(*parameters(4, dtype, shift), torch.empty(()), parameters(k, shift=shift), rates, copies=copies, **given)
+
+    return call
+
+
+def _of_parameters() -> dict[str, Use]:
+    """Averages and optimizers."""
+    f16, bf16 = torch.float16, torch.bfloat16
+    everything = {"lr": True, "grad_scale": True, "found_inf": True, "max_norm": 1.0, "copies": bf16}
+    return {
+        "ema_update_": Use(ema()),
+        "ema_update_, copy": Use(ema(2, copies=bf16)),
+        "ema_update_, bfloat16": Use(ema(1, bf16)),
+        "ema_update_, misaligned": Use(ema(2, copies=bf16, shift=1), UNALIGNED),
+        "radam_ema_": Use(step(ops.radam_ema_, lr=0.1)),
+        "radam_ema_, everything": Use(step(ops.radam_ema_, weight_decay=0.1, **everything)),
+        "radam_ema_, no averages": Use(step(ops.radam_ema_, 0, lr=0.1, maximize=True)),
+        "radam_ema_, misaligned": Use(step(ops.radam_ema_, 1, shift=1, lr=0.1, max_norm=1.0), UNALIGNED),
+        "adam_ema_": Use(step(ops.adam_ema_, lr=0.1)),
+        "adam_ema_, everything": Use(
+            step(ops.adam_ema_, decoupled_weight_decay=True, weight_decay=0.1, **{**everything, "copies": f16})
+        ),
+        "adam_ema_, bfloat16": Use(step(ops.adam_ema_, 1, bf16, lr=0.1)),
+        "grad_norm": Use(lambda: ops.grad_norm(*parameters(sizes=(2**22, 2**20)))),
+        "grad_norm, float16": Use(lambda: ops.grad_norm(*parameters(dtype=f16), grad_scale=torch.empty(()))),
     }
 
 
@@ -217,6 +282,27 @@ def _listed() -> dict[str, Use]:
         "add_noise_pair": Use(of_case("add_noise_pair", grads="x noise")),
         "add_noise_pair drawn": Use(of_case("add_noise_pair drawn")),
         "add_noise_pair drawn, float16": Use(of_case("add_noise_pair drawn", model=f16)),
+        "draw_pair": Use(lambda: ops.draw_pair(batch(ImageNet64, f32), **_levels(), dtype=torch.bfloat16)),
+        "draw_pair, float32": Use(lambda: ops.draw_pair(batch(ImageNet64, f32), **_levels())),
+        "draw_pair by thresholds, channels_last": Use(
+            lambda: ops.draw_pair(
+                batch(ImageNet64, f32), **_levels(thresholds=torch.arange(8)), dtype=torch.bfloat16, memory_format=last
+            ),
+            MIXED,
+        ),
+        "draw_pair, one point": Use(lambda: ops.draw_pair(batch(ImageNet64, f32), **_levels(stride=2), pair=False)),
+        "draw_pair lognormal, one point": Use(
+            lambda: ops.draw_pair(batch(ImageNet64, f32), **_levels(ops.LogNormal()), pair=False), exponential=True
+        ),
+        "draw_pair lognormal, by tensors": Use(
+            lambda: ops.draw_pair(
+                batch(ImageNet64, f32), **_levels(ops.LogNormal(-1.1, 2.0, ops.Below(0.5)), **counter)
+            ),
+            exponential=True,
+        ),
+        "dropout": Use(lambda: _drop(batch((4, 384, 32, 32), torch.bfloat16))),
+        "dropout, channels_last": Use(lambda: _drop(batch((4, 384, 32, 32), torch.bfloat16, True))),
+        "dropout, float32, by tensors": Use(lambda: _drop(batch((4, 192, 64, 64), f32, True), **counter)),
         "weighted_loss l1": Use(of_case("weighted_loss l1", grads="x")),
         "weighted_loss l2": Use(of_case("weighted_loss l2", grads="x y")),
         "weighted_loss huber": Use(of_case("weighted_loss huber", grads="x")),
@@ -246,6 +332,7 @@ def _listed() -> dict[str, Use]:
         "normal, odd": Use(_normal(Odd), UNALIGNED),
         "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
         **_normalised(),
+        **_of_parameters(),
     }
 
 

@@ -12,7 +12,8 @@ import cmfast
 from cmfast import ops
 from cmfast.kernels import group_norm_tiles
 from cmfast.ops import _dispatch
-from tests.ops.cases import draw
+from tests.ops.cases import draw, grid
+from tests.ops.lists import make as make_lists
 from tests.ops.norms import make
 
 pytestmark = pytest.mark.skipif(not _dispatch.INTERPRETING, reason="counts in Triton's interpreter")
@@ -66,6 +67,11 @@ FORWARD = {
     "add_noise drawn": (lambda x, f: ops.add_noise(x, draw(x), SIGMA, **BF16), S + S + M),
     "add_noise_pair given": (lambda x, f: ops.add_noise_pair(x, x, SIGMA, NEXT, **BF16), 4 * S + 2 * M),
     "add_noise_pair drawn": (lambda x, f: ops.add_noise_pair(x, draw(x), SIGMA, NEXT, **BF16), 3 * S + 2 * M),
+    "draw_pair": (lambda x, f: ops.draw_pair(x, draw(x), grid(x.device), **BF16), 3 * S + 2 * M),
+    "draw_pair, one point": (
+        lambda x, f: ops.draw_pair(x, draw(x), ops.LogNormal(), pair=False, **BF16), 2 * S + M,
+    ),
+    "dropout": (lambda x, f: ops.dropout(x, 0.2, draw(x)), S + S),
     "denoise": (lambda x, f: ops.denoise(f, x, SIGMA), M + S + S),
     "denoise clipped": (lambda x, f: ops.denoise(f, x, SIGMA, clip=True), M + S + S),
     "denoise_to_uint8": (lambda x, f: ops.denoise_to_uint8(f, x, SIGMA), M + S + 1),
@@ -101,6 +107,7 @@ BACKWARD = {
     "heun_corrector": (lambda x, f: ops.heun_corrector(f, f, x, SIGMA, NEXT)[0], "x", S + S),
     "scale_input": (lambda x, f: ops.scale_input(x, SIGMA, **BF16)[0], "x", M + S),
     "add_noise": (lambda x, f: ops.add_noise(x, draw(x), SIGMA, **BF16)[:2], "x", S + M + S),
+    "dropout": (lambda x, f: ops.dropout(x, 0.2, draw(x)), "x", S + S),
 }  # fmt: skip
 
 
@@ -160,6 +167,46 @@ def test_group_norm(kind, launches, last, counter, monkeypatch):
     torch.autograd.backward(results, [torch.ones_like(r) for r in results])
     check(counter, norm.tensors["x"], backward)
     assert all(leaf.grad is not None for leaf in leaves.values())
+
+
+#: The ImageNet-64 U-Net's parameters, and the averages of its training.
+UNET, AVERAGES = 296_000_000, 4
+
+
+def of_parameters(count, copies=None):
+    """Lists of tensors, of which the small ones are so few that what is read for each does not show."""
+    shapes = [(256, 128), (128,), (3, 64, 3, 3), (16, 16, 3, 3)]
+    return make_lists(shapes=shapes, rates=[0.9] * count, copies=copies, step=7, lr=0.01)
+
+
+@pytest.mark.parametrize("k, copies", [(0, M), (1, 0), (AVERAGES, M)])
+def test_averages(k, copies, counter):
+    lists = of_parameters(k, torch.bfloat16 if copies else None)
+    counter.bytes = 0
+    lists.update("triton")
+    check(counter, torch.cat([p.flatten() for p in lists.parameters]), S + 2 * S * k + copies)
+
+
+@pytest.mark.parametrize("op", ["radam_ema_", "adam_ema_"])
+@pytest.mark.parametrize("k, copies, clip", [(0, 0, 0), (AVERAGES, M, 0), (AVERAGES, M, S)])
+def test_a_step_of_an_optimizer(op, k, copies, clip, counter):
+    """Parameters and moments read and written, gradients read, and read once more for their norm."""
+    lists = of_parameters(k, torch.bfloat16 if copies else None)
+    lists.options |= {"max_norm": 1.0} if clip else {}
+    counter.bytes = 0
+    lists.take(op, "triton")
+    elements = torch.cat([p.flatten() for p in lists.parameters])
+    check(counter, elements, 7 * S + 2 * S * k + copies + clip)
+    if k == AVERAGES:
+        assert counter.per_element(elements) * UNET <= 20e9
+
+
+def test_a_skipped_step_moves_nothing(counter):
+    lists = of_parameters(AVERAGES, torch.bfloat16)
+    lists.options["found_inf"] = torch.ones(())
+    counter.bytes = 0
+    lists.take("radam_ema_", "triton")
+    assert counter.per_element(torch.cat([p.flatten() for p in lists.parameters])) < 0.5
 
 
 def test_the_counter_sees_a_second_read(counter):

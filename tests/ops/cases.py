@@ -89,6 +89,24 @@ def _pair(s, v, dtype=None):
     return ops.add_noise_pair(s["x"], noise, v["sigma"], v["next"], dtype=dtype)
 
 
+def grid(device, stride: int = 1) -> ops.Grid:
+    """Five levels, of which a draw takes neighbours, some oftener than others; or ends and middles of two intervals."""
+    thresholds = torch.tensor([2**29, 2**31, 2**32 - 2**28], device=device) if stride == 1 else None
+    return ops.Grid(torch.tensor([9.0, 4.0, 2.0, 0.5, 0.002], device=device), stride, thresholds)
+
+
+def _drawn(levels: ops.Levels | None = None, stride: int = 1) -> Callable:
+    """Points and levels, all drawn: from the `grid` where no others are named."""
+
+    def call(s, v, dtype=None, **options):
+        x = s["x"]
+        table = levels or grid(x.device, stride)
+        made = ops.draw_pair(x, draw(x), table, pair=stride == 1, dtype=dtype, **options)
+        return tuple(part for part in made if part is not None)
+
+    return call
+
+
 def _consistency(s, v, **options):
     """Against a target's D, or with "f2" against that of the target's output; weights given or by name."""
     weight = options.pop("weight", v.get("weight"))
@@ -110,6 +128,7 @@ _corrector = _steps(ops.heun_corrector, "f f2 x", "sigma next")
 _midpoint = _steps(ops.midpoint_corrector, "f f2 x", "sigma mid next")
 _scale = _steps(ops.scale_input, "x", "sigma")
 _denoise = _steps(lambda f, x, sigma, dtype, **options: ops.denoise(f, x, sigma, **options), "f x", "sigma")
+_BELOW = ops.LogNormal(-1.1, 2.0, ops.Below(0.25))
 _TWO, _FX, _FFX = ("sigma", "next"), ("f", "x"), ("f", "f2", "x")
 
 CASES = {
@@ -125,6 +144,9 @@ CASES = {
     "add_noise drawn": Case(_add, ("x",)),
     "add_noise_pair": Case(_pair, ("x", "noise"), _TWO),
     "add_noise_pair drawn": Case(_pair, ("x",), _TWO),
+    "draw_pair": Case(_drawn(), ("x",), ()),
+    "draw_pair halves": Case(_drawn(stride=2), ("x",), ()),
+    "draw_pair below": Case(_drawn(_BELOW), ("x",), ()),
     "renoise": Case(_renoise, ("f", "x", "noise"), _TWO),
     "renoise clipped": Case(_with(_renoise, clip=True, sigma_min=0.1), ("f", "x", "noise"), _TWO),
     "renoise drawn": Case(_with(_renoise, clip=True), _FX, _TWO),
