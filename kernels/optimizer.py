@@ -111,8 +111,8 @@ def _scalars_kernel(
         factor = tl.div_rn(factor, tl.load(scale_ptr).to(tl.float32))
     if HAS_NORM:
         norm = tl.load(norm_ptr).to(tl.float32)
-        # NaN and infinity.
-        skip = skip | (norm - norm != 0.0)
+        finite = tl.abs(norm) < float("inf")
+        skip = skip | (finite == 0)
         if CLIP:
             factor *= tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1.0)
     if HAS_LR:
@@ -223,7 +223,7 @@ def _step(
         float(max_norm or 0), BETA_1=betas[0], BETA_2=betas[1], EPS=float(eps), RECTIFIED=rectified,
         DECOUPLED=decoupled_weight_decay, MAXIMIZE=maximize, HAS_LR=isinstance(lr, Tensor),
         HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None, HAS_NORM=grad_norm is not None,
-        CLIP=max_norm is not None, warps=1,
+        CLIP=max_norm is not None and max_norm < float("inf"), warps=1,
     )  # fmt: skip
     weights = 1.0 - betas[0], float(betas[1]), 1.0 - betas[1], 0.0 if decoupled_weight_decay else float(weight_decay)
     lists = [parameters, exp_avgs, exp_avg_sqs, gradients, *averages, *([copies] if copies is not None else [])]

@@ -26,7 +26,7 @@ LEVELS = [
     | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
-    {"sharding", "recipes", "quality", "info", "cli", "compat", "__main__"},
+    {"sharding", "digits", "recipes", "quality", "info", "cli", "compat", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 

@@ -146,7 +146,7 @@ def _step(
     device = parameters[0].device
     _lists.scalar("step", step, device)
     for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
-        if isinstance(options[kind], Tensor):
+        if options[kind] is not None and not (kind == "lr" and isinstance(options[kind], float | int)):
             _lists.scalar(kind, options[kind], device)
     beta1, beta2 = options["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and options["eps"] >= 0 and options["weight_decay"] >= 0):

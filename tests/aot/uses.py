@@ -182,10 +182,10 @@ def ema(k: int = 4, dtype: torch.dtype = torch.float32, copies: torch.dtype | No
 
 
 def step(op: Callable, k: int = 4, dtype: torch.dtype = torch.float32, shift: int = 0, **options: Any) -> Callable:
-    """An optimizer's step with K averages. Options that are True become scalars of the device, a dtype a copy."""
+    """An optimizer's step with K averages. What is "on the device" becomes a scalar there, a dtype a copy."""
 
     def call() -> None:
-        given = {name: torch.empty(()) if value is True and name != "maximize" else value
+        given = {name: torch.empty(()) if value == "on the device" else value
                  for name, value in options.items() if name != "copies"}  # fmt: skip
         copies = parameters(1, options["copies"], shift)[0] if "copies" in options else None
         rates = torch.empty(k, dtype=torch.float64)
@@ -197,7 +197,7 @@ def step(op: Callable, k: int = 4, dtype: torch.dtype = torch.float32, shift: in
 def _of_parameters() -> dict[str, Use]:
     """Averages and optimizers."""
     f16, bf16 = torch.float16, torch.bfloat16
-    everything = {"lr": True, "grad_scale": True, "found_inf": True, "max_norm": 1.0, "copies": bf16}
+    everything = {"max_norm": 1.0, "copies": bf16, **dict.fromkeys(("lr", "grad_scale", "found_inf"), "on the device")}
     return {
         "ema_update_": Use(ema()),
         "ema_update_, copy": Use(ema(2, copies=bf16)),

@@ -1,0 +1,170 @@
+"""A step of RAdam and of Adam: against torch.optim in float64, the forms for the CPU, skipping, clipping, refusals."""
+
+import math
+
+import pytest
+import torch
+
+import cmfast
+from cmfast import ops, reference
+from cmfast.ops import _dispatch, _multi
+from tests.ops.lists import LAYOUTS, check, make
+
+OPTIMIZERS = {"radam_ema_": torch.optim.RAdam, "adam_ema_": torch.optim.Adam}
+OPTIONS = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "decoupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "other betas": {"betas": (0.0, 0.99), "eps": 1e-3},
+    # rho never reaches 5.
+    "short memory": {"betas": (0.5, 0.5)},
+}
+each = pytest.mark.parametrize("name", OPTIMIZERS)
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+#: Steps taken: RAdam starts to adapt with its sixth.
+steps = pytest.mark.parametrize("step", [0, 4, 5, 1000])
+
+
+@each
+@options
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
+def test_is_torch_optim(name, options, max_norm):
+    """25 steps in float64: past the one from which RAdam adapts, with clipping and averages as written by hand."""
+    lists = make(torch.float64, averages=torch.float64, copies=None, lr=0.01, max_norm=max_norm, **options)
+    lists.exp_avgs, lists.exp_avg_sqs = ([torch.zeros_like(p) for p in lists.parameters] for _ in range(2))
+    parameters = [torch.nn.Parameter(p.clone()) for p in lists.parameters]
+    averages = [[a.clone() for a in group] for group in lists.averages]
+    optimizer = OPTIMIZERS[name](parameters, lr=0.01, **options)
+    for i in range(25):
+        lists.gradients = [torch.randn(p.shape, dtype=torch.float64) * (1 + i) for p in parameters]
+        for p, g in zip(parameters, lists.gradients):
+            p.grad = g.clone()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        lists.take(name, "auto")
+        for rate, group in zip(lists.rates.tolist(), averages):
+            torch._foreach_lerp_(group, [p.detach() for p in parameters], 1 - rate)
+    states = [optimizer.state[p] for p in parameters]
+    expected = [*parameters, *(s["exp_avg"] for s in states), *(s["exp_avg_sq"] for s in states), *sum(averages, [])]
+    values = [*lists.parameters, *lists.exp_avgs, *lists.exp_avg_sqs, *sum(lists.averages, [])]
+    torch.testing.assert_close(values, [x.detach() for x in expected], rtol=1e-10, atol=1e-12)
+    assert lists.step.item() == 25
+
+
+@each
+@options
+@steps
+def test_what_auto_takes_here(name, options, step):
+    assert _dispatch.plain_list(name, [torch.ones(2)]) is _multi.FORMS[name]
+    lists = make(step=step, lr=0.01, max_norm=2.0, grad_scale=torch.tensor(4.0), **options)
+    # Of the other path, whose norm is its own.
+    norm = ops.grad_norm(lists.gradients, grad_scale=torch.tensor(4.0))
+    lists.options |= {"grad_norm": norm, "lr": torch.tensor(0.01)}
+    check(lists, "auto", name)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounds_once(name, dtype):
+    """The reference in a low dtype against float64."""
+    lists = make(dtype, step=7, lr=0.01)
+    exact = lists.map(torch.Tensor.double)
+    lists.take(name, "reference"), exact.take(name, "reference")
+    for value, high in zip(lists.parameters, exact.parameters):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value, high.to(dtype), rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@each
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kinds", ["all", "gradients", "moments"])
+def test_layouts_here(name, layout, kinds):
+    lists = make(step=9, lr=0.01)
+    changed = lists.map(LAYOUTS[layout])
+    if kinds == "gradients":
+        lists.gradients = changed.gradients
+    elif kinds == "moments":
+        lists.exp_avgs, lists.averages = changed.exp_avgs, changed.averages
+    check(changed if kinds == "all" else lists, "auto", name)
+
+
+@each
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("cause", ["found_inf", "inf", "nan", "norm"])
+def test_skipping(name, backend, cause):
+    """Nothing changes, averages and step count included; the next step is as if there had been none."""
+    lists = make(step=3, lr=0.01)
+    kept = lists.map(torch.clone)
+    if cause == "found_inf":
+        lists.options = {"lr": 0.01, "found_inf": torch.tensor(1.0)}
+    elif cause == "norm":
+        lists.options = {"lr": 0.01, "grad_norm": torch.tensor(math.nan), "max_norm": 1.0}
+    else:
+        lists.gradients[5][1, 7] = float(cause)
+        lists.options = {"lr": 0.01, "max_norm": math.inf}
+    for p in lists.copies:
+        p.fill_(7)
+    assert lists.take(name, backend).equal(torch.ones(()))
+    assert lists.step.item() == 3
+    for what, values in lists.written().items():
+        if what != "copies":
+            assert all(map(torch.equal, values, kept.written()[what])), what
+    lists.gradients, lists.options = kept.gradients, {"lr": 0.01, "found_inf": torch.tensor(0.0)}
+    assert lists.take(name, backend).equal(torch.zeros(()))
+    kept.take(name, backend)
+    assert all(map(torch.equal, lists.parameters, kept.parameters))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_grad_norm(backend):
+    gradients = make().gradients
+    exact = torch.cat([g.double().flatten() for g in gradients]).norm()
+    with cmfast.backend(backend):
+        torch.testing.assert_close(ops.grad_norm(gradients).double(), exact, rtol=1e-6, atol=0)
+        scaled = ops.grad_norm([g.half() * 8 for g in gradients], grad_scale=torch.tensor([8.0]))
+        torch.testing.assert_close(scaled.double(), exact, rtol=1e-3, atol=0)
+        assert ops.grad_norm([torch.tensor([3.0, math.inf]), torch.ones(3)]).isinf()
+        assert ops.grad_norm([torch.zeros(0)]) == 0
+
+
+def test_the_form_for_the_cpu_serves_float32():
+    x = torch.ones(4)
+    for name in OPTIMIZERS:
+        assert _dispatch.plain_list(name, [x, x.double()]) is getattr(reference, name)
+    lists = make(torch.float64, averages=torch.float64, copies=None, step=7, lr=0.01)
+    lists.take("radam_ema_", "auto")
+    assert lists.parameters[0].dtype == torch.float64
+
+
+def call(**change):
+    x = [torch.ones(3)]
+    arguments = {
+        "parameters": x, "gradients": x, "exp_avgs": x, "exp_avg_sqs": x, "step": torch.zeros(()), "lr": 0.1, **change
+    }  # fmt: skip
+    ops.radam_ema_(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"parameters": []}, ValueError, "parameters is empty"),
+        ({"gradients": [torch.ones(2)]}, ValueError, r"gradients\[0\] must have its parameter's shape \[3\], got \[2\]"),
+        ({"exp_avgs": []}, ValueError, "exp_avgs has 0 tensors for 1 parameters"),
+        ({"exp_avg_sqs": [torch.ones(3).half()]}, TypeError, "the moments of a parameter must have one dtype"),
+        ({"step": 0}, TypeError, "step must be a tensor"),
+        ({"step": torch.zeros(2)}, ValueError, "step must be one floating number"),
+        ({"lr": torch.zeros((), device="meta")}, ValueError, "lr is on meta"),
+        ({"found_inf": 1.0}, TypeError, "found_inf must be a tensor"),
+        ({"betas": (0.9, 1.0)}, ValueError, "betas must be in"),
+        ({"eps": -1.0}, ValueError, "eps and weight_decay 0 or more"),
+        ({"max_norm": 0.0}, ValueError, "max_norm must be positive"),
+        ({"averages": [[torch.ones(3)]]}, ValueError, r"rates must be \[1\]"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        call(**change)
+    with pytest.raises(ValueError, match="gradients is empty"):
+        ops.grad_norm([])
