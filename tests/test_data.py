@@ -40,6 +40,7 @@ def test_order(size, batch_size):
     """Position p is row p mod N of the permutation of epoch p // N; transcribed one image at a time."""
     source = ImageData(pixels(size, 1, 2, 2), torch.arange(size))
     for step, batch in enumerate(take(source, 9, batch_size)):
+        assert [len(part) for part in batch] == [batch_size] * 3
         for i in range(batch_size):
             position = step * batch_size + i
             generator = torch.Generator().manual_seed((5 << 32) + position // size)
@@ -172,7 +173,11 @@ def test_the_digits(monkeypatch):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("names", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y"), ("data", None)], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [("arr_0", "arr_1"), ("images", "labels"), ("x", "y"), ("data", None)],
+    ids=["arr_0", "images", "x", "data"],
+)
 def test_npz(tmp_path, save, names):
     path = tmp_path / "some.npz"
     shown, labels = pixels(5, 6, 4, 3).numpy(), np.array([3, 1, 0, 1, 2], np.uint8)
