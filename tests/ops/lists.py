@@ -13,7 +13,7 @@ from cmfast import ops
 from tests.ops.matrix import close
 from tests.tolerances import KERNEL_FLOOR
 
-#: Of parameters: bias and weights as in a U-Net, one element, sizes that are no multiple of 16, nothing, several blocks.
+#: Of parameters: biases and weights, one element, nothing, several blocks, sizes that are no multiple of 16.
 SHAPES = [(192,), (3,), (33, 5), (8, 4, 3, 3), (0, 4), (2, 1100), (), (16,)]
 #: Exact in every floating dtype; the last one needs float64.
 RATES = [0.0, 0.5, 0.9999]

@@ -70,7 +70,7 @@ def test_a_parameter_that_needs_gradients():
     "change, error, message",
     [
         ({"averages": [[torch.ones(3)]]}, ValueError, r"averages\[0\] has 1 tensors for 2 parameters"),
-        ({"averages": [[torch.ones(3), torch.ones(1)]]}, ValueError, r"averages\[0\]\[1\] must .* shape \[2\], got \[1\]"),
+        ({"averages": [[torch.ones(3), torch.ones(1)]]}, ValueError, r"averages\[0\]\[1\] .* \[2\], got \[1\]"),
         ({"averages": [[torch.ones(3), torch.ones(2).int()]]}, TypeError, r"averages\[0\] .* floating"),
         ({"averages": [torch.ones(2)]}, TypeError, "averages.0. must be a list"),
         ({"averages": [[torch.ones(3), torch.ones(2)], [torch.ones(3), torch.ones(2).half()]]}, TypeError, "one dtype"),
