@@ -184,25 +184,117 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="mnist", help="which training; known: mnist")
-    parser.add_argument("--out", default="runs/mnist", help="folder for checkpoints and curves; goes on from there")
-    parser.add_argument("--edm-steps", type=int, help="steps of the diffusion pre-training")
-    parser.add_argument("--shape-steps", type=int, help="steps of its second part, at higher noise levels")
-    parser.add_argument("--cd-steps", type=int, help="steps of the distillation")
-    parser.add_argument("--guided-steps", type=int, help="steps of its second part, from a guided teacher")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", help="cd, ct, pd, ict, ect or edm; mnist trains the bundled model in four stages")
+    parser.add_argument("--data", help="a folder of images, a .npz file, or mnist")
+    parser.add_argument("--out", help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; arguments go first")
+    parser.add_argument("--teacher", help="the checkpoint of a diffusion model to distil (cd, pd)")
+    parser.add_argument("--init", help="a checkpoint to start from; default: the teacher, or new weights")
+    parser.add_argument("--network", help="new weights: tiny, small (default), imagenet64, lsun256")
+    for name, kind, text in (
+        ("steps", int, "optimizer steps"),
+        ("batch_size", int, "images per step, of all processes together (default: 64)"),
+        ("microbatch", int, "images per forward pass"),
+        ("learning_rate", float, "default: the paper's"),
+        ("averages", _words, "rates of averaged weights, such as 0.999,0.9999 or power:0.05"),
+        ("dtype", str, "float32 (default), bfloat16 or float16"),
+        ("seed", int, "of everything random (default: 0)"),
+        ("save_interval", int, "steps between checkpoints (default: 1000)"),
+        ("log_interval", int, "steps between readings of the loss (default: 10)"),
+        ("sample_interval", int, "steps between pictures (default: none)"),
+        ("keep", int, "checkpoints to keep (default: 3)"),
+        ("workers", int, "processes that decode images (default: 0)"),
+        ("parallel", str, "several processes: ddp (default) or fsdp"),
+        ("on_nan", str, "stop (default) or skip"),
+    ):
+        flags = [f"--{name.replace('_', '-')}"]
+        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}")  # type: ignore[arg-type]
+    parser.add_argument("--checkpointing", action="store_true", default=None, dest="options.checkpointing",
+                        help="less memory, a third more time")  # fmt: skip
+    parser.add_argument("--loss-norm", dest="objective.loss_norm", help="l1, l2, l2-32, huber or lpips")
+    parser.add_argument("--dropout", type=float, help="of the student")
+    parser.add_argument("--image-size", type=int, dest="data.image_size", help="crop and resize images to it")
+    parser.add_argument("--flip", action="store_true", default=None, dest="data.flip", help="mirror half of the images")
+    parser.add_argument("--unlabelled", action="store_false", default=None, dest="data.labelled", help="ignore labels")
+    parser.add_argument("--skip-unreadable", action="store_true", default=None, dest="data.skip_unreadable",
+                        help="leave out files that are no images")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], type=_override, dest="overrides", metavar="NAME=VALUE",
+                        help="any other setting, such as objective.start_scales=18 or options.warmup=100")  # fmt: skip
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
+    for name in ("edm", "shape", "cd", "guided"):
+        parser.add_argument(f"--{name}-steps", type=int, help=f"recipe mnist: steps of its stage `{name}`")
     parser.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from cmfast import recipes
+    from cmfast.ranks import RankError, ranks
 
-    if arguments.recipe != "mnist":
-        raise ValueError(f"unknown recipe {arguments.recipe!r}; known: mnist")
+    if arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config)):
+        _train_mnist(arguments)
+        return
+    settings = _train_settings(arguments)
+    out = Path(arguments.out or f"runs/{settings.get('recipe')}")
+    device = _device(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
+    try:
+        with ranks(tensors_on=device.type) as group:
+            run = group.together(
+                lambda: recipes.trainer(
+                    settings, out, device=device, group=group, resume=arguments.resume,
+                    tensorboard=arguments.tensorboard,
+                )  # fmt: skip
+            )
+            run.run(progress=sys.stderr.isatty())
+            if group.rank == 0:
+                print(out / "model.safetensors")
+    except RankError as error:
+        raise ValueError(str(error)) from error
+
+
+def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """Those of the file, or of the run that is resumed, under those of the command line."""
+    from cmfast.training import config
+
+    settings: dict[str, object] = {}
+    if arguments.resume:
+        if arguments.out is None:
+            raise ValueError("--resume needs --out, the folder of the run")
+        saved = Path(arguments.out, "config.yaml")
+        if not saved.is_file():
+            raise FileNotFoundError(f"there is no run to resume in {arguments.out}: no {saved}")
+        settings = config.read(saved)
+    if arguments.config:
+        settings |= config.read(arguments.config)
+    given = {name: value for name, value in vars(arguments).items() if "." in name and value is not None}
+    for name in ("recipe", "network", "dropout"):
+        if getattr(arguments, name) is not None:
+            given[name] = getattr(arguments, name)
+    for name in ("data", "teacher", "init"):
+        if getattr(arguments, name) is not None:
+            given[f"paths.{name}"] = getattr(arguments, name)
+    for name, value in [*given.items(), *arguments.overrides]:
+        outer, dot, inner = name.partition(".")
+        if dot:
+            part = settings.setdefault(outer, {})
+            part[inner] = value  # type: ignore[index]
+        else:
+            settings[name] = value
+    if settings.get("recipe") is None:
+        raise ValueError("--recipe is missing: cd, ct, pd, ict, ect, edm or mnist")
+    return settings
+
+
+def _train_mnist(arguments: argparse.Namespace) -> None:
+    from cmfast import digits
+
     names = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    for path in recipes.train_mnist(arguments.out, seed=arguments.seed, device=_device(arguments.device), **given):
+    seed = getattr(arguments, "options.seed") or 0
+    for path in digits.train_mnist(
+        arguments.out or "runs/mnist", seed=seed, device=_device(arguments.device), **given
+    ):
         print(path)
 
 
@@ -224,6 +316,10 @@ def _quality(arguments: argparse.Namespace) -> None:
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _numbers(text: str) -> list[float]:

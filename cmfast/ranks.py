@@ -51,6 +51,19 @@ class Ranks:
                 raise RankError(f"rank {rank}: {message}" if rank else message) from failure
         return result
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all ranks of a tensor on the CPU, on each."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x = x / self.size
+        return x
+
+    def least(self, x: Tensor) -> Tensor:
+        """The least over all ranks of a tensor on the CPU, on each."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MIN)
+        return x
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all ranks, on the first; nothing on the others. They are on the CPU and of one shape."""
         if self.size == 1:

@@ -1,157 +1,181 @@
-"""Trainings that anyone can repeat: `python -m cmfast train --recipe mnist`."""
+"""Trainings by name: what a run is made of, from a few settings. `python -m cmfast train --recipe cd ...` is this."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from cmfast import checkpoint, data, losses, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn
+from cmfast import checkpoint, data
+from cmfast.denoiser import Denoiser
+from cmfast.objectives import OBJECTIVES, Objective
 from cmfast.precondition import Preconditioner
-from cmfast.training import LossFn, Trainer, TrainOptions
+from cmfast.ranks import Ranks
+from cmfast.training import Trainer, TrainOptions, config
 from cmfast.unet import UNetModel
+from cmfast.unet_config import PUBLISHED
 
-#: EDM pre-training, a second part of it at higher noise levels, then consistency distillation from the result.
-MNIST_EDM = TrainOptions(steps=1000, batch_size=64, learning_rate=1e-3, ema_rate=0.995)
-MNIST_SHAPE = TrainOptions(steps=600, batch_size=64, learning_rate=1e-3, ema_rate=0.995, seed=1)
-MNIST_CD = TrainOptions(steps=550, batch_size=32, learning_rate=4e-4, ema_rate=0.99, seed=2)
-MNIST_GUIDED = TrainOptions(steps=280, batch_size=32, learning_rate=3e-4, warmup=20, ema_rate=0.99, seed=3)
-#: How far the teacher of the last stage is pushed away from the other classes.
-MNIST_GUIDANCE = 0.4
-#: Levels of the grid that the distillation steps along, in its first half and in its second: few first, because
-#: what the student learns at low noise has fewer levels to climb.
-MNIST_SCALES = (9, 17)
+_PUBLISHED_AVERAGES = ("0.999", "0.9999", "0.9999432189950708")
+#: What the papers trained ImageNet-64 with, but for the batch size: theirs is 2048 to 4096.
+PRESETS: dict[str, dict[str, Any]] = {
+    "edm": {"steps": 600_000, "learning_rate": 1e-4, "averages": _PUBLISHED_AVERAGES},
+    "cd": {"steps": 600_000, "learning_rate": 8e-6, "averages": _PUBLISHED_AVERAGES},
+    "ct": {"steps": 800_000, "learning_rate": 1e-4, "averages": _PUBLISHED_AVERAGES},
+    "pd": {"steps": 350_000, "learning_rate": 1e-4, "averages": ("0.999",), "decay": "linear"},
+    "ict": {"steps": 800_000, "learning_rate": 1e-4, "averages": ("0.99997",)},
+    "ect": {"steps": 200_000, "learning_rate": 1e-4, "averages": ("0.9999",)},
+}
+BATCH_SIZE = 64
+
+#: New networks by name; image_size, channels and classes are those of the data.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": [4],
+        "channel_mult": [1, 2, 2],
+        "num_head_channels": 32,
+        "use_scale_shift_norm": True,
+    },
+    "small": {
+        "model_channels": 64,
+        "num_res_blocks": 2,
+        "attention_resolutions": [4],
+        "channel_mult": [1, 2, 2],
+        "num_head_channels": 64,
+        "use_scale_shift_norm": True,
+    },
+    "imagenet64": {**PUBLISHED["ImageNet-64"][0], **PUBLISHED["ImageNet-64"][1]},
+    "lsun256": {**PUBLISHED["LSUN-256"][0], **PUBLISHED["LSUN-256"][1]},
+}
+
+#: What settings hold, and what each says where it is not given.
+SETTINGS: dict[str, Any] = {
+    "recipe": None,
+    "paths": {"data": None, "teacher": None, "init": None, "lpips_trunk": None, "lpips_head": None},
+    "data": {"image_size": None, "channels": None, "flip": False, "labelled": None, "skip_unreadable": False},
+    "network": "small",
+    "dropout": None,
+    "lpips": {"net": "vgg", "pretrained": True},
+    "objective": {},
+    "options": {},
+}
 
 
-def mnist_model() -> Denoiser:
-    """The class-conditional U-Net of the bundled model: [B, 1, 32, 32], 10 classes, 1.2 M parameters."""
-    network = UNetModel(
-        image_size=32,
-        in_channels=1,
-        model_channels=32,
-        out_channels=1,
-        num_res_blocks=1,
-        attention_resolutions=(4,),
-        channel_mult=(1, 2, 2),
-        num_classes=10,
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-    ).to(memory_format=torch.channels_last)
-    return Denoiser(network, Preconditioner.edm(), image_shape=(1, 32, 32), num_classes=10)
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with everything that is not given, from the recipe.
 
-
-def as_consistency_model(teacher: Denoiser) -> Denoiser:
-    """A copy of a diffusion model with the boundary condition of a consistency model: where a student starts."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    student.preconditioner = Preconditioner.consistency(teacher.preconditioner.sigma_data, teacher.sigma_min)
-    return student
-
-
-def edm_loss(mean: float = -1.2, std: float = 1.2) -> LossFn:
-    """EDM's loss at noise levels with ln sigma ~ N(mean, std^2).
-
-    The defaults are EDM's, found on photographs; they draw few levels above 1, where the overall shape of an image
-    is made.
+    Raises: ValueError: an unknown name, recipe or network; the message lists the known ones.
     """
-
-    def loss(model: Denoiser, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        sigma = schedules.lognormal_sigmas(torch.randn(len(images), device=images.device), mean=mean, std=std)
-        return losses.denoising_loss(model, images, sigma, labels=labels)["loss"]
-
-    return loss
-
-
-def guided(teacher: Denoiser, weight: float) -> DenoiserFn:
-    """D(x, y) + weight (D(x, y) - D(x, z)) with another class z drawn for each sample.
-
-    Guidance of diffusion models (Ho & Salimans 2022) pushes away from the unconditional D; this teacher knows none,
-    but a class that is not y has the same mean over draws up to the share of y.
-    """
-
-    def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        classes = teacher.num_classes or 1
-        others = (labels + torch.randint(1, classes, labels.shape, device=labels.device)) % classes
-        right, wrong = teacher(x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([labels, others])).chunk(2)
-        return right + weight * (right - wrong)
-
-    return denoise
-
-
-def distillation_loss(teacher: Denoiser | DenoiserFn, steps: int, scales: tuple[int, int] = MNIST_SCALES) -> LossFn:
-    """Consistency distillation with Heun steps and the pseudo-Huber distance; the student is its own target."""
-
-    def loss(model: Denoiser, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        num_scales = scales[2 * step >= steps]
-        terms = losses.consistency_loss(
-            model, model, images, num_scales, teacher_model=teacher, labels=labels, loss_norm="huber"
-        )
-        return terms["loss"]
-
-    return loss
+    settings = copy.deepcopy(SETTINGS)
+    for name, value in given.items():
+        if name == "data_fingerprint":  # of a run that is gone on with
+            continue
+        if name not in settings:
+            raise ValueError(f"settings know no {name}; known: {', '.join(settings)}")
+        if isinstance(settings[name], dict):
+            known = settings[name]
+            unknown = [key for key in value if known and key not in known]
+            if unknown:
+                raise ValueError(f"{name} knows no {', '.join(unknown)}; known: {', '.join(known)}")
+            known.update(value)
+        else:
+            settings[name] = value
+    recipe = settings["recipe"]
+    if recipe not in PRESETS:
+        raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(PRESETS)}, and mnist")
+    options = {"batch_size": BATCH_SIZE, **PRESETS[recipe], **settings["options"]}
+    settings["options"] = config.plain(config.make(TrainOptions, options, "options"))
+    settings["objective"] = config.plain(objective(settings))
+    if isinstance(settings["network"], str) and settings["network"] not in NETWORKS:
+        raise ValueError(f"unknown network {settings['network']!r}; known: {', '.join(NETWORKS)}")
+    return settings
 
 
-def train_mnist(
+def objective(settings: Mapping[str, Any]) -> Objective:
+    """The objective of settings; its curriculum is that of a run of as many steps, unless they say otherwise."""
+    kind = OBJECTIVES[settings["recipe"]]
+    fields = dict(settings["objective"])
+    fields.pop("name", None)
+    if hasattr(kind, "total_steps"):
+        fields.setdefault("total_steps", settings["options"]["steps"])
+    return config.make(kind, fields, f"the objective of {settings['recipe']}")
+
+
+def trainer(
+    given: Mapping[str, Any],
     out: Path | str,
     *,
-    edm_steps: int = MNIST_EDM.steps,
-    shape_steps: int = MNIST_SHAPE.steps,
-    cd_steps: int = MNIST_CD.steps,
-    guided_steps: int = MNIST_GUIDED.steps,
-    seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> list[Path]:
-    """All stages, resumed where `out` holds a checkpoint. Writes and returns `teacher.safetensors` and
-    `model.safetensors` (float16), and `loss.png`."""
-    out = Path(out)
-    training, _ = data.mnist()
-    torch.manual_seed(seed)
-    model = mnist_model().to(device)
-    curves: dict[str, list[float]] = {}
+    group: Ranks | None = None,
+    resume: bool | str = False,
+    tensorboard: bool = False,
+) -> Trainer:
+    """A run, ready to start or to go on, from the settings that are given and the recipe's.
 
-    def stage(title: str, model: Denoiser, loss_fn: LossFn, options: TrainOptions, steps: int, file: str) -> Denoiser:
-        options = replace(options, steps=steps, seed=seed + options.seed)
-        trainer = Trainer(model, loss_fn, training, options, out / file)
-        average = trainer.run(progress=progress)
-        curves[title] = trainer.losses
-        return average
+    Raises: ValueError, OSError, ImportError: settings, data or checkpoints that do not go together, and why.
+    """
+    settings = complete(given)
+    aim, paths = objective(settings), settings["paths"]
+    if paths["data"] is None:
+        raise ValueError("data is missing: a folder of images, a .npz file, or mnist")
+    if aim.needs_teacher and paths["teacher"] is None:
+        raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
+    images = data.open_data(paths["data"], **settings["data"])
+    torch.manual_seed(settings["options"]["seed"])
+    teacher = checkpoint.load(paths["teacher"]) if aim.needs_teacher else None
+    model = _model(settings, aim, images, teacher)
+    if model.num_classes is None and images.num_classes is not None and settings["data"]["labelled"] is None:
+        images = data.open_data(paths["data"], **{**settings["data"], "labelled": False})
+    return Trainer(
+        model.to(device),
+        aim,
+        images,
+        config.make(TrainOptions, settings["options"], "options"),
+        out,
+        teacher_model=None if teacher is None else teacher.to(device),
+        lpips=_lpips(settings, device) if settings["objective"].get("loss_norm") == "lpips" else None,
+        group=group,
+        resume=resume,
+        settings=settings,
+        tensorboard=tensorboard,
+    )
 
-    model = stage("EDM pre-training", model, edm_loss(), MNIST_EDM, edm_steps, "edm.pt")
-    model = copy.deepcopy(model).requires_grad_(True)
-    teacher = stage("at higher noise levels", model, edm_loss(mean=0.0), MNIST_SHAPE, shape_steps, "shape.pt")
-    loss_fn = distillation_loss(teacher, cd_steps)
-    student = stage("distillation", as_consistency_model(teacher), loss_fn, MNIST_CD, cd_steps, "cd.pt")
-    student = copy.deepcopy(student).requires_grad_(True)
-    loss_fn = distillation_loss(guided(teacher, MNIST_GUIDANCE), guided_steps, (MNIST_SCALES[1],) * 2)
-    student = stage("guided distillation", student, loss_fn, MNIST_GUIDED, guided_steps, "guided.pt")
 
-    paths = [out / "teacher.safetensors", out / "model.safetensors", out / "loss.png"]
-    for each, path in zip((teacher, student), paths):
-        checkpoint.save(each, path, dtype=torch.float16)
-    plot_losses(curves, paths[2])
-    return paths
+def _model(settings: Mapping[str, Any], aim: Objective, images: Any, teacher: Denoiser | None) -> Denoiser:
+    """Where training starts: a checkpoint, else the teacher, else new weights; with the scalings of the objective."""
+    start, network = settings["paths"]["init"], settings["network"]
+    if start is not None:
+        model = checkpoint.load(start)
+    elif teacher is not None:
+        model = copy.deepcopy(teacher)
+    else:
+        channels, height, width = images.image_shape
+        if height != width:
+            raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
+        fields = dict(NETWORKS[network] if isinstance(network, str) else network)
+        own = {"image_size": height, "in_channels": channels, "out_channels": channels}
+        classes = images.num_classes
+        model = Denoiser(
+            UNetModel(**{**fields, **own, "num_classes": classes}), image_shape=(channels, height, width)
+        )
+    sigma_data = model.preconditioner.sigma_data
+    model.preconditioner = Preconditioner.by_name(
+        aim.preconditioning, sigma_data=sigma_data, sigma_min=model.sigma_min
+    )
+    if settings["dropout"] is not None:
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = float(settings["dropout"])
+    return model.requires_grad_(True)
 
 
-def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
-    """The loss of each step, and its running mean, one panel a curve."""
-    import matplotlib
+def _lpips(settings: Mapping[str, Any], device: torch.device | str) -> nn.Module:
+    from cmfast.perceptual import LPIPS
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), squeeze=False)
-    for panel, (title, losses_) in zip(panels[0], curves.items()):
-        window = max(1, len(losses_) // 50)
-        values = torch.tensor(losses_)
-        panel.plot(values, linewidth=0.5, alpha=0.4)
-        if len(values):
-            means = values.unfold(0, window, 1).mean(1)
-            panel.plot(torch.arange(len(means)) + window - 1, means)
-        panel.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    paths = settings["paths"]
+    return LPIPS(**settings["lpips"], trunk_weights=paths["lpips_trunk"], head_weights=paths["lpips_head"]).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -43,6 +45,7 @@ class Watch:
         self.model = model
         #: Changes that runs of the model make to its attributes: its own bookkeeping, not settings.
         self._own: set[tuple[int, str]] = set()
+        _see_fused_optimizers()
         self._look()
 
     def _look(self) -> None:
@@ -151,6 +154,19 @@ class Watch:
     def name(self, module: nn.Module) -> str:
         """What to call a module in a message."""
         return name_of(self.model, module)
+
+
+@functools.cache
+def _see_fused_optimizers() -> None:
+    """Count what torch's fused optimizers write: their kernels leave the versions of parameters as they were."""
+    from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+    def count(optimizer: Optimizer, arguments: object, options: object) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(count)
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

@@ -39,3 +39,11 @@ NETWORK = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 #: Changes of parameters, target and averages over a few training steps of the original's loops, as a part of the
 #: largest: what float16 rounds differently, RAdam magnifies.
 GOLDEN_TRAINED = {torch.float32: 1e-3, torch.float16: 2e-2}
+
+#: Weights of two runs of a few float32 steps that should be one, as a part of how far the run came: their gradients
+#: differ by rounding, and the first steps of RAdam and Adam divide by moments that are hardly larger.
+TRAINING = 2e-3
+
+#: A training step's losses and gradients in float32 by two ways that round differently: a model called as a whole or by
+#: its network, eager or compiled, one batch or two halves of it.
+STEP_VALUE = 1e-4

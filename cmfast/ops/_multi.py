@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast.ops._lists import alike
+from cmfast.ops._lists import alike, written_by_a_kernel
 
 Tensors = list[Tensor]
 
@@ -91,6 +91,7 @@ def _step(
                 weight_decay=decay, eps=eps / math.sqrt(1 - betas[1] ** t) if rectified else eps, amsgrad=False,
                 maximize=maximize, grad_scale=scale, found_inf=None,
             )  # fmt: skip
+            written_by_a_kernel(p, m, v)
     ema_update_(parameters, averages, step.new_empty(0) if rates is None else rates, copies=copies)
     return torch.zeros(())
 

@@ -1,0 +1,157 @@
+"""The bundled model, in four stages that anyone can repeat: `python -m cmfast train --recipe mnist`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cmfast import checkpoint, data, losses, ops
+from cmfast.denoiser import Denoiser
+from cmfast.objectives import EDM, Objective, Stage
+from cmfast.precondition import Preconditioner
+from cmfast.training import Trainer, TrainOptions
+from cmfast.training.pictures import plot_losses
+from cmfast.unet import UNetModel
+
+_COMMON = TrainOptions(
+    steps=1,
+    batch_size=64,
+    learning_rate=1e-3,
+    optimizer="adam",
+    warmup=100,
+    decay="cosine",
+    max_norm=1.0,
+    log_interval=1,
+    save_interval=100,
+    keep=1,
+)
+#: EDM pre-training, a second part of it at higher noise levels, then consistency distillation from the result.
+MNIST_EDM = replace(_COMMON, steps=1000, averages=("warmup:0.995",))
+MNIST_SHAPE = replace(MNIST_EDM, steps=600, seed=1)
+MNIST_CD = replace(_COMMON, steps=900, batch_size=32, learning_rate=4e-4, averages=("warmup:0.99",), seed=2)
+MNIST_GUIDED = replace(MNIST_CD, steps=400, learning_rate=3e-4, warmup=20, seed=3)
+#: How far the teacher of the last stage is pushed away from the other classes.
+MNIST_GUIDANCE = 0.4
+#: Levels of the grid that the distillation steps along, in its first half and in its second: few first, because
+#: what the student learns at low noise has fewer levels to climb.
+MNIST_SCALES = (9, 17)
+#: The draw number of the other classes that guidance pushes away from.
+_OTHERS_DRAW = 0xFFFFFFFD
+
+
+@dataclass(frozen=True)
+class DigitDistillation(Objective):
+    """Consistency distillation with Heun steps and the pseudo-Huber distance; the student is its own target.
+
+    scales: levels of the grid in the first half of `steps` and in the second. guidance: see `guided`.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    steps: int = MNIST_CD.steps
+    scales: tuple[int, int] = MNIST_SCALES
+    guidance: float = 0.0
+
+    def stage(self, step: int) -> Stage:
+        """One stage; the number of levels changes once."""
+        return Stage(num_scales=self.scales[2 * step >= self.steps])
+
+    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
+        if self.guidance:
+            teacher = guided(teacher, self.guidance, draw)
+        options = {"teacher_model": teacher, "draw": draw, "labels": labels, "loss_norm": "huber"}
+        return losses.consistency_loss(model, model, x_start, stage.num_scales, **options)
+
+
+def guided(teacher: Denoiser, weight: float, draw: ops.Draw) -> Callable[..., Tensor]:
+    """D(x, y) + weight (D(x, y) - D(x, z)) with another class z drawn for each sample.
+
+    Guidance of diffusion models (Ho & Salimans 2022) pushes away from the unconditional D; this teacher knows none,
+    but a class that is not y has the same mean over draws up to the share of y.
+    """
+    classes = teacher.num_classes or 2
+    steps = 1 + ops.uniform_int(draw.seed, draw.index, classes - 1, draw=_OTHERS_DRAW)
+
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        others = (labels + steps) % classes
+        right, wrong = teacher(x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([labels, others])).chunk(2)
+        return right + weight * (right - wrong)
+
+    return denoise
+
+
+def mnist_model() -> Denoiser:
+    """The class-conditional U-Net of the bundled model: [B, 1, 32, 32], 10 classes, 1.2 M parameters."""
+    network = UNetModel(
+        image_size=32,
+        in_channels=1,
+        model_channels=32,
+        out_channels=1,
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        channel_mult=(1, 2, 2),
+        num_classes=10,
+        num_head_channels=32,
+        use_scale_shift_norm=True,
+    ).to(memory_format=torch.channels_last)
+    return Denoiser(network, Preconditioner.edm(), image_shape=(1, 32, 32), num_classes=10)
+
+
+def as_consistency_model(teacher: Denoiser) -> Denoiser:
+    """A copy of a diffusion model with the boundary condition of a consistency model: where a student starts."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.preconditioner = Preconditioner.consistency(teacher.preconditioner.sigma_data, teacher.sigma_min)
+    return student
+
+
+def train_mnist(
+    out: Path | str,
+    *,
+    edm_steps: int = MNIST_EDM.steps,
+    shape_steps: int = MNIST_SHAPE.steps,
+    cd_steps: int = MNIST_CD.steps,
+    guided_steps: int = MNIST_GUIDED.steps,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> list[Path]:
+    """All stages, each gone on with where `out` holds a part of it. Writes and returns `teacher.safetensors` and
+    `model.safetensors` (float16), and `loss.png`."""
+    out = Path(out)
+    training, _ = data.mnist()
+    torch.manual_seed(seed)
+    model = mnist_model().to(device)
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+
+    def stage(
+        title: str, model: Denoiser, objective: Objective, options: TrainOptions, folder: str, teacher: Denoiser | None
+    ) -> Denoiser:
+        options = replace(options, seed=seed + options.seed)
+        trainer = Trainer(
+            model.to(device), objective, training, options, out / folder, teacher_model=teacher, resume="auto"
+        )
+        average = trainer.run(progress=progress)
+        curves[title] = trainer.losses()
+        return copy.deepcopy(average).to(device)
+
+    options = replace(MNIST_EDM, steps=edm_steps)
+    model = stage("EDM pre-training", model, EDM(), options, "edm", None)
+    options = replace(MNIST_SHAPE, steps=shape_steps)
+    teacher = stage("at higher noise levels", model, EDM(mean=0.0), options, "shape", None)
+    objective, options = DigitDistillation(cd_steps), replace(MNIST_CD, steps=cd_steps)
+    student = stage("distillation", as_consistency_model(teacher), objective, options, "cd", teacher)
+    objective = DigitDistillation(guided_steps, (MNIST_SCALES[1],) * 2, MNIST_GUIDANCE)
+    options = replace(MNIST_GUIDED, steps=guided_steps)
+    student = stage("guided distillation", student, objective, options, "guided", teacher)
+
+    paths = [out / "teacher.safetensors", out / "model.safetensors", out / "loss.png"]
+    for each, path in zip((teacher, student), paths):
+        checkpoint.save(each, path, dtype=torch.float16)
+    plot_losses(curves, paths[2])
+    return paths

@@ -1,0 +1,158 @@
+"""What a training run is made of, as a YAML file says it and a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPTIMIZERS = ("radam", "adam", "adamw")
+DECAYS = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
+ON_NAN = ("stop", "skip")
+PARALLEL = ("ddp", "fsdp")
+
+#: What a resumed run may have otherwise: none of it changes what is learnt.
+FREE = ("log_interval", "save_interval", "sample_interval", "keep", "workers", "graphs", "paths", "skip_unreadable")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained: everything but the objective, the model and the data.
+
+    steps            optimizer steps
+    batch_size       images per step, of all processes together
+    microbatch       images per forward pass of a process; None: its share of the batch
+    optimizer        radam, adam or adamw, with betas, eps and weight_decay
+    learning_rate    after `warmup` steps; then as `decay` has it: constant, or to 0 at the last step
+    max_norm         to which the norm of all gradients is clipped; None: not
+    averages         rates of the averaged weights, as `cmfast.ema.Averages` takes them; the first is sampled from
+    dtype            what networks compute in; weights, loss and averages are float32. float16 scales its gradients
+    checkpointing    make activations again in the backward pass: less memory, a third more time
+    parallel         several processes: "ddp", or "fsdp" to share out weights, averages and optimizer state too
+    optimize         use `cmfast.optimize` networks where they can be had
+    graphs           on a GPU, teacher and target as CUDA graphs
+    seed             of everything random
+    log_interval     steps between readings of the loss; what was lost when it became NaN is no more than these
+    save_interval    steps between checkpoints, of which the last `keep` stay (None: all)
+    sample_interval  steps between pictures of samples and of the loss (0: none)
+    workers          processes that decode images
+    on_nan           stop: a NaN loss ends the run with the weights before it. skip: its step does nothing
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    microbatch: int | None = None
+    optimizer: str = "radam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: str = "constant"
+    max_norm: float | None = None
+    averages: tuple[str, ...] = ("0.9999",)
+    dtype: str = "float32"
+    checkpointing: bool = False
+    parallel: str = "ddp"
+    optimize: bool = True
+    graphs: bool = True
+    seed: int = 0
+    log_interval: int = 10
+    save_interval: int = 1000
+    sample_interval: int = 0
+    keep: int | None = 3
+    workers: int = 0
+    on_nan: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("microbatch", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, or None, got {getattr(self, name)}")
+        for name in ("warmup", "sample_interval", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.learning_rate > 0 or math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, or None, got {self.max_norm}")
+        known = {
+            "optimizer": OPTIMIZERS, "decay": DECAYS, "dtype": DTYPES, "on_nan": ON_NAN, "parallel": PARALLEL
+        }  # fmt: skip
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def rate_at(self, step: int, first: int = 0, length: int | None = None) -> float:
+        """The learning rate of a step; first, length: of the stage that it is in, where a run has several."""
+        done, steps = step - first, length or self.steps
+        warm = min(1.0, (done + 1) / self.warmup) if self.warmup else 1.0
+        fraction = min(done / steps, 1.0)
+        left = {"constant": 1.0, "linear": 1 - fraction, "cosine": 0.5 * (1 + math.cos(math.pi * fraction))}
+        return self.learning_rate * warm * left[self.decay]
+
+
+def plain(value: Any) -> Any:
+    """A dataclass, or anything within one, as YAML has it: lists for tuples."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def make(kind: type, values: Mapping[str, Any], what: str) -> Any:
+    """A dataclass from plain values. Raises: ValueError: a name it does not know, or one that is missing."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        raise ValueError(f"{what} knows no {', '.join(unknown)}; known: {', '.join(fields)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """A YAML file of settings. Raises: ValueError: not YAML, or not `name: value` lines; FileNotFoundError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
+    return values
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """Settings as YAML."""
+    import yaml
+
+    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[str, ...] = FREE) -> list[str]:
+    """What two settings have otherwise, as `name: saved, given` lines; names within names are joined by dots.
+
+    >>> differences({"options": {"seed": 0, "keep": 3}}, {"options": {"seed": 1, "keep": 5}})
+    ['options.seed: 0, now 1']
+    """
+    found: list[str] = []
+    for name in [*saved, *(name for name in given if name not in saved)]:
+        if name in free:
+            continue
+        old, new = plain(saved.get(name)), plain(given.get(name))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}.{line}" for line in differences(old, new, free)]
+        elif old != new:
+            found.append(f"{name}: {old}, now {new}")
+    return found

@@ -1,0 +1,80 @@
+"""Teacher and target: networks without gradient, on a GPU each forward pass one CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmfast.denoiser import Denoiser
+from cmfast.graphs import SPACES, GraphError, Program, ProgramCache, kind
+from cmfast.training.parallel import with_network
+
+#: Shapes that a network keeps graphs for: whole microbatches, and the last.
+SHAPES = 4
+
+
+class Frozen(nn.Module):
+    """A network whose forward pass is captured for each shape it is called with, and replayed.
+
+    It reads its weights from where they are, so that an average that is written in place is seen. A pass that cannot
+    be captured is called as it is, and `refusal` says why.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.refusal: str | None = None
+        self._space = SPACES[device.type](device)
+        self._programs = ProgramCache(SHAPES)
+
+    @property
+    def input_dtype(self) -> Any:
+        """As the network's."""
+        return getattr(self.network, "input_dtype", None)
+
+    @property
+    def input_format(self) -> Any:
+        """As the network's."""
+        return getattr(self.network, "input_format", None)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """As the network's, without gradient."""
+        if self.refusal is not None or drops(self.network):
+            return self._call({"x": x, "timesteps": timesteps, "y": y})
+        refresh = getattr(self.network, "refresh", None)
+        if refresh is not None and refresh():
+            self._programs.clear(self._space)
+        values: dict[str, Any] = {"x": x, "timesteps": timesteps}
+        if y is not None:
+            values["y"] = y
+        with self._space.turn():
+            key = kind(values)
+            program = self._programs.get(key)
+            if program is None:
+                try:
+                    program = Program(self._call, values, self._space, self.network)
+                except GraphError as error:
+                    self.refusal = str(error)
+                    return self._call(values)
+                self._programs.put(key, program, self._space)
+            # A copy, since the next replay overwrites it: two outputs of a teacher make one Heun step.
+            return program.run(values).clone()
+
+    def _call(self, values: dict[str, Any]) -> Tensor:
+        labels = () if values.get("y") is None else (values["y"],)
+        return self.network(values["x"], values["timesteps"], *labels)
+
+
+def frozen(model: Denoiser) -> Denoiser:
+    """The model with its network captured, where its device has graphs."""
+    if model.device.type not in SPACES or not isinstance(model.network, nn.Module):
+        return model
+    return with_network(model, Frozen(model.network, model.device))
+
+
+def drops(network: nn.Module) -> bool:
+    """Whether a dropout layer of it is at work: its masks are another's at every call."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in network.modules())

@@ -1,0 +1,275 @@
+"""The training loop: steps, readings, checkpoints and pictures, and an end that can be gone on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmfast.data import Dataset, ImageData
+from cmfast.denoiser import Denoiser
+from cmfast.objectives import Objective
+from cmfast.ranks import Ranks
+from cmfast.training import checkpoints, config, pictures
+from cmfast.training.config import TrainOptions
+from cmfast.training.state import State, read, save_weights
+from cmfast.training.step import Pending, Reading, TrainStep
+
+LOG, SETTINGS, RESULT = "log.jsonl", "config.yaml", "model.safetensors"
+
+
+class NaNLoss(ValueError):
+    """The loss, or a gradient, is not a finite number; the message says at which step, and what was kept."""
+
+
+class Trainer:
+    """Trains a model on data, and leaves in the folder `out`
+
+        config.yaml          what it was trained with
+        log.jsonl            loss, learning rate, speed at every `log_interval`
+        checkpoints/step-…/  the state of the last `keep` steps that were saved (`cmfast.training.checkpoints`)
+        samples/, loss.png   pictures, every `sample_interval`
+        model.safetensors    the first average, once the last step is done
+
+    resume: go on from the newest checkpoint in `out`. The result is that of a run that was not interrupted: on a CPU
+    the same bits. "auto": where there is one.
+    settings: what else `config.yaml` is to hold. The other arguments: as in `TrainStep`.
+
+    Raises: ValueError: there are checkpoints in `out`, and no `resume`; or none to resume from; or they are of another
+        configuration (the message names what differs); or model and data do not go together. FileNotFoundError.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        objective: Objective,
+        data: Dataset | ImageData,
+        options: TrainOptions,
+        out: Path | str,
+        *,
+        teacher_model: Denoiser | None = None,
+        lpips: nn.Module | None = None,
+        group: Ranks | None = None,
+        resume: bool | str = False,
+        settings: Mapping[str, Any] | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self.group = group or Ranks()
+        self.data, self.options, self.out = data, options, Path(out)
+        if options.batch_size % self.group.size:
+            raise ValueError(f"batch_size={options.batch_size} cannot be shared by {self.group.size} processes alike")
+        check_data(model, data)
+        self.settings = {
+            **(settings or {}),
+            "objective": {"name": type(objective).__name__, **config.plain(objective)},
+            "data_fingerprint": data.fingerprint,
+            "options": config.plain(options),
+        }
+        found = self._checkpoint(resume)
+        self.state = State(model, self.group)
+        self.step = TrainStep(
+            model, objective, options, teacher_model=teacher_model, lpips=lpips, group=self.group
+        )
+        #: Steps that are done.
+        self.done = self.state.read(self.step, found) if found is not None else 0
+        self._pending: Pending | None = None
+        self._since = (time.perf_counter(), self.done)
+        self._board = self._tensorboard() if tensorboard else None
+
+    def run(self, *, progress: bool = True) -> Denoiser:
+        """Train to the last step; the first average, on the CPU.
+
+        Raises: NaNLoss: with `on_nan="stop"`; a checkpoint of the step before is there.
+        """
+        from tqdm.auto import tqdm
+
+        options, group = self.options, self.group
+        self._begin()
+        batches = self.data.batches(
+            options.batch_size // group.size,
+            seed=options.seed,
+            start_step=self.done,
+            rank=group.rank,
+            world_size=group.size,
+            workers=options.workers,
+            pin_memory=self.step.device.type == "cuda",
+        )
+        shown = progress and group.rank == 0
+        with closing(batches), tqdm(total=options.steps, initial=self.done, disable=not shown) as bar:
+            bar.set_description(self.out.name)
+            while self.done < options.steps:
+                batch = next(batches)
+                self.step(batch, self.done)
+                self.done += 1
+                bar.update()
+                # The numbers of some steps ago: by now they are there, and nobody waits for them.
+                self._report(bar)
+                if self.done % options.log_interval == 0:
+                    self._pending = self.step.post(self.done)
+                last = self.done == options.steps
+                if last or self.done % options.save_interval == 0:
+                    self._report(bar)
+                    self.save()
+                if options.sample_interval and (last or self.done % options.sample_interval == 0):
+                    self._report(bar)
+                    self._draw()
+        return self._finish()
+
+    def average(self, k: int = 0) -> Denoiser:
+        """Average k (the target aside), on the CPU; the next call changes it."""
+        return self.state.average(self.step, k + (self.step.target_model is not None))
+
+    def save(self) -> Path:
+        """A checkpoint of the state now. Raises: OSError: it could not be written; those before it are there still."""
+        if self.group.rank:
+            self.state.write(self.step, self.done, self.settings, None)
+            self.group.together(lambda: None)
+            return checkpoints.folder(self.out)
+
+        def write(folder: Path) -> None:
+            self.state.write(self.step, self.done, config.plain(self.settings), folder)
+
+        return self.group.together(lambda: checkpoints.save(self.out, self.done, write, keep=self.options.keep))
+
+    def losses(self) -> tuple[list[int], list[float]]:
+        """The steps of the log and the loss at each."""
+        lines = pictures.read_log(self.out / LOG)
+        return [line["step"] for line in lines], [line["loss"] for line in lines]
+
+    def _checkpoint(self, resume: bool | str) -> Path | None:
+        found = checkpoints.newest(self.out)
+        if found is not None and not resume:
+            raise ValueError(f"{self.out} holds a run ({found.name}): resume it, or choose another folder")
+        if found is None:
+            if resume is True:
+                raise FileNotFoundError(f"there is nothing to resume from in {checkpoints.folder(self.out)}")
+            return None
+        saved, now = read(found)["settings"], config.plain(self.settings)
+        if self.options.decay == "constant":  # then more steps are the same steps, and more
+            saved["options"]["steps"] = now["options"]["steps"]
+        different = config.differences(saved, now)
+        if different:
+            raise ValueError(
+                f"{found} is of another configuration, so that it cannot be resumed:\n  " + "\n  ".join(different)
+            )
+        return found
+
+    def _begin(self) -> None:
+        """The folder, the settings, and a log without the steps that will be done again."""
+        if self.group.rank:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        replace(self.out / SETTINGS, config.written(self.settings))
+        kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
+        replace(self.out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _report(self, bar: Any) -> None:
+        """Take up the numbers that were posted, if any."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        reading = pending.read()
+        if reading.bad_step is not None and self.options.on_nan == "stop":
+            self._stop(reading.bad_step)
+        if self.group.rank:
+            return
+        line = self._line(pending.done, pending.sent, reading)
+        with open(self.out / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix({name: line[name] for name in ("loss", "images_per_s", "memory_gb", "skipped")})
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, pending.done)
+
+    def _line(self, done: int, sent: float, reading: Reading) -> dict[str, Any]:
+        then, before = self._since
+        self._since = (sent, done)
+        speed = (done - before) * self.options.batch_size / max(sent - then, 1e-9)
+        return {
+            "step": done,
+            "loss": reading.loss,
+            "learning_rate": self.step.learning_rate(done - 1),
+            "grad_norm": reading.grad_norm,
+            "skipped": reading.skipped,
+            "num_scales": self.step.objective.stage(done - 1).num_scales,
+            "images_per_s": round(speed, 2),
+            "memory_gb": round(memory(self.step.device) / 1e9, 3),
+        }
+
+    def _stop(self, step: int) -> None:
+        """Keep the weights before a bad step, which no step since has changed, and say so."""
+        self.done = step
+        where = self.save()
+        raise NaNLoss(
+            f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "
+            f"in {where}; a lower learning_rate or max_norm may help, and on_nan='skip' leaves such steps out"
+        )
+
+    def _draw(self) -> None:
+        average = self.average()
+        if self.group.rank == 0:
+            pictures.sample_grid(average, self.out / "samples" / f"step-{self.done:08d}.png", seed=self.options.seed)
+            steps, losses = self.losses()
+            pictures.plot_losses({self.out.name: (steps, losses)}, self.out / "loss.png")
+
+    def _finish(self) -> Denoiser:
+        average = self.average()
+        if self.group.rank == 0:
+            temporary = self.out / (RESULT + ".unfinished")
+            save_weights(average, temporary)
+            temporary.replace(self.out / RESULT)
+        return average
+
+    def _tensorboard(self) -> Any:
+        if self.group.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
+        return SummaryWriter(str(self.out / "tensorboard"))
+
+
+def check_data(model: Denoiser, data: Any) -> None:
+    """ValueError where images or labels are not what the model takes; the message says what to change."""
+    if model.image_shape is not None and tuple(data.image_shape) != tuple(model.image_shape):
+        raise ValueError(
+            f"the model makes images {list(model.image_shape)} [C, H, W], the data has {list(data.image_shape)}: "
+            "give image_size= and channels= to the data, or another model"
+        )
+    if model.num_classes is not None and data.num_classes is None:
+        raise ValueError(
+            f"the model is for {model.num_classes} classes and the data has no labels: put the images of each class "
+            "into a folder of its own, or add arr_1 to the .npz file"
+        )
+    if model.num_classes is None and data.num_classes is not None:
+        raise ValueError("the data has labels and the model takes none: open the data with labelled=False")
+    if data.num_classes is not None and data.num_classes > (model.num_classes or 0):
+        raise ValueError(f"the data has labels of {data.num_classes} classes, the model knows {model.num_classes}")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def memory(device: torch.device) -> float:
+    """Bytes at the most so far: of a GPU's memory, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    except ImportError:
+        return math.nan

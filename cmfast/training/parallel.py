@@ -1,0 +1,80 @@
+"""Networks shared between processes: gradients averaged (DDP), or weights shared out as well (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from cmfast.denoiser import Denoiser
+from cmfast.ranks import Ranks
+
+#: Blocks of a network that are sharded one by one: those that it holds in lists.
+_LISTS = (nn.ModuleList,)
+
+
+def shard(model: Denoiser, group: Ranks) -> None:
+    """Share out the weights of a model's network, in place: each process keeps its part of every tensor (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(model.device.type, (group.size,))
+    for module in list(model.network.modules()):  # type: ignore[union-attr]
+        if isinstance(module, _LISTS):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    fully_shard(model.network, mesh=mesh)  # type: ignore[arg-type]
+
+
+def averaging(model: Denoiser) -> Denoiser:
+    """The same model, whose gradients become their mean over all processes in the backward pass (DDP).
+
+    Its network is what is wrapped, so that losses still start from the network's output.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    network: Any = model.network
+    devices = [model.device] if model.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    for name in ("input_dtype", "input_format", "num_classes"):
+        if hasattr(network, name):
+            setattr(wrapped, name, getattr(network, name))
+    return with_network(model, wrapped)
+
+
+def with_network(model: Denoiser, network: nn.Module) -> Denoiser:
+    """A Denoiser with another network and everything else shared."""
+    outer = copy.copy(model)
+    outer._modules = {**model._modules, "network": network}
+    return outer
+
+
+@contextmanager
+def synchronising(model: Denoiser, last: bool) -> Iterator[None]:
+    """Gradients travel in the backward pass of the last microbatch alone."""
+    network: Any = model.network
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(last)
+        yield
+    elif not last and hasattr(network, "no_sync"):
+        with network.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is shared out, put together on every process; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distributed_like(value: Any, like: Tensor) -> Any:
+    """A whole tensor, shared out as another of its shape is; anything else as it is."""
+    if not isinstance(value, Tensor) or not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]

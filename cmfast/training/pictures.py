@@ -1,0 +1,63 @@
+"""Pictures of a run: samples, and the curve of its loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmfast import images
+from cmfast.denoiser import Denoiser
+from cmfast.engine import Sampler
+
+#: Images of a grid, and its columns.
+COUNT, COLUMNS = 64, 8
+
+
+def sample_grid(model: Denoiser, path: Path, *, seed: int = 0) -> Path:
+    """A grid of samples: of a consistency model in one step, of a diffusion model in 18 Heun steps."""
+    options: dict[str, Any] = {"steps": 1} if model.preconditioner.name == "consistency" else {"sampler": "heun"}
+    classes = None if model.num_classes is None else [i % model.num_classes for i in range(COUNT)]
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        pixels = Sampler(model, COUNT, cuda_graph=False, **options).sample(COUNT, seed=seed, classes=classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return images.save(path, pixels, columns=COLUMNS)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; the last may be cut short by a crash, and is then left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot_losses(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:
+    """(steps, losses) of each title with their running mean, one panel a curve. Raises: ImportError: no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('the loss curve needs matplotlib: pip install "cmfast[demo]"') from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), squeeze=False)
+    for panel, (title, (steps, losses)) in zip(panels[0], curves.items()):
+        window = max(1, len(losses) // 50)
+        values = torch.tensor(losses)
+        panel.plot(steps, values, linewidth=0.5, alpha=0.4)
+        if len(values):
+            means = values.unfold(0, window, 1).mean(1)
+            panel.plot(steps[window - 1 :], means)
+        panel.set(title=title, xlabel="step", ylabel="loss")
+        if (values > 0).any():
+            panel.set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,143 @@
+"""The state of a run, from a step to files and back: all that an interrupted run needs to go on to the same bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmfast import checkpoint
+from cmfast.denoiser import Denoiser
+from cmfast.ranks import Ranks
+from cmfast.training.parallel import distributed_like, whole
+from cmfast.training.step import TrainStep
+from cmfast.unet import UNetModel
+
+STATE, MODEL, TEACHER = "state.pt", "model.safetensors", "teacher.safetensors"
+
+
+class State:
+    """Writes and reads the state of a `TrainStep`.
+
+    model: the student before it was shared out between processes, of which a copy is kept on the CPU: what is written
+    is put together in it, one set of weights after the other.
+    """
+
+    def __init__(self, model: Denoiser, group: Ranks) -> None:
+        self.group = group
+        self._shadow = copy.deepcopy(model).requires_grad_(False).to("cpu").eval()
+
+    def names(self, step: TrainStep) -> list[str]:
+        """The files of the averages."""
+        return [f"average-{str(rate).replace(':', '-')}.safetensors" for rate in step.averages.schedules]
+
+    def average(self, step: TrainStep, k: int) -> Denoiser:
+        """The student with average k for weights, on the CPU. For all processes to call; the next call changes it."""
+        step.averages.copy_to(self._shadow, k)
+        return self._shadow
+
+    def write(self, step: TrainStep, done: int, settings: Mapping[str, Any], folder: Path | None) -> None:
+        """Into a folder, or on the other processes: None. For all to call."""
+        for k, name in enumerate(self.names(step)):
+            save_weights(self.average(step, k), folder and folder / name)
+        teacher = step.teacher_model if step.objective.teacher_follows else None
+        for each, name in ((step.model, MODEL), (teacher, TEACHER)):
+            if each is not None:
+                self._copy(each)
+                save_weights(self._shadow, folder and folder / name)
+        state = {
+            "step": done,
+            "settings": dict(settings),
+            "optimizer": _mapped(whole, step.optimizer.state_dict()),
+            "averages": {k: v for k, v in step.averages.state_dict().items() if k != "averages"},
+            "scaler": None if step.scaler is None else step.scaler.state_dict(),
+            "random": self._generators(step.device),
+        }
+        if folder is not None:
+            torch.save(state, folder / STATE)
+
+    def read(self, step: TrainStep, folder: Path) -> int:
+        """Put a step into the state of a folder; how many steps were done. Raises: CheckpointError: it is damaged."""
+        state = read(folder)
+        _load(step.model, folder / MODEL)
+        if step.objective.teacher_follows:
+            _load(step.teacher_model, folder / TEACHER)  # type: ignore[arg-type]
+        parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+        for i, values in state["optimizer"]["state"].items():
+            state["optimizer"]["state"][i] = {k: distributed_like(v, parameters[i]) for k, v in values.items()}
+        step.optimizer.load_state_dict(state["optimizer"])
+        averages = []
+        for k, name in enumerate(self.names(step)):
+            tensors = {f"network.{key}": value for key, value in load_file(folder / name).items()}
+            like = dict(zip(step.averages.names, step.averages.tensors(k)))
+            averages.append({key: distributed_like(tensors[key], value) for key, value in like.items()})
+        step.averages.load_state_dict({**state["averages"], "averages": averages})
+        if step.scaler is not None:
+            step.scaler.load_state_dict(state["scaler"])
+        if state["step"]:
+            step.stage = step.objective.stage(state["step"] - 1)
+        self._restore(state["random"], step.device)
+        return state["step"]
+
+    def _copy(self, model: Denoiser) -> None:
+        with torch.no_grad():
+            for ours, theirs in zip(self._shadow.state_dict().values(), model.state_dict().values(), strict=True):
+                ours.copy_(whole(theirs))
+
+    def _generators(self, device: torch.device) -> list[Any]:
+        """The states of torch's generators on every rank."""
+        mine = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(device)
+        if self.group.size == 1:
+            return [mine]
+        states: list[Any] = [None] * self.group.size
+        dist.all_gather_object(states, mine)
+        return states
+
+    def _restore(self, states: list[Any], device: torch.device) -> None:
+        """With another number of ranks they start anew: what follows from counters stays the same."""
+        if len(states) != self.group.size:
+            return
+        mine = states[self.group.rank]
+        torch.set_rng_state(mine["cpu"])
+        if device.type == "cuda" and "cuda" in mine:
+            torch.cuda.set_rng_state(mine["cuda"], device)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `state.pt` of a checkpoint holds. Raises: CheckpointError: missing or damaged."""
+    return checkpoint.read_pickle(folder / STATE, map_location="cpu")
+
+
+def save_weights(model: Denoiser, path: Path | None) -> None:
+    """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone."""
+    if path is None:
+        return
+    if isinstance(model.network, UNetModel):
+        checkpoint.save(model, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}, path)  # type: ignore[union-attr]
+
+
+def _load(model: Denoiser, path: Path) -> None:
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, tensor in model.network.state_dict().items():  # type: ignore[union-attr]
+            tensor.copy_(distributed_like(tensors[name], tensor))
+
+
+def _mapped(function: Any, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(function, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(function, each) for each in value)
+    return value

@@ -1,0 +1,268 @@
+"""One training step: nothing in it waits for the device, and nothing goes back to the host."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cmfast import fast, ops
+from cmfast.data import Batch, to_unit
+from cmfast.denoiser import Denoiser
+from cmfast.ema import Averages
+from cmfast.objectives import Objective, Stage
+from cmfast.optim import Adam, RAdam
+from cmfast.ranks import Ranks
+from cmfast.rates import Given
+from cmfast.training import parallel
+from cmfast.training.config import TrainOptions
+from cmfast.training.frozen import frozen
+
+#: No step was bad.
+NONE = 2**62
+
+
+class Reading(NamedTuple):
+    """What a run says of itself, as numbers on the host.
+
+    loss: mean over the steps since the last reading. bad_step: the first step with a loss or gradients that are not
+    finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the last step.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: int
+    bad_step: int | None
+
+
+class Pending:
+    """A reading on its way to the host, sent after `done` steps: `read` waits for it, on all processes together."""
+
+    def __init__(self, done: int, counts: Tensor, values: Tensor, group: Ranks) -> None:
+        self.done, self.sent, self._group, self._event = done, time.perf_counter(), group, None
+        self._counts, self._values = (self._sent(x) for x in (counts, values))
+        if counts.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Reading:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm = self._group.mean(self._values).tolist()
+        bad = int(self._group.least(self._counts[1:]))
+        return Reading(loss, norm, int(self._counts[0]), None if bad == NONE else bad)
+
+    @staticmethod
+    def _sent(x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return x
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+
+class TrainStep:
+    """A student with all that a step of it needs: `step(batch, number)` does one.
+
+    model           the student: its weights are trained in place
+    objective       what is minimised
+    teacher_model   of a distillation; it changes at a new stage of a progressive one
+    lpips           the perceptual distance, where the objective asks for it
+    group           the processes that share a batch
+
+    Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
+    the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
+    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
+
+    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        objective: Objective,
+        options: TrainOptions,
+        *,
+        teacher_model: Denoiser | None = None,
+        lpips: nn.Module | None = None,
+        group: Ranks | None = None,
+    ) -> None:
+        check_models(model, objective, teacher_model, lpips)
+        self.objective, self.options, self.group = objective, options, group or Ranks()
+        self.device, self.lpips = model.device, lpips
+        self.model = model.requires_grad_(True).train()
+        if options.checkpointing:
+            _recompute(model)
+        self.target_model = copy.deepcopy(model).requires_grad_(False) if objective.needs_target else None
+        # A copy, since a progressive distillation writes its students into it.
+        self.teacher_model = copy.deepcopy(teacher_model).requires_grad_(False).eval() if teacher_model else None
+        self._sharded = options.parallel == "fsdp" and self.group.size > 1
+        if self._sharded:
+            for each in (self.model, self.target_model, self.teacher_model):
+                if each is not None:
+                    parallel.shard(each, self.group)
+        self.student = self._fast(self.model)
+        if self.group.size > 1 and not self._sharded:
+            self.student = parallel.averaging(self.student)
+        self._target, self._teacher = self._frozen(self.target_model), self._frozen(self.teacher_model)
+
+        self.stage: Stage = objective.stage(0)
+        self._target_rate = Given(self.stage.target_rate or 0.0)
+        self.averages = self._averages()
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type) if options.dtype == "float16" else None
+        self._sum, self._steps = torch.zeros((), device=self.device), 0
+        self._bad = torch.full((), NONE, dtype=torch.int64, device=self.device)
+        # 1, or NaN once a step was bad: every later gradient is then NaN as well, and the optimizer passes over it.
+        self._alive = torch.ones((), device=self.device)
+
+    def __call__(self, batch: Batch, number: int) -> None:
+        """Step `number`, counted from 0, on this process's part of the batch."""
+        self.enter(self.objective.stage(number))
+        images, labels, index = (None if x is None else x.to(self.device, non_blocking=True) for x in batch)
+        assert images is not None and index is not None
+        images = to_unit(images)
+        size = len(images)
+        micro = min(self.options.microbatch or size, size)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, size, micro):
+            part = slice(start, start + micro)
+            with parallel.synchronising(self.student, start + micro >= size):
+                loss = self._loss(images[part], None if labels is None else labels[part], index[part]).sum() / size
+                total += loss.detach()
+                loss = loss * self._alive
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self._update(number)
+        self._note(total, number)
+
+    def enter(self, stage: Stage) -> None:
+        """Go on in a stage; where it is a new one of a progressive distillation, the student becomes the teacher."""
+        renewed = self.objective.teacher_follows and stage.number != self.stage.number
+        self.stage = stage
+        if stage.target_rate is not None:
+            self._target_rate.set_(stage.target_rate)
+        if not renewed:
+            return
+        with torch.no_grad():
+            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)  # type: ignore[union-attr]
+            for ours, students in pairs:
+                ours.copy_(students)
+        self.averages = self._averages()
+        self.optimizer = self._optimizer()
+
+    def learning_rate(self, number: int) -> float:
+        """That of a step. A student of a progressive distillation starts over."""
+        if not self.objective.teacher_follows:
+            return self.options.rate_at(number)
+        stage = self.objective.stage(number)
+        return self.options.rate_at(number, stage.first_step, stage.steps or self.options.steps - stage.first_step)
+
+    def post(self, done: int) -> Pending:
+        """Send the state of the run after `done` steps to the host, and start the next mean."""
+        counts = torch.stack([self.optimizer.skipped.to(torch.int64).reshape(()), self._bad])
+        norm = self.optimizer.grad_norm.reshape(()).to(torch.float64)
+        values = torch.stack([self._sum.to(torch.float64) / max(self._steps, 1), norm])
+        self._sum.zero_()
+        self._steps = 0
+        return Pending(done, counts, values, self.group)
+
+    def _loss(self, images: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
+        half = getattr(torch, self.options.dtype)
+        # Optimised networks have a dtype of their own.
+        with torch.autocast(self.device.type, half, enabled=half != torch.float32):
+            terms = self.objective.loss(
+                self.student,
+                images,
+                stage=self.stage,
+                draw=ops.Draw(self.options.seed, index, 0),
+                labels=labels,
+                target_model=self._target,
+                teacher_model=self._teacher,
+                lpips=self.lpips,
+            )
+        return terms["loss"].float()
+
+    def _update(self, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(number)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def _note(self, total: Tensor, number: int) -> None:
+        """Count a step and its loss, and whether it was bad."""
+        bad = ~total.isfinite()
+        if self.scaler is None:
+            bad = bad | ~self.optimizer.grad_norm.isfinite().reshape(())
+        self._sum += torch.where(bad, 0.0, total)
+        self._steps += 1
+        self._bad = torch.where(bad & (self._bad == NONE), number, self._bad)
+        if self.options.on_nan == "stop":
+            self._alive = torch.where(self._bad == NONE, 1.0, torch.nan).to(self._alive)
+
+    def _fast(self, model: Denoiser) -> Denoiser:
+        """The model in the form that is called: optimised, if it may be and can be."""
+        if not self.options.optimize or self._sharded or fast.refusal(model) is not None:
+            return model
+        half = getattr(torch, self.options.dtype)
+        return fast.optimize(model, dtype=None if half == torch.float32 else half)
+
+    def _frozen(self, model: Denoiser | None) -> Denoiser | None:
+        if model is None or not self.options.graphs or self._sharded:
+            return None if model is None else self._fast(model)
+        return frozen(self._fast(model))
+
+    def _averages(self) -> Averages:
+        rates: list[Any] = list(self.options.averages)
+        if self.target_model is None:
+            return Averages(self.model, rates)
+        return Averages(self.model, [self._target_rate, *rates], targets={0: self.target_model})
+
+    def _optimizer(self) -> Any:
+        options = self.options
+        kind = RAdam if options.optimizer == "radam" else Adam
+        decoupled = {"decoupled_weight_decay": True} if options.optimizer == "adamw" else {}
+        return kind(
+            self.model.parameters(),
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            # Infinity clips nothing, and has steps without finite gradients left out.
+            max_norm=options.max_norm or math.inf,
+            averages=self.averages,
+            **decoupled,
+        )
+
+
+def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpips: Any) -> None:
+    """ValueError where these do not go together; the message says what is missing."""
+    name = model.preconditioner.name
+    if name != objective.preconditioning:
+        raise ValueError(
+            f"{type(objective).__name__} trains a model with {objective.preconditioning} preconditioning, and this "
+            f"one's is {name}: cmfast.digits.as_consistency_model makes the one from the other"
+        )
+    if objective.needs_teacher != (teacher_model is not None):
+        needs = "needs a teacher_model" if objective.needs_teacher else "takes no teacher_model"
+        raise ValueError(f"{type(objective).__name__} {needs}")
+    if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
+        raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+
+
+def _recompute(model: Denoiser) -> None:
+    """Have the blocks of a network make their activations again. Raises: ValueError: it has none that can."""
+    blocks = [m for m in model.modules() if hasattr(m, "use_checkpoint")]
+    if hasattr(model.network, "enable_gradient_checkpointing"):
+        model.network.enable_gradient_checkpointing()
+    elif not blocks:
+        kind = type(model.network).__name__
+        raise ValueError(f"checkpointing=True: a {kind} has no blocks that can make their activations again")
+    for block in blocks:
+        block.use_checkpoint = True

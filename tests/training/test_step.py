@@ -1,0 +1,180 @@
+"""One training step: nothing is read on the host, and what must not matter does not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cmfast import backend
+from cmfast.data import Batch
+from cmfast.objectives import EDM, ConsistencyDistillation
+from cmfast.training import TrainStep
+from tests.tolerances import TRAINING
+from tests.training.toys import DATA, OBJECTIVES, OPTIONS, NothingRead, denoiser, teacher, unet, weights
+
+
+def batches(count, size=6, start=0):
+    stream = DATA.batches(size, seed=0, start_step=start)
+    return [next(stream) for _ in range(count)]
+
+
+def step_of(name, options=OPTIONS, network=None) -> TrainStep:
+    objective = OBJECTIVES[name] if isinstance(name, str) else name
+    return TrainStep(denoiser(objective, network), objective, options, teacher_model=teacher(objective))
+
+
+def run(step, count, size=6):
+    for number, batch in enumerate(batches(count, size)):
+        step(batch, number)
+    return step.post(count).read()
+
+
+def apart(a, b):
+    """The largest difference of two runs' weights, as a part of how far they came."""
+    start = weights(unet())
+    return ((weights(a.model) - weights(b.model)).abs().max() / (weights(b.model) - start).abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nothing_is_read_on_the_host(name, dtype):
+    step = step_of(name, replace(OPTIONS, dtype=dtype, microbatch=4))
+    before = weights(step.model)
+    prepared = batches(3)
+    # The forms for a CPU, which no GPU runs, may look at values there.
+    with backend("reference"), NothingRead():
+        for number, batch in enumerate(prepared, start=4):  # a stage of progressive distillation ends
+            step(batch, number)
+    assert not torch.equal(weights(step.model), before)
+
+
+def test_the_guard_sees_a_read():
+    with pytest.raises(AssertionError, match="read on the host"), NothingRead():
+        torch.ones(()).item()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_microbatches_change_nothing(name):
+    whole, parts = step_of(name), step_of(name, replace(OPTIONS, microbatch=4))
+    readings = run(whole, 3), run(parts, 3)
+    assert readings[0].loss == pytest.approx(readings[1].loss, rel=1e-5)
+    assert apart(parts, whole) < TRAINING
+
+
+@pytest.mark.parametrize("name", ["cd", "ict"])
+def test_activations_made_again_change_nothing(name):
+    """Dropout included."""
+    kept, again = step_of(name), step_of(name, replace(OPTIONS, checkpointing=True))
+    run(kept, 3)
+    run(again, 3)
+    assert apart(again, kept) < TRAINING
+
+
+def test_checkpointing_needs_blocks():
+    network = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="Conv2d has no blocks"):
+        step_of(EDM(), replace(OPTIONS, checkpointing=True), network)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_optimised_networks_learn_the_same(name):
+    fast, plain = step_of(name), step_of(name, replace(OPTIONS, optimize=False))
+    assert "Fast" in type(fast.student.network).__name__ and "Fast" not in type(plain.student.network).__name__
+    readings = run(fast, 3), run(plain, 3)
+    assert readings[0].loss == pytest.approx(readings[1].loss, rel=1e-4)
+    assert apart(fast, plain) < TRAINING
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.3), ("float16", 0.05)])
+def test_half_precision_learns_nearly_the_same(dtype, tolerance):
+    options = replace(OPTIONS, optimizer="adam")
+    half, full = step_of("edm", replace(options, dtype=dtype)), step_of("edm", options)
+    readings = run(half, 4), run(full, 4)
+    assert readings[0].loss == pytest.approx(readings[1].loss, rel=0.02) and readings[0].skipped == 0
+    difference = (weights(half.model) - weights(full.model)).norm() / (weights(full.model) - weights(unet())).norm()
+    assert 0 < difference < tolerance
+    assert weights(half.model).dtype == torch.float32
+
+
+class Bad(nn.Module):
+    """A network whose output is NaN for the images numbered so."""
+
+    def __init__(self, value=float("nan")) -> None:
+        super().__init__()
+        self.conv, self.value, self.now = nn.Conv2d(3, 3, 1), value, False
+
+    def forward(self, x, t, y=None):
+        return self.conv(x) * (self.value if self.now else 1.0)
+
+
+def bad_at(step, numbers, count):
+    for number, batch in enumerate(batches(count)):
+        step.model.network.now = number in numbers
+        step(Batch(batch.images, None, batch.index), number)
+    return step.post(count).read()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_after_a_bad_step_nothing_changes(dtype):
+    """on_nan="stop": the weights, averages and moments are those before the first bad step, whatever comes after."""
+    options = replace(OPTIONS, dtype=dtype, optimize=False)
+    stopped, short = (step_of(EDM(), options, Bad()) for _ in range(2))
+    short.model.load_state_dict(stopped.model.state_dict())
+    short.averages.load_state_dict(stopped.averages.state_dict())
+    reading = bad_at(stopped, {3}, 6)
+    assert reading.bad_step == 3 and bad_at(short, (), 3).bad_step is None
+    assert torch.equal(weights(stopped.model), weights(short.model))
+    for k in range(len(stopped.averages)):
+        assert all(map(torch.equal, stopped.averages.tensors(k), short.averages.tensors(k)))
+
+
+def test_a_bad_step_can_be_left_out():
+    step = step_of(EDM(), replace(OPTIONS, on_nan="skip", optimize=False), Bad())
+    reading = bad_at(step, {1, 3}, 6)
+    assert reading.skipped == 2 and torch.isfinite(weights(step.model)).all() and reading.loss > 0
+
+
+def test_overflow_in_float16_is_counted_and_goes_on():
+    step = step_of(EDM(), replace(OPTIONS, dtype="float16", optimize=False), Bad(1.0))
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    reading = bad_at(step, (), 40)
+    assert 20 < reading.skipped < 40 and reading.bad_step is None
+    assert torch.isfinite(weights(step.model)).all()
+
+
+def test_the_student_becomes_the_teacher():
+    """Over three stages; each starts with an optimizer and averages of its own."""
+    step = step_of("pd")
+    stages = []
+    for number, batch in enumerate(batches(14)):
+        student = weights(step.model)
+        step(batch, number)
+        if step.stage.number != (stages[-1] if stages else 0):
+            assert torch.equal(weights(step.teacher_model), student)
+            assert {float(s["step"]) for s in step.optimizer.state.values()} == {1.0}
+        stages.append(step.stage.number)
+    assert sorted(set(stages)) == [0, 1] or sorted(set(stages)) == [0, 1, 2]
+
+
+def test_the_target_is_an_average_of_the_student():
+    step = step_of("cd")
+    run(step, 3)
+    assert torch.equal(weights(step.target_model), torch.cat([t.flatten() for t in step.averages.tensors(0)]))
+    assert not torch.equal(weights(step.target_model), weights(step.model))
+
+
+@pytest.mark.parametrize(
+    "objective, options, message",
+    [
+        (ConsistencyDistillation(loss_norm="l2"), {}, "needs a teacher_model"),
+        (EDM(), {"teacher_model": denoiser(EDM())}, "takes no teacher_model"),
+        (OBJECTIVES["ct"], {"model": denoiser(EDM())}, "trains a model with consistency preconditioning"),
+        (ConsistencyDistillation(), {"teacher_model": denoiser(EDM())}, "needs lpips="),
+    ],
+    ids=["no teacher", "a teacher too many", "other scalings", "no lpips"],
+)
+def test_models_that_do_not_go_together(objective, options, message):
+    model = options.pop("model", None) or denoiser(objective)
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, objective, OPTIONS, **options)

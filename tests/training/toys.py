@@ -1,0 +1,85 @@
+"""Small runs for the tests of training."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmfast import Denoiser, Preconditioner, UNetModel
+from cmfast.data import ImageData
+from cmfast.objectives import (
+    EDM,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
+    ProgressiveDistillation,
+)
+from cmfast.training import Trainer, TrainOptions
+
+DATA = ImageData(torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.5, torch.arange(40) % 7)
+#: One of each, whose curricula change within 20 steps.
+OBJECTIVES = {
+    "edm": EDM(),
+    "cd": ConsistencyDistillation(loss_norm="l2", start_scales=6),
+    "ct": ConsistencyTraining(loss_norm="l2", total_steps=20),
+    "pd": ProgressiveDistillation(loss_norm="l2", start_scales=4, steps_per_stage=6),
+    "ict": ImprovedConsistencyTraining(total_steps=20),
+    "ect": EasyConsistencyTuning(steps_per_stage=7),
+}
+#: Batches straddle epochs: 40 images are no multiple of 6.
+OPTIONS = TrainOptions(
+    steps=20, batch_size=6, learning_rate=3e-3, save_interval=10, log_interval=5, averages=("0.9", "power:0.1")
+)
+
+
+def unet(seed: int = 0, dropout: float = 0.1, **options) -> UNetModel:
+    torch.manual_seed(seed)
+    network = UNetModel(
+        8, 3, 32, 3, 1, attention_resolutions=(2,), channel_mult=(1, 2), num_classes=7, num_head_channels=16,
+        dropout=dropout, use_scale_shift_norm=True, **options,
+    )  # fmt: skip
+    with torch.no_grad():  # a new U-Net ends in zeros: its output would show nothing
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    return network
+
+
+def denoiser(objective, network=None) -> Denoiser:
+    preconditioner = Preconditioner.by_name(objective.preconditioning)
+    return Denoiser(network or unet(), preconditioner, image_shape=(3, 8, 8))
+
+
+def teacher(objective, seed: int = 1):
+    if not objective.needs_teacher:
+        return None
+    return Denoiser(unet(seed, dropout=0.0), Preconditioner.edm(), image_shape=(3, 8, 8))
+
+
+def trainer(name, out, options=OPTIONS, network=None, data=DATA, **more) -> Trainer:
+    objective = OBJECTIVES[name] if isinstance(name, str) else name
+    return Trainer(
+        denoiser(objective, network), objective, data, options, out, teacher_model=teacher(objective), **more
+    )
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a value of a tensor reaches the host, as a GPU would have to be waited for."""
+
+    READS = {
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.is_nonzero,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.unique_dim,
+    }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.READS:
+            raise AssertionError(f"a value is read on the host: {func}")
+        return func(*args, **(kwargs or {}))
