@@ -193,7 +193,7 @@ def test_wrapped_models():
         (lambda: Averages([torch.zeros(2).int()], [0.5]), TypeError, "'0' is torch.int32"),
         (lambda: Averages(ToyNetwork(), ["fast"]), ValueError, "rate 'fast'"),
         (lambda: Averages(ToyNetwork(), [0.5], targets={1: ToyNetwork()}), ValueError, "no average 1 .* there are 1"),
-        (lambda: Averages(ToyNetwork(), [0.5], targets={0: nn.Linear(2, 2)}), ValueError, "missing conv1.bias, .*weight"),
+        (lambda: Averages(ToyNetwork(), [0.5], targets={0: nn.Linear(2, 2)}), ValueError, "missing conv1.bias, "),
         (lambda: Averages(ToyNetwork(7), [0.5], targets={0: ToyNetwork(8)}), ValueError, r"'emb.weight' is \[8, 8\]"),
     ],
 )

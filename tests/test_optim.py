@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +256,15 @@ def test_a_norm_is_measured_without_clipping():
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make(nn.Linear(3, 3).parameters())
+
+
+def test_two_ranks():
+    """Sharded by FSDP, two ranks step as one does with the whole: norm, skipping, averages, target."""
+    script = Path(__file__).with_name("optim_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sparse_gradients():

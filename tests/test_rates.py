@@ -81,7 +81,7 @@ def test_text_and_back(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["fast", "halflife:x", "power:0.5", "power:0.1,0.2", "1.5", "halflife:5,rate=1", "power:", "halflife:-1", ""]
+    "text", ["fast", "halflife:x", "power:0.5", "power:0.1,0.2", "1.5", "halflife:5,rate=1", "halflife:-1", ""]
 )
 def test_texts_that_are_none(text):
     with pytest.raises(ValueError, match="known: 0.9999, halflife:IMAGES"):

@@ -1,0 +1,71 @@
+"""What each of two ranks does in tests/test_optim.py: sharded steps against those of a whole model.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/optim_ranks.py
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from cmfast import optim
+from cmfast.ema import Averages
+from tests.toy import ToyNetwork
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    whole = ToyNetwork()
+    sharded, target = copy.deepcopy(whole), copy.deepcopy(whole)
+    for network in (sharded, target):
+        fully_shard(network.conv1)
+        fully_shard(network)
+    averages = [Averages(whole, [0.9, "power:0.1"]), Averages(sharded, [0.9, "power:0.1"], targets={0: target})]
+    optimizers = [
+        optim.RAdam(network.parameters(), lr=0.01, max_norm=2.0, averages=each)
+        for network, each in zip((whole, sharded), averages)
+    ]
+    x, y = torch.randn(4, 3, 6, 6), torch.arange(4)
+    for step in range(10):
+        for network, optimizer in zip((whole, sharded), optimizers):
+            optimizer.zero_grad()
+            network(x + step, torch.ones(4), y).square().sum().backward()
+            if step == 4:
+                # In the part of one rank alone.
+                gradient = next(network.parameters()).grad
+                part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                if network is whole or dist.get_rank() == 0:
+                    part.view(-1)[0] = math.inf
+            optimizer.step()
+        ours, expected = (optimizer.grad_norm for optimizer in reversed(optimizers))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0, equal_nan=True)
+    assert [optimizer.skipped.item() for optimizer in optimizers] == [1, 1]
+    pairs = [(sharded.parameters(), whole.parameters()), (target.parameters(), averages[0].tensors(0))]
+    pairs += [(averages[1].tensors(k), averages[0].tensors(k)) for k in range(2)]
+    for ours, expected in pairs:
+        for value, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(value.full_tensor(), other, rtol=1e-4, atol=1e-6)
+    found = optimizers[1]
+    found.max_norm, found.found_inf = None, torch.tensor(float(dist.get_rank() == 1))
+    before = [p.to_local().clone() for p in sharded.parameters()]
+    found.step()
+    assert found.skipped.item() == 2
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(sharded.parameters(), before))
+    copied = ToyNetwork()
+    averages[1].copy_to(copied, 1)
+    again = Averages(sharded, [0.9, "power:0.1"])
+    again.load_state_dict(averages[1].state_dict())
+    for value, other, loaded in zip(copied.parameters(), averages[1].tensors(1), again.tensors(1)):
+        assert torch.equal(value, other.full_tensor()) and torch.equal(loaded.full_tensor(), value)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
