@@ -1,14 +1,10 @@
 """What each of two ranks does in tests/test_optim.py: sharded steps against those of a whole model.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/optim_ranks.py
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.optim_ranks
 """
 
 import copy
 import math
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist

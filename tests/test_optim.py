@@ -260,10 +260,11 @@ def test_errors(make, error, message):
 
 def test_two_ranks():
     """Sharded by FSDP, two ranks step as one does with the whole: norm, skipping, averages, target."""
-    script = Path(__file__).with_name("optim_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.optim_ranks"
+    done = subprocess.run(
+        [sys.executable, *torchrun.split()], cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
