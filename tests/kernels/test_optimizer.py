@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import cmfast
-from cmfast import ops
+from cmfast import ops, optim
+from cmfast.ema import Averages
 from cmfast.kernels import optimizer
+from tests.host_reads import NoHostReads
 from tests.ops.lists import LAYOUTS, check, make
 from tests.ops.test_optimizer import OPTIONS
 
@@ -139,3 +141,20 @@ def test_a_step_reads_what_the_device_holds(device):
     for change in (lambda: lists.rates.fill_(0.5), lambda: lists.options["lr"].mul_(2), lambda: lists.step.fill_(50)):
         change()
         check(lists.map(torch.clone), "triton", "radam_ema_")
+
+
+def test_a_whole_step_reads_nothing_on_the_host(device):
+    """Two groups, averages, clipping, GradScaler's scalars: with tables that are new and with those of before."""
+    weights = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((33, 5), (64,), (3, 3))]
+    averages = Averages(weights, [0.9, "power:0.1"])
+    groups = [{"params": weights[:2]}, {"params": weights[2:], "lr": 0.1}]
+    fused = optim.RAdam(groups, lr=0.01, max_norm=1.0, averages=averages)
+    fused.grad_scale, fused.found_inf = (torch.ones((), device=device) for _ in range(2))
+    for found in (0.0, 1.0, 0.0):
+        fused.found_inf.fill_(found)
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        with cmfast.backend("triton"), NoHostReads():
+            fused.step()
+    assert fused.skipped.item() == 1 and averages.step.item() == 2
+    assert [fused.state[weight]["step"].item() for weight in weights] == [2, 2, 2]
