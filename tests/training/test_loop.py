@@ -1,0 +1,295 @@
+"""The loop: interrupted anywhere, it ends in the bits of a run that was not; and nothing is ever lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import cmfast
+from cmfast.data import ImageData
+from cmfast.objectives import EDM
+from cmfast.training import NaNLoss, Trainer, checkpoints, loop, pictures
+from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, trainer, unet, weights
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(run: Trainer, at: int) -> None:
+    """Run to a step, and fail there."""
+    step = run.step.__class__.__call__
+
+    def failing(self, batch, number):
+        if number == at:
+            raise Interrupted
+        step(self, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.step), "__call__", failing)
+        with pytest.raises(Interrupted):
+            run.run(progress=False)
+
+
+def everything(run: Trainer) -> list[torch.Tensor]:
+    averages = [t for k in range(len(run.step.averages)) for t in run.step.averages.tensors(k)]
+    moments = [s[name] for s in run.step.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq", "step")]
+    return [*run.step.model.state_dict().values(), *averages, *moments]
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, "float32") for name in OBJECTIVES), ("cd", "float16")])
+def test_resumed_is_uninterrupted(tmp_path, name, dtype):
+    """Bit for bit: 20 steps, and 10 + 10 from a checkpoint in the middle of an epoch, though step 17 was reached."""
+    options = replace(OPTIONS, dtype=dtype)
+    whole = trainer(name, tmp_path / "whole", options)
+    whole.run(progress=False)
+    interrupt(trainer(name, tmp_path / "part", options), 17)
+    torch.manual_seed(12345)
+    resumed = trainer(name, tmp_path / "part", options, unet(seed=5), resume=True)
+    assert resumed.done == 10
+    resumed.run(progress=False)
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
+    assert resumed.losses() == whole.losses()
+    result = cmfast.load(tmp_path / "part" / "model.safetensors")
+    assert torch.equal(weights(result), weights(whole.average()))
+
+
+def test_a_foreign_networks_dropout_resumes(tmp_path):
+    """Its masks come from torch's generator, whose state is kept."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x, t, y):
+            return nn.functional.dropout(self.conv(x), 0.5, self.training)
+
+    def run(folder, **more):
+        model = cmfast.Denoiser(Dropping(), num_classes=7, image_shape=(3, 8, 8))
+        return Trainer(model, OBJECTIVES["ct"], DATA, OPTIONS, tmp_path / folder, **more)
+
+    whole = run("whole")
+    whole.run(progress=False)
+    interrupt(run("part"), 13)
+    torch.manual_seed(5)
+    resumed = run("part", resume=True)
+    resumed.run(progress=False)
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
+
+
+SCRIPT = """
+import sys, time
+from dataclasses import replace
+from tests.training.toys import OPTIONS, trainer
+from cmfast.training import checkpoints
+save = checkpoints._flush
+def slow(path):  # so that a kill often falls into the middle of a checkpoint
+    time.sleep(0.02)
+    save(path)
+checkpoints._flush = slow
+run = trainer("cd", sys.argv[1], replace(OPTIONS, save_interval=1, keep=2), resume="auto")
+print("from", run.done, flush=True)
+run.run(progress=False)
+print("done", flush=True)
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """kill -9 five times, then to the end: the bits of a run that was left alone."""
+    options = replace(OPTIONS, save_interval=1, keep=2)
+    whole = trainer("cd", tmp_path / "whole", options)
+    whole.run(progress=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "part")]
+    kills = 0
+    for attempt in range(12):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline().startswith("from")
+            if kills < 5:
+                time.sleep(0.3 + 0.23 * attempt)
+                process.send_signal(signal.SIGKILL)
+            kills += 1
+            if process.stdout.read().strip() == "done":
+                break
+    resumed = trainer("cd", tmp_path / "part", options, resume=True)
+    assert kills > 1 and resumed.done == 20
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
+    assert len(checkpoints.saved(tmp_path / "part")) == 2
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "state.pt", "average-0.9.safetensors"])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, part):
+    run = trainer("cd", tmp_path, replace(OPTIONS, steps=10))
+    run.run(progress=False)
+    before = {path.name: path.read_bytes() for path in checkpoints.newest(tmp_path).iterdir()}
+    kept = trainer("cd", tmp_path, OPTIONS, resume=True)
+
+    def full(save):
+        def write(*arguments, **options):
+            path = next(x for x in (*arguments, *options.values()) if isinstance(x, type(tmp_path)))
+            if path.name == part or part in str(path):
+                path.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            return save(*arguments, **options)
+
+        return write
+
+    from cmfast.training import state
+
+    monkeypatch.setattr(state, "save_weights", full(state.save_weights))
+    monkeypatch.setattr(torch, "save", full(torch.save))
+    with pytest.raises(OSError, match="No space"):
+        kept.run(progress=False)
+    monkeypatch.undo()
+    (step, path), *others = checkpoints.saved(tmp_path)
+    assert step == 10 and not others and {p.name: p.read_bytes() for p in path.iterdir()} == before
+    assert [p.name for p in checkpoints.folder(tmp_path).iterdir()] == [path.name]
+    resumed = trainer("cd", tmp_path, OPTIONS, resume=True)
+    resumed.run(progress=False)
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    run = trainer("edm", tmp_path, replace(OPTIONS, steps=7, save_interval=2, keep=2))
+    run.run(progress=False)
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [6, 7]
+    run = trainer("edm", tmp_path / "all", replace(OPTIONS, steps=7, save_interval=2, keep=None))
+    run.run(progress=False)
+    assert [step for step, _ in checkpoints.saved(tmp_path / "all")] == [2, 4, 6, 7]
+
+
+def test_left_by_a_killed_process(tmp_path):
+    """Half a checkpoint is not taken for one, and is cleared away."""
+    half = checkpoints.folder(tmp_path) / f"{checkpoints._UNFINISHED}00000099"
+    half.mkdir(parents=True)
+    (half / "state.pt").write_bytes(b"half")
+    assert checkpoints.newest(tmp_path) is None
+    trainer("edm", tmp_path, replace(OPTIONS, steps=1)).run(progress=False)
+    assert not half.exists() and [step for step, _ in checkpoints.saved(tmp_path)] == [1]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    trainer("cd", tmp_path, replace(OPTIONS, steps=2)).run(progress=False)
+    with pytest.raises(ValueError, match=r"options\.seed: 0, now 1") as error:
+        trainer("cd", tmp_path, replace(OPTIONS, steps=2, seed=1, learning_rate=1.0, keep=9), resume=True)
+    assert "options.learning_rate: 0.003, now 1.0" in str(error.value) and "keep" not in str(error.value)
+    with pytest.raises(ValueError, match=r"objective\.start_scales: 6, now 7"):
+        trainer(replace(OBJECTIVES["cd"], start_scales=7), tmp_path, replace(OPTIONS, steps=2), resume=True)
+    other = ImageData(DATA.images.flip(0), DATA.labels)
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        trainer("cd", tmp_path, replace(OPTIONS, steps=2), data=other, resume=True)
+    with pytest.raises(ValueError, match="resume it, or choose another folder"):
+        trainer("cd", tmp_path, replace(OPTIONS, steps=2))
+    with pytest.raises(FileNotFoundError, match="nothing to resume from"):
+        trainer("cd", tmp_path / "new", resume=True)
+
+
+def test_more_steps(tmp_path):
+    """Where no schedule depends on their number, more steps are the same steps and more."""
+    whole = trainer("edm", tmp_path / "whole", replace(OPTIONS, steps=6))
+    whole.run(progress=False)
+    trainer("edm", tmp_path / "part", replace(OPTIONS, steps=3)).run(progress=False)
+    more = trainer("edm", tmp_path / "part", replace(OPTIONS, steps=6), resume=True)
+    more.run(progress=False)
+    assert all(map(torch.equal, everything(more), everything(whole)))
+    trainer("edm", tmp_path / "linear", replace(OPTIONS, steps=3, decay="linear")).run(progress=False)
+    with pytest.raises(ValueError, match=r"options\.steps: 3, now 6"):
+        trainer("edm", tmp_path / "linear", replace(OPTIONS, steps=6, decay="linear"), resume=True)
+
+
+class Exploding(nn.Module):
+    """A network whose output is NaN at one step of a run, as long as `at` says so."""
+
+    at: int | None = None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.calls = nn.Conv2d(3, 3, 3, padding=1), 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.conv(x) * (float("nan") if self.calls - 1 == self.at else 1.0)
+
+
+def exploding(out, at, options=OPTIONS, **more):
+    network = Exploding()
+    network.at = at
+    model = cmfast.Denoiser(network, cmfast.Preconditioner.edm(), image_shape=(3, 8, 8))
+    return Trainer(model, EDM(), ImageData(DATA.images), options, out, **more)
+
+
+def test_a_nan_loss_stops_with_a_checkpoint_of_the_step_before(tmp_path):
+    with pytest.raises(NaNLoss, match=r"the loss of step 7 \(of 20\).*step-00000007"):
+        exploding(tmp_path / "part", 7).run(progress=False)
+    whole = exploding(tmp_path / "whole", None)
+    whole.run(progress=False)
+    resumed = exploding(tmp_path / "part", None, resume=True)
+    assert resumed.done == 7
+    resumed.run(progress=False)
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
+
+
+def test_a_nan_loss_can_be_left_out(tmp_path):
+    run = exploding(tmp_path, 7, replace(OPTIONS, on_nan="skip"))
+    run.run(progress=False)
+    lines = pictures.read_log(tmp_path / loop.LOG)
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1] and all(line["loss"] > 0 for line in lines)
+
+
+def test_the_log_and_the_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = trainer("ct", tmp_path, replace(OPTIONS, steps=10, sample_interval=10), settings={"recipe": "ct"})
+    run.run(progress=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert all(line["images_per_s"] > 0 and line["memory_gb"] > 0 and line["num_scales"] > 2 for line in lines)
+    assert (tmp_path / "samples" / "step-00000010.png").stat().st_size > 100
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert "recipe: ct\n" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_log_line_cut_short_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 10, "lo')
+    assert pictures.read_log(tmp_path / "log.jsonl") == [{"step": 5, "loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "model, data, message",
+    [
+        ({}, ImageData(torch.zeros(4, 3, 8, 8)), "for 7 classes and the data has no labels"),
+        ({}, ImageData(torch.zeros(4, 1, 8, 8), torch.arange(4)), r"makes images \[3, 8, 8\]"),
+        ({}, ImageData(torch.zeros(9, 3, 8, 8), torch.arange(9)), "labels of 9 classes, the model knows 7"),
+        ({"num_classes": None}, DATA, "the data has labels and the model takes none"),
+    ],
+    ids=["no labels", "gray", "more classes", "labels"],
+)
+def test_data_that_does_not_fit(tmp_path, model, data, message):
+    denoise = denoiser(OBJECTIVES["edm"])
+    for name, value in model.items():
+        setattr(denoise, name, value)
+    with pytest.raises(ValueError, match=message):
+        Trainer(denoise, OBJECTIVES["edm"], data, OPTIONS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0}, {"batch_size": 0}, {"save_interval": 0}, {"microbatch": 0}, {"learning_rate": 0.0},
+        {"optimizer": "sgd"}, {"dtype": "int8"}, {"on_nan": "pray"}, {"decay": "exp"}, {"keep": 0}, {"max_norm": -1.0},
+        {"warmup": -1}, {"averages": ("2",)},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_bad_options(tmp_path, options):
+    name = {"averages": "rate"}.get(next(iter(options)), next(iter(options)))
+    with pytest.raises(ValueError, match=name):
+        trainer("edm", tmp_path, replace(OPTIONS, **options))
