@@ -72,7 +72,8 @@ def load_into(model: nn.Module, path: str) -> None:
     try:
         model.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the network that the arguments describe: {error}") from error
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(f"{path} does not fit the network that the arguments describe: {first}") from error
 
 
 def check_same_shapes(name: str, model: nn.Module, like: Sequence[Tensor]) -> None:

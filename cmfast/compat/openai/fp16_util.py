@@ -18,6 +18,9 @@ from cmfast.compat.openai import logger
 #: log2 of the loss scale at the start.
 INITIAL_LOG_LOSS_SCALE = 20.0
 
+#: Where gradients are not finite at so small a loss scale, it is not the scale.
+_LEAST_LOG_LOSS_SCALE = -24.0
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 #: ([(name, parameter), ...], shape of their master parameter)
@@ -130,6 +133,8 @@ class MixedPrecisionTrainer:
 
     The loss is scaled by 2^lg_loss_scale, which grows by fp16_scale_growth after every step taken; a gradient that is
     infinite or NaN takes 1 off, and no step is taken.
+
+    Raises: FloatingPointError: at the smallest loss scale that makes sense, they still are.
     """
 
     def __init__(
@@ -173,6 +178,11 @@ class MixedPrecisionTrainer:
             self.lg_loss_scale -= 1
             logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
             zero_master_grads(self.master_params)
+            if self.lg_loss_scale < _LEAST_LOG_LOSS_SCALE:
+                raise FloatingPointError(
+                    f"gradients are infinite or NaN down to a loss scale of 2^{self.lg_loss_scale:g}: the loss or the "
+                    "weights are NaN; go on from an earlier checkpoint"
+                )
             return False
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
