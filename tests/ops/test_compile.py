@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 import cmfast
 from cmfast import ops
 from cmfast.ops import _dispatch
+from tests.ops import perceptual
 from tests.ops.cases import CASES, flat
 from tests.ops.norms import make
 
@@ -107,3 +108,16 @@ def test_group_norm(backend, gradient, kind, size):
     assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
     assert all(r.requires_grad == gradient for r in results)
     assert (kernels > 0) == (backend == "triton" or "dropout" in options)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", ["layer", "input"])
+def test_lpips(name, backend, gradient):
+    """`auto` leaves both to inductor."""
+    call = perceptual.layer((2, 64, 8, 8)) if name == "layer" else perceptual.images((2, 3, 8, 8), 28)
+    tensors = {k: cuda(*v.shape).requires_grad_(gradient and v.ndim > 1) for k, v in call.tensors.items()}
+    with cmfast.backend(backend):
+        results, kernels = traced(lambda tensors: call.function(**tensors, **call.options), tensors)
+    assert [r.shape for r in results] == [call.run("reference").shape]
+    assert results[0].requires_grad == gradient and (kernels > 0) == (backend == "triton")

@@ -1,0 +1,101 @@
+"""The operations of LPIPS without kernels: what they are made of, refusals, torch.compile. `lpips_layer` itself:
+tests/test_perceptual.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cmfast
+from cmfast import ops, reference
+from tests.ops.matrix import upstream
+from tests.ops.perceptual import images, layer
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape, size", [((2, 3, 64, 48), 224), ((1, 3, 30, 40), (7, 50)), ((2, 3, 5, 6), None)])
+def test_input_is_interpolate_then_standardise(shape, size, dtype):
+    torchvision = pytest.importorskip("torchvision")
+    x = torch.rand(shape, dtype=dtype) * 2 - 1
+    unit = (x + 1) / 2 if size is None else (F.interpolate(x, size=size, mode="bilinear") + 1) / 2
+    expected = torchvision.transforms.functional.normalize(unit, MEAN.tolist(), STD.tolist())
+    torch.testing.assert_close(ops.lpips_input(x, MEAN.to(dtype), STD.to(dtype), size=size), expected)
+
+
+def test_input_of_gray_and_of_pixels():
+    x = torch.rand(2, 1, 6, 5)
+    expected = ops.lpips_input(x.expand(2, 3, 6, 5), MEAN, STD, size=9, value_range=(0, 1))
+    torch.testing.assert_close(ops.lpips_input(x, MEAN, STD, size=(9, 9), value_range=(0, 1)), expected)
+    torch.testing.assert_close(ops.lpips_input(255 * x, MEAN, STD, size=9, value_range=(0, 255)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_input_rounds_once(dtype):
+    call = images((2, 3, 6, 5), 9, dtype=dtype, memory_format=torch.channels_last)
+    made = call.run("auto")
+    assert made.dtype == dtype and made.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(made, ops.lpips_input(**call.tensors, size=9).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+@pytest.mark.parametrize("size", [None, (4, 2)], ids=str)
+def test_input_gradcheck(size):
+    call = images((1, 1, 3, 4), size).to(torch.float64)
+    inputs = [v.requires_grad_() for v in call.tensors.values()]
+    assert torch.autograd.gradcheck(lambda *given: reference.lpips_input(*given, size=size), inputs)
+
+
+@pytest.mark.parametrize("call", [images((2, 3, 6, 5), 9), layer((2, 6, 4, 4))], ids=["input", "layer"])
+def test_one_graph(call):
+    """torch.compile(fullgraph=True) passes through, forward and backward, and changes nothing."""
+    torch._dynamo.reset()
+    leaves, expected = call.graph("auto")
+    made = torch.compile(lambda t: call.function(**t, **call.options), fullgraph=True, backend="aot_eager")(leaves)
+    torch.testing.assert_close(made, expected)
+    for grads in zip(*(torch.autograd.grad(r, list(leaves.values()), upstream(r)) for r in (made, expected))):
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+X = torch.zeros(2, 3, 4, 4)
+BAD = {
+    r"image must have a floating dtype, got torch.uint8": {"image": X.byte()},
+    r"image must be \[B, 3, H, W\] or \[B, 1, H, W\], got \[2, 4, 4, 4\]": {"image": torch.zeros(2, 4, 4, 4)},
+    r"image must be \[B, 3, H, W\] or \[B, 1, H, W\], got \[3, 4, 4\]": {"image": X[0]},
+    r"mean must be a torch.Tensor \[C\], got \[1, 3, 1, 1\]": {"mean": MEAN.view(1, 3, 1, 1)},
+    r"mean must be a torch.Tensor \[C\], got 0.5": {"mean": 0.5},
+    r"mean is on meta, x on cpu": {"mean": MEAN.to("meta")},
+    r"std must be \[C\] = \[3\], got \[1\]": {"std": STD[:1]},
+    r"size must be \(H, W\) of 1 or more, of an image that has pixels, got \(4, 0\)": {"size": (4, 0)},
+    r"size must be .* got \(4, 4, 4\)": {"size": (4, 4, 4)},
+    r"size must be .* got 7 for \[0, 4\]": {"image": X[:, :, :0], "size": 7},
+    r"value_range must be \(low, high\) with low < high, got \(1, 1\)": {"value_range": (1, 1)},
+    r"dtype must be float32.* got torch.int8": {"dtype": torch.int8},
+    r"memory_format must be": {"memory_format": torch.preserve_format},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.lpips_input(**{"image": X, "mean": MEAN, "std": STD, **BAD[message]})
+
+
+def test_a_weight_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="weight is on meta, features on cpu"):
+        ops.lpips_layer(X, X, torch.zeros(3, device="meta"))
+
+
+def test_meta_tensors_and_transforms_take_the_reference():
+    assert ops.lpips_input(X.to("meta"), MEAN.to("meta"), STD.to("meta"), size=7).shape == (2, 3, 7, 7)
+    assert ops.lpips_layer(X.to("meta"), X.to("meta"), MEAN.to("meta")).shape == (2,)
+    call = layer((2, 6, 4, 4))
+    vmapped = torch.func.vmap(lambda f: ops.lpips_layer(f[None], f[None] + 1, call.tensors["weight"])[0])
+    f = call.tensors["features"]
+    torch.testing.assert_close(vmapped(f), ops.lpips_layer(f, f + 1, call.tensors["weight"]))
+
+
+def test_info_names_them():
+    with cmfast.backend("auto"):
+        for name in ("lpips_input", "lpips_layer"):
+            assert name in ops.FUSED and "GPU" in ops.explain(name)[1]
