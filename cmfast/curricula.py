@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,8 +48,19 @@ def stage_below(stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -
     return Below(q ** -(stage + 1.0), k, b)
 
 
-# Kept for good, since a captured graph reads them from where they are; a table has a few kilobytes.
-@functools.cache
+def _kept(make: Callable[..., Grid]) -> Callable[..., Grid]:
+    """A function that makes each grid once. All are kept, as captured graphs read them where they are; a table has a
+    few kilobytes. Inside `torch.compile` they are part of the graph."""
+    made = functools.cache(make)
+
+    @functools.wraps(make)
+    def grid(num_scales: int, **options: Any) -> Grid:
+        return (make if torch.compiler.is_compiling() else made)(num_scales, **options)
+
+    return grid
+
+
+@_kept
 def karras_grid(
     num_scales: int,
     *,
@@ -61,7 +73,7 @@ def karras_grid(
     return Grid(_table(num_scales, sigma_min, sigma_max, rho, device))
 
 
-@functools.cache
+@_kept
 def halved_grid(
     num_scales: int,
     *,
@@ -74,7 +86,7 @@ def halved_grid(
     return Grid(_table(2 * num_scales + 1, sigma_min, sigma_max, rho, device), stride=2)
 
 
-@functools.cache
+@_kept
 def lognormal_grid(
     num_scales: int,
     *,

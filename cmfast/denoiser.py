@@ -50,12 +50,12 @@ class Denoiser(nn.Module):
         self.preconditioner = preconditioner or Preconditioner.consistency(sigma_min=sigma_min)
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self.image_shape = tuple(image_shape) if image_shape else None
-        self.num_classes = num_classes if num_classes is not None else getattr(network, "num_classes", None)
+        self.num_classes = num_classes if num_classes is not None else _stated(network, "num_classes")
 
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
-        stated = getattr(self.network, "input_dtype", None)
+        stated = _stated(self.network, "input_dtype")
         if stated is not None:
             return stated
         if isinstance(self.network, nn.Module):
@@ -67,7 +67,7 @@ class Denoiser(nn.Module):
     @property
     def input_format(self) -> torch.memory_format | None:
         """The layout the network wants its input in; None if it does not say."""
-        return getattr(self.network, "input_format", None)
+        return _stated(self.network, "input_format")
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +123,19 @@ def denoise_with(
     return model_output, c_skip * x + c_out * model_output
 
 
+def _stated(network: Any, name: str) -> Any:
+    """What a network says of itself, or the one that a wrapper such as `DistributedDataParallel` holds; or None."""
+    value = getattr(network, name, None)
+    inner = getattr(network, "module", None)
+    return _stated(inner, name) if value is None and isinstance(inner, nn.Module) else value
+
+
 def _intercepted(model: Denoiser) -> bool:
-    """Whether a call of this Denoiser runs more than its class says: hooks of its own, or another `forward`."""
+    """Whether a call of this Denoiser runs more than its class says: hooks of its own (those of `fully_shard`, too),
+    another `forward`, or what `model.compile()` made."""
     own = vars(model)
-    return "forward" in own or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
+    replaced = "forward" in own or own.get("_compiled_call_impl") is not None
+    return replaced or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
 
 
 class Evaluator:

@@ -134,11 +134,11 @@ class Pairing:
         self._restores = not fixed and not (draw is not None and all(map(counts, models)))
 
     def __enter__(self) -> None:
+        if self._restores:
+            self._restore()
         self._before = _now.draw
         if self._draw is not None:
             _now.draw = self._draw
-        if self._restores:
-            self._restore()
 
     def __exit__(self, *_: object) -> None:
         _now.draw = self._before

@@ -17,6 +17,7 @@ from cmfast.denoiser import Evaluator
 from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distance
 from cmfast.dropout import Pairing
 from cmfast.ops import _check
+from cmfast.reference import level_gap
 from cmfast.samplers import Model, _evaluator
 
 __all__ = [
@@ -278,7 +279,9 @@ def _own_target_loss(
         with torch.no_grad():
             at_zero = (next_sigma == 0).view(-1, *[1] * (x_start.ndim - 1))
             target = torch.where(at_zero, x_start, student.denoised(*target_point))
-    measure = Measure("huber", huber_c=huber_c, weighting=1 / (sigma - next_sigma))
+    below = levels.below if isinstance(levels, ops.LogNormal) else None
+    gap = sigma - next_sigma if below is None else level_gap(sigma, below)
+    measure = Measure("huber", huber_c=huber_c, weighting=1 / gap)
     return measure.between(student, (model_output, first[0], sigma), target)
 
 

@@ -228,8 +228,8 @@ class ProgressiveDistillation(_OnGrid):
         start, steps = self.start_scales, self.steps_per_stage
         at_step = schedules.ema_and_scales("fixed", 0.0, "progdist", start, start, 1, steps)
         num_scales = at_step(step)[1]
-        # Of n halvings, the n-th leads to two intervals.
-        halvings = max(math.floor(math.log2(start)) - 1, 0)
+        # So many halvings, rounded down, lead to two intervals or less.
+        halvings = (start // 3).bit_length()
         one = math.ceil(steps * (math.log2(start) - 1) + 2 * steps)
         if num_scales == 1:
             return Stage(halvings + 1, one, None, 1)

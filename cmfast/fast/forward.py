@@ -242,7 +242,9 @@ class Forward:
     def _first_draw(self, x: Tensor) -> ops.Draw | None:
         """The draw of the first dropout mask; None if nothing drops. As in `nn.Dropout`, torch's generator decides,
         outside `cmfast.dropout.paired`."""
-        if not any(isinstance(layer, ResBlock) and _drops(layer.dropout) for layer in self.plan.layers()):
+        blocks = [layer for layer in self.plan.layers() if isinstance(layer, ResBlock)]
+        # Of a list: Dynamo cannot leave the generator of a generator halfway.
+        if not any(_drops(block.dropout) for block in blocks):
             return None
         if (draw := current()) is not None:
             return draw

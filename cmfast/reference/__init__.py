@@ -16,6 +16,7 @@ from cmfast.reference.draw import (
     draw_levels,
     draw_pair,
     level_below,
+    level_gap,
 )
 from cmfast.reference.dropout import dropout
 from cmfast.reference.group_norm import dropout_mask, group_norm_silu
@@ -64,6 +65,7 @@ __all__ = [
     "heun_predictor",
     "init_noise",
     "level_below",
+    "level_gap",
     "loss_weight",
     "lpips_input",
     "lpips_layer",

@@ -50,7 +50,16 @@ Levels = Grid | LogNormal
 
 def level_below(sigma: Tensor, below: Below) -> Tensor:
     """r(sigma), of its shape and dtype."""
-    return (sigma * (1 - below.factor * (1 + below.k * torch.sigmoid(-below.b * sigma)))).clamp(min=0)
+    return (sigma * (1 - _part(sigma, below))).clamp(min=0)
+
+
+def level_gap(sigma: Tensor, below: Below) -> Tensor:
+    """sigma - r(sigma) without the cancellation: positive also where the difference of the two numbers is 0."""
+    return (sigma * _part(sigma, below).clamp(max=1)).clamp(min=torch.finfo(sigma.dtype).tiny)
+
+
+def _part(sigma: Tensor, below: Below) -> Tensor:
+    return below.factor * (1 + below.k * torch.sigmoid(-below.b * sigma))
 
 
 def draw_index(draw: Draw, grid: Grid) -> Tensor:
