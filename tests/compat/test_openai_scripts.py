@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cmfast.compat.openai import _shim, script_util
 from cmfast.compat.openai.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).parent / "scripts" / "sample_images.py"
+SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPT = SCRIPTS / "sample_images.py"
 NETWORK = {
     "image_size": 16,
     "num_channels": 32,
@@ -36,19 +38,23 @@ def model_path(tmp_path_factory):
     return path
 
 
-def run(log_dir, model_path, *, ranks=1, settings=(), options=()):
-    """The images and facts that the script writes; what it prints."""
+def launch(log_dir, script, *, ranks=1, settings=(), options=()):
+    """Run a script for `NETWORK`; returns the facts that it writes, and what it prints."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     network = [word for name, value in NETWORK.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, *launcher, "-m", "cmfast.compat.openai", *settings, str(SCRIPT), *network, *options]
+    command = [sys.executable, *launcher, "-m", "cmfast.compat.openai", *settings, str(script), *network, *options]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OPENAI_LOGDIR": str(log_dir), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--model_path", str(model_path)], env=env, cwd=log_dir.parent, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=env, cwd=log_dir.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return json.loads((log_dir / "facts.json").read_text()), done.stdout
+
+
+def run(log_dir, model_path, *, options=(), **how):
+    """The images and facts that the script writes; what it prints."""
+    facts, printed = launch(log_dir, SCRIPT, options=[*options, "--model_path", str(model_path)], **how)
     with np.load(log_dir / "images.npz") as images:
-        return images["arr_0"], json.loads((log_dir / "facts.json").read_text()), done.stdout
+        return images["arr_0"], facts, printed
 
 
 def test_script_on_one_rank_and_on_two(tmp_path, model_path):
@@ -73,6 +79,31 @@ def test_script_on_one_rank_and_on_two(tmp_path, model_path):
     assert facts["synced"] == [3.0, 3.0]
     assert facts["settings"]["loss_norm"] == "l2"
     assert (tmp_path / "two" / "log-rank001.txt").read_text().startswith("Logging to")
+
+
+def test_training_on_two_ranks_and_on_from_there_on_one(tmp_path):
+    """On the CPU too gradients come from all ranks: with data and noise of its own, each ends with the same weights."""
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(images / f"{'ab'[i % 2]}_{i}.png")
+    options = ["--data_dir", str(images), "--training_mode", "consistency_training", "--loss_norm", "l2"]
+    options += ["--start_scales", "4", "--weight_schedule", "uniform", "--dropout", "0.1", "--use_fp16", "True"]
+    two = [*options, "--microbatch", "3", "--total_training_steps", "2"]
+    facts, _ = launch(tmp_path / "two", SCRIPTS / "train_images.py", ranks=2, options=two)
+    assert [fact["step"] for fact in facts] == [2, 2]
+    assert facts[0]["weights"] == facts[1]["weights"] and facts[0]["draw"] != facts[1]["draw"]
+    assert facts[0]["loss_norm"] == "l2"
+    assert not {"mpi4py", "blobfile", "flash_attn", "piq", "lpips", "scipy"} & set(facts[0]["modules"])
+
+    checkpoint = tmp_path / "two" / "model000002.pt"
+    one = [*options, "--total_training_steps", "3", "--resume_checkpoint", str(checkpoint)]
+    (fact,), printed = launch(tmp_path / "one", SCRIPTS / "train_images.py", options=one)
+    assert (fact["start"], fact["step"]) == (2, 3)
+    assert f"loading EMA from checkpoint: {tmp_path / 'two' / 'ema_0.9_000002.pt'}" in printed
+    names = ("ema_0.9_000003.pt", "model000003.pt", "opt000003.pt", "target_model000003.pt")
+    assert sorted(path.name for path in (tmp_path / "one").glob("*.pt")) == sorted(names)
 
 
 @pytest.mark.parametrize(

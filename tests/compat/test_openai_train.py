@@ -457,6 +457,9 @@ def test_a_checkpoint_of_another_network(log_dir):
     edm_loop().save()
     with pytest.raises(ValueError, match="model000000.pt does not fit.*torso.weight"):
         edm_loop(model=Small(5), resume_checkpoint=str(log_dir / "model000000.pt"))
+    edm_loop(lr_anneal_steps=2).run_loop()
+    with pytest.raises(ValueError, match="opt000002.pt belongs to.*another use_fp16"):
+        edm_loop(use_fp16=True, resume_checkpoint=str(log_dir / "model000002.pt"))
     with pytest.raises(FileNotFoundError, match="model000009.pt"):
         edm_loop(resume_checkpoint=str(log_dir / "model000009.pt"))
 

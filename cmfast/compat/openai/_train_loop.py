@@ -144,7 +144,12 @@ class TrainLoop:
         path = _checkpoints.beside(self._main_checkpoint(), f"opt{self.resume_step:06}.pt")
         if path:
             logger.log(f"loading optimizer state from checkpoint: {path}")
-            self.opt.load_state_dict(_checkpoints.read(path))
+            try:
+                self.opt.load_state_dict(_checkpoints.read(path))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} belongs to another network, or to a run with another use_fp16: {error}"
+                ) from None
 
     def run_loop(self) -> None:
         """Train to the end, with logs and checkpoints on the way and a checkpoint at the end."""
