@@ -125,12 +125,14 @@ def trainer(
         raise ValueError("data is missing: a folder of images, a .npz file, or mnist")
     if aim.needs_teacher and paths["teacher"] is None:
         raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
-    images = data.open_data(paths["data"], **settings["data"])
     torch.manual_seed(settings["options"]["seed"])
     teacher = checkpoint.load(paths["teacher"]) if aim.needs_teacher else None
-    model = _model(settings, aim, images, teacher)
-    if model.num_classes is None and images.num_classes is not None and settings["data"]["labelled"] is None:
-        images = data.open_data(paths["data"], **{**settings["data"], "labelled": False})
+    start = teacher if paths["init"] is None else checkpoint.load(paths["init"])
+    opening = dict(settings["data"])
+    if start is not None and opening["labelled"] is None:
+        opening["labelled"] = start.num_classes is not None
+    images = data.open_data(paths["data"], **opening)
+    model = _model(settings, aim, images, start)
     return Trainer(
         model.to(device),
         aim,
@@ -146,23 +148,19 @@ def trainer(
     )
 
 
-def _model(settings: Mapping[str, Any], aim: Objective, images: Any, teacher: Denoiser | None) -> Denoiser:
-    """Where training starts: a checkpoint, else the teacher, else new weights; with the scalings of the objective."""
-    start, network = settings["paths"]["init"], settings["network"]
+def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Denoiser | None) -> Denoiser:
+    """A copy of the model to start from, or new weights; with the scalings of the objective."""
+    network = settings["network"]
     if start is not None:
-        model = checkpoint.load(start)
-    elif teacher is not None:
-        model = copy.deepcopy(teacher)
+        model = copy.deepcopy(start)
     else:
         channels, height, width = images.image_shape
         if height != width:
             raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
         own = {"image_size": height, "in_channels": channels, "out_channels": channels}
-        classes = images.num_classes
-        model = Denoiser(
-            UNetModel(**{**fields, **own, "num_classes": classes}), image_shape=(channels, height, width)
-        )
+        unet = UNetModel(**{**fields, **own, "num_classes": images.num_classes})
+        model = Denoiser(unet, image_shape=(channels, height, width))
     sigma_data = model.preconditioner.sigma_data
     model.preconditioner = Preconditioner.by_name(
         aim.preconditioning, sigma_data=sigma_data, sigma_min=model.sigma_min

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,13 @@ class TrainOptions:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass, or anything within one, as YAML has it: lists for tuples."""
+    """A dataclass, or anything within one, as YAML has it: lists for tuples, texts for paths."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 

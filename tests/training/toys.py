@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +33,8 @@ OBJECTIVES = {
 OPTIONS = TrainOptions(
     steps=20, batch_size=6, learning_rate=3e-3, save_interval=10, log_interval=5, averages=("0.9", "power:0.1")
 )
+#: Far enough that rounding is small beside it.
+PAIRED = replace(OPTIONS, steps=8, learning_rate=0.03, save_interval=4)
 
 
 def unet(seed: int = 0, dropout: float = 0.1, **options) -> UNetModel:

@@ -1,0 +1,70 @@
+"""Two processes do what one does with the whole batch: the same losses, the same weights; and a resumed pair too."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cmfast.training import pictures, state
+from tests.tolerances import TRAINING
+from tests.training.toys import OBJECTIVES, PAIRED, denoiser, trainer, weights
+
+HERE = Path(__file__).resolve()
+
+
+def torchrun(folder, name, kind, steps, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(HERE.with_name("parallel_run.py")), name, kind, str(folder), str(steps), *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def files(folder, step):
+    place = folder / "checkpoints" / f"step-{step:08d}"
+    return {path.name: load_file(path) for path in place.glob("*.safetensors")}
+
+
+def alone(folder, name, steps, optimize):
+    run = trainer(name, folder, replace(PAIRED, steps=steps, optimize=optimize))
+    run.run(progress=False)
+    return files(folder, steps)
+
+
+def same(one, other, start):
+    """Weights and every average, as a part of how far they came."""
+    assert one.keys() == other.keys()
+    for name in one:
+        flat = [torch.cat([tensors[key].flatten() for key in sorted(tensors)]) for tensors in (one[name], other[name])]
+        far = (flat[0] - start).abs().max()
+        assert far > 0 and (flat[0] - flat[1]).abs().max() < TRAINING * far, name
+
+
+@pytest.mark.parametrize("name, kind", [("cd", "ddp"), ("pd", "ddp"), ("cd", "fsdp")])
+def test_two_processes_learn_what_one_does(tmp_path, name, kind):
+    """And the pair, interrupted and resumed, ends in its own bits."""
+    tensors = denoiser(OBJECTIVES[name]).network.state_dict()
+    start = torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+    one = alone(tmp_path / "one", name, 8, optimize=kind == "ddp")  # networks that are shared out are not
+    torchrun(tmp_path / "two", name, kind, 8)
+    two = files(tmp_path / "two", 8)
+    same(one, two, start)
+    losses = [[line["loss"] for line in pictures.read_log(tmp_path / run / "log.jsonl")] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) > 0
+    torchrun(tmp_path / "part", name, kind, 4)
+    torchrun(tmp_path / "part", name, kind, 8, "resume")
+    resumed = files(tmp_path / "part", 8)
+    assert all(torch.equal(two[file][key], resumed[file][key]) for file in two for key in two[file])
+
+
+def test_a_run_of_two_goes_on_alone(tmp_path):
+    torchrun(tmp_path / "two", "cd", "fsdp", 4)
+    run = trainer("cd", tmp_path / "two", replace(PAIRED, parallel="fsdp", microbatch=2), resume=True)
+    assert run.done == 4 and len(state.read(run.out / "checkpoints" / "step-00000004")["random"]) == 2
+    run.run(progress=False)
+    assert torch.isfinite(weights(run.step.model)).all()

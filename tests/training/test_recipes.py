@@ -1,0 +1,159 @@
+"""Runs by name, from the command line and from YAML: what goes in, what comes out, and what is refused."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import cmfast
+from cmfast import cli, recipes
+from cmfast.data import ImageData
+from cmfast.digits import DigitDistillation, as_consistency_model, guided, mnist_model
+from cmfast.objectives import OBJECTIVES
+from cmfast.ops import Draw
+from cmfast.training import Trainer, TrainOptions, config
+from tests.training.toys import unet, weights
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Nine pictures in three classes; and as .npz."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        place = folder / "classes" / "abc"[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i}.png")
+    np.savez(folder / "images.npz", pixels, np.arange(9) % 3)
+    np.savez(folder / "unlabelled.npz", pixels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "edm_teacher.safetensors"
+    model = cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(), image_shape=(3, 8, 8))
+    cmfast.save(model, path)
+    return str(path)
+
+
+SMALL = ["--steps", "2", "--batch-size", "4", "--network", "tiny", "--save-interval", "1"]
+
+
+def train(*arguments):
+    return cli.main(["train", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("recipe", OBJECTIVES)
+def test_every_recipe(recipe, images, teacher, tmp_path, capsys):
+    more = ["--teacher", teacher] if OBJECTIVES[recipe].needs_teacher else []
+    names = {field.name for field in fields(OBJECTIVES[recipe])}
+    more += ["--loss-norm", "l2"] if "loss_norm" in names else []
+    out = tmp_path / "run"
+    assert train("--recipe", recipe, "--data", images / "classes", *SMALL, *more, "--out", out) == 0
+    assert str(out / "model.safetensors") in capsys.readouterr().out
+    model = cmfast.load(out / "model.safetensors")
+    assert model.preconditioner.name == OBJECTIVES[recipe].preconditioning
+    assert model.num_classes == (7 if "--teacher" in more else 3)
+    # And it samples.
+    grid = tmp_path / "x.png"
+    assert cli.main(["sample", "--model", str(out / "model.safetensors"), "--num", "1", "--out", str(grid)]) == 0
+
+
+def test_resume_and_yaml(images, tmp_path, capsys):
+    """A run of 3 steps, and one of 2 that is gone on with from its own settings; then from its file."""
+    data = ["--data", images / "images.npz", "--recipe", "ect", *SMALL]
+    assert train(*data, "--steps", 3, "--out", tmp_path / "whole") == 0
+    assert train(*data, "--out", tmp_path / "part") == 0
+    assert train("--resume", "--out", tmp_path / "part", "--steps", 3) == 0
+    assert train("--config", tmp_path / "whole" / "config.yaml", "--out", tmp_path / "again") == 0
+    models = [cmfast.load(tmp_path / run / "model.safetensors") for run in ("whole", "part", "again")]
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert torch.equal(weights(models[0]), weights(models[2]))
+    capsys.readouterr()
+    assert train("--resume", "--out", tmp_path / "part", "--set", "options.warmup=5") == 2
+    assert "options.warmup: 0, now 5" in capsys.readouterr().err
+    assert train(*data, "--out", tmp_path / "part") == 2 and "resume it" in capsys.readouterr().err
+
+
+def test_settings_of_the_command_line(images, tmp_path):
+    out = tmp_path / "run"
+    more = ["--flip", "--dropout", "0.3", "--averages", "0.9,power:0.1", "--dtype", "bfloat16", "--microbatch", "2"]
+    more += ["--set", "options.warmup=3", "--set", "objective.end_scales=9", "--unlabelled", "--image-size", "16"]
+    data = ["--data", images / "classes", "--recipe", "ct", "--loss-norm", "huber"]
+    assert train(*data, *SMALL, *more, "--out", out) == 0
+    saved = config.read(out / "config.yaml")
+    assert saved["data"]["flip"] and saved["options"]["averages"] == ["0.9", "power:0.1"]
+    assert saved["objective"]["end_scales"] == 9 and saved["objective"]["total_steps"] == 2
+    model = cmfast.load(out / "model.safetensors")
+    assert model.num_classes is None and model.image_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--recipe", "nope"], "unknown recipe 'nope'; known: edm, cd"),
+        (["--recipe", "edm"], "data is missing: a folder"),
+        (["--recipe", "cd", "--data", "DATA"], "needs a teacher"),
+        (["--recipe", "edm", "--data", "DATA", "--network", "huge"], "known: tiny, small"),
+        (["--recipe", "edm", "--data", "DATA", "--loss-norm", "l2"], "the objective of edm knows no loss_norm"),
+        (["--recipe", "edm", "--data", "DATA", "--set", "options.nope=1"], "options knows no nope"),
+        (["--recipe", "edm", "--data", "DATA", "--set", "nope=1"], "settings know no nope"),
+        (["--recipe", "edm", "--data", "DATA", "--dtype", "int8"], "dtype must be one of"),
+        (["--recipe", "edm", "--data", "DATA/missing"], "missing"),
+        (["--recipe", "cd", "--data", "UNLABELLED", "--teacher", "TEACHER", "--loss-norm", "l2"], "no labels"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "DATA"], "no run to resume"),
+        (["--config", "DATA/missing.yaml"], "missing.yaml"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_is_refused(arguments, message, images, teacher, capsys):
+    places = {"UNLABELLED": images / "unlabelled.npz", "TEACHER": teacher}
+    given = [str(places.get(a, a.replace("DATA", str(images / "classes")))) for a in arguments]
+    assert train(*given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    settings = {"recipe": "ct", "paths": {"data": images / "classes"}, "network": "tiny",
+                "lpips": {"net": "alex", "pretrained": False}, "options": {"steps": 1, "batch_size": 2}}  # fmt: skip
+    run = recipes.trainer(settings, tmp_path)
+    assert run.step.lpips.net == "alex"
+    run.run(progress=False)
+
+
+def test_the_digits_recipe_distils(tmp_path):
+    """The recipe's own network and objectives, a few steps of each stage."""
+    torch.manual_seed(0)
+    digits = ImageData(torch.rand(16, 1, 32, 32) * 2 - 1, torch.arange(16) % 10)
+    options = TrainOptions(steps=2, batch_size=4, learning_rate=1e-3, averages=("0.5",))
+    edm = Trainer(mnist_model(), OBJECTIVES["edm"](), digits, options, tmp_path / "edm").run(progress=False)
+    student = as_consistency_model(edm)
+    assert student.preconditioner.name == "consistency" and edm.preconditioner.name == "edm"
+    assert sum(p.numel() for p in student.parameters()) <= 2_000_000
+    before = weights(edm)
+    objective = DigitDistillation(2, guidance=0.4)
+    run = Trainer(student, objective, digits, options, tmp_path / "cd", teacher_model=edm)
+    average = run.run(progress=False)
+    assert torch.equal(weights(edm), before) and not torch.equal(weights(average), before)
+
+
+def test_guidance_pushes_away_from_another_class():
+    """Toy D that is the label: right + weight (right - wrong), with wrong never the same class."""
+
+    class ByLabel(nn.Module):
+        num_classes = 7
+
+        def forward(self, x, sigma, labels=None):
+            return labels.to(x.dtype)[:, None, None, None].expand_as(x)
+
+    labels = torch.arange(7).repeat(20)
+    x = torch.zeros(140, 1, 2, 2)
+    out = guided(ByLabel(), 0.5, Draw(0, torch.arange(140)))(x, torch.ones(140), labels)[:, 0, 0, 0]
+    wrong = labels - (out - labels) / 0.5
+    assert (wrong != labels).all() and set(wrong.tolist()) == set(range(7))
