@@ -20,7 +20,7 @@ def check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
 
     Raises: TypeError, ValueError: the message names the list and the tensor.
     """
-    if isinstance(tensors, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
+    if isinstance(tensors, Tensor) or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         raise TypeError(f"{name} must be a list of tensors")
     if len(tensors) != len(like):
         raise ValueError(f"{name} has {len(tensors)} tensors for {len(like)} parameters")

@@ -1,29 +1,31 @@
 """Forms for the CPU of the operations on lists of tensors: PyTorch's multi-tensor functions, float32.
 
-They read scalars (step count, rates, scale) on the host, which is where the memory of a CPU's tensors is.
+They read scalars (step count, rates, scale) on the host, which is where the memory of a CPU's tensors is, and go
+through the parameters in blocks that its cache holds from one function to the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmfast.ops._lists import alike, written_by_a_kernel
+from cmfast.ops._lists import alike
 
 Tensors = list[Tensor]
+#: Elements of the parameters of a block, where none of them is larger.
+BLOCK = 2**18
 
 
 def ema_update_(
-    parameters: Tensors, averages: Sequence[Tensors], rates: Tensor, *, copies: Tensors | None = None
+    parameters: Tensors, averages: list[Tensors], rates: Tensor, *, copies: Tensors | None = None
 ) -> None:
-    for rate, tensors in zip(rates.detach().double().numpy(), averages):
-        torch._foreach_lerp_(tensors, [p.to(a.dtype) for p, a in zip(parameters, tensors)], 1 - float(rate))
-    if copies is not None:
-        torch._foreach_copy_(copies, parameters)
+    weights = _weights(rates)
+    for block in _blocks(parameters):
+        _average(parameters, averages, weights, copies, block)
 
 
 def grad_norm(gradients: Tensors, *, grad_scale: Tensor | None = None) -> Tensor:
@@ -31,68 +33,72 @@ def grad_norm(gradients: Tensors, *, grad_scale: Tensor | None = None) -> Tensor
     return norm if grad_scale is None else norm / grad_scale.reshape(())
 
 
-def radam_ema_(
-    parameters: Tensors, gradients: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, step: Tensor,
-    averages: Sequence[Tensors] = (), rates: Tensor | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    """RAdam is Adam with another learning rate, r lr, and another eps, eps / sqrt(1 - beta2^t), where it adapts."""
-    return _step(True, (parameters, gradients, exp_avgs, exp_avg_sqs), step, averages, rates, **options)
+def radam_ema_(*arguments: Any, **options: Any) -> Tensor:
+    return _step(True, *arguments, **options)
 
 
-def adam_ema_(
-    parameters: Tensors, gradients: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, step: Tensor,
-    averages: Sequence[Tensors] = (), rates: Tensor | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    return _step(False, (parameters, gradients, exp_avgs, exp_avg_sqs), step, averages, rates, **options)
+def adam_ema_(*arguments: Any, **options: Any) -> Tensor:
+    return _step(False, *arguments, **options)
 
 
 def _step(
     rectified: bool,
-    lists: tuple[Tensors, ...],
+    parameters: Tensors,
+    gradients: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
     step: Tensor,
-    averages: Sequence[Tensors],
-    rates: Tensor | None,
+    averages: list[Tensors],
+    rates: Tensor,
     *,
     lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: bool = False,
-    maximize: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    grad_norm: Tensor | None = None,
-    max_norm: float | None = None,
-    copies: Tensors | None = None,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    grad_norm: Tensor | None,
+    max_norm: float | None,
+    copies: Tensors | None,
 ) -> Tensor:
     norm = 0.0 if grad_norm is None else _host(grad_norm)
     if (found_inf is not None and _host(found_inf)) or not math.isfinite(norm):
         return torch.ones(())
     factor = 1.0 if grad_scale is None else 1 / _host(grad_scale)
-    if grad_norm is not None and max_norm is not None:
+    if max_norm is not None:
         factor *= min(1.0, max_norm / (norm + 1e-6))
     step.add_(1)
     t, rate = _host(step), _host(lr) if isinstance(lr, Tensor) else float(lr)
-    parameters, gradients, exp_avgs, exp_avg_sqs = lists
+    rectification = _rectification(t, betas[1]) if rectified else 1.0
+    update: Callable[..., None]
+    if rectification is None:
+        update = _momentum_alone
+        options: dict[str, Any] = {
+            "t": t, "lr": rate, "betas": betas, "factor": -factor if maximize else factor,
+            "decay": rate * weight_decay if decoupled_weight_decay else 0.0,
+            "l2": 0.0 if decoupled_weight_decay else weight_decay,
+        }  # fmt: skip
+    else:
+        # RAdam is Adam with the learning rate r lr and an eps of eps / sqrt(1 - beta2^t).
+        update = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
+        options = {
+            "lr": rate * rectification, "beta1": betas[0], "beta2": betas[1], "amsgrad": False, "maximize": maximize,
+            "eps": eps / math.sqrt(1 - betas[1] ** t) if rectified else eps,
+            # It is taken off by this learning rate, which is not the one that decay goes by.
+            "weight_decay": weight_decay / rectification if decoupled_weight_decay else weight_decay,
+            # Gradients are divided by it, and stored so.
+            "grad_scale": None if factor == 1 else torch.tensor(1 / factor), "found_inf": None,
+        }  # fmt: skip
+    weights = _weights(rates)
     with alike([parameters, exp_avgs, exp_avg_sqs], [gradients]) as ((p, m, v), (g,)):
-        rectification = _rectification(t, betas[1]) if rectified else 1.0
-        if rectification is None:
-            decay = rate * weight_decay if decoupled_weight_decay else 0.0
-            l2 = 0.0 if decoupled_weight_decay else weight_decay
-            _momentum_alone(p, g, m, v, t, rate, betas, decay, l2, -factor if maximize else factor)
-        else:
-            # The function divides gradients by a scale, and stores them so.
-            scale = None if factor == 1 else torch.tensor(1 / factor)
-            # Its decay is taken off with its learning rate, which here is not the one that decay goes by.
-            decay = weight_decay / rectification if decoupled_weight_decay else weight_decay
-            function: Callable[..., None] = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
-            function(
-                p, g, m, v, [], [step] * len(p), lr=rate * rectification, beta1=betas[0], beta2=betas[1],
-                weight_decay=decay, eps=eps / math.sqrt(1 - betas[1] ** t) if rectified else eps, amsgrad=False,
-                maximize=maximize, grad_scale=scale, found_inf=None,
-            )  # fmt: skip
-            written_by_a_kernel(p, m, v)
-    ema_update_(parameters, averages, step.new_empty(0) if rates is None else rates, copies=copies)
+        for block in _blocks(p):
+            update(p[block], g[block], m[block], v[block], [], [step] * len(p[block]), **options)
+            if p is parameters:
+                _average(p, averages, weights, copies, block)
+    if p is not parameters:
+        ema_update_(parameters, averages, rates, copies=copies)
     return torch.zeros(())
 
 
@@ -104,20 +110,43 @@ def _rectification(t: float, beta2: float) -> float | None:
 
 
 def _momentum_alone(
-    p: Tensors, g: Tensors, m: Tensors, v: Tensors, t: float, lr: float, betas: tuple[float, float], decay: float,
-    l2: float, factor: float,
+    p: Tensors, g: Tensors, m: Tensors, v: Tensors, _maxima: Tensors, _steps: Tensors, *, t: float, lr: float,
+    betas: tuple[float, float], factor: float, decay: float, l2: float,
 ) -> None:  # fmt: skip
-    """RAdam's first steps: p <- (1 - decay) p - lr m / (1 - beta1^t)."""
-    if factor != 1:
-        g = torch._foreach_mul(g, factor)
+    """RAdam's first steps, with the arguments of PyTorch's functions: p <- (1 - decay) p - lr m / (1 - beta1^t)."""
+    g = list(torch._foreach_mul(g, factor))
     if l2:
-        g = torch._foreach_add(g, p, alpha=l2)
+        torch._foreach_add_(g, p, alpha=l2)
     torch._foreach_lerp_(m, g, 1 - betas[0])
     torch._foreach_mul_(v, betas[1])
     torch._foreach_addcmul_(v, g, g, 1 - betas[1])
     if decay:
         torch._foreach_mul_(p, 1 - decay)
     torch._foreach_add_(p, m, alpha=-lr / (1 - betas[0] ** t))
+
+
+def _average(
+    parameters: Tensors, averages: list[Tensors], weights: list[float], copies: Tensors | None, block: slice
+) -> None:
+    for weight, tensors in zip(weights, averages):
+        torch._foreach_lerp_(tensors[block], parameters[block], weight)
+    if copies is not None:
+        torch._foreach_copy_(copies[block], parameters[block])
+
+
+def _blocks(parameters: Tensors) -> Iterator[slice]:
+    """Parameters that follow one another, about BLOCK elements at a time."""
+    start = elements = 0
+    for i, count in enumerate(map(Tensor.numel, parameters)):
+        if start < i and elements + count > BLOCK:
+            yield slice(start, i)
+            start, elements = i, 0
+        elements += count
+    yield slice(start, len(parameters))
+
+
+def _weights(rates: Tensor) -> list[float]:
+    return [1 - float(rate) for rate in rates.double().numpy()]
 
 
 def _host(x: Tensor) -> float:

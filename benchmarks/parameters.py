@@ -1,0 +1,275 @@
+"""Times of what a training step does to parameters: averages, an optimizer. README.md says how times are taken.
+
+    python benchmarks/parameters.py --out DIR [--only TEXT] [--providers NAMES] [--seconds N] [--device cuda|cpu]
+    python benchmarks/parameters.py --report DIR/parameters-....json      the closing table again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.kernels import inductor_refusal, reason_of
+from benchmarks.networks import NETWORKS
+from benchmarks.record import Record
+from cmfast import ops, optim, reference
+from cmfast.checkpoint import meta_network
+from cmfast.ema import Averages
+from tests.tolerances import FLOOR
+
+#: U-Nets for 32x32 by their millions of parameters; 296 is ImageNet-64's.
+SIZES: dict[str, dict[str, Any]] = {
+    "6M": {**NETWORKS["tiny"], "image_size": 32, "channel_mult": [1, 2, 2], "num_classes": None},
+    "32M": {
+        **NETWORKS["tiny"], "image_size": 32, "channel_mult": [1, 2, 2], "num_classes": None, "model_channels": 128,
+        "num_res_blocks": 2,
+    },
+    "296M": NETWORKS["imagenet64"],
+}  # fmt: skip
+#: What is run, by device: an operation, a size, and how many averages.
+TRIALS = {
+    "cpu": [("averages", "32M", 4), ("radam", "6M", 2), ("averages", "6M", 2)],
+    "cuda": [("averages", "296M", 4), ("radam", "296M", 4), ("averages", "6M", 4), ("radam", "6M", 4)],
+}
+RATES = [0.95, 0.999, 0.9999, 0.99994]
+LR, MAX_NORM = 1e-5, 1.0
+BUDGET_S = {"cuda": 3.0, "cpu": 20.0}
+#: Elements of the parameters that the correctness gate looks at, and steps that it takes: RAdam adapts from its sixth.
+GATE_ELEMENTS, GATE_STEPS = 2**20, 8
+#: Of the averages on a GPU: a part of the copy bandwidth, and how many times as fast as `foreach`.
+BARS = {"percent_of_copy": 90.0, "foreach": 1.25}
+
+
+@dataclass
+class State:
+    """A model's parameters and gradients, and averages of them."""
+
+    parameters: list[nn.Parameter]
+    averages: list[list[Tensor]]
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    @property
+    def data(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters]
+
+
+def make(size: str, averages: int, device: torch.device, elements: int | None = None) -> State:
+    """Random values in the shapes of a network; the first parameters alone, up to so many elements."""
+    generator = torch.Generator(device).manual_seed(0)
+    parameters: list[nn.Parameter] = []
+    for like in meta_network(SIZES[size]).parameters():
+        if elements is not None and sum(p.numel() for p in parameters) + like.numel() > elements:
+            break
+        parameters.append(nn.Parameter(torch.randn(like.shape, generator=generator, device=device) * 0.1))
+        parameters[-1].grad = torch.randn(like.shape, generator=generator, device=device)
+    others = [[torch.randn(p.shape, generator=generator, device=device) for p in parameters] for _ in range(averages)]
+    return State(parameters, others)
+
+
+def _loop(state: State) -> Callable[[], None]:
+    """The original's update_ema: parameter by parameter."""
+
+    def call() -> None:
+        for rate, averages in zip(RATES, state.averages):
+            for average, parameter in zip(averages, state.parameters):
+                average.detach().mul_(rate).add_(parameter, alpha=1 - rate)
+
+    return torch.no_grad()(call)
+
+
+def _foreach(state: State) -> Callable[[], None]:
+    def call() -> None:
+        for rate, averages in zip(RATES, state.averages):
+            torch._foreach_lerp_(averages, state.data, 1 - rate)
+
+    return call
+
+
+def _fused(state: State) -> Callable[[], None]:
+    rates = torch.tensor(RATES[: len(state.averages)], dtype=torch.float64, device=state.data[0].device)
+    return lambda: ops.ema_update_(state.data, state.averages, rates)
+
+
+def _inductor(state: State) -> Callable[[], None]:
+    return torch.compile(_foreach(state), dynamic=False)
+
+
+def _then(state: State, average: Callable[[State], Callable[[], None]], **options: Any) -> Callable[[], None]:
+    """Clipping, torch's RAdam and averages, one after the other."""
+    optimizer = torch.optim.RAdam(state.parameters, lr=LR, **options)
+    averages = average(state)
+
+    def call() -> None:
+        torch.nn.utils.clip_grad_norm_(state.parameters, MAX_NORM)
+        optimizer.step()
+        averages()
+
+    return call
+
+
+def _optimizer(state: State) -> Callable[[], None]:
+    averages = Averages([(str(i), p) for i, p in enumerate(state.parameters)], RATES[: len(state.averages)])
+    for values, starts in zip(averages._averages, state.averages):
+        torch._foreach_copy_(values, starts)
+    state.averages[:] = averages._averages
+    return optim.RAdam(state.parameters, lr=LR, max_norm=MAX_NORM, averages=averages).step
+
+
+PROVIDERS: dict[str, dict[str, Callable[[State], Callable[[], Any]]]] = {
+    "averages": {"loop": _loop, "foreach": _foreach, "inductor": _inductor, "cmfast": _fused},
+    "radam": {
+        "loop": lambda state: _then(state, _loop, foreach=False),
+        "foreach": lambda state: _then(state, _foreach, foreach=True, capturable=state.data[0].is_cuda),
+        "inductor": lambda state: torch.compile(_then(state, _foreach, foreach=True, capturable=state.data[0].is_cuda)),
+        "cmfast": _optimizer,
+    },
+}
+
+
+def floor_bytes(operation: str, averages: int) -> int:
+    """Per parameter, in float32: each tensor once; gradients once more for their norm."""
+    return (4 if operation == "averages" else 7 * 4 + 4) + 8 * averages
+
+
+def wrong(operation: str, size: str, averages: int, provider: str, device: torch.device) -> str | None:
+    """The correctness gate: what is off after a few steps, in float64's eyes."""
+    state = make(size, averages, device, GATE_ELEMENTS)
+    exact = [p.double() for p in state.data]
+    others = [[a.double() for a in group] for group in state.averages]
+    gradients = [p.grad.double() for p in state.parameters if p.grad is not None]
+    moments = [[torch.zeros_like(p) for p in exact] for _ in range(2)]
+    step, rates = torch.zeros((), device=device), torch.tensor(RATES[:averages], dtype=torch.float64, device=device)
+    call = PROVIDERS[operation][provider](state)
+    for _ in range(GATE_STEPS):
+        if operation == "averages":
+            reference.ema_update_(exact, others, rates)
+        else:
+            norm = reference.grad_norm(gradients)
+            reference.radam_ema_(
+                exact, gradients, *moments, step, others, rates, lr=LR, grad_norm=norm, max_norm=MAX_NORM
+            )
+        call()
+    pairs = zip([*state.data, *sum(state.averages, [])], [*exact, *sum(others, [])])
+    error = max(((x.double() - y).abs().max() / y.abs().max()).item() for x, y in pairs)
+    return None if error <= GATE_STEPS * FLOOR[torch.float32] else f"relative error {error:.3g}"
+
+
+def measure(
+    trial: tuple[str, str, int], wanted: list[str] | None, device: torch.device
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows and failures of one trial."""
+    operation, size, averages = trial
+    state, stopwatch = make(size, averages, device), timing.Stopwatch(device)
+    slices, failures = {}, []
+    for provider, maker in PROVIDERS[operation].items():
+        if provider == "inductor" and inductor_refusal(device) or wanted is not None and provider not in wanted:
+            continue
+        torch._dynamo.reset()
+        try:
+            reason = wrong(operation, size, averages, provider, device)
+            if reason is None:
+                # Lists of its own, of the same tensors: 296M parameters with averages are 9.5 GB.
+                call = maker(State(state.parameters, [list(group) for group in state.averages]))
+                slices[provider] = timing.sliced(stopwatch, lambda count, call=call: [call() for _ in range(count)])
+        except Exception as error:
+            reason = reason_of(error)
+        if reason is not None:
+            failures.append({"trial": " ".join(map(str, trial)), "provider": provider, "reason": reason})
+    rows = []
+    for provider, samples in timing.interleave(slices, BUDGET_S[device.type]).items():
+        statistics = timing.statistics_us(samples)
+        moved = state.elements * floor_bytes(operation, averages)
+        rows.append({
+            "operation": operation, "size": size, "parameters": state.elements, "tensors": len(state.parameters),
+            "averages": averages, "provider": provider, **statistics, "floor_bytes": moved,
+            "gb_per_s": round(moved / statistics["p50_us"] / 1e3, 2),
+        })  # fmt: skip
+    return rows, failures
+
+
+def table(result: dict[str, Any]) -> str:
+    """Each provider of each trial, as times of cmfast's; and the bars, on a GPU."""
+    lines = []
+    rows = {(row["operation"], row["size"], row["averages"], row["provider"]): row for row in result["rows"]}
+    for (*trial, provider), row in rows.items():
+        ours = rows.get((*trial, "cmfast"))
+        times = f"  {row['p50_us'] / ours['p50_us']:.2f} x cmfast" if ours else ""
+        lines.append(
+            f"{trial[0]:9} {trial[1]:>5} K={trial[2]}  {provider:9} {row['p50_us'] / 1e3:10.3f} ms "
+            f"{row['gb_per_s']:8.1f} GB/s {row['percent_of_copy']:6.1f}% of copy{times}"
+        )
+    large = rows.get(("averages", "296M", 4, "cmfast"))
+    if large:
+        share = large["percent_of_copy"]
+        lines.append(f"bar: averages at {share:.1f}% of copy, {BARS['percent_of_copy']:.0f}% wanted")
+        rival = rows.get(("averages", "296M", 4, "foreach"))
+        if rival:
+            ratio = rival["p50_us"] / large["p50_us"]
+            lines.append(f"bar: averages {ratio:.2f} times as fast as foreach, {BARS['foreach']} wanted")
+    lines += [f"FAILED {f['trial']} {f['provider']}: {f['reason']}" for f in result["failures"]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 where a provider was off or failed."""
+    start = time.perf_counter()
+    parser = argparse.ArgumentParser(prog="benchmarks/parameters.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
+    parser.add_argument("--only", metavar="TEXT", default="", help="trials whose name holds TEXT, such as 'radam 6M'")
+    parser.add_argument("--providers", type=lambda text: text.split(","), help="of loop,foreach,inductor,cmfast")
+    parser.add_argument("--seconds", type=float, help="start no new trial after so many seconds")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
+    options = parser.parse_args(argv)
+    if options.report:
+        print(table(json.loads(options.report.read_text())))
+        return 0
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    words = ["python", "benchmarks/parameters.py", "--device", device.type]
+    words += ["--only", options.only] if options.only else []
+    record = Record("parameters", options.out, device, shlex.join(words), copy_bandwidth=[])
+    result = record.result
+    result["copy_bandwidth"].append(timing.copy_bandwidth(device))
+    for trial in TRIALS[device.type]:
+        name = " ".join(map(str, trial))
+        if options.only not in name:
+            continue
+        if options.seconds is not None and time.perf_counter() - start > options.seconds:
+            result["truncated"] = True
+            result["not_started"].append(name)
+            continue
+        rows, failures = measure(trial, options.providers, device)
+        for row in rows:
+            row["percent_of_copy"] = round(100 * row["gb_per_s"] / result["copy_bandwidth"][0]["gb_per_s"], 2)
+        result["rows"] += rows
+        result["failures"] += failures
+        record.write()
+    result["copy_bandwidth"].append(timing.copy_bandwidth(device))
+    record.write()
+    print(table(result))
+    print(f"written: {record.path}")
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
