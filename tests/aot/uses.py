@@ -217,6 +217,79 @@ def _of_parameters() -> dict[str, Use]:
     }
 
 
+def _layer(
+    channels: int,
+    size: int,
+    *,
+    samples: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    last: bool = True,
+    grads: tuple[bool, bool] = (True, False),
+) -> Callable[[], Any]:
+    """A layer of LPIPS, and the gradients of its maps that are asked for."""
+
+    def call() -> None:
+        maps = [batch((samples, channels, size, size), dtype, last).requires_grad_(need) for need in grads]
+        distance = ops.lpips_layer(*maps, torch.empty(channels))
+        leaves = [x for x in maps if x.requires_grad]
+        if leaves:
+            torch.autograd.grad(distance, leaves, torch.empty_like(distance))
+
+    return call
+
+
+def _trunk_input(
+    shape: tuple[int, ...] = ImageNet64,
+    size: int | None = 224,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    last: bool = True,
+    image_last: bool = False,
+    grad: bool = True,
+) -> Callable[[], Any]:
+    """What the trunk of LPIPS gets of float32 images, and their gradient."""
+
+    def call() -> None:
+        x = batch(shape, torch.float32, image_last).requires_grad_(grad)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        y = ops.lpips_input(
+            x, torch.empty(3), torch.empty(3), size=size, dtype=dtype, memory_format=memory_format
+        )
+        if grad:
+            torch.autograd.grad(y, x, torch.empty_like(y))
+
+    return call
+
+
+def _perceptual() -> dict[str, Use]:
+    """LPIPS: VGG-16 in bfloat16, channels_last, and what else there is. Its input gathers, and writes in wide accesses:
+    what it reads is exempt, in the forward pass the image, in the backward pass gradients too."""
+    f32, f16, both, none = torch.float32, torch.float16, (True, True), (False, False)
+    calls = {
+        "lpips_layer, 64 of 224x224": _layer(64, 224, samples=64),
+        "lpips_layer, 128 of 112x112": _layer(128, 112, grads=both),
+        "lpips_layer, 256 of 56x56": _layer(256, 56, samples=64),
+        "lpips_layer, 512 of 28x28, float16": _layer(512, 28, dtype=f16),
+        "lpips_layer, 512 of 14x14": _layer(512, 14),
+        "lpips_layer, 512 of 14x14, float32": _layer(512, 14, dtype=f32, grads=both),
+        "lpips_layer, 64 of 224x224, contiguous": _layer(64, 224, last=False),
+        "lpips_layer, 512 of 28x28, contiguous, float32": _layer(512, 28, dtype=f32, last=False),
+        "lpips_layer, 512 of 28x28, contiguous": _layer(512, 28, last=False, grads=none),
+        "lpips_layer, one element": _layer(1, 1, samples=1),
+    }
+    return {
+        **{name: Use(call) for name, call in calls.items()},
+        "lpips_layer, odd": Use(_layer(37, 28), ("bf16",)),
+        "lpips_input": Use(_trunk_input(), ("f32", "bf16")),
+        "lpips_input, forward": Use(_trunk_input(grad=False), ("f32",)),
+        "lpips_input, float32, forward": Use(_trunk_input(dtype=f32, last=False, grad=False), ("f32",)),
+        "lpips_input, own size": Use(_trunk_input(size=None, image_last=True), ("f32", "bf16")),
+        "lpips_input, gray": Use(_trunk_input((4, 1, 28, 28)), ("f32", "bf16")),
+        "lpips_input, one pixel": Use(_trunk_input((1, 1, 1, 1), 1), ("f32", "bf16")),
+        "lpips_input, of one pixel": Use(_trunk_input((1, 3, 1, 1), 2, last=False), ("f32", "bf16")),
+    }
+
+
 def _listed() -> dict[str, Use]:
     """Every use by name."""
     f32, f16, last = torch.float32, torch.float16, torch.channels_last
@@ -333,6 +406,7 @@ def _listed() -> dict[str, Use]:
         "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
         **_normalised(),
         **_of_parameters(),
+        **_perceptual(),
     }
 
 

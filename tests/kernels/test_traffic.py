@@ -10,11 +10,12 @@ import torch
 
 import cmfast
 from cmfast import ops
-from cmfast.kernels import group_norm_tiles
+from cmfast.kernels import group_norm_tiles, lpips
 from cmfast.ops import _dispatch
 from tests.ops.cases import draw, grid
 from tests.ops.lists import make as make_lists
 from tests.ops.norms import make
+from tests.ops.perceptual import images, layer
 
 pytestmark = pytest.mark.skipif(not _dispatch.INTERPRETING, reason="counts in Triton's interpreter")
 S, M = 4, 2  # bytes of a float32 state and of a bfloat16 network input
@@ -26,10 +27,18 @@ class Counter:
         from triton.runtime import interpreter
 
         self.bytes = 0
+        #: Loads from one place count once where this is a set, as in a cache.
+        self.places: set[int] | None = None
         real = interpreter._interpreter
 
         def load(pointers, mask, other, dtype):
-            self.bytes += int(np.broadcast_to(mask, pointers.shape).sum()) * np.dtype(dtype).itemsize
+            live = np.broadcast_to(mask, pointers.shape).astype(bool)
+            count = int(live.sum())
+            if self.places is not None:
+                before = len(self.places)
+                self.places.update(pointers[live].tolist())
+                count = len(self.places) - before
+            self.bytes += count * np.dtype(dtype).itemsize
             return real.load(pointers, mask, other, dtype)
 
         def store(pointers, value, mask):
@@ -207,6 +216,33 @@ def test_a_skipped_step_moves_nothing(counter):
     counter.bytes = 0
     lists.take("radam_ema_", "triton")
     assert counter.per_element(torch.cat([p.flatten() for p in lists.parameters])) < 0.5
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("wanted, gradients", [(("features",), 1), (("features", "target_features"), 2)])
+def test_lpips_layer(wanted, gradients, last, counter, monkeypatch):
+    """Both maps read once in either pass: the backward pass measures lengths again, which is less than reading them.
+    In programs of as many tiles as there are for many samples, where the weights do not show."""
+    monkeypatch.setattr(lpips, "ENOUGH", 1)
+    call = layer((1, 64, 64, 32), dtype=torch.bfloat16, last=last)
+    _, result = call.graph("triton", *wanted)
+    check(counter, call.tensors["features"], 2 * M)
+    counter.bytes = 0
+    result.sum().backward()
+    check(counter, call.tensors["features"], 2 * M + gradients * M)
+
+
+@pytest.mark.parametrize("size", [(28, 20), None], ids=["resized", "own size"])
+def test_lpips_input(size, counter):
+    """Each pixel read once from memory, often from a cache; each of the result written once."""
+    call = images((1, 3, 16, 16), size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    x, counter.places = call.tensors["image"], set()
+    _, result = call.graph("triton", "image")
+    floor = S * x.numel() + M * result.numel()
+    assert floor <= counter.bytes <= 1.01 * floor
+    counter.bytes, counter.places = 0, set()
+    result.backward(torch.ones_like(result))
+    assert floor <= counter.bytes <= 1.01 * floor
 
 
 def test_the_counter_sees_a_second_read(counter):
