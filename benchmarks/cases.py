@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cmfast import ops, reference
+from cmfast import ops, reference, schedules
 
 SEED = 2**40 + 7
 DRAW = 3
 #: The names of tensors that are a network's outputs, and so in its dtype and layout. Of the others, "shape" is a batch
-#: without memory, for operations that read none, "bias" is [B, C, 1, 1], and "film" is [B, 2 C], also a network's.
+#: without memory, for operations that read none, "table" is noise levels [40], "bias" is [B, C, 1, 1], and "film" is
+#: [B, 2 C], also a network's.
 MODEL_TENSORS = ("f", "f2", "bias", "film")
 #: The names of those that are parameters [C], in float32.
 PARAMETERS = ("gain", "offset")
@@ -104,6 +106,21 @@ def _add_noise_pair(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
     return library.add_noise_pair(t["x"], draw(t), t["sigma"], t["next"], dtype=dtypes.model)
 
 
+def _draw_pair(library: Any, t: Inputs, dtypes: Dtypes) -> list[Tensor]:
+    """Both points, with levels and noise drawn together; or levels of torch's generator."""
+    noise, table = draw(t), t["table"]
+    if isinstance(noise, Tensor):
+        index = torch.randint(len(table) - 1, (len(noise),), device=noise.device)
+        return flat(library.add_noise_pair(t["x"], noise, table[index], table[index + 1], dtype=dtypes.model))
+    drawn = library.draw_pair(t["x"], noise, reference.Grid(table), dtype=dtypes.model)
+    return flat([part for part in drawn if part is not None])[:6]
+
+
+def _dropout(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    counter = draw(t)
+    return F.dropout(t["f"], 0.1) if isinstance(counter, Tensor) else library.dropout(t["f"], 0.1, counter)
+
+
 def _renoise(library: Any, t: Inputs, dtypes: Dtypes) -> Any:
     return library.renoise(t["f"], t["x"], t["sigma"], t["next"], draw(t), clip=True, dtype=dtypes.model)
 
@@ -168,6 +185,7 @@ CASES = {
     "init_noise drawn": Case(_init_noise, Floor(1, 1), ("shape",), drawn=True),
     "add_noise drawn": Case(_add_noise, Floor(2, 1), ("x",), drawn=True),
     "add_noise_pair drawn": Case(_add_noise_pair, Floor(3, 2), ("x",), _TWO, drawn=True),
+    "draw_pair drawn": Case(_draw_pair, Floor(3, 2), ("x", "table"), (), drawn=True),
     # Both passes: each reads x and y, the second writes a gradient.
     "weighted_loss l2 + backward": Case(_weighted_loss("l2"), Floor(5), ("x", "y"), ("weight",), grad_to="x"),
     "weighted_loss huber": Case(_weighted_loss("huber"), Floor(2), ("x", "y"), ("weight",)),
@@ -184,6 +202,7 @@ CASES = {
     "group_norm_silu + backward": Case(_group_norm_silu, Floor(0, 8), **_NORM, sizes=_LARGE_MAPS, grad_to="f"),
     "group_norm_silu on chip": Case(_group_norm_silu, Floor(0, 2), **_NORM, sizes=_SMALL_MAPS),
     "group_norm_silu on chip + backward": Case(_group_norm_silu, Floor(0, 5), **_NORM, sizes=_SMALL_MAPS, grad_to="f"),
+    "dropout drawn": Case(_dropout, Floor(0, 2), ("f",), (), sizes=_LARGE_MAPS[:2], drawn=True),
     # The bias is one number per sample and channel, which a floor does not count.
     "region: bias, denoise, cast": Case(_region(_denoise), Floor(1, 2), ("f", "x", "bias"), compiled=True),
     "region: bias, euler_step, cast": Case(_region(_euler_step), Floor(1, 3), ("f", "x", "bias"), _TWO, compiled=True),
@@ -287,6 +306,9 @@ def _input_set(config: Config, number: int, device: torch.device, generator: tor
         if name == "shape":
             t[name] = torch.zeros((), device=device).expand(config.batch, *config.shape)
             continue
+        if name == "table":
+            t[name] = schedules.karras_sigmas(40, append_zero=False, device=device)
+            continue
         channels = config.shape[0]
         shapes = {"bias": (config.batch, channels, 1, 1), "film": (config.batch, 2 * channels)}
         shapes |= dict.fromkeys(PARAMETERS, (channels,))
@@ -322,7 +344,8 @@ def run(case: Case, function: Callable[[Inputs], Any], t: Inputs) -> list[Tensor
 def exact(config: Config, t: Inputs, start: int, stop: int) -> list[Tensor]:
     """The float64 yardstick for the samples start to stop."""
     case = CASES[config.case]
-    part = {name: x.detach() if name in PARAMETERS else x.detach()[start:stop] for name, x in t.items()}
+    whole = (*PARAMETERS, "table")
+    part = {name: x.detach() if name in whole else x.detach()[start:stop] for name, x in t.items()}
     wide = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
     if case.grad_to:
         wide[case.grad_to].requires_grad_()

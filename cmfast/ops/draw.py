@@ -99,13 +99,16 @@ def draw_pair(
         from cmfast.kernels.draw import draw_pair_fwd
 
         parts = draw_pair_fwd(x_start, draw, levels, pair=pair, **options)
-        sigma, next_sigma, mid_sigma, *_ = *parts[3 + 3 * pair :], None, None
-        return Drawn(parts[:3], parts[3:6] if pair else None, sigma, next_sigma, mid_sigma)
+        return _drawn(parts[:3], parts[3:6] if pair else None, parts[3 + 3 * pair :])
     # Differentiable, and on a CPU in forms that write in place.
     drawn = draw_levels(draw, levels, dtype=_check.sigma_dtype(x_start))
     if pair:
         first, second = add_noise_pair(x_start, draw, drawn[0], drawn[1], **options)
     else:
         first, second = add_noise(x_start, draw, drawn[0], **options), None
-    sigma, next_sigma, mid_sigma, *_ = *drawn, None, None
+    return _drawn(first, second, drawn)
+
+
+def _drawn(first: Any, second: Any, levels: tuple[Tensor, ...]) -> Drawn:
+    sigma, next_sigma, mid_sigma, *_ = *levels, None, None
     return Drawn(first, second, sigma, next_sigma, mid_sigma)

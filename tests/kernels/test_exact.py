@@ -108,6 +108,12 @@ def test_huber_without_c_at_no_distance(device):
         loss = ops.weighted_loss(x, torch.ones_like(x), torch.ones(2, device=device), norm="huber")
         loss.sum().backward()
     assert not loss.any() and not x.grad.any()
+    x.grad = None
+    with cmfast.backend("triton"):
+        sigma = torch.ones(2, device=device)
+        loss = ops.consistency_loss(x, x.detach(), sigma, x.detach(), sigma, x.detach(), sigma, norm="huber")
+        loss.sum().backward()
+    assert not loss.any() and not x.grad.any()
 
 
 @interpreter_only

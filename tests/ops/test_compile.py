@@ -61,6 +61,15 @@ def test_every_operation(case, gradient, backend):
     assert (kernels > 0) == (backend == "triton" or drawn)
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
+def test_dropout(gradient):
+    """The kernel, in both passes, since it draws."""
+    x, index = cuda(2, 3, 4, 4).requires_grad_(gradient), cuda(2, dtype=torch.int64)
+    results, kernels = traced(lambda x, index: ops.dropout(x, 0.2, ops.Draw(7, index)), x, index)
+    assert results[0].shape == (2, 3, 4, 4) and results[0].requires_grad == gradient
+    assert kernels == 1 + gradient
+
+
 def test_normal():
     results, kernels = traced(lambda index: ops.normal(3, index, (3, 8, 8)), cuda(2, dtype=torch.int64))
     assert kernels == 1 and results[0].shape == (2, 3, 8, 8)

@@ -97,6 +97,12 @@ def test_huber_without_c_has_gradient_zero_at_zero(both_forms):
     x = torch.zeros(1, 3, requires_grad=True)
     ops.weighted_loss(x, torch.zeros(1, 3), torch.ones(1), norm="huber").sum().backward()
     assert (x.grad == 0).all()
+    # From network outputs, of a batch in which one sample has a distance.
+    f, sigma = torch.ones(2, 3, requires_grad=True), torch.ones(2)
+    target = f.detach() * torch.tensor([[1.0], [2.0]])
+    points = f, f.detach(), sigma, target, sigma, f.detach(), sigma
+    ops.consistency_loss(*points, norm="huber").sum().backward()
+    assert (f.grad[0] == 0).all() and (f.grad[1] < 0).all()
 
 
 @pytest.mark.parametrize(
