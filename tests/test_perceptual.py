@@ -12,10 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmfast import perceptual
 from cmfast.ops.lpips import lpips_layer
 from cmfast.perceptual import LPIPS
 from cmfast.reference import lpips as reference
+from tests.tolerances import FLOOR
 
 ROOT = Path(__file__).parents[1]
 EXTRA = 'pip install "cmfast[lpips]"'
@@ -221,6 +225,88 @@ def test_no_nan_where_all_features_are_zero():
         d.sum().backward()
     assert d > 0
     assert torch.equal(black.grad, torch.zeros_like(black))
+
+
+def plain_lpips(model, x, y):
+    """The distance step by step in plain PyTorch, in the dtype of the trunk, contiguous and without a kernel."""
+    trunk = copy.deepcopy(model.trunk)
+    dtype = trunk[0].weight.dtype
+    maps = [((image + 1) / 2 - model.mean[:, None, None]) / model.std[:, None, None] for image in (x, y)]
+    maps = [each.to(dtype) for each in maps]
+    distance, heads = 0, iter(model.heads.split(perceptual._TRUNKS[model.net].channels))
+    for i, layer in enumerate(trunk):
+        maps = [layer(each.contiguous()) for each in maps]
+        if i in perceptual._TRUNKS[model.net].layers:
+            distance = distance + reference.lpips_layer(*maps, next(heads))
+    return distance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_trunk_in_each_dtype(net, dtype):
+    """error(ours) <= 2 error(plain PyTorch in the same dtype) + floor, against float64."""
+    weights = {"trunk_weights": random_weights(net), "head_weights": package_heads(net)}
+    model = LPIPS(net, **weights, dtype=dtype)
+    x, y = images(2, 3, 40, 32)
+    wide = LPIPS(net, **weights).double()
+    exact = value_and_grads(lambda x, y: plain_lpips(wide, x, y), x.double(), y.double())
+    plain = value_and_grads(lambda x, y: plain_lpips(model, x, y), x, y)
+    ours = value_and_grads(lambda x, y: model(x, y, resize=False), x, y)
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        assert a.dtype == torch.float32
+        error, plain_error = ((each.double() - e).norm() for each in (a, b))
+        assert error <= 2 * plain_error + FLOOR[dtype] * e.norm()
+
+
+def test_dtype_is_that_of_the_trunk_alone():
+    model = LPIPS("alex", trunk_weights=random_weights("alex"), dtype=torch.bfloat16)
+    assert {buffer.dtype for buffer in model.trunk.buffers()} == {torch.bfloat16}
+    assert model.heads.dtype == model.mean.dtype == torch.float32
+    assert model.trunk[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="dtype must be float32, bfloat16, float16 or None, got torch.float64"):
+        LPIPS("alex", pretrained=False, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.float16], ids=str)
+def test_dtype_on_a_gpu(asked):
+    """bfloat16 from when it is there, unless another was asked for; traced without one."""
+    model = LPIPS("alex", trunk_weights=random_weights("alex"), pretrained=False, dtype=asked)
+    assert model.trunk[0].weight.dtype == (asked or torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to("cuda")
+        assert model.trunk[0].weight.dtype == (asked or torch.bfloat16) and model.heads.dtype == torch.float32
+        assert model.trunk[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert model.double().trunk[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_both_images_in_one_pass_where_no_graph_is_recorded(batch):
+    model, passes = copy.deepcopy(make("alex")), []
+    model.trunk[0].register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    x, y = images(batch, 3, 32, 32)
+    expected = model(x.clone().requires_grad_(), y, resize=False).detach()
+    assert passes == [batch, batch]
+    for other in (y, y.bfloat16()):
+        passes.clear()
+        with torch.no_grad():
+            made = model(x.clone().requires_grad_(), other, resize=False)
+        assert passes == [2 * batch] and made.shape == (batch,)
+    passes.clear()
+    torch.testing.assert_close(model(x, y, resize=False), expected)
+    assert passes == [2 * batch]
+
+
+def test_reads_nothing_on_the_host():
+    """Forward and backward: not one value comes to Python."""
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+            return func(*args, **(kwargs or {}))
+
+    x, y = images(1, 3, 32, 32)
+    with NoReads():
+        make("alex")(x.requires_grad_(), y).sum().backward()
+    assert x.grad.any()
 
 
 def test_target_costs_no_graph():
