@@ -35,10 +35,10 @@ TOTAL_S = 530
 SECONDS, FINISH_S = "SECONDS", 30
 #: Kernel tests that compute-sanitizer, which is slow, runs: every operation and gradient, once at a size that fills no
 #: block, once in many blocks.
-SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition"
+SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition or test_mixed_dtypes or test_clips_by_its_own_norm"
 #: Kernel tests that come first: every operation in the dtypes of use, and what only a GPU shows. The others, which
 #: compile hundreds of kernels more, take the time that is left at the end.
-CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact or test_engine_gpu or test_optimize"
+CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact or test_engine_gpu or test_optimize or test_averages"
 PYTEST = ["-m", "pytest", "tests/kernels", "tests/test_engine_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 
 
@@ -98,7 +98,10 @@ def steps(out: Path) -> list[Step]:
             benchmark_s + FINISH_S,
         ),
         # Its compiled rivals take minutes to start: `--only sampling --seconds 1500` has them for them.
-        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 150),
+        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 120),
+        Step(
+            "parameters", ["benchmarks/parameters.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 40
+        ),
         _sanitizer("memcheck", 35),
         _sanitizer("racecheck", 35),
         Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 30, missing=_no_pytest),

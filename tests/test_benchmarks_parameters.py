@@ -1,0 +1,70 @@
+"""The benchmark of averages and optimizers: it runs, refuses what is wrong, and says what its bars say."""
+
+import json
+
+import pytest
+
+from benchmarks import parameters, timing
+from benchmarks.networks import NETWORKS
+
+HERE = ["--device", "cpu", "--providers", "loop,foreach,cmfast"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(parameters.SIZES, "6M", {**NETWORKS["tiny"], "model_channels": 32})
+    monkeypatch.setattr(parameters, "TRIALS", {"cpu": [("averages", "6M", 4), ("radam", "6M", 2)]})
+    monkeypatch.setitem(parameters.BUDGET_S, "cpu", 0.01)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: {"bytes": 1, "gb_per_s": 10.0})
+
+
+def test_every_provider(tmp_path, capsys):
+    assert parameters.main([*HERE, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("parameters-*.json")
+    result = json.loads(path.read_text())
+    assert [(row["operation"], row["provider"]) for row in result["rows"]] == [
+        (operation, provider) for operation in ("averages", "radam") for provider in ("loop", "foreach", "cmfast")
+    ]
+    for row, per_parameter in zip(result["rows"][::3], (4 + 8 * 4, 7 * 4 + 8 * 2 + 4)):
+        assert row["floor_bytes"] == per_parameter * row["parameters"]
+    printed = capsys.readouterr().out
+    assert printed.count("x cmfast") == 6
+    assert parameters.main(["--report", str(path)]) == 0
+    assert capsys.readouterr().out.strip() in printed
+
+
+@pytest.mark.parametrize("operation", ["averages", "radam"])
+def test_a_wrong_provider_is_not_timed(operation, tmp_path, monkeypatch, capsys):
+    def wrong(state):
+        right = parameters._foreach(state)
+        return lambda: (right(), state.averages[1][3].detach().mul_(1.001))
+
+    monkeypatch.setitem(parameters.PROVIDERS[operation], "foreach", wrong)
+    assert parameters.main([*HERE, "--only", operation, "--out", str(tmp_path)]) == 1
+    assert f"FAILED {operation} 6M" in capsys.readouterr().out
+
+
+def test_bars_of_a_gpu():
+    row = {"operation": "averages", "size": "296M", "averages": 4, "gb_per_s": 2000.0}
+    rows = [
+        {**row, "provider": "cmfast", "p50_us": 5000.0, "percent_of_copy": 91.0},
+        {**row, "provider": "foreach", "p50_us": 7000.0, "percent_of_copy": 60.0},
+    ]
+    text = parameters.table({"rows": rows, "failures": []})
+    assert "bar: averages at 91.0% of copy, 90% wanted" in text
+    assert "bar: averages 1.40 times as fast as foreach, 1.25 wanted" in text
+
+
+def test_sizes():
+    """What the names say."""
+    from cmfast.checkpoint import meta_network
+
+    for name, low, high in (("32M", 28e6, 36e6), ("296M", 295e6, 297e6)):
+        assert low < sum(p.numel() for p in meta_network(parameters.SIZES[name]).parameters()) < high
+
+
+def test_time_limit(tmp_path):
+    assert parameters.main([*HERE, "--seconds", "0", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["truncated"] and len(result["not_started"]) == 2 and not result["rows"]
