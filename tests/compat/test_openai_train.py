@@ -284,6 +284,14 @@ def test_edm_ends_with_its_learning_rate(log_dir):
     assert saved_at(log_dir, "model") == saved_at(log_dir, "opt") == saved_at(log_dir, "ema_0.5_") == [2, 3]
 
 
+@pytest.mark.parametrize("make", [edm_loop, lambda **options: cm_loop(total_training_steps=3, **options)])
+def test_the_last_checkpoint_is_written_once(make, log_dir):
+    loop, saves = make(save_interval=3, lr_anneal_steps=3), []
+    loop.save = lambda: saves.append(loop.step)
+    loop.run_loop()
+    assert saves == [3]
+
+
 def test_consistency_ends_at_total_training_steps(log_dir):
     cm_loop(total_training_steps=2).run_loop()
     assert names(log_dir) == [
@@ -375,6 +383,7 @@ def test_a_crash_while_saving_loses_nothing(monkeypatch, log_dir):
     loop = edm_loop()
     loop.save()
     before = {name: (log_dir / name).read_bytes() for name in names(log_dir)}
+    assert len(before) == 4
 
     def full_disk(state, file):
         file.write(b"half of it")

@@ -1,0 +1,98 @@
+"""What stands in for openai's `cm`: its training."""
+
+TRAINED = "tests/compat/test_openai_train.py::test_"
+DATA = "tests/compat/test_openai_data.py::test_"
+SCRIPTS = "tests/compat/test_openai_scripts.py::test_"
+OPENAI = "cmfast/compat/openai/"
+
+TRAIN_LOOP = [
+    ("steps before resuming count twice", "self._log_step(self.step)", "self._log_step(self.step + self.resume_step)",
+     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[edm-3-False]"),
+    ("gradients of each rank alone", "self.use_ddp = dist.get_world_size() > 1", "self.use_ddp = False",
+     SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
+    ("microbatches are averaged", 'loss = (losses["loss"] * weights).mean()',
+     'loss = (losses["loss"] * weights).mean() * (len(micro) / len(batch))',
+     TRAINED + "ends_where_the_original_does[edm]"),
+    ("a learning rate below 0", "max(1 - self.step / self.lr_anneal_steps, 0)",
+     "(1 - self.step / self.lr_anneal_steps)", TRAINED + "consistency_ends_at_total_training_steps"),
+    ("the last checkpoint is written twice", "                saved = self.step\n", "                pass\n",
+     TRAINED + "the_last_checkpoint_is_written_once[edm_loop]"),
+    ("averages from float16", "self._load_master_parameters()\n        self.opt", "self.opt",
+     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-True]"),
+    ("ranges of timesteps are halves", "int(4 * t /", "int(2 * t /",
+     TRAINED + "ends_where_the_original_does[consistency_training]"),
+    ("timesteps taken for noise levels", "and not t.is_floating_point():", "and False:",
+     TRAINED + "errors_name_what_is_wrong[<lambda>-UniformSampler draws.*--schedule_sampler lognormal]"),
+]  # fmt: skip
+
+TRAIN_UTIL = [
+    ("a frozen target teaches", "teacher_model=self.teacher_model,", "teacher_model=self.target_model,",
+     TRAINED + "progressive_distillation_makes_each_student_the_next_teacher[0]"),
+    ("the teacher stays", "update_ema(self.teacher_model.parameters(), self.model.parameters(), rate=0.0)", "pass",
+     TRAINED + "progressive_distillation_makes_each_student_the_next_teacher[0]"),
+    ("a former student with the first teacher's scalings", "self.teacher_diffusion if first_stage else self.diffusion",
+     "self.teacher_diffusion", TRAINED + "progressive_distillation_makes_each_student_the_next_teacher[0]"),
+    ("stages of two and of one scale are as short", "(2 if scales <= 2 else 1)", "1",
+     TRAINED + "progressive_distillation_makes_each_student_the_next_teacher[2]"),
+    ("the optimizer remembers the stage before", "        self.opt = self._make_optimizer()\n", "",
+     TRAINED + "a_new_stage_starts_anew"),
+    ("the position in a stage is lost", "self.step = self.global_step - first", "self.step = self.global_step",
+     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-False]"),
+    ("it never ends", "self.global_step < self.total_training_steps:", "self.global_step < 9:",
+     TRAINED + "consistency_ends_at_total_training_steps"),
+    ("the target is averaged once more than it is used", "self.ema_scale_fn(self.global_step)\n        update_ema(",
+     "self.ema_scale_fn(self.global_step + 3)\n        update_ema(",
+     TRAINED + "ends_where_the_original_does[consistency_training]"),
+    ("the target's float16 parameters stay", "        if self.use_fp16:\n            master_params_to_model_params(",
+     "        if False:\n            master_params_to_model_params(",
+     TRAINED + "ends_where_the_original_does[consistency_training]"),
+]  # fmt: skip
+
+CHECKPOINTS = [
+    ("written in place", 'path.with_name(f".{name}.{os.getpid()}.tmp")', "path",
+     TRAINED + "a_crash_while_saving_loses_nothing"),
+    ("hooks of users are passed over", "hooks().get_blob_logdir()", "get_blob_logdir()",
+     TRAINED + "hooks_that_users_replace"),
+]  # fmt: skip
+
+FP16 = [
+    ("the scale stays in the gradients", "2**-self.lg_loss_scale)", "1.0)",
+     TRAINED + "ends_where_the_original_does[consistency_training]"),
+    ("overflow is a step", "if check_overflow(grad_norm):", "if False:",
+     TRAINED + "loss_that_stays_nan_ends_the_run"),
+    ("the scale never grows", "self.lg_loss_scale += self.fp16_scale_growth", "pass",
+     TRAINED + "ends_where_the_original_does[consistency_training]"),
+    ("scalars with the matrices", "if parameter.ndim <= 1]", "if parameter.ndim < 1]",
+     TRAINED + "master_parameters_and_state_dicts"),
+]  # fmt: skip
+
+DATASETS = [
+    ("every rank reads all images", "image_paths[shard::num_shards]", "image_paths[:]",
+     DATA + "shuffled_unconditional_and_of_this_rank"),
+    ("waits for a batch that never fills", "if not 0 < batch_size <= len(dataset):", "if False:",
+     DATA + "errors_before_the_first_batch[options3-batch_size is 6, and there are 5 images in]"),
+    ("bicubic alone", "while min(image.size) >= 2 * smaller_side:", "while False:", DATA + "crops_and_flips"),
+]  # fmt: skip
+
+SAMPLERS = [
+    ("losses are not weighted", "1 / (len(p) * p[timesteps])", "np.ones(batch_size)",
+     DATA + "importance_sampling_keeps_the_mean"),
+    ("the newest loss is dropped", "[*self._loss_history[t, 1:], loss]", "[loss, *self._loss_history[t, :-1]]",
+     DATA + "losses_shape_the_distribution"),
+    ("each rank all intervals", "(self.size * bs)", "bs", DATA + "even_lognormal_levels_of_all_ranks"),
+]  # fmt: skip
+
+SCRIPT_UTIL = [
+    ("--loss_norm goes nowhere", 'chosen["loss_norm"] = loss_norm', "pass",
+     SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
+]  # fmt: skip
+
+FAULTS = {
+    OPENAI + "_train_loop.py": TRAIN_LOOP,
+    OPENAI + "train_util.py": TRAIN_UTIL,
+    OPENAI + "_checkpoints.py": CHECKPOINTS,
+    OPENAI + "fp16_util.py": FP16,
+    OPENAI + "image_datasets.py": DATASETS,
+    OPENAI + "resample.py": SAMPLERS,
+    OPENAI + "script_util.py": SCRIPT_UTIL,
+}
