@@ -14,7 +14,8 @@ from cmfast import ops
 #: x -> standard normal noise like x.
 NoiseFn = Callable[[Tensor], Tensor]
 
-#: The draw numbers that labels and the mirroring of training images use; noise counts up from 0.
+#: The draw numbers that labels and the mirroring of training images use. Noise counts up from 0, noise levels of
+#: training count down from `cmfast.reference.LEVEL_DRAW`, and dropout's layers up from `cmfast.dropout.DROPOUT_DRAW`.
 LABEL_DRAW = 0xFFFFFFFF
 FLIP_DRAW = 0xFFFFFFFE
 

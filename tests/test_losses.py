@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmfast import Denoiser, Preconditioner, losses
+from cmfast import Denoiser, Preconditioner, losses, ops
 from tests.toy import ToyNetwork
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -117,6 +117,37 @@ def test_lpips_is_the_module_given():
         target(X + (s := losses.schedules.karras_sigma(1, 18)) * options["noise"], s, Y),
     )
     torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_draw_draws_is_not_given_too():
+    """And a level of each sample is given or drawn."""
+    model, draw = toy(0), ops.Draw(0, torch.arange(4))
+    given = {"noise": torch.zeros_like(X)}, {"indices": torch.zeros(4, dtype=torch.int64)}
+    for options in given:
+        with pytest.raises(ValueError, match="would be drawn too"):
+            losses.consistency_loss(model, model, X, 18, labels=Y, draw=draw, **options)
+        with pytest.raises(ValueError, match="would be drawn too"):
+            losses.progressive_distillation_loss(model, model, X, 18, labels=Y, draw=draw, **options)
+    with pytest.raises(ValueError, match="leave out one"):
+        losses.denoising_loss(model, X, torch.ones(4), labels=Y, draw=draw, **given[0])
+    sigma = torch.rand(4) + 0.5
+    noise = ops.normal(0, torch.arange(4), (3, 8, 8))
+    drawn = losses.denoising_loss(model, X, sigma, labels=Y, draw=draw)["loss"]
+    torch.testing.assert_close(drawn, losses.denoising_loss(model, X, sigma, labels=Y, noise=noise)["loss"])
+
+
+def test_without_a_draw_torchs_generator_decides():
+    model = toy(0)
+    for loss in (
+        lambda: losses.improved_consistency_loss(model, X, 11, labels=Y)["loss"],
+        lambda: losses.easy_consistency_loss(model, X, 0, labels=Y)["loss"],
+        lambda: losses.denoising_loss(model, X, ops.LogNormal(), labels=Y)["loss"],
+    ):
+        values = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            values.append(loss())
+        assert torch.equal(values[0], values[1]) and not torch.allclose(values[1], values[2])
 
 
 def test_float64():

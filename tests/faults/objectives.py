@@ -1,0 +1,143 @@
+"""Objectives, curricula, what a training step draws, paired dropout."""
+
+from tests.faults.ids import kernel
+
+_T, _D, _K = "tests/test_objectives.py::test_", "tests/test_dropout.py::test_", "tests/kernels/test_draw.py::test_"
+_LEVELS = _K + "levels_are_those_of_the_reference[{}]"
+_MASKS = _K + "dropout_is_that_of_the_reference[torch.float32-(2, 6, 9, 5)-{}]"
+
+CURRICULA = [
+    ("N(k): one level too few", "min(start_scales * 2**stage, end_scales) + 1",
+     "min(start_scales * 2**stage, end_scales)",
+     _T + "ict_number_of_levels[400000-10-1280]"),
+    ("K' without the last stage", "(math.log2(end_scales // start_scales) + 1)",
+     "math.log2(end_scales // start_scales)",
+     _T + "ict_number_of_levels[1000-10-160]"),
+    ("ECT: a stage behind", "q ** -(stage + 1.0)", "q ** -(stage + 0.0)", _T + "ect_second_level[2.0-8.0-1.0-1]"),
+    ("iCT: sqrt2 forgotten", "(math.sqrt(2) * std)", "std", _T + "ict_levels_are_drawn_as_often_as_they_should[11]"),
+    ("iCT: thresholds of the next index", "(tail[1:-1] - tail[0])", "(tail[:-2] - tail[0])",
+     _T + "ict_levels_are_drawn_as_often_as_they_should[11]"),
+    ("halves without a middle", "_table(2 * num_scales + 1,", "_table(2 * num_scales - 1,",
+     _T + "uniform_and_halved_levels"),
+]  # fmt: skip
+
+REFERENCE = [
+    ("levels from noise's own counter", "LEVEL_DRAW - draw.draw, 1)", "draw.draw, 1)",
+     _LEVELS.format("alike-1099511627779-3-False")),
+    ("r not cut off at 0", "(1 - _part(sigma, below))).clamp(min=0)", "(1 - _part(sigma, below)))",
+     _T + "ect_second_level[2.0-8.0-1.0-0]"),
+    ("the gap not cut off at sigma", "_part(sigma, below).clamp(max=1)", "_part(sigma, below)",
+     _T + "ect_loss[0.0-edm]"),
+    ("the gap may be 0", ".clamp(min=torch.finfo(sigma.dtype).tiny)", ".clamp(min=0)",
+     _T + "ect_levels_may_come_closer_than_numbers_do[torch.float32]"),
+    ("thresholds that a word equals", "word, right=True)", "word - 1, right=True) * 0",
+     _T + "levels_are_drawn_by_their_thresholds"),
+    ("lognormal: a variance", "torch.exp(levels.mean + levels.std * z)", "torch.exp(levels.mean + levels.std**2 * z)",
+     _T + "ect_second_level[2.0-8.0-1.0-0]"),
+]  # fmt: skip
+
+LOSSES = [
+    ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _T + "ict_loss[None]"),
+    ("ECT: x_start is no target of a function", "torch.where(at_zero, x_start,",
+     "torch.where(at_zero & False, x_start,",
+     _T + "ect_loss[0.0-consistency]"),
+    ("ECT: exact for every Denoiser", 'and student.scaling["boundary"] == 0', "", _T + "ect_loss[0.0-consistency]"),
+    ("own target outside the pairing", "    with torch.no_grad(), pairing:\n        target_output = student(",
+     "    with torch.no_grad():\n        target_output = student(",
+     _D + "every_loss_with_a_target_of_its_own_drops_the_same[Counted]"),
+    ("the target outside the pairing", "    with torch.no_grad(), pairing:\n        target_output = target(",
+     "    with torch.no_grad():\n        target_output = target(",
+     _D + "student_and_target_drop_the_same[None-Counted-counters]"),
+    ("the teacher's steps from the wrong middle", "sigma, next_sigma, mid_sigma = drawn",
+     "sigma, mid_sigma, next_sigma = drawn",
+     _T + "progressive_distillation_distils"),
+    ("denoising's noise of another draw", "_drawing(draw, x_start, noise), sigma, pair=False",
+     "_drawing(None, x_start, noise), sigma, pair=False", _T + "a_batch_may_be_shared_between_ranks[edm]"),
+]  # fmt: skip
+
+OBJECTIVES = [
+    ("values are read in a step", "with _check.unread():", "with __import__('contextlib').nullcontext():",
+     _T + "nothing_is_read_on_the_host[cd-toy]"),
+    ("the target for the teacher", "model, teacher, x_start, stage.num_scales",
+     "model, target, x_start, stage.num_scales",
+     _T + "progressive_distillation_distils"),
+    ("halvings of powers of two alone", "(start // 3).bit_length()", "start.bit_length() - 2",
+     _T + "halving_stages[3-10]"),
+    ("the last stages as short as the others", "+ 2 * steps)", "+ steps)", _T + "halving_stages[16-100]"),
+    ("ECT's stage of a step", "number = step // self.steps_per_stage", "number = step // self.steps_per_stage + 1",
+     _T + "ect_loss[0.0-edm]"),
+]  # fmt: skip
+
+DROPOUT = [
+    ("another mask for the target", "            self._restore()\n        self._before",
+     "            pass\n        self._before",
+     "tests/test_losses.py::test_student_and_target_see_the_same_dropout"),
+    ("every layer the same mask", "draw=DROPOUT_DRAW + self.layer", "draw=DROPOUT_DRAW", _D + "masks_are_counted"),
+    ("draw numbers forgotten", "    elif number:\n", "    elif False:\n", _D + "masks_follow_from_the_draw"),
+    ("recomputed outside of the draw", "    if draw is None or torch.compiler.is_compiling():", "    if True:",
+     _D + "a_checkpointed_network_drops_the_same_again[ordinary]"),
+    ("in evaluation mode too", "not self.training or not", "not", _D + "outside_it_is_torchs"),
+    ("paired for good", "        _now.draw = before\n\n\ndef _first", "        pass\n\n\ndef _first",
+     _D + "outside_it_is_torchs"),
+    ("generators kept where all is counted", "draw is not None and all(map(counts, models))", "False",
+     _D + "no_generator_is_touched_where_all_is_counted"),
+]  # fmt: skip
+
+FAST = [
+    ("an optimised network draws for itself", "if (draw := current()) is not None:", "if (draw := current()) is None:",
+     _D + "an_optimised_network_drops_what_the_ordinary_does"),
+]  # fmt: skip
+
+DENOISER = [
+    ("classes of a wrapped network not seen", 'else _stated(network, "num_classes")',
+     'else getattr(network, "num_classes", None)', _T + "distributed_models_are_accepted[edm-ddp inside]"),
+    ("a Denoiser compiled in place is passed by", ' or own.get("_compiled_call_impl") is not None', "",
+     _T + "compiled_models_are_accepted[compiled in place-edm]"),
+]  # fmt: skip
+
+KERNEL = [
+    ("levels of another counter", "tl.constexpr(0xFFFFFFFD)", "tl.constexpr(0xFFFFFFFC)",
+     _LEVELS.format("alike-1099511627779-3-False")),
+    ("an index one too high", "return (value * intervals) >> 32", "return ((value * intervals) >> 32) * 0",
+     _LEVELS.format("alike-1099511627779-3-False")),
+    ("search: a threshold that a word equals is passed", "(threshold <= value)", "(threshold > value)",
+     _LEVELS.format("many thresholds-1099511627779-3-False")),
+    ("search: the last step left out", "tl.static_range(SEARCH):", "tl.static_range(SEARCH - 1):",
+     _LEVELS.format("many thresholds-1099511627779-3-False")),
+    ("search: beyond the thresholds", "exists = last < intervals - 1", "exists = last < intervals",
+     _LEVELS.format("many thresholds-1099511627779-3-False")),
+    ("the middle for the next", "tl.load(at + STRIDE).to", "tl.load(at + STRIDE // 2).to",
+     _LEVELS.format("alike-1099511627779-3-False")),
+    ("r not cut off at 0", "sigmoid(-b * sigma))), 0.0)", "sigmoid(-b * sigma))), -1.0)",
+     _LEVELS.format("below-1099511627779-3-False")),
+    ("e^x without the rest of ln 2", "- count * 1.42860682030941723e-06", "",
+     _LEVELS.format("wide-1099511627779-3-False")),
+    ("the second point at the first level", "value = start + next_level * eps", "value = start + level * eps",
+     kernel("draw_pair drawn")),
+    ("c_in of the first level for both", "input_scale(next_level, sigma_data, PLAIN) * value",
+     "input_scale(level, sigma_data, PLAIN) * value", kernel("draw_pair drawn")),
+    ("levels of another sample", "tl.store(sigma_ptr + row, level)", "tl.store(sigma_ptr, level)",
+     _LEVELS.format("alike-1099511627779-3-False")),
+]  # fmt: skip
+
+DROPOUT_KERNEL = [
+    ("parts of channels from the start", "first = (program % parts).to(tl.int64) * CHANNELS",
+     "first = (program % parts).to(tl.int64) * 0", _MASKS.format("contiguous")),
+    ("planes for pixels", "at = base + channel[None, :] * pixels + pixel[:, None]",
+     "at = base + pixel[:, None] * channels + channel[None, :]", _MASKS.format("contiguous")),
+    ("a wrong end of the channels", "(channel < channels)[None, :]", "(channel <= channels)[None, :]",
+     _MASKS.format("contiguous")),
+    ("what is kept not scaled", "keep_scale=1 / (1 - p)", "keep_scale=1.0", _MASKS.format("channels_last")),
+]  # fmt: skip
+
+FAULTS = {
+    "cmfast/curricula.py": CURRICULA,
+    "cmfast/reference/draw.py": REFERENCE,
+    "cmfast/losses.py": LOSSES,
+    "cmfast/objectives.py": OBJECTIVES,
+    "cmfast/dropout.py": DROPOUT,
+    "cmfast/fast/forward.py": FAST,
+    "cmfast/denoiser.py": DENOISER,
+    "kernels/draw.py": KERNEL,
+    "kernels/dropout.py": DROPOUT_KERNEL,
+}
