@@ -48,6 +48,16 @@ def paired(draw: ops.Draw) -> Iterator[None]:
         _now.draw = before
 
 
+@contextmanager
+def at(draw: ops.Draw) -> Iterator[None]:
+    """`paired`, with what `current` gave there: for a network call that is captured, and reads a draw from buffers."""
+    before, _now.draw = _now.draw, draw
+    try:
+        yield
+    finally:
+        _now.draw = before
+
+
 def _first(draw: ops.Draw) -> ops.Draw:
     """The draw of layer 0. The draw number goes into the seed, for its own word counts layers."""
     seed, index, number = draw

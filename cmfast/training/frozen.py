@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmfast import dropout, ops
 from cmfast.denoiser import Denoiser
 from cmfast.graphs import SPACES, GraphError, Program, ProgramCache, kind
 from cmfast.training.parallel import with_network
 
-#: Shapes that a network keeps graphs for: whole microbatches, and the last.
-SHAPES = 4
+#: Graphs that a network keeps: for whole microbatches and the last, in each layout that inputs come in.
+GRAPHS = 8
 
 
 class Frozen(nn.Module):
@@ -27,7 +28,7 @@ class Frozen(nn.Module):
         self.network = network
         self.refusal: str | None = None
         self._space = SPACES[device.type](device)
-        self._programs = ProgramCache(SHAPES)
+        self._programs = ProgramCache(GRAPHS)
 
     @property
     def input_dtype(self) -> Any:
@@ -42,14 +43,19 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """As the network's, without gradient."""
-        if self.refusal is not None or drops(self.network):
-            return self._call({"x": x, "timesteps": timesteps, "y": y})
-        refresh = getattr(self.network, "refresh", None)
-        if refresh is not None and refresh():
-            self._programs.clear(self._space)
         values: dict[str, Any] = {"x": x, "timesteps": timesteps}
         if y is not None:
             values["y"] = y
+        if drops(self.network):
+            draw = dropout.current()
+            if draw is None or not dropout.counts(self.network):
+                return self._call(values)  # by torch's generator
+            values |= {"seed": draw.seed, "index": draw.index}
+        if self.refusal is not None:
+            return self._call(values)
+        refresh = getattr(self.network, "refresh", None)
+        if refresh is not None and refresh():
+            self._programs.clear(self._space)
         with self._space.turn():
             key = kind(values)
             program = self._programs.get(key)
@@ -64,8 +70,11 @@ class Frozen(nn.Module):
             return program.run(values).clone()
 
     def _call(self, values: dict[str, Any]) -> Tensor:
-        labels = () if values.get("y") is None else (values["y"],)
-        return self.network(values["x"], values["timesteps"], *labels)
+        labels = () if "y" not in values else (values["y"],)
+        if "seed" not in values:
+            return self.network(values["x"], values["timesteps"], *labels)
+        with dropout.at(ops.Draw(values["seed"], values["index"], dropout.DROPOUT_DRAW)):
+            return self.network(values["x"], values["timesteps"], *labels)
 
 
 def frozen(model: Denoiser) -> Denoiser:

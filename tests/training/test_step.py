@@ -44,7 +44,7 @@ def test_nothing_is_read_on_the_host(name, dtype):
     prepared = batches(3)
     # The forms for a CPU, which no GPU runs, may look at values there.
     with backend("reference"), NothingRead():
-        for number, batch in enumerate(prepared, start=4):  # a stage of progressive distillation ends
+        for number, batch in enumerate(prepared, start=2):  # a stage of progressive distillation ends
             step(batch, number)
     assert not torch.equal(weights(step.model), before)
 
@@ -147,14 +147,14 @@ def test_the_student_becomes_the_teacher():
     """Over three stages; each starts with an optimizer and averages of its own."""
     step = step_of("pd")
     stages = []
-    for number, batch in enumerate(batches(14)):
+    for number, batch in enumerate(batches(11)):
         student = weights(step.model)
         step(batch, number)
         if step.stage.number != (stages[-1] if stages else 0):
             assert torch.equal(weights(step.teacher_model), student)
             assert {float(s["step"]) for s in step.optimizer.state.values()} == {1.0}
         stages.append(step.stage.number)
-    assert sorted(set(stages)) == [0, 1] or sorted(set(stages)) == [0, 1, 2]
+    assert sorted(set(stages)) == [0, 1, 2]
 
 
 def test_the_target_is_an_average_of_the_student():
