@@ -89,11 +89,23 @@ def test_training_on_two_ranks_and_on_from_there_on_one(tmp_path):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{'ab'[i % 2]}_{i}.png")
     options = ["--data_dir", str(images), "--training_mode", "consistency_training", "--loss_norm", "l2"]
-    options += ["--start_scales", "4", "--weight_schedule", "uniform", "--dropout", "0.1", "--use_fp16", "True"]
+    options += [
+        "--schedule_sampler",
+        "loss-second-moment",
+        "--start_scales",
+        "4",
+        "--weight_schedule",
+        "uniform",
+        "--dropout",
+        "0.1",
+        "--use_fp16",
+        "True",
+    ]
     two = [*options, "--microbatch", "3", "--total_training_steps", "2"]
     facts, _ = launch(tmp_path / "two", SCRIPTS / "train_images.py", ranks=2, options=two)
     assert [fact["step"] for fact in facts] == [2, 2]
     assert facts[0]["weights"] == facts[1]["weights"] and facts[0]["draw"] != facts[1]["draw"]
+    assert facts[0]["losses_seen"] == facts[1]["losses_seen"] and sum(facts[0]["losses_seen"]) >= 16
     assert facts[0]["loss_norm"] == "l2"
     assert not {"mpi4py", "blobfile", "flash_attn", "piq", "lpips", "scipy"} & set(facts[0]["modules"])
 

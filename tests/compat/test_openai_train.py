@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cmfast.compat.openai import _checkpoints, fp16_util, logger, resample, script_util, train_util
@@ -17,6 +18,14 @@ from tests.golden_utils import golden_tensor, load, relative_error
 from tests.tolerances import GOLDEN_TRAINED
 
 GOLDEN, HEADER = load("train_2303")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    """The loops make one; other tests start without."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ TRAIN_UTIL = [
 ]  # fmt: skip
 
 CHECKPOINTS = [
-    ("written in place", 'path.with_name(f".{name}.{os.getpid()}.tmp")', "path",
+    ("written in place", 'path.with_name(f".{name}.tmp")', "path",
      TRAINED + "a_crash_while_saving_loses_nothing"),
     ("hooks of users are passed over", "hooks().get_blob_logdir()", "get_blob_logdir()",
      TRAINED + "hooks_that_users_replace"),
@@ -75,6 +75,8 @@ DATASETS = [
 ]  # fmt: skip
 
 SAMPLERS = [
+    ("each rank follows its own losses", "dist.get_world_size() > 1:", "dist.get_world_size() > 2:",
+     SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
     ("losses are not weighted", "1 / (len(p) * p[timesteps])", "np.ones(batch_size)",
      DATA + "importance_sampling_keeps_the_mean"),
     ("the newest loss is dropped", "[*self._loss_history[t, 1:], loss]", "[loss, *self._loss_history[t, :-1]]",

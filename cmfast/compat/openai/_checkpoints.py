@@ -49,7 +49,7 @@ def save(state: Any, name: str) -> None:
     Raises: OSError: it could not be written, such as on a full disk; a file of that name stays as it was.
     """
     path = Path(hooks().get_blob_logdir(), name)
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)

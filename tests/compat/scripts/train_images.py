@@ -100,7 +100,7 @@ def report(loop, start):
         "start": start,
         "step": loop.step,
         "weights": torch.cat([p.detach().flatten() for p in loop.mp_trainer.master_params]).double().sum().item(),
-        "loss": logger.get_current().name2val.get("loss"),
+        "losses_seen": loop.schedule_sampler._loss_counts.tolist(),
         "draw": torch.rand(()).item(),
         "loss_norm": loop.diffusion.loss_norm,
         "modules": sorted({name.split(".")[0] for name in sys.modules}),
