@@ -103,16 +103,16 @@ def _scalars_kernel(
     found_ptr    []   if HAS_FOUND: not 0 skips    norm_ptr  []  if HAS_NORM: not finite skips
     Grid (1,). Traffic: these scalars. rho and powers of beta in float64, where float32 misses the threshold rho > 5.
     """
-    skip = False
+    skip = tl.full((), 0.0, tl.float32)
     if HAS_FOUND:
-        skip = tl.load(found_ptr).to(tl.float32) != 0.0
+        skip = tl.where(tl.load(found_ptr).to(tl.float32) == 0.0, 0.0, 1.0)
     factor = tl.full((), -1.0 if MAXIMIZE else 1.0, tl.float32)
     if HAS_SCALE:
         factor = tl.div_rn(factor, tl.load(scale_ptr).to(tl.float32))
     if HAS_NORM:
         norm = tl.load(norm_ptr).to(tl.float32)
-        finite = tl.abs(norm) < float("inf")
-        skip = skip | (finite == 0)
+        # Neither infinite nor NaN.
+        skip = tl.where(tl.abs(norm) < float("inf"), skip, 1.0)
         if CLIP:
             factor *= tl.minimum(tl.div_rn(max_norm, norm + 1e-6), 1.0)
     if HAS_LR:
@@ -135,15 +135,13 @@ def _scalars_kernel(
         # m / (sqrt(v / c) + eps) = sqrt(c) m / (sqrt(v) + sqrt(c) eps)
         size = size * root
         eps = EPS * root
-    tl.store(scalars_ptr, skip.to(tl.float32) if HAS_FOUND or HAS_NORM else 0.0)
+    tl.store(scalars_ptr, skip)
     tl.store(scalars_ptr + 1, factor)
     tl.store(scalars_ptr + 2, 1.0 - lr * weight_decay if DECOUPLED else 1.0)
     tl.store(scalars_ptr + 3, size)
     tl.store(scalars_ptr + 4, eps)
     tl.store(scalars_ptr + 5, adapts.to(tl.float32))
-    if HAS_FOUND or HAS_NORM:
-        t = tl.where(skip, t - 1.0, t)
-    tl.store(step_ptr, t)
+    tl.store(step_ptr, t - skip)
 
 
 @triton.jit

@@ -61,13 +61,15 @@ def test_updates_by_hand(backend):
 
 def test_float32_of_a_low_dtype_and_float64():
     model = nn.Linear(3, 3).bfloat16()
-    averages = Averages(model, [0.999])
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    averages = Averages(model, [0.9999])
+    nn.init.constant_(model.weight, 2)
     for _ in range(100):
-        with torch.no_grad():
-            model.weight.fill_(1)
         averages.update_()
     # A bfloat16 average would have stood still.
-    assert averages.tensors(0)[0].mean() > averages.tensors(0)[1].mean() + 0.05
+    expected = torch.full((3, 3), 2 - 0.9999**100)
+    torch.testing.assert_close(averages.tensors(0)[0], expected, rtol=1e-5, atol=0)
     assert Averages(model.double(), [0.9]).tensors(0)[0].dtype == torch.float64
 
 

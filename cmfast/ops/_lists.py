@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +16,47 @@ Lists = list[list[Tensor]]
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 
 
-def check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
-    """As many floating tensors as `like`, the parameters, has, each of its parameter's shape; all on one device.
+class Like(NamedTuple):
+    """What all lists of a call have in common: the parameters' shapes and device."""
+
+    shapes: list[torch.Size]
+    device: torch.device
+
+
+def check_first(name: str, tensors: Sequence[Tensor]) -> Like:
+    """Floating tensors on one device, with which the other lists of a call are compared.
+
+    Raises: TypeError, ValueError: the message names the list.
+    """
+    like = Like(list(map(_shape, tensors)), tensors[0].device if len(tensors) else torch.device("cpu"))
+    check(name, tensors, like)
+    return like
+
+
+def check(name: str, tensors: Sequence[Tensor], like: Like) -> None:
+    """As many floating tensors as there are parameters, each of its parameter's shape; all on one device.
 
     Raises: TypeError, ValueError: the message names the list and the tensor.
     """
     if isinstance(tensors, Tensor) or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         raise TypeError(f"{name} must be a list of tensors")
-    if len(tensors) != len(like):
-        raise ValueError(f"{name} has {len(tensors)} tensors for {len(like)} parameters")
     if not set(map(_dtype, tensors)) <= set(DTYPES):
         wrong = next(x.dtype for x in tensors if x.dtype not in DTYPES)
         raise TypeError(f"{name} must have floating dtypes, got {wrong}")
-    shapes, wanted = list(map(_shape, tensors)), list(map(_shape, like))
+    shapes, wanted = list(map(_shape, tensors)), like.shapes
+    if len(shapes) != len(wanted):
+        raise ValueError(f"{name} has {len(shapes)} tensors for {len(wanted)} parameters")
     if shapes != wanted:
         i = next(i for i, pair in enumerate(zip(shapes, wanted)) if pair[0] != pair[1])
         raise ValueError(f"{name}[{i}] must have its parameter's shape {list(wanted[i])}, got {list(shapes[i])}")
-    devices = set(map(_device, tensors)) | {like[0].device} if like else set()
+    devices = {like.device, *map(_device, tensors)}
     if len(devices) > 1:
         raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
+
+
+def kinds(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """Some of the tensors, of every type and dtype in each list: what decides which path a call takes."""
+    return [x for tensors in lists for kind in (type, _dtype) for x in dict(zip(map(kind, tensors), tensors)).values()]
 
 
 def one_dtype(name: str, lists: Sequence[Sequence[Tensor]]) -> None:

@@ -37,38 +37,35 @@ def ema_update_(
     >>> average
     tensor([0.2500, 0.2500])
     """
-    check_averages(parameters, averages, copies)
+    like = _lists.check_first("parameters", parameters)
+    check_averages(like, averages, copies)
     if not parameters:
         return
-    rates = as_rates(rates, len(averages), parameters[0].device)
-    parameters, averages = list(parameters), list(map(list, averages))
-    copies = None if copies is None else list(copies)
-    tensors = [*parameters, *(x for group in averages for x in group)]
+    rates = as_rates(rates, len(averages), like.device)
+    groups, duplicates = [list(tensors) for tensors in averages], None if copies is None else list(copies)
+    written = [*groups, *([] if duplicates is None else [duplicates])]
+    if not written:
+        return
     with torch.no_grad():
-        if use_kernel("ema_update_", *tensors, *(copies or ()), levels=False):
-            from cmfast.kernels import averages as kernels
-
-            written = averages if copies is None else [*averages, copies]
-            if not written:
-                return
-            with _lists.alike(written, [parameters]) as (outputs, (inputs,)):
-                kernels.ema_update_(
-                    inputs, outputs[: len(averages)], rates, copies=None if copies is None else outputs[-1]
-                )
-            _lists.written_by_a_kernel(*written)
+        if not use_kernel("ema_update_", *_lists.kinds(parameters, *written), levels=False):
+            form = plain_list("ema_update_", _lists.kinds(parameters, *groups))
+            form(list(parameters), groups, rates, copies=duplicates)
             return
-        plain_list("ema_update_", tensors)(parameters, averages, rates, copies=copies)
+        from cmfast.kernels import averages as kernels
+
+        with _lists.alike(written, [list(parameters)]) as (outputs, (inputs,)):
+            kernels.ema_update_(inputs, outputs[: len(groups)], rates, copies=outputs[-1] if duplicates else None)
+        _lists.written_by_a_kernel(*written)
 
 
 def check_averages(
-    parameters: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], copies: Sequence[Tensor] | None
+    like: _lists.Like, averages: Sequence[Sequence[Tensor]], copies: Sequence[Tensor] | None
 ) -> None:
-    _lists.check("parameters", parameters, parameters)
     for k, tensors in enumerate(averages):
-        _lists.check(f"averages[{k}]", tensors, parameters)
+        _lists.check(f"averages[{k}]", tensors, like)
     _lists.one_dtype("averages", averages)
     if copies is not None:
-        _lists.check("copies", copies, parameters)
+        _lists.check("copies", copies, like)
 
 
 def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:

@@ -26,11 +26,11 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
     """
     if not gradients:
         raise ValueError("gradients is empty: there is no norm, nor a device for it")
-    _lists.check("gradients", gradients, gradients)
+    like = _lists.check_first("gradients", gradients)
     if grad_scale is not None:
-        _lists.scalar("grad_scale", grad_scale, gradients[0].device)
+        _lists.scalar("grad_scale", grad_scale, like.device)
     with torch.no_grad():
-        if use_kernel("grad_norm", *gradients, levels=False):
+        if use_kernel("grad_norm", *_lists.kinds(gradients), levels=False):
             from cmfast.kernels import optimizer as kernels
 
             with _lists.alike([list(gradients)], []) as ((dense,), _):
@@ -139,11 +139,12 @@ def _step(
     copies, grad_scale = options["copies"], options["grad_scale"]
     if not parameters:
         raise ValueError("parameters is empty: there is nothing to step")
-    check_averages(parameters, averages, copies)
+    like = _lists.check_first("parameters", parameters)
+    device = like.device
     for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:]):
-        _lists.check(kind, tensors, parameters)
+        _lists.check(kind, tensors, like)
     _lists.one_dtype("moments", lists[2:])
-    device = parameters[0].device
+    check_averages(like, averages, copies)
     _lists.scalar("step", step, device)
     for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
         if options[kind] is not None and not (kind == "lr" and isinstance(options[kind], float | int)):
@@ -160,18 +161,18 @@ def _step(
         if options["grad_norm"] is None:
             options["grad_norm"] = grad_norm(gradients, grad_scale=grad_scale)
     rates = as_rates(rates, len(averages), device)
-    lists, averages = tuple(map(list, lists)), list(map(list, averages))
+    p, g, m, v = (list(tensors) for tensors in lists)
+    groups = [list(tensors) for tensors in averages]
     options["copies"] = None if copies is None else list(copies)
-    tensors = [x for group in (*lists, *averages) for x in group]
+    written = [p, m, v, *groups, *([] if copies is None else [options["copies"]])]
     with torch.no_grad():
-        if use_kernel(name, *tensors, *(copies or ()), levels=False):
-            from cmfast.kernels import optimizer as kernels
+        if not use_kernel(name, *_lists.kinds(g, *written), levels=False):
+            form = plain_list(name, _lists.kinds(p, g, m, v, *groups))
+            return form(p, g, m, v, step, groups, rates, **options)
+        from cmfast.kernels import optimizer as kernels
 
-            parameters, gradients, *moments = lists
-            written = [parameters, *moments, *averages, *([] if copies is None else [options["copies"]])]
-            with _lists.alike(written, [gradients]) as ((p, m, v, *others), (g,)):
-                options["copies"] = None if copies is None else others.pop()
-                skipped = getattr(kernels, name)(p, g, m, v, step, others, rates, **options)
-            _lists.written_by_a_kernel(*written, [step])
-            return skipped
-        return plain_list(name, tensors)(*lists, step, averages, rates, **options)
+        with _lists.alike(written, [g]) as ((p, m, v, *others), (g,)):
+            options["copies"] = None if copies is None else others.pop()
+            skipped = getattr(kernels, name)(p, g, m, v, step, others, rates, **options)
+        _lists.written_by_a_kernel(*written, [step])
+        return skipped
