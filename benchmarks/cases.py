@@ -23,7 +23,9 @@ DRAW = 3
 #: [B, 2 C], also a network's.
 MODEL_TENSORS = ("f", "f2", "bias", "film")
 #: The names of those that are parameters [C], in float32.
-PARAMETERS = ("gain", "offset")
+PARAMETERS = ("gain", "offset", "heads", "mean", "std")
+#: Those of them that are positive.
+POSITIVE = ("heads", "std")
 
 
 class Floor(NamedTuple):
@@ -145,6 +147,18 @@ def _group_norm_silu(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
     return library.group_norm_silu(t["f"], 32, t["gain"], t["offset"], scale=scale, shift=shift)
 
 
+def _lpips_layer(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    return library.lpips_layer(t["f"], t["f2"], t["heads"])
+
+
+def _lpips_input(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
+    """Images made 3.5 times as high and wide, as 64x64 to 224x224."""
+    height, width = (7 * side // 2 for side in t["x"].shape[2:])
+    return library.lpips_input(
+        t["x"], t["mean"], t["std"], size=(height, width), dtype=dtypes.model, memory_format=torch.channels_last
+    )
+
+
 def _region(call: Callable[[Any, Inputs, Dtypes], Any]) -> Callable[[Any, Inputs, Dtypes], Any]:
     """What stands around an operation in a network: a bias before it, a cast of the state after it."""
 
@@ -167,6 +181,14 @@ _NORM = {"tensors": ("f", "gain", "offset", "film"), "sigmas": ()}
 #: Maps of the ImageNet-64 U-Net that do not fit on chip, and are read twice; and those that do.
 _LARGE_MAPS = (((192, 64, 64), 256), ((192, 64, 64), 64), ((384, 32, 32), 256), ((192, 64, 64), 1))
 _SMALL_MAPS = (((384, 16, 16), 256), ((768, 8, 8), 256), ((384, 16, 16), 1), ((768, 8, 8), 1))
+#: The five layers of VGG-16 that LPIPS compares.
+_VGG_MAPS = tuple(
+    (shape, batch)
+    for batch in (64, 8)
+    for shape in ((256, 56, 56), (64, 224, 224), (128, 112, 112), (512, 28, 28), (512, 14, 14))
+)
+_LAYER = {"tensors": ("f", "f2", "heads"), "sigmas": (), "sizes": _VGG_MAPS}
+_TO_TRUNK = {"tensors": ("x", "mean", "std"), "sigmas": (), "sizes": (((3, 64, 64), 64), ((3, 32, 32), 64))}
 
 CASES = {
     "denoise": Case(_denoise, Floor(2, 1), ("f", "x")),
@@ -203,6 +225,11 @@ CASES = {
     "group_norm_silu on chip": Case(_group_norm_silu, Floor(0, 2), **_NORM, sizes=_SMALL_MAPS),
     "group_norm_silu on chip + backward": Case(_group_norm_silu, Floor(0, 5), **_NORM, sizes=_SMALL_MAPS, grad_to="f"),
     "dropout drawn": Case(_dropout, Floor(0, 2), ("f",), (), sizes=_LARGE_MAPS[:2], drawn=True),
+    "lpips_layer": Case(_lpips_layer, Floor(0, 2), **_LAYER),
+    "lpips_layer + backward": Case(_lpips_layer, Floor(0, 5), **_LAYER, grad_to="f"),
+    # 12.25 elements of the result for each of the image.
+    "lpips_input": Case(_lpips_input, Floor(1, 12), **_TO_TRUNK),
+    "lpips_input + backward": Case(_lpips_input, Floor(2, 24), **_TO_TRUNK, grad_to="x"),
     # The bias is one number per sample and channel, which a floor does not count.
     "region: bias, denoise, cast": Case(_region(_denoise), Floor(1, 2), ("f", "x", "bias"), compiled=True),
     "region: bias, euler_step, cast": Case(_region(_euler_step), Floor(1, 3), ("f", "x", "bias"), _TWO, compiled=True),
@@ -316,6 +343,8 @@ def _input_set(config: Config, number: int, device: torch.device, generator: tor
         dtype = torch.float32 if name in PARAMETERS else dtype
         shape = shapes.get(name, (config.batch, *config.shape))
         t[name] = torch.randn(shape, generator=generator, device=device).to(dtype)
+        if name in POSITIVE:
+            t[name].abs_().add_(0.1)
         if config.channels_last and name in MODEL_TENSORS and t[name].ndim == 4:
             t[name] = t[name].contiguous(memory_format=torch.channels_last)
     level = torch.rand(config.batch, generator=generator, device=device) * 3 + 0.5

@@ -39,6 +39,7 @@ SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition or test_mixe
 #: Kernel tests that come first: every operation in the dtypes of use, and what only a GPU shows. The others, which
 #: compile hundreds of kernels more, take the time that is left at the end.
 CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact or test_engine_gpu or test_optimize or test_averages"
+CORE += " or test_lpips"
 PYTEST = ["-m", "pytest", "tests/kernels", "tests/test_engine_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 
 
@@ -98,13 +99,18 @@ def steps(out: Path) -> list[Step]:
             benchmark_s + FINISH_S,
         ),
         # Its compiled rivals take minutes to start: `--only sampling --seconds 1500` has them for them.
-        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 120),
+        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 100),
         Step(
             "parameters", ["benchmarks/parameters.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 40
         ),
+        # Its compiled rival takes most of this to start.
+        Step(
+            "perceptual", ["benchmarks/perceptual.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 30,
+            missing=lambda: None if find_spec("torchvision") else "torchvision is not installed for this Python",
+        ),
         _sanitizer("memcheck", 35),
         _sanitizer("racecheck", 35),
-        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 30, missing=_no_pytest),
+        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 20, missing=_no_pytest),
     ]
 
 

@@ -26,9 +26,15 @@ BANDWIDTH_BARS = {
     "renoise drawn": 0.85,
     "group_norm_silu": 0.80,
     "group_norm_silu on chip": 0.80,
+    "lpips_layer": 0.80,
+    "lpips_layer + backward": 0.80,
 }
 #: Where that is asked of smaller tensors too.
-LARGE_BYTES_OF = {"group_norm_silu": 32e6, "group_norm_silu on chip": 32e6}
+LARGE_BYTES_OF = dict.fromkeys(
+    ("group_norm_silu", "group_norm_silu on chip", "lpips_layer", "lpips_layer + backward"), 32e6
+)
+#: There, so many times as fast as plain PyTorch at least.
+EAGER_BARS = {"lpips_layer + backward": 5.0}
 #: On a CPU, at most so many times the reference's time.
 CPU_BAR = 1.05
 #: Sizes at which nothing may be slower than inductor by more than TIE.
@@ -97,6 +103,12 @@ def bars(result: dict[str, Any]) -> list[str]:
             outcome = "met" if share >= least else "MISSED"
             lines.append(f"{outcome}: {_name(row)} at {share:.1%} of the copy bandwidth, bar {least:.0%}")
     compared = [c for c in comparisons(result["rows"]) if c["provider"] != "kernel"]
+    for case, least in EAGER_BARS.items():
+        for c in compared:
+            large = c["row"]["largest_tensor_bytes"] > LARGE_BYTES_OF.get(case, LARGE_BYTES)
+            if c["row"]["case"] == case and c["baseline"] == "eager" and c["row"]["mode"] == "graph" and large:
+                outcome = "met" if c["ratio"] * least <= 1 else "MISSED"
+                lines.append(f"{outcome}: {_name(c['row'])} {1 / c['ratio']:.1f} times as fast as eager, bar {least:g}")
     images = [c for c in compared if (tuple(c["row"]["shape"]), c["row"]["batch"]) in SPEED_SIZES]
     maps = [c for c in compared if CASES[c["row"]["case"]].sizes]
     for what, baseline, found in (

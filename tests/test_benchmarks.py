@@ -1,5 +1,6 @@
 """The benchmarks run without a GPU, on small sizes, and time nothing that is wrong."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import cmfast
-from benchmarks import cases, gpu, kernels, summary, timing
+from benchmarks import cases, gpu, kernels, perceptual, summary, timing
+from cmfast.perceptual import LPIPS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -112,6 +114,31 @@ def test_runs_as_a_file():
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--device", "cpu", "--list"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert len(run.stdout.splitlines()) == len(cases.configs("cpu"))
+
+
+def test_perceptual(tmp_path, monkeypatch):
+    """With a small trunk: right providers are timed, one that is off is not, one that is missing is no failure."""
+    pytest.importorskip("torchvision")
+
+    def absent(model):
+        raise perceptual.Missing("not here")
+
+    class Small(LPIPS):
+        def forward(self, x, target):
+            return super().forward(x, target, resize=False)
+
+    monkeypatch.setattr(perceptual, "make", functools.cache(lambda *_: Small("alex", pretrained=False)))
+    monkeypatch.setattr(perceptual, "BUDGET_S", {"cpu": 0.01})
+    monkeypatch.setitem(perceptual.PROVIDERS, "piq", (absent, False))
+    options = ["--device", "cpu", "--batch", "1", "--out", str(tmp_path)]
+    assert perceptual.main([*options, "--providers", "piq,eager,cmfast"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["eager", "cmfast"]
+    off = (lambda model: lambda x, y: 1.01 * model(x, y), True)
+    monkeypatch.setitem(perceptual.PROVIDERS, "cmfast", off)
+    assert perceptual.main([*options, "--providers", "cmfast"]) == 1
+    result = json.loads(path.read_text())
+    assert not result["rows"] and result["failures"][0]["reason"].startswith("distance: relative error 0.01")
 
 
 def test_configurations_of_a_gpu():
