@@ -126,6 +126,8 @@ def test_outside_it_is_torchs():
         ours.eval(), plain.eval()
         assert both()
         assert not Dropout(1.0, layer=0)(X).any() and torch.equal(Dropout(0.0, layer=0)(X), X)
+    ours.train(), plain.train()
+    assert both()
 
 
 def passes(model, draw=DRAW):

@@ -2,46 +2,48 @@
 
 from tests.faults.ids import kernel
 
-_T, _D, _K = "tests/test_objectives.py::test_", "tests/test_dropout.py::test_", "tests/kernels/test_draw.py::test_"
+_T, _F = "tests/test_objectives.py::test_", "tests/test_objective_formulas.py::test_"
+_P, _W = "tests/test_progressive_distillation.py::test_", "tests/test_wrapped_models.py::test_"
+_D, _K = "tests/test_dropout.py::test_", "tests/kernels/test_draw.py::test_"
 _LEVELS = _K + "levels_are_those_of_the_reference[{}]"
 _MASKS = _K + "dropout_is_that_of_the_reference[torch.float32-(2, 6, 9, 5)-{}]"
 
 CURRICULA = [
     ("N(k): one level too few", "min(start_scales * 2**stage, end_scales) + 1",
      "min(start_scales * 2**stage, end_scales)",
-     _T + "ict_number_of_levels[400000-10-1280]"),
+     _F + "ict_number_of_levels[400000-10-1280]"),
     ("K' without the last stage", "(math.log2(end_scales // start_scales) + 1)",
      "math.log2(end_scales // start_scales)",
-     _T + "ict_number_of_levels[1000-10-160]"),
-    ("ECT: a stage behind", "q ** -(stage + 1.0)", "q ** -(stage + 0.0)", _T + "ect_second_level[2.0-8.0-1.0-1]"),
-    ("iCT: sqrt2 forgotten", "(math.sqrt(2) * std)", "std", _T + "ict_levels_are_drawn_as_often_as_they_should[11]"),
+     _F + "ict_number_of_levels[1000-10-160]"),
+    ("ECT: a stage behind", "q ** -(stage + 1.0)", "q ** -(stage + 0.0)", _F + "ect_second_level[2.0-8.0-1.0-1]"),
+    ("iCT: sqrt2 forgotten", "(math.sqrt(2) * std)", "std", _F + "ict_levels_are_drawn_as_often_as_they_should[11]"),
     ("iCT: thresholds of the next index", "(tail[1:-1] - tail[0])", "(tail[:-2] - tail[0])",
-     _T + "ict_levels_are_drawn_as_often_as_they_should[11]"),
+     _F + "ict_levels_are_drawn_as_often_as_they_should[11]"),
     ("halves without a middle", "_table(2 * num_scales + 1,", "_table(2 * num_scales - 1,",
-     _T + "uniform_and_halved_levels"),
+     _F + "uniform_and_halved_levels"),
 ]  # fmt: skip
 
 REFERENCE = [
     ("levels from noise's own counter", "LEVEL_DRAW - draw.draw, 1)", "draw.draw, 1)",
      _LEVELS.format("alike-1099511627779-3-False")),
     ("r not cut off at 0", "(1 - _part(sigma, below))).clamp(min=0)", "(1 - _part(sigma, below)))",
-     _T + "ect_second_level[2.0-8.0-1.0-0]"),
+     _F + "ect_second_level[2.0-8.0-1.0-0]"),
     ("the gap not cut off at sigma", "_part(sigma, below).clamp(max=1)", "_part(sigma, below)",
-     _T + "ect_loss[0.0-edm]"),
+     _F + "ect_loss[0.0-edm]"),
     ("the gap may be 0", ".clamp(min=torch.finfo(sigma.dtype).tiny)", ".clamp(min=0)",
-     _T + "ect_levels_may_come_closer_than_numbers_do[torch.float32]"),
+     _F + "ect_levels_may_come_closer_than_numbers_do[torch.float32]"),
     ("thresholds that a word equals", "word, right=True)", "word - 1, right=True) * 0",
-     _T + "levels_are_drawn_by_their_thresholds"),
+     _F + "levels_are_drawn_by_their_thresholds"),
     ("lognormal: a variance", "torch.exp(levels.mean + levels.std * z)", "torch.exp(levels.mean + levels.std**2 * z)",
-     _T + "ect_second_level[2.0-8.0-1.0-0]"),
+     _F + "ect_second_level[2.0-8.0-1.0-0]"),
 ]  # fmt: skip
 
 LOSSES = [
-    ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _T + "ict_loss[None]"),
+    ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _F + "ict_loss[None]"),
     ("ECT: x_start is no target of a function", "torch.where(at_zero, x_start,",
      "torch.where(at_zero & False, x_start,",
-     _T + "ect_loss[0.0-consistency]"),
-    ("ECT: exact for every Denoiser", 'and student.scaling["boundary"] == 0', "", _T + "ect_loss[0.0-consistency]"),
+     _F + "ect_loss[0.0-consistency]"),
+    ("ECT: exact for every Denoiser", 'and student.scaling["boundary"] == 0', "", _F + "ect_loss[0.0-consistency]"),
     ("own target outside the pairing", "    with torch.no_grad(), pairing:\n        target_output = student(",
      "    with torch.no_grad():\n        target_output = student(",
      _D + "every_loss_with_a_target_of_its_own_drops_the_same[Counted]"),
@@ -50,22 +52,22 @@ LOSSES = [
      _D + "student_and_target_drop_the_same[None-Counted-counters]"),
     ("the teacher's steps from the wrong middle", "sigma, next_sigma, mid_sigma = drawn",
      "sigma, mid_sigma, next_sigma = drawn",
-     _T + "progressive_distillation_distils"),
+     _P + "progressive_distillation_distils"),
     ("denoising's noise of another draw", "_drawing(draw, x_start, noise), sigma, pair=False",
      "_drawing(None, x_start, noise), sigma, pair=False", _T + "a_batch_may_be_shared_between_ranks[edm]"),
 ]  # fmt: skip
 
 OBJECTIVES = [
     ("values are read in a step", "with _check.unread():", "with __import__('contextlib').nullcontext():",
-     _T + "nothing_is_read_on_the_host[cd-toy]"),
+     _T + "nothing_is_read_on_the_host[toy-cd]"),
     ("the target for the teacher", "model, teacher, x_start, stage.num_scales",
      "model, target, x_start, stage.num_scales",
-     _T + "progressive_distillation_distils"),
+     _P + "progressive_distillation_distils"),
     ("halvings of powers of two alone", "(start // 3).bit_length()", "start.bit_length() - 2",
-     _T + "halving_stages[3-10]"),
-    ("the last stages as short as the others", "+ 2 * steps)", "+ steps)", _T + "halving_stages[16-100]"),
+     _P + "halving_stages[3-10]"),
+    ("the last stages as short as the others", "+ 2 * steps)", "+ steps)", _P + "halving_stages[16-100]"),
     ("ECT's stage of a step", "number = step // self.steps_per_stage", "number = step // self.steps_per_stage + 1",
-     _T + "ect_loss[0.0-edm]"),
+     _F + "ect_loss[0.0-edm]"),
 ]  # fmt: skip
 
 DROPOUT = [
@@ -77,7 +79,8 @@ DROPOUT = [
     ("recomputed outside of the draw", "    if draw is None or torch.compiler.is_compiling():", "    if True:",
      _D + "a_checkpointed_network_drops_the_same_again[ordinary]"),
     ("in evaluation mode too", "not self.training or not", "not", _D + "outside_it_is_torchs"),
-    ("paired for good", "        _now.draw = before\n\n\ndef _first", "        pass\n\n\ndef _first",
+    ("paired for good", "        _now.draw = before\n\n\n@contextmanager\ndef at",
+     "        pass\n\n\n@contextmanager\ndef at",
      _D + "outside_it_is_torchs"),
     ("generators kept where all is counted", "draw is not None and all(map(counts, models))", "False",
      _D + "no_generator_is_touched_where_all_is_counted"),
@@ -90,9 +93,9 @@ FAST = [
 
 DENOISER = [
     ("classes of a wrapped network not seen", 'else _stated(network, "num_classes")',
-     'else getattr(network, "num_classes", None)', _T + "distributed_models_are_accepted[edm-ddp inside]"),
+     'else getattr(network, "num_classes", None)', _W + "distributed_models_are_accepted[ddp inside-edm]"),
     ("a Denoiser compiled in place is passed by", ' or own.get("_compiled_call_impl") is not None', "",
-     _T + "compiled_models_are_accepted[compiled in place-edm]"),
+     _W + "compiled_models_are_accepted[compiled in place-edm]"),
 ]  # fmt: skip
 
 KERNEL = [
