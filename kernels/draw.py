@@ -46,7 +46,7 @@ def _index(word, thresholds_ptr, intervals, LEVELS: tl.constexpr, SEARCH: tl.con
         index = value * 0
         for step in tl.static_range(SEARCH):
             last = index + ((1 << (SEARCH - 1 - step)) - 1)
-            exists = last < intervals - 1
+            exists = last + 1 < intervals
             threshold = tl.load(thresholds_ptr + last, mask=exists, other=0)
             index = tl.where(exists & (threshold <= value), last + 1, index)
         return index

@@ -107,7 +107,7 @@ KERNEL = [
      _LEVELS.format("many thresholds-1099511627779-3-False")),
     ("search: the last step left out", "tl.static_range(SEARCH):", "tl.static_range(SEARCH - 1):",
      _LEVELS.format("many thresholds-1099511627779-3-False")),
-    ("search: beyond the thresholds", "exists = last < intervals - 1", "exists = last < intervals",
+    ("search: beyond the thresholds", "exists = last + 1 < intervals", "exists = last < intervals",
      _LEVELS.format("many thresholds-1099511627779-3-False")),
     ("the middle for the next", "tl.load(at + STRIDE).to", "tl.load(at + STRIDE // 2).to",
      _LEVELS.format("alike-1099511627779-3-False")),
