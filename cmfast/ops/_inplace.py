@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops._autograd import fused
+from cmfast.ops._strips import lpips_layer
 from cmfast.reference import Draw
 
 #: Elements of a batch from which on these forms pay, and with gradients.
@@ -347,9 +348,10 @@ FORMS: dict[str, Callable[..., Any]] = {
         weighted_loss,
         consistency_loss,
         group_norm_silu,
+        lpips_layer,
     )
 }
 #: Those that know their gradients.
-DIFFERENTIABLE = ("weighted_loss", "consistency_loss", "group_norm_silu")
+DIFFERENTIABLE = ("weighted_loss", "consistency_loss", "group_norm_silu", "lpips_layer")
 #: Those that pay in batches of any size.
 ANY_SIZE = ("group_norm_silu",)

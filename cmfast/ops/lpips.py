@@ -8,7 +8,7 @@ from torch import Tensor
 from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._autograd import fused
-from cmfast.ops._dispatch import use_kernel
+from cmfast.ops._dispatch import plain, use_kernel
 
 #: Sides of an image from here on are the reference's: the kernel counts columns in 32 bits.
 _LONG_SIDE = 2**15
@@ -65,7 +65,7 @@ def lpips_input(
         raise ValueError(f"size must be (H, W) of 1 or more, of an image that has pixels, got {size} for {list(own)}")
     inputs = image, mean, std
     options: dict[str, Any] = {"value_range": value_range, "dtype": dtype, "memory_format": memory_format}
-    served = use_kernel("lpips_input", *inputs, dtypes=(dtype,), levels=False)
+    served = use_kernel("lpips_input", *inputs, dtypes=(dtype,))
     if served and image.numel() and channels and max(*out, *own) < _LONG_SIDE:
         from cmfast.kernels.lpips_input import lpips_input_bwd, lpips_input_fwd
 
@@ -112,8 +112,8 @@ def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Te
     if weight.device != features.device:
         raise ValueError(f"weight is on {weight.device}, features on {features.device}: move one of them")
     inputs = features, target_features, weight
-    if use_kernel("lpips_layer", *inputs, levels=False) and features.numel():
+    if use_kernel("lpips_layer", *inputs) and features.numel():
         from cmfast.kernels.lpips import lpips_layer_bwd, lpips_layer_fwd
 
         return fused(lpips_layer_fwd, lpips_layer_bwd, reference.lpips_layer, *inputs)
-    return reference.lpips_layer(*inputs)
+    return plain("lpips_layer", *inputs)(*inputs)

@@ -5,6 +5,7 @@ from tests.faults.ids import T_SOUND
 T_KERNELS, T_OPS = "tests/kernels/test_lpips.py::test_", "tests/ops/test_lpips.py::test_"
 T_LAYER = T_KERNELS + "layer_agrees_with_float64[{}-(2, 37, 4, 4)-channels_last]"
 T_INPUT = T_KERNELS + "input_agrees_with_float64[{}-channels_last]"
+T_STRIPS = "tests/ops/test_lpips.py::TestStrips::test_"
 T_MODULE = "tests/test_perceptual.py::test_"
 
 LAYER = [
@@ -73,9 +74,20 @@ OP = [
     ("size of one number is a height", "(size, size) if isinstance(size, int)",
      "(size, own[1]) if isinstance(size, int)",
      T_OPS + "input_is_interpolate_then_standardise"),
-    ("kernels for nothing", "levels=False) and features.numel():", "levels=False):", T_KERNELS + "empty"),
-    ("parameters taken for noise levels", '"lpips_layer", *inputs, levels=False)', '"lpips_layer", *inputs)',
-     "tests/ops/test_compile.py::test_lpips"),
+    ("kernels for nothing", "*inputs) and features.numel():", "*inputs):", T_KERNELS + "empty"),
+]  # fmt: skip
+
+STRIPS = [
+    ("lengths' gradient forgotten", "value=-1, out=made", "value=0, out=made", T_STRIPS + "agrees_with_float64"),
+    ("gradient of a length of zero: 0 / 0", ".masked_fill_(length == 0, 0)", "", T_STRIPS + "equal_maps_and_zeros"),
+    ("gradient without the 2 of the square", "weight * (2 / pixels)", "weight / pixels",
+     T_STRIPS + "agrees_with_float64"),
+    ("upstream gradient ignored", "gradient * grad[:, None, None, None]", "gradient", T_STRIPS + "agrees_with_float64"),
+    ("contiguous maps", "not all(map(_channels_last, inputs[:2])) or records", "records",
+     T_STRIPS + "what_it_does_not_serve[contiguous]"),
+    ("the target's gradient lost", "(target_features.requires_grad or weight.requires_grad)", "weight.requires_grad",
+     T_STRIPS + "what_it_does_not_serve_of_gradients"),
+    ("one strip alone", "range(0, pixels, count)", "range(0, count, count)", T_STRIPS + "agrees_with_float64"),
 ]  # fmt: skip
 
 REFERENCE = [
@@ -86,7 +98,8 @@ REFERENCE = [
 ]  # fmt: skip
 
 MODULE = [
-    ("a graph for both images", "(x.requires_grad or target.requires_grad)", "x.requires_grad",
+    ("a graph for both images", "(x.requires_grad or target.requires_grad)",
+     "target.requires_grad",
      T_MODULE + "target_costs_no_graph"),
     ("one pass of the trunk for each image always", "images = [torch.cat(images)]", "pass",
      T_MODULE + "both_images_in_one_pass_where_no_graph_is_recorded"),
@@ -104,6 +117,7 @@ FAULTS = {
     "kernels/lpips.py": LAYER,
     "kernels/lpips_input.py": INPUT,
     "cmfast/ops/lpips.py": OP,
+    "cmfast/ops/_strips.py": STRIPS,
     "cmfast/reference/lpips.py": REFERENCE,
     "cmfast/perceptual.py": MODULE,
 }

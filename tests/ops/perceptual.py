@@ -89,11 +89,12 @@ def images(
     return Call(ops.lpips_input, tensors, {"size": size, **options})
 
 
-def check_path(call: Call, backend: str) -> None:
-    """Value and gradients of a path against float64, within what eager PyTorch in the same dtypes does."""
-    exact, exact_grads = call.to(torch.float64).run_with_grads("reference")
-    eager, eager_grads = call.run_with_grads("reference")
-    fast, fast_grads = call.run_with_grads(backend)
+def check_path(call: Call, backend: str, *names: str) -> None:
+    """Value and gradients (of the inputs named, or all) of a path against float64, within what eager PyTorch in the
+    same dtypes does."""
+    exact, exact_grads = call.to(torch.float64).run_with_grads("reference", *names)
+    eager, eager_grads = call.run_with_grads("reference", *names)
+    fast, fast_grads = call.run_with_grads(backend, *names)
     close(fast, eager, exact, "result")
     close(call.run(backend), eager, exact, "result where no gradient is wanted")
     for name, grad in fast_grads.items():
