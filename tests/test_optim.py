@@ -90,6 +90,9 @@ def test_states_load_both_ways(name):
                 optimizer = second(model.parameters(), lr=0.3)
                 optimizer.load_state_dict(state)
                 assert optimizer.param_groups[0]["lr"] == 0.1
+                # One launch for all parameters, where torch's optimizers count for each.
+                counts = {id(entry["step"]) for entry in optimizer.state.values()}
+                assert len(counts) == (2 if ours_first else 1)
             give(drawn(model), model, whole)
             optimizer.step(), expected.step()
         torch.testing.assert_close(list(model.parameters()), list(whole.parameters()))

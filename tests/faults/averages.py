@@ -64,7 +64,7 @@ FAULTS = {
     "kernels/pointers.py": [
         ("tails are forgotten", "if count > whole:", "if count > whole and not whole:",
          _KERNEL + "agrees_with_float64[torch.float32-copy]"),
-        ("a tail where it began", "[address + whole * dtype.itemsize", "[address + whole * 4",
+        ("a tail where it began", "[address + whole * dtype.itemsize", "[address + 0 * dtype.itemsize",
          _KERNEL + "agrees_with_float64[torch.float32-copy]"),
         ("any address is aligned", "any(address % ALIGNMENT for address in addresses)", "False",
          _KERNEL + "wide_and_narrow_parts"),
@@ -76,7 +76,7 @@ FAULTS = {
     ],
     "kernels/averages.py": [
         ("a weight from float32", "(1.0 - tl.load(rates_ptr + k)).to(tl.float32)",
-         "1.0 - tl.load(rates_ptr + k).to(tl.float32)", _KERNEL + "agrees_with_float64[torch.float32-no copy]"),
+         "1.0 - tl.load(rates_ptr + k).to(tl.float32)", _KERNEL + "a_rate_near_one"),
         ("one rate for all", "tl.load(rates_ptr + k)", "tl.load(rates_ptr)", _KERNEL + "number_of_averages[4]"),
         ("the next tensor too", "mask = at < count\n", "mask = at < count + 1\n",
          _KERNEL + "nothing_beside_the_tensors_is_touched"),
