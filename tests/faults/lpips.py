@@ -85,8 +85,6 @@ STRIPS = [
     ("upstream gradient ignored", "gradient * grad[:, None, None, None]", "gradient", T_STRIPS + "agrees_with_float64"),
     ("contiguous maps", "not all(map(_channels_last, inputs[:2])) or records", "records",
      T_STRIPS + "what_it_does_not_serve[contiguous]"),
-    ("the target's gradient lost", "(target_features.requires_grad or weight.requires_grad)", "weight.requires_grad",
-     T_STRIPS + "what_it_does_not_serve_of_gradients"),
     ("one strip alone", "range(0, pixels, count)", "range(0, count, count)", T_STRIPS + "agrees_with_float64"),
 ]  # fmt: skip
 

@@ -85,6 +85,8 @@ class TestStrips:
     def test_what_it_does_not_serve(self, last):
         check_path(layer((2, 8, 5, 3), last=last), "auto")
         call = layer((2, 8, 5, 3), last=last)
+        grad = call.run_with_grads("auto", "features")[1]["features"]
+        assert grad.stride() == call.tensors["features"].stride()
         check_path(call.having(target_features=call.tensors["target_features"].contiguous()), "auto", "features")
 
     def test_what_it_does_not_serve_of_gradients(self):
