@@ -240,6 +240,7 @@ def _named(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in unwrap(parameters).named_parameters():
             yield name.replace("_orig_mod.", ""), parameter
         return
+    item: Any
     for i, item in enumerate(parameters):
         yield (str(i), item) if isinstance(item, Tensor) else (item[0], item[1])
 

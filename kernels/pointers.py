@@ -116,7 +116,8 @@ def _built(lists: list[list[Tensor]], block: int) -> Iterator[Table]:
         table = torch.tensor([[count, start, *addresses] for (count, *addresses), start in zip(rows, first)])
         owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(blocks)
         uploads = [_upload(x, lists[0][0].device) for x in (table, owners)]
-        yield Table(*(there for there, _ in uploads), dtypes, aligned, tuple(here for _, here in uploads))
+        (there, here), (owners_there, owners_here) = uploads
+        yield Table(there, owners_there, dtypes, aligned, (here, owners_here))
 
 
 def _upload(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -262,6 +262,18 @@ def test_derived_weights(emulated, replaces, graph):
     check(2 + 2 * replaces)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD], ids=lambda kind: kind.__name__)
+def test_fused_optimizers_are_seen(optimizer):
+    """torch's fused kernels write to parameters and leave their versions as they were."""
+    model = nn.Linear(2, 2)
+    watch = Watch(model)
+    model(torch.ones(1, 2)).sum().backward()
+    step = optimizer(model.parameters(), lr=0.1, fused=True)
+    watch.settle()
+    step.step()
+    assert watch.change() == Change.VALUES
+
+
 def test_what_changed():
     wanted = {write: Change.VALUES, load: Change.VALUES, swap_storage: Change.STORAGE, train: Change.NOTHING}
     for change, outcome in CHANGES:

@@ -24,7 +24,7 @@ LEVELS = [
     {"ops"},
     {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images"}
     | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
-    {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast"},
+    {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "digits", "recipes", "quality", "info", "cli", "compat", "__main__"},
 ]

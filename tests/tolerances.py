@@ -47,3 +47,11 @@ TRAINING = 2e-3
 #: A training step's losses and gradients in float32 by two ways that round differently: a model called as a whole or by
 #: its network, eager or compiled, one batch or two halves of it.
 STEP_VALUE = 1e-4
+
+#: What three steps of RAdam at a large learning rate change in plain PyTorch, against float64 (on a GPU float32): each
+#: tensor as a part of its largest change or a tenth of the largest of all. float32 measures 4e-5 to 2.1e-4, bfloat16
+#: 7e-3 to 3.1e-2, float16 2.7e-3, all of small networks; larger ones round more often.
+TRAINED = {torch.float32: 1e-3, torch.bfloat16: 2e-1, torch.float16: 2e-2}
+#: The floor of `error(other) <= 2 error(plain) + floor` there. float32: two providers measure twice plain PyTorch's
+#: 1.2e-4, since weights are rounded when they change.
+TRAINED_FLOOR = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}

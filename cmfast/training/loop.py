@@ -92,7 +92,7 @@ class Trainer:
 
         options, group = self.options, self.group
         self._begin()
-        batches = self.data.batches(
+        batches: Any = self.data.batches(
             options.batch_size // group.size,
             seed=options.seed,
             start_step=self.done,

@@ -21,12 +21,13 @@ def shard(model: Denoiser, group: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    network: Any = model.network
     mesh = init_device_mesh(model.device.type, (group.size,))
-    for module in list(model.network.modules()):  # type: ignore[union-attr]
+    for module in list(network.modules()):
         if isinstance(module, _LISTS):
             for block in module:
                 fully_shard(block, mesh=mesh)
-    fully_shard(model.network, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(network, mesh=mesh)
 
 
 def averaging(model: Denoiser) -> Denoiser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -120,16 +120,17 @@ def save_weights(model: Denoiser, path: Path | None) -> None:
     """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone."""
     if path is None:
         return
-    if isinstance(model.network, UNetModel):
+    network: Any = model.network
+    if isinstance(network, UNetModel):
         checkpoint.save(model, path)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}, path)  # type: ignore[union-attr]
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
 def _load(model: Denoiser, path: Path) -> None:
-    tensors = load_file(path)
+    tensors, network = load_file(path), cast(Any, model.network)
     with torch.no_grad():
-        for name, tensor in model.network.state_dict().items():  # type: ignore[union-attr]
+        for name, tensor in network.state_dict().items():
             tensor.copy_(distributed_like(tensors[name], tensor))
 
 

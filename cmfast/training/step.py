@@ -227,7 +227,7 @@ class TrainStep:
     def _optimizer(self) -> Any:
         options = self.options
         kind = RAdam if options.optimizer == "radam" else Adam
-        decoupled = {"decoupled_weight_decay": True} if options.optimizer == "adamw" else {}
+        decoupled: dict[str, Any] = {"decoupled_weight_decay": True} if options.optimizer == "adamw" else {}
         return kind(
             self.model.parameters(),
             lr=options.learning_rate,
@@ -258,7 +258,7 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
 
 def _recompute(model: Denoiser) -> None:
     """Have the blocks of a network make their activations again. Raises: ValueError: it has none that can."""
-    blocks = [m for m in model.modules() if hasattr(m, "use_checkpoint")]
+    blocks: list[Any] = [m for m in model.modules() if hasattr(m, "use_checkpoint")]
     if hasattr(model.network, "enable_gradient_checkpointing"):
         model.network.enable_gradient_checkpointing()
     elif not blocks:

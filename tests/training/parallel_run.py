@@ -8,8 +8,13 @@ import torch
 from cmfast.ranks import ranks
 from tests.training.toys import PAIRED, trainer
 
-name, kind, folder, steps, *more = sys.argv[1:]
-torch.set_num_threads(1)
-with ranks() as group:
-    options = replace(PAIRED, steps=int(steps), parallel=kind, microbatch=2)
-    trainer(name, folder, options, group=group, resume="resume" in more).run(progress=False)
+
+def main(name: str, kind: str, folder: str, steps: str, *more: str) -> None:
+    torch.set_num_threads(1)
+    with ranks() as group:
+        options = replace(PAIRED, steps=int(steps), parallel=kind, microbatch=2)
+        trainer(name, folder, options, group=group, resume="resume" in more).run(progress=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,115 @@
+"""The training step, its loop, checkpoints and processes; recipes."""
+
+_STEP = "tests/training/test_step.py::test_"
+_LOOP = "tests/training/test_loop.py::test_"
+_FROZEN = "tests/training/test_frozen.py::test_"
+_RECIPES = "tests/training/test_recipes.py::test_"
+
+STEP = [
+    ("the loss read at every step", "        self._note(total, number)\n",
+     "        self._note(total, number)\n        total.item()\n", _STEP + "nothing_is_read_on_the_host[edm-float32]"),
+    ("mean of microbatches", ".sum() / size", ".mean()", _STEP + "microbatches_change_nothing[edm]"),
+    ("positions of the first microbatch in all", "index[part])", "index[:micro][: len(images[part])])",
+     _STEP + "microbatches_change_nothing[edm]"),
+    ("goes on after a bad step", "                loss = loss * self._alive\n", "",
+     _STEP + "after_a_bad_step_nothing_changes[float32]"),
+    ("the last bad step", "bad & (self._bad == NONE), number", "bad, number",
+     _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
+    ("a bad loss in the mean", "torch.where(bad, 0.0, total)", "total", _STEP + "a_bad_step_can_be_left_out"),
+    ("steps without finite gradients taken", "options.max_norm or math.inf", "options.max_norm",
+     _STEP + "a_bad_step_can_be_left_out"),
+    ("float16 without scaling", 'if options.dtype == "float16" else None', "if False else None",
+     _STEP + "overflow_in_float16_is_counted_and_goes_on"),
+    ("the teacher stays", "                ours.copy_(students)", "                pass",
+     _STEP + "the_student_becomes_the_teacher"),
+    ("the optimizer stays",
+     "        self.averages = self._averages()\n        self.optimizer = self._optimizer()\n\n    def learning",
+     "        self.averages = self._averages()\n\n    def learning", _STEP + "the_student_becomes_the_teacher"),
+    ("the target stays", "targets={0: self.target_model}", "targets={}",
+     _STEP + "the_target_is_an_average_of_the_student"),
+    ("any scalings", "    if name != objective.preconditioning:", "    if False:",
+     _STEP + "models_that_do_not_go_together[other scalings]"),
+    ("blocks do not recompute", "        block.use_checkpoint = True",
+     "        block.use_checkpoint = block.use_checkpoint",
+     _STEP + "activations_made_again_change_nothing[cd]"),
+]  # fmt: skip
+
+LOOP = [
+    ("data from the start again", "start_step=self.done,", "start_step=0,",
+     _LOOP + "resumed_is_uninterrupted[edm-float32]"),
+    ("the log keeps steps that are done again", 'if line["step"] <= self.done]', "]",
+     _LOOP + "resumed_is_uninterrupted[edm-float32]"),
+    ("any configuration", "        if different:", "        if False:", _LOOP + "another_configuration_is_refused"),
+    ("a NaN goes by unnoticed", 'self.options.on_nan == "stop":\n            self._stop',
+     'False:\n            self._stop',
+     _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
+    ("the state now, not before", "        self.done = step\n", "",
+     _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
+    ("more steps of a falling learning rate", 'if self.options.decay == "constant":', "if True:", _LOOP + "more_steps"),
+    ("an unlabelled data set for classes", "if model.num_classes is not None and data.num_classes is None:",
+     "if False:",
+     _LOOP + "data_that_does_not_fit[no labels]"),
+]  # fmt: skip
+
+CHECKPOINTS = [
+    ("written in place", "temporary = home / f\"{_UNFINISHED}{step:08d}\"", "temporary = place",
+     _LOOP + "killed_at_any_moment"),
+    ("half a checkpoint left", "        shutil.rmtree(temporary, ignore_errors=True)\n        raise", "        raise",
+     _LOOP + "a_full_disk_loses_nothing[state.pt]"),
+    ("one more is kept", "saved(run)[:-keep]", "saved(run)[: -keep - 1]", _LOOP + "the_last_checkpoints_stay"),
+    ("what a killed process left stays", "        shutil.rmtree(left, ignore_errors=True)", "        pass",
+     _LOOP + "left_by_a_killed_process"),
+]  # fmt: skip
+
+STATE = [
+    ("the optimizer starts anew", '        step.optimizer.load_state_dict(state["optimizer"])\n', "",
+     _LOOP + "resumed_is_uninterrupted[edm-float32]"),
+    ("the scale starts anew", '            step.scaler.load_state_dict(state["scaler"])', "            pass",
+     _LOOP + "resumed_is_uninterrupted[cd-float16]"),
+    ("the teacher starts anew", "            _load(step.teacher_model, folder / TEACHER)", "            pass",
+     _LOOP + "resumed_is_uninterrupted[pd-float32]"),
+    ("torch's generator starts anew", '        self._restore(state["random"], step.device)\n', "",
+     _LOOP + "a_foreign_networks_dropout_resumes"),
+    ("a stage that was entered is entered again", 'state["step"] - 1)', "0)",
+     _LOOP + "resumed_is_uninterrupted[pd-float32]"),
+]  # fmt: skip
+
+FROZEN = [
+    ("weights made once", "if refresh is not None and refresh():", "if False:",
+     _FROZEN + "a_run_with_graphs_is_one_without[True]"),
+    ("one output for two calls", "program.run(values).clone()", "program.run(values)",
+     _FROZEN + "a_run_with_graphs_is_one_without[False]"),
+    ("the masks of the first call", 'values |= {"seed": draw.seed, "index": draw.index}', "pass",
+     _FROZEN + "masks_follow_the_draw"),
+    ("torch's generator in a graph", "not dropout.counts(self.network)", "False",
+     _FROZEN + "a_foreign_networks_dropout_is_not_captured"),
+]  # fmt: skip
+
+RECIPES = [
+    ("the curriculum of the paper's length", 'fields.setdefault("total_steps", settings["options"]["steps"])', "pass",
+     _RECIPES + "settings_of_the_command_line"),
+    ("the teacher's scalings", "aim.preconditioning, sigma_data", "model.preconditioner.name, sigma_data",
+     _RECIPES + "every_recipe[cd]"),
+    ("dropout ignored", 'settings["dropout"] is not None', "False", _RECIPES + "settings_of_the_command_line"),
+]  # fmt: skip
+
+WATCH = [
+    ("fused optimizers go by unseen", 'if group.get("fused"):', "if False:",
+     "tests/test_engine_changes.py::test_fused_optimizers_are_seen[Adam]"),
+]  # fmt: skip
+
+DIGITS = [
+    ("the same class pushed away from", "steps = 1 + ops.uniform_int", "steps = ops.uniform_int",
+     _RECIPES + "guidance_pushes_away_from_another_class"),
+]  # fmt: skip
+
+FAULTS = {
+    "cmfast/training/step.py": STEP,
+    "cmfast/training/loop.py": LOOP,
+    "cmfast/training/checkpoints.py": CHECKPOINTS,
+    "cmfast/training/state.py": STATE,
+    "cmfast/training/frozen.py": FROZEN,
+    "cmfast/recipes.py": RECIPES,
+    "cmfast/watch.py": WATCH,
+    "cmfast/digits.py": DIGITS,
+}
