@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from cmfast import Denoiser, UNetModel
+from cmfast import Denoiser, UNetModel, recipes
 from cmfast.checkpoint import meta_network
 from cmfast.unet_config import PUBLISHED
 
-#: Arguments of `UNetModel` by the name that `--network` takes. `tiny` has every kind of block of the published ones.
+#: Arguments of `UNetModel` by the name that `--network` takes. `tiny` has every kind of block of the published ones;
+#: `unet32` is for small images, 6.9 million parameters.
 NETWORKS: dict[str, dict[str, Any]] = {
     "imagenet64": {**PUBLISHED["ImageNet-64"][0], **PUBLISHED["ImageNet-64"][1]},
     "lsun256": {**PUBLISHED["LSUN-256"][0], **PUBLISHED["LSUN-256"][1]},
+    "unet32": {
+        **recipes.NETWORKS["small"],
+        "image_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "num_classes": None,
+    },
     "tiny": {
         "image_size": 16,
         "in_channels": 3,

@@ -67,25 +67,40 @@ def _has_flash_attention() -> bool:
     return True
 
 
-def original_unet(network: UNetModel, path: Path | None, *, fp16: bool) -> tuple[nn.Module, str | None]:
-    """The original's network with the architecture and a copy of the weights of ours; and what stands in for what.
+@contextmanager
+def importing(path: Path | None, device: torch.device) -> Iterator[list[str]]:
+    """Inside the `with` block the original's modules can be imported; what stands in for others, by name.
 
-    path: a checkout; None: `cm` as it is installed. fp16: with its torso in float16, as the original samples on a GPU.
-    Raises: Missing: there is no `cm`, or it cannot be imported.
+    path: a checkout; None: `cm` as it is installed. Raises: Missing: there is no `cm`, or it cannot be imported.
     """
     if path is None and not find_spec("cm"):
         raise Missing("no package `cm` is installed, and no checkout is named by --openai PATH")
-    device = next(network.parameters()).device
     search = [] if path is None else [str(path.resolve())]
     with patch.object(sys, "path", search + sys.path), _stand_ins(device) as stand_ins:
         try:
-            unet = importlib.import_module("cm.unet")
-            model = unet.UNetModel(**{**network.config, "use_fp16": fp16})
+            yield stand_ins
         except ImportError as error:
-            raise Missing(f"cm.unet cannot be imported: {error}") from error
+            raise Missing(f"the original cannot be imported: {error}") from error
+
+
+def original_unet(
+    network: UNetModel, path: Path | None, *, fp16: bool, training: bool = False
+) -> tuple[nn.Module, str | None]:
+    """The original's network with the architecture and a copy of the weights of ours; and what stands in for what.
+
+    fp16: with its torso in float16, as the original samples on a GPU. training: with float32 weights that take
+    gradients, which the original turns into float16 itself. Raises: Missing: as `importing`.
+    """
+    device = next(network.parameters()).device
+    with importing(path, device) as stand_ins:
+        unet = importlib.import_module("cm.unet")
+        model = unet.UNetModel(**{**network.config, "use_fp16": fp16})
     model.load_state_dict({name: tensor.float() for name, tensor in network.state_dict().items()})
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device)
+    note = f"stand-ins for {' and '.join(stand_ins)}; attention by PyTorch's fused one" if stand_ins else None
+    if training:
+        return model.train().requires_grad_(True), note
+    model = model.eval().requires_grad_(False)
     if fp16:
         model.convert_to_fp16()
-    note = f"stand-ins for {' and '.join(stand_ins)}; attention by PyTorch's fused one" if stand_ins else None
     return model, note

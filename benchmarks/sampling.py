@@ -7,10 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +20,7 @@ if not __package__:
 
 import torch
 
-from benchmarks import sampling_summary, timing
+from benchmarks import memory, runs, sampling_summary, timing
 from benchmarks.gate import Gate
 from benchmarks.kernels import inductor_refusal, reason_of
 from benchmarks.liveness import forward_peak, weight_bytes
@@ -40,8 +37,6 @@ BUDGET_S = {"cuda": 6.0, "cpu": 20.0}
 ROUNDS = 7
 #: Images in a row, one batch after the other, that one sample of the throughput lasts, in seconds.
 THROUGHPUT_S = 0.25
-#: With a time limit, a trial with compiled providers is not started when less is left: it would be cut off.
-COMPILE_S = {"cuda": 240.0, "cpu": 240.0}
 
 
 class Contender:
@@ -50,7 +45,7 @@ class Contender:
     def __init__(self, name: str, models: Models, trial: Trial) -> None:
         """Raises: Missing, or what the provider raises."""
         self.name, self.trial, self.device = name, trial, models.device
-        before = self._reserved()
+        before = memory.settled(self.device)
         start = time.perf_counter()
         self.provider: Provider = PROVIDERS[name](models, trial)
         self.batches(1)
@@ -68,40 +63,19 @@ class Contender:
         """Make so many batches of images, on the CPU at the end."""
         self.provider.sample(count * self.trial.batch)
 
-    def _reserved(self) -> int:
-        """Bytes that the allocator has for what lives, graphs' memory included."""
-        if self.device.type != "cuda":
-            return 0
-        gc.collect()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_reserved(self.device)
-
-    def _measure_memory(self, models: Models, before: int) -> None:
+    def _measure_memory(self, models: Models, before: memory.Memory | None) -> None:
         """Device memory of a batch when all is compiled and captured, weights included; and at most until then."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or before is None:
             return
         weights = weight_bytes(models.name, models.dtype) if self.provider.shares_weights else 0
-        self.about["startup_peak_bytes"] = torch.cuda.max_memory_reserved(self.device) - before + weights
-        self._reserved()
+        self.about["startup_peak_bytes"] = _reserved(memory.peak(self.device)) - before.reserved + weights
+        memory.settled(self.device)
         self.batches(1)
-        self.about["peak_bytes"] = torch.cuda.max_memory_reserved(self.device) - before + weights
+        self.about["peak_bytes"] = _reserved(memory.peak(self.device)) - before.reserved + weights
 
-    def count_kernels(self) -> int | None:
-        """Kernels on the device for one batch, noise and pixels included; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            self.batches(1)
-            torch.cuda.synchronize(self.device)
-        ran = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        marks = ("Memcpy", "Memset")
-        count = sum(not (event.name.startswith(marks) or event.is_user_annotation) for event in ran)
-        # Where the profiler may not look at the device, it reports nothing at all.
-        return count or None
+def _reserved(taken: memory.Memory | None) -> int:
+    return 0 if taken is None else taken.reserved
 
 
 def slices(contenders: list[Contender], device: torch.device) -> dict[str, Callable[[], float]]:
@@ -145,17 +119,14 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
             continue
-        contender.about["kernels"] = contender.count_kernels()
+        contender.about["kernels"] = timing.count_kernels(models.device, lambda one=contender: one.batches(1))
         contenders.append(contender)
     del gate
     samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))
     abouts = {contender.name: contender.about for contender in contenders}
     for key, times in samples.items():
         name, mode = key.split()
-        statistics = {
-            what.replace("_us", "_ms"): [round(v / 1e3, 4) for v in value] if isinstance(value, list) else value / 1e3
-            for what, value in timing.statistics_us(times).items() if what.endswith("_us")
-        }
+        statistics = timing.statistics_ms(times)
         found["rows"].append({
             "trial": number,
             "network": models.name,
@@ -165,7 +136,6 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
             "provider": name,
             "mode": mode,
             **statistics,
-            "samples": len(times),
             "images_per_s": None if name.startswith("convolutions")
             else round(1e3 * trial.batch / statistics["p50_ms"], 2),
             **abouts[name],
@@ -174,25 +144,10 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/sampling.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
+    parser = runs.parser("sampling", __doc__.splitlines()[0], PROVIDERS, ROUNDS)
     parser.add_argument("--network", choices=sorted(NETWORKS), default="imagenet64")
     parser.add_argument("--batches", type=_numbers, help="batch sizes, as in 1,16 (default: by device and network)")
-    parser.add_argument("--providers", type=lambda text: text.split(","),
-                        help=f"these alone, at one step, of {','.join(PROVIDERS)}")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="also what takes minutes to compile (default: on a GPU)")
-    parser.add_argument("--openai", type=Path, metavar="CHECKOUT", help="a checkout of openai/consistency_models")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"samples of each at least (default {ROUNDS})")
-    parser.add_argument("--seconds", type=float, help="start no new trial after so many seconds")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--list", action="store_true", help="print the trials and stop")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
-    options = parser.parse_args(argv)
-    unknown = set(options.providers or ()) - set(PROVIDERS)
-    if unknown:
-        parser.error(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
-    return options
+    return runs.parse(parser, argv, PROVIDERS)
 
 
 def _numbers(text: str) -> list[int]:
@@ -208,71 +163,37 @@ def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Tri
     batches = options.batches or default
     if options.providers:
         return [Trial(batch, tuple(options.providers)) for batch in batches]
-    return trials(device.type, batches, device.type == "cuda" if options.compile is None else options.compile)
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command line without the folders that results went to and the original came from."""
-    words = ["python", "benchmarks/sampling.py", "--network", options.network]
-    for name in ("batches", "providers"):
-        value = getattr(options, name)
-        words += [f"--{name}", ",".join(map(str, value))] if value else []
-    words += ["--openai", "CHECKOUT"] if options.openai else []
-    words += [] if options.compile is None else ["--compile" if options.compile else "--no-compile"]
-    words += ["--rounds", str(options.rounds)] if options.rounds != ROUNDS else []
-    words += ["--seconds", f"{options.seconds:g}"] if options.seconds is not None else []
-    return shlex.join(words + (["--device", options.device] if options.device else []))
+    return trials(device.type, batches, runs.compiles(options, device))
 
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 where a provider was off or failed."""
     start = time.perf_counter()
     options = arguments(argv)
-    if options.report:
-        print(sampling_summary.text(json.loads(options.report.read_text())))
-        return 0
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    status = runs.only(options, lambda device: chosen_trials(options, device), sampling_summary.text)
+    if status is not None:
+        return status
+    device = runs.device_of(options)
     chosen = chosen_trials(options, device)
-    if options.list:
-        print("\n".join(str(trial) for trial in chosen))
-        return 0
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: PyTorch sees no GPU here", file=sys.stderr)
-        return 2
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    memory = {str(b): forward_peak(options.network, b, dtype) for b in sorted({t.batch for t in chosen})}
+    alive = {str(b): forward_peak(options.network, b, dtype) for b in sorted({t.batch for t in chosen})}
     record = Record(
-        "sampling", options.out, device, _command(options),
-        network=options.network, weight_bytes=weight_bytes(options.network, dtype), liveness_bytes=memory, missing={},
+        "sampling", options.out, device, runs.command("sampling", options, ROUNDS, ("network", "batches")),
+        network=options.network, weight_bytes=weight_bytes(options.network, dtype), liveness_bytes=alive, missing={},
     )
-    result = record.result
     models = Models(options.network, device, dtype, options.openai)
-    for i, trial in enumerate(chosen):
-        left = math.inf if options.seconds is None else options.seconds - (time.perf_counter() - start)
-        if left < (COMPILE_S[device.type] if set(trial.providers) & set(COMPILED) else 0):
-            result["truncated"] = True
-            result["not_started"].append(str(trial))
-            continue
-        try:
-            found = measure(models, trial, i, budget_s=BUDGET_S[device.type], rounds=options.rounds)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
-            found = {"rows": [], "missing": {}, "failures": failures}
-            if isinstance(error, torch.AcceleratorError):
-                result["failures"] += failures
-                result["truncated"], result["not_started"] = True, [str(t) for t in chosen[i + 1 :]]
-                record.write()
-                raise  # The device is lost to this process.
-        result["rows"] += found["rows"]
-        result["failures"] += found["failures"]
-        result["missing"] |= found["missing"]
-        record.write()
-        print(f"[{time.perf_counter() - start:6.1f} s] {sampling_summary.line(trial, found)}", flush=True)
-    record.write()
-    print(sampling_summary.text(result))
+    runs.run(
+        record,
+        chosen,
+        lambda trial, i: measure(models, trial, i, budget_s=BUDGET_S[device.type], rounds=options.rounds),
+        sampling_summary.line,
+        compiled=COMPILED,
+        seconds=options.seconds,
+        begun=start,
+    )
+    print(sampling_summary.text(record.result))
     print(f"written: {record.path}")
-    return 1 if result["failures"] else 0
+    return 1 if record.result["failures"] else 0
 
 
 if __name__ == "__main__":

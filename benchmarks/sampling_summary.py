@@ -138,16 +138,23 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def about(result: dict[str, Any]) -> list[str]:
+    """What a run was taken on, and its command."""
+    found = result["environment"]
+    return [
+        f"{found['device']}, {found['cpu']['threads']} threads; torch {found['torch']}, triton {found['triton']}, CUDA "
+        f"{found['cuda']}, python {found['python']}; commit {found['commit']}"
+        f"{' + changes' if found['uncommitted_changes'] else ''}; {found['date']}",
+        f"command: {found['command']}",
+    ]
+
+
 def text(result: dict[str, Any]) -> str:
     """The closing table."""
-    about = result["environment"]
     live = ", ".join(f"{int(size) / 1e9:.3f} GB at batch {batch}" for batch, size in result["liveness_bytes"].items())
     out = [
         "",
-        f"{about['device']}, {about['cpu']['threads']} threads; torch {about['torch']}, triton {about['triton']}, CUDA "
-        f"{about['cuda']}, python {about['python']}; commit {about['commit']}"
-        f"{' + changes' if about['uncommitted_changes'] else ''}; {about['date']}",
-        f"command: {about['command']}",
+        *about(result),
         f"{result['network']}: weights {result['weight_bytes'] / 1e9:.3f} GB; alive in a forward pass: {live}",
         *_table(result["rows"]),
         "",

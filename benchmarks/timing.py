@@ -168,6 +168,32 @@ def statistics_us(samples: list[float]) -> dict[str, Any]:
     }
 
 
+def statistics_ms(samples: list[float]) -> dict[str, Any]:
+    """The same in milliseconds."""
+    found = statistics_us(samples)
+    count = {"samples": found.pop("samples")}
+    milli = {
+        name.replace("_us", "_ms"): [round(v / 1e3, 4) for v in value] if isinstance(value, list) else value / 1e3
+        for name, value in found.items()
+    }
+    return {**milli, **count}
+
+
+def count_kernels(device: torch.device, work: Callable[[], None]) -> int | None:
+    """Kernels that some work launches on the device; None on a CPU, or where the profiler may not look."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        work()
+        torch.cuda.synchronize(device)
+    ran = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    marks = ("Memcpy", "Memset")
+    # Where the profiler may not look at the device, it reports nothing at all.
+    return sum(not (event.name.startswith(marks) or event.is_user_annotation) for event in ran) or None
+
+
 def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:
     """A large copy on the device, in GB/s, bytes read and bytes written both counted."""
     if device.type == "cuda":
