@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ GRACE_S = 5
 TOTAL_S = 530
 #: See `Step`.
 SECONDS, FINISH_S = "SECONDS", 30
+#: Steps that can measure beside the original's code.
+BESIDE_OPENAI = ("sampling", "training")
 #: Kernel tests that compute-sanitizer, which is slow, runs: every operation and gradient, once at a size that fills no
 #: block, once in many blocks.
 SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition or test_mixed_dtypes or test_clips_by_its_own_norm"
@@ -87,7 +89,7 @@ def _sanitizer(tool: str, seconds: float) -> Step:
 
 
 def steps(out: Path) -> list[Step]:
-    benchmark_s = 130
+    benchmark_s = 70
     # Most of a test's time is its kernels' compilation, on the CPU.
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
     return [
@@ -99,7 +101,9 @@ def steps(out: Path) -> list[Step]:
             benchmark_s + FINISH_S,
         ),
         # Its compiled rivals take minutes to start: `--only sampling --seconds 1500` has them for them.
-        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 100),
+        Step("sampling", ["benchmarks/sampling.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 70),
+        # The same: what this is enough for is the first trial.
+        Step("training", ["benchmarks/training.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 100),
         Step(
             "parameters", ["benchmarks/parameters.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 40
         ),
@@ -108,10 +112,17 @@ def steps(out: Path) -> list[Step]:
             "perceptual", ["benchmarks/perceptual.py", "--device", "cuda", "--out", str(out), "--seconds", SECONDS], 30,
             missing=lambda: None if find_spec("torchvision") else "torchvision is not installed for this Python",
         ),
-        _sanitizer("memcheck", 35),
-        _sanitizer("racecheck", 35),
+        _sanitizer("memcheck", 30),
+        _sanitizer("racecheck", 30),
         Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 20, missing=_no_pytest),
     ]
+
+
+def _beside(step: Step, openai: Path | None) -> Step:
+    """The step with the original's code, where it measures beside that."""
+    if openai is None or step.name not in BESIDE_OPENAI:
+        return step
+    return replace(step, arguments=[*step.arguments, "--openai", str(openai.resolve())])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -172,15 +183,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for the results")
     parser.add_argument("--dry", action="store_true", help="list the steps and their limits, run none")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all steps together (default {TOTAL_S})")
+    parser.add_argument("--openai", type=Path, metavar="CHECKOUT", help="for what is measured beside it")
     parser.add_argument("--only", metavar="STEP", action="append", help="run this step alone; may be given again")
     options = parser.parse_args(argv)
     chosen = steps(options.out.resolve())
     unknown = set(options.only or ()) - {step.name for step in chosen}
     if unknown:
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; known: {', '.join(step.name for step in chosen)}")
-    chosen = [step for step in chosen if not options.only or step.name in options.only]
+    chosen = [_beside(step, options.openai) for step in chosen if not options.only or step.name in options.only]
     if options.dry:
-        for step in steps(options.out):
+        for step in (_beside(step, options.openai) for step in steps(options.out)):
             if step.name in {s.name for s in chosen}:
                 note = step.missing()
                 print(f"{step.name:12} {step.seconds:4.0f} s  {shlex.join(step.command('python3'))}"

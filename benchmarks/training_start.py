@@ -22,7 +22,7 @@ from cmfast.precondition import Preconditioner
 SEED = 2303
 NUM_SCALES, TARGET_RATE = 40, 0.95
 #: So large that what three steps change is not lost in float32's rounding of weights; and for hundreds of steps.
-GATE_RATE, LEARNING_RATE = 0.3, 1e-5
+GATE_RATE, LEARNING_RATE = 0.03, 1e-5
 #: Rates of the averages: as many as the published runs have, and forgetting so fast that three steps show a wrong one.
 AVERAGES = {"imagenet64": (0.5, 0.6, 0.7)}
 ONE_AVERAGE = (0.5,)

@@ -1,0 +1,399 @@
+"""The benchmark of training: every provider runs on a tiny network, none that is off is timed, the bars are right."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu, memory, networks, original_training, phases, training
+from benchmarks import training_providers as providers
+from benchmarks import training_summary as summary
+from benchmarks.training_start import Trial
+from cmfast import perceptual
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+#: In the place of the original's modules, in which nothing of ours is called but the network.
+MODULES = {
+    "unet": '''
+import cmfast
+
+class UNetModel(cmfast.UNetModel):
+    """The same network; it wants these while it is built."""
+    def __init__(self, **options):
+        from einops import rearrange
+        from flash_attn.flash_attention import FlashAttention
+        super().__init__(**options)
+''',
+    "logger": '''
+class Logger:
+    CURRENT = None
+    def __init__(self, dir, output_formats):
+        assert dir is None and not output_formats
+''',
+    "nn": '''
+def update_ema(target_params, source_params, rate=0.99):
+    for targ, src in zip(target_params, source_params):
+        targ.detach().mul_(rate).add_(src, alpha=1 - rate)
+''',
+    "fp16_util": '''
+class MixedPrecisionTrainer:
+    def __init__(self, *, model, use_fp16, initial_lg_loss_scale):
+        assert not use_fp16
+        self.master_params = list(model.parameters())
+    def zero_grad(self):
+        for p in self.master_params:
+            p.grad = None
+    def backward(self, loss):
+        loss.backward()
+''',
+    "karras_diffusion": '''
+import blobfile, torch as th
+from mpi4py import MPI
+from piq import LPIPS
+from torchvision.transforms import RandomCrop
+
+class KarrasDenoiser:
+    def __init__(self, distillation, weight_schedule, loss_norm):
+        assert weight_schedule == "uniform" and loss_norm == "l2"
+        self.boundary = 0.002 if distillation else 0.0
+
+    def denoise(self, model, x, t, **kwargs):
+        s = t[:, None, None, None]
+        c_skip = 0.25 / ((s - self.boundary) ** 2 + 0.25)
+        c_out = 0.5 * (s - self.boundary) / (s**2 + 0.25) ** 0.5
+        return c_out * model(x / (s**2 + 0.25) ** 0.5, 250 * th.log(t + 1e-44), **kwargs) + c_skip * x
+
+    def consistency_losses(self, model, x_start, num_scales, model_kwargs, target_model, teacher_model,
+                           teacher_diffusion, noise=None):
+        noise = th.randn_like(x_start) if noise is None else noise
+        indices = th.randint(0, num_scales - 1, (x_start.shape[0],), device=x_start.device)
+        low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+        t, t2 = ((high + i / (num_scales - 1) * (low - high)) ** 7 for i in (indices, indices + 1))
+        over = lambda value: value[:, None, None, None]
+        x_t = x_start + noise * over(t)
+        with th.no_grad():
+            d = (x_t - x_start) / over(t)
+            if teacher_model is not None:
+                d = (x_t - teacher_diffusion.denoise(teacher_model, x_t, t, **model_kwargs)) / over(t)
+            x_t2 = x_t + d * over(t2 - t)
+            if teacher_model is not None:
+                second = teacher_diffusion.denoise(teacher_model, x_t2, t2, **model_kwargs)
+                x_t2 = x_t + (d + (x_t2 - second) / over(t2)) * over((t2 - t) / 2)
+            target = self.denoise(target_model, x_t2, t2, **model_kwargs)
+        distiller = self.denoise(model, x_t, t, **model_kwargs)
+        if self.loss_norm == "l2":
+            return {"loss": ((distiller - target) ** 2).mean(dim=[1, 2, 3])}
+        distiller, target = (th.nn.functional.interpolate(x, size=32, mode="bilinear") for x in (distiller, target))
+        return {"loss": self.lpips_loss((distiller + 1) / 2.0, (target + 1) / 2.0)}
+''',
+}
+
+
+#: Every kind of block, few numbers.
+MICRO = {**networks.NETWORKS["tiny"], "image_size": 8, "model_channels": 32}
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "micro", MICRO)
+    monkeypatch.setattr(training, "BUDGET_S", {"cpu": 0.01})
+    monkeypatch.setattr(training, "PHASE_STEPS", 1)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with a `cm`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "cm").mkdir()
+    (folder / "cm" / "__init__.py").touch()
+    for name, text in MODULES.items():
+        (folder / "cm" / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def one_trial(monkeypatch):
+    """Sets the trials of a run."""
+
+    def choose(*given, **options):
+        trial = Trial("micro", 2, given, **options)
+        monkeypatch.setattr(training, "trials", lambda *arguments: [trial])
+        return trial
+
+    return choose
+
+
+def recorded(folder, *options):
+    """The exit status and the JSON of a run."""
+    status = training.main(["--device", "cpu", "--rounds", "1", "--out", str(folder / "out"), *options])
+    (path,) = (folder / "out").glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("recipe", ["cd", "ct"])
+def test_every_provider(tmp_path, checkout, one_trial, monkeypatch, capsys, recipe):
+    """The compiler aside: torch.compile gives back what it was given."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(training, "inductor_refusal", lambda device: None)
+    one_trial(*providers.PROVIDERS, recipe=recipe)
+    status, result = recorded(tmp_path, "--openai", str(checkout))
+    assert status == 0, result["failures"]
+    assert not result["missing"]
+    assert [row["provider"] for row in result["rows"]] == list(providers.PROVIDERS)
+    for row in result["rows"]:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["computes_in"] == "float32"
+        assert row["images_per_s"] == pytest.approx(2e3 / row["p50_ms"], rel=0.01)
+        assert row["gflop"] > 0 and row["tflop_per_s"] == pytest.approx(row["gflop"] / row["p50_ms"], rel=0.2, abs=1e-3)
+        assert row["first_step_s"] > 0 and row["recipe"] == recipe and row["kernels"] is None
+        assert row["times_cmfast"]["p50"] > 0
+    ours = result["rows"][-1]
+    assert ours["times_cmfast"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    parts = {"student", "target", "backward", "optimizer and averages", phases.REST}
+    assert set(ours["phases_ms"]) == parts | ({"teacher"} if recipe == "cd" else set())
+    assert str(tmp_path) not in json.dumps(result) and str(checkout) not in json.dumps(result)
+    out = capsys.readouterr().out
+    assert "stand-ins for blobfile" in out and "not measured" in out
+    assert training.main(["--report", str(next((tmp_path / "out").glob("*.json")))]) == 0
+    assert capsys.readouterr().out.strip() in out
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="torchvision is not installed")
+def test_lpips(tmp_path, checkout, one_trial, monkeypatch):
+    """The original's, with a trunk of random weights: nothing is downloaded. At 32x32 instead of 224x224."""
+    monkeypatch.setattr(perceptual, "_resized", lambda image: 32)
+    one_trial("openai", "cmfast", loss_norm="lpips")
+    status, result = recorded(tmp_path, "--openai", str(checkout), "--batch", "1")
+    assert status == 0, result["failures"]
+    assert {row["provider"] for row in result["rows"]} == {"openai", "cmfast"} and result["rows"][0]["batch"] == 1
+    assert "lpips" in result["rows"][-1]["phases_ms"]
+
+
+def test_half_precision(tmp_path, one_trial):
+    one_trial("plain", "cmfast", dtype="bfloat16")
+    status, result = recorded(tmp_path)
+    assert status == 0, result["failures"]
+    assert [row["computes_in"] for row in result["rows"]] == ["bfloat16", "bfloat16"]
+
+
+def test_what_is_missing_is_no_win(tmp_path, one_trial, capsys):
+    one_trial("openai", "cmfast")
+    status, result = recorded(tmp_path)
+    assert status == 0 and [row["provider"] for row in result["rows"]] == ["cmfast"]
+    assert "--openai" in result["missing"]["openai"]
+    assert "met:" not in capsys.readouterr().out
+
+
+class Altered(providers.Ours):
+    """cmfast with a fault."""
+
+    def __init__(self, fault, start):
+        super().__init__(start)
+        self.fault = fault
+        if fault == "the student is its own target":
+            with torch.no_grad():
+                pairs = zip(self.training.target_model.parameters(), self.training.model.parameters())
+                for target, student in pairs:
+                    target.copy_(student)
+        if fault == "an error":
+            raise RuntimeError("this one does not run")
+        if fault == "another draw":
+            self.training.options = dataclasses.replace(self.training.options, seed=1)
+        if fault == "one gradient":
+            list(self.training.model.parameters())[19].register_hook(lambda gradient: gradient * 1.01)
+        if fault == "no target":
+            self.training.stage = self.training.stage._replace(target_rate=1.0)
+            self.training.enter = lambda stage: None
+            self.training._target_rate.set_(1.0)
+        if fault == "an average":
+            self.training.averages._rates[1] = 0.51
+
+    def loss(self):
+        return super().loss() * (1.001 if self.fault == "the loss" else 1.0)
+
+    def state(self):
+        state = super().state()
+        if self.fault == "NaN":
+            state["target"][-1] = state["target"][-1] * float("nan")
+        return state
+
+
+FAULTS = [
+    "the student is its own target", "an error", "another draw", "one gradient", "no target", "an average",
+    "the loss", "NaN",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_provider_is_not_timed(tmp_path, one_trial, monkeypatch, capsys, fault):
+    monkeypatch.setitem(providers.PROVIDERS, "cmfast", lambda start: Altered(fault, start))
+    one_trial("plain", "cmfast", recipe="ct")
+    status, result = recorded(tmp_path)
+    assert status == 1
+    assert [row["provider"] for row in result["rows"]] == ["plain"]
+    assert [failure["provider"] for failure in result["failures"]] == ["cmfast"]
+    assert result["rows"][0]["times_cmfast"] is None
+    reason = "this one does not run" if fault == "an error" else "relative error"
+    assert reason in result["failures"][0]["reason"]
+    assert "FAILED, not timed: micro, batch 2" in capsys.readouterr().out
+
+
+def test_a_wrong_baseline_is_caught_too(tmp_path, one_trial, monkeypatch):
+    norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *a, **k: norm(x, *a, **k) * (1 + 1e-2 * (x.dtype == torch.float32)))
+    one_trial("plain", recipe="ct")
+    status, result = recorded(tmp_path)
+    assert status == 1 and "plain PyTorch" in result["failures"][0]["reason"]
+
+
+def test_a_loss_that_is_lost_while_timed(tmp_path, one_trial, monkeypatch):
+    monkeypatch.setattr(training, "LEARNING_RATE", 1e30)
+    one_trial("plain", "cmfast", recipe="ct")
+    status, result = recorded(tmp_path)
+    assert status == 1 and not result["rows"]
+    assert [(f["provider"], "not finite" in f["reason"]) for f in result["failures"]] == [
+        ("plain", True), ("cmfast", True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, missing", [("plain", True), ("cmfast", False)])
+def test_out_of_memory(tmp_path, one_trial, monkeypatch, name, missing):
+    """Of a rival a fact about it; of cmfast a failure."""
+
+    def full(start):
+        raise torch.OutOfMemoryError("this many bytes")
+
+    monkeypatch.setitem(providers.PROVIDERS, name, full)
+    one_trial(name, recipe="ct")
+    status, result = recorded(tmp_path)
+    assert status == int(not missing) and not result["rows"]
+    assert ("does not fit into memory" in result["missing"].get(name, "")) == missing
+    assert len(result["failures"]) == int(not missing)
+
+
+def test_time_limit_is_recorded(tmp_path):
+    status, result = recorded(tmp_path, "--seconds", "0", "--compile")
+    assert status == 0 and result["truncated"] and not result["rows"]
+    assert len(result["not_started"]) == len(providers.trials("cpu", None, True))
+    assert all(line.startswith("not measured") for line in summary.bars(result))
+
+
+def test_runs_as_a_file():
+    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--device", "cpu", "--list"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert run.stdout.splitlines() == [str(trial) for trial in providers.trials("cpu", None, False)]
+
+
+@pytest.mark.parametrize("device, bar", [("cpu", summary.CPU_BAR), ("cuda", summary.GPU_BAR)])
+def test_trials(device, bar):
+    """What has a bar first, and without compiling unless that is asked for."""
+    found = providers.trials(device, None, True)
+    assert len(set(found)) == len(found)
+    first = dataclasses.asdict(found[0])
+    assert {name: first[name] for name in bar} == bar and {"openai", "cmfast"} <= set(found[0].providers)
+    assert any("compiled" in trial.providers for trial in found)
+    assert not any("compiled" in trial.providers for trial in providers.trials(device, None, False))
+    assert {(trial.recipe, trial.loss_norm) for trial in found} == {("cd", "l2"), ("ct", "l2"), ("cd", "lpips")}
+    assert {trial.network for trial in providers.trials(device, "unet32", False)} == {"unet32"}
+    options = training.arguments(["--providers", "cmfast,plain", "--batch", "2", "--device", device])
+    chosen = training.chosen_trials(options, torch.device(device))
+    assert {trial.batch for trial in chosen} == {2} and {p for t in chosen for p in t.providers} == {"cmfast", "plain"}
+
+
+def row(provider, ratio=1.0, *, bar, trial=0, allocated=1e9, reserved=1e9, **changes):
+    times = {f"p{p}": ratio for p in (20, 50, 80)}
+    peaks = {"peak_allocated_bytes": allocated, "peak_bytes": reserved}
+    return {**bar, "trial": trial, "provider": provider, "times_cmfast": times, **peaks, **changes}
+
+
+def outcomes(device, rows):
+    lines = summary.bars({"environment": {"device_type": device}, "rows": rows})
+    return [line.split(":")[0] for line in lines]
+
+
+def test_bars_of_a_cpu():
+    bar = summary.CPU_BAR
+    assert outcomes("cpu", [row("cmfast", bar=bar), row("openai", 1.31, bar=bar)]) == ["met"]
+    assert outcomes("cpu", [row("cmfast", bar=bar), row("openai", 1.29, bar=bar)]) == ["MISSED"]
+    # One without the other, another trial, another setting.
+    assert outcomes("cpu", [row("openai", 2.0, bar=bar)]) == ["not measured"]
+    assert outcomes("cpu", [row("cmfast", bar=bar), row("openai", 2.0, bar=bar, trial=1)]) == ["not measured"]
+    other = [row("cmfast", bar=bar, recipe="ct"), row("openai", 2.0, bar=bar, recipe="ct")]
+    assert outcomes("cpu", other) == ["not measured"]
+
+
+def test_bars_of_a_gpu():
+    bar = summary.GPU_BAR
+    rows = [
+        row("cmfast", bar=bar), row("openai", 1.7, bar=bar),
+        row("cmfast", bar=bar, trial=1), row("compiled", 0.98, bar=bar, trial=1),
+    ]  # fmt: skip
+    assert outcomes("cuda", rows) == ["met", "met", "met"]
+    rows[0]["peak_bytes"] = 1.1e9
+    rows[1]["times_cmfast"]["p50"], rows[3]["times_cmfast"]["p50"] = 1.5, 0.96
+    assert outcomes("cuda", rows) == ["MISSED", "MISSED", "MISSED"]
+    rows[0] |= {"peak_bytes": 0.9e9, "peak_allocated_bytes": 1.1e9}
+    assert outcomes("cuda", rows)[2] == "MISSED"
+    assert outcomes("cuda", []) == ["not measured"] * 3
+
+
+@pytest.mark.skipif(not find_spec("piq"), reason="piq is not installed")
+def test_stand_in_of_piq():
+    """Where piq is missing, the original's LPIPS is that of the stand-in, with all gradients."""
+    lpips = perceptual.LPIPS(pretrained=False)
+    theirs = original_training.original_lpips(lpips)
+    assert type(theirs).__module__.startswith("piq")
+    stand_in = original_training.ContentLoss(theirs.model, theirs.layers, theirs.weights)
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = []
+    for measure in (theirs, stand_in):
+        image = x.clone().requires_grad_()
+        distance = measure(image, y)
+        distance.sum().backward()
+        made.append((distance, image.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
+def test_memory_of_a_cpu():
+    if memory.settled(CPU) is None:
+        pytest.skip("this system does not say")
+    before = memory.settled(CPU)
+    block = torch.ones(2**24)
+    assert 60e6 < memory.peak(CPU).reserved - before.reserved < 200e6
+    del block
+    assert memory.settled(CPU).reserved - before.reserved < 30e6
+    assert memory.peak(CPU).reserved - before.reserved < 30e6
+
+
+def test_phases_add_up(tmp_path, one_trial):
+    """Every part is timed where it happens, and nothing stays wrapped."""
+    trial = one_trial("cmfast")
+    ours = providers.Ours(training.Start(trial, CPU))
+    step, seen = ours.training, []
+    network, optimizer_step = step.student.network, step.optimizer.step
+    backward = torch.Tensor.backward
+
+    def one():
+        seen.append(len(seen))
+        ours.step(seen[-1])
+
+    parts = phases.phases(step, one, 2)
+    assert list(parts) == ["student", "teacher", "target", "backward", "optimizer and averages", "rest"]
+    assert all(seconds > 0 for seconds in parts.values()) and len(seen) == 3
+    assert step.student.network is network and torch.Tensor.backward is backward
+    assert step.optimizer.step == optimizer_step
+    assert step.student.network.refusal is None  # as it is without the clock
+
+
+def test_step_of_make_gpu(capsys):
+    (step,) = [step for step in gpu.steps(Path("out")) if step.name == "training"]
+    assert step.command("python3", 400.0)[-2:] == ["--seconds", "370"]
+    assert gpu.main(["--dry", "--only", "training", "--openai", "/there"]) == 0
+    assert "--openai /there" in capsys.readouterr().out
