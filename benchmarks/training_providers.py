@@ -35,7 +35,7 @@ from cmfast.training.step import TrainStep
 class Ours:
     """A `TrainStep`, as a training run has it."""
 
-    note = None
+    note: str | None = None
 
     def __init__(self, start: Start) -> None:
         trial = start.trial
@@ -93,7 +93,7 @@ class Plain:
     one forward and backward pass.
     """
 
-    note = None
+    note: str | None = None
 
     def __init__(
         self, start: Start, *, compiled: bool = False, dtype: torch.dtype | None = None, microbatch: int | None = None
@@ -103,7 +103,7 @@ class Plain:
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.student: Any = start.denoiser("student", weights)
         self.target: Any = start.denoiser("target", weights)
-        self._models = [self.student.requires_grad_(True), self.target, start.denoiser("teacher", weights)]
+        self._models: list[Any] = [self.student.requires_grad_(True), self.target, start.denoiser("teacher", weights)]
         # In half precision autocast says what the trunk computes in.
         self._lpips: Any = start.perceptual(weights)
         if compiled:
