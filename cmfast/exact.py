@@ -102,7 +102,7 @@ class MixtureDenoiser(Denoiser):
         return means + self.std * noise.to(self.device)
 
 
-def gaussian_map(x: Tensor, sigma: Tensor | float, mean: Tensor | float, std: float, boundary: float) -> Tensor:
+def gaussian_map(x: Tensor, sigma: Tensor | float, boundary: float, *, mean: Tensor | float, std: float) -> Tensor:
     """The consistency function of data from N(mean, std^2): where the trajectory through (x, sigma) is at `boundary`.
 
         f(x, sigma) = mean + (x - mean) sqrt((std^2 + boundary^2) / (std^2 + sigma^2))
@@ -113,7 +113,7 @@ def gaussian_map(x: Tensor, sigma: Tensor | float, mean: Tensor | float, std: fl
 
     x [B, ...]; sigma [B] or a number.
 
-    >>> gaussian_map(torch.tensor([5.0]), 1.0, mean=1.0, std=0.75, boundary=0.0)
+    >>> gaussian_map(torch.tensor([5.0]), 1.0, 0.0, mean=1.0, std=0.75)
     tensor([3.4000])
     """
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)

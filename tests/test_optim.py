@@ -276,3 +276,18 @@ def test_sparse_gradients():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="SparseAdam"):
         optim.RAdam(embedding.parameters()).step()
+
+
+@each
+def test_every_write_is_seen(name):
+    """What is made of weights is made anew where their versions grow, which torch's fused functions do not see to."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    averages = Averages(model, [0.5])
+    optimizer = getattr(optim, name)(model.parameters(), lr=1e-2, averages=averages)
+    for _ in range(8):  # RAdam takes another path from its sixth step on
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        tensors = [*model.parameters(), *averages.tensors(0)]
+        before = [x._version for x in tensors]
+        optimizer.step()
+        assert all(x._version > version for x, version in zip(tensors, before))

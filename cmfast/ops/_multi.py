@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast.ops._lists import alike
+from cmfast.ops._lists import alike, written_by_a_kernel
 
 Tensors = list[Tensor]
 #: Elements of the parameters of a block, where none of them is larger.
@@ -99,6 +99,8 @@ def _step(
                 _average(p, averages, weights, copies, block)
     if p is not parameters:
         ema_update_(parameters, averages, rates, copies=copies)
+    # torch's fused functions leave versions as they were.
+    written_by_a_kernel(parameters, exp_avgs, exp_avg_sqs)
     return torch.zeros(())
 
 

@@ -36,6 +36,8 @@ FAULTS = {
          _STEP + "skipping[inf-reference-adam_ema_]"),
     ],
     "cmfast/ops/_multi.py": [
+        ("writes of fused functions go by unseen", "    written_by_a_kernel(parameters, exp_avgs, exp_avg_sqs)\n", "",
+         _OPTIM + "every_write_is_seen[RAdam]"),
         ("RAdam with Adam's eps", "eps / math.sqrt(1 - betas[1] ** t) if rectified else eps", "eps",
          _STEP + "what_auto_takes_here[5-other betas-radam_ema_]"),
         ("decay by RAdam's rate", "weight_decay / rectification if decoupled_weight_decay else", "",

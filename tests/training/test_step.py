@@ -1,4 +1,4 @@
-"""One training step: nothing is read on the host, and what must not matter does not."""
+"""One training step: nothing is reads a value on the host, and what must not matter does not."""
 
 from dataclasses import replace
 
@@ -10,8 +10,9 @@ from cmfast import backend
 from cmfast.data import Batch
 from cmfast.objectives import EDM, ConsistencyDistillation
 from cmfast.training import TrainStep
+from tests.host_reads import NoHostReads
 from tests.tolerances import TRAINING
-from tests.training.toys import DATA, OBJECTIVES, OPTIONS, NothingRead, denoiser, teacher, unet, weights
+from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, unet, weights
 
 
 def batches(count, size=6, start=0):
@@ -43,14 +44,14 @@ def test_nothing_is_read_on_the_host(name, dtype):
     before = weights(step.model)
     prepared = batches(3)
     # The forms for a CPU, which no GPU runs, may look at values there.
-    with backend("reference"), NothingRead():
+    with backend("reference"), NoHostReads():
         for number, batch in enumerate(prepared, start=2):  # a stage of progressive distillation ends
             step(batch, number)
     assert not torch.equal(weights(step.model), before)
 
 
 def test_the_guard_sees_a_read():
-    with pytest.raises(AssertionError, match="read on the host"), NothingRead():
+    with pytest.raises(AssertionError, match="reads a value on the host"), NoHostReads():
         torch.ones(()).item()
 
 
