@@ -185,7 +185,8 @@ class TestGpuSteps:
     def test_dry(self, capsys):
         assert gpu.main(["--dry"]) == 0
         out = capsys.readouterr().out
-        for name in ("environment", "tests", "benchmarks", "sampling", "training", "parameters", "memcheck", "racecheck"):
+        names = ("environment", "tests", "benchmarks", "sampling", "training", "parameters", "memcheck", "racecheck")
+        for name in names:
             assert f"\n{name} " in f"\n{out}"
         assert sum(step.seconds for step in gpu.steps(Path("out"))) <= 540
 

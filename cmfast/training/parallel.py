@@ -27,7 +27,8 @@ def shard(model: Denoiser, group: Ranks) -> None:
         if isinstance(module, _LISTS):
             for block in module:
                 fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # Else the network's own tensors stay put together after a pass without gradient, and updates of a target go unseen.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def averaging(model: Denoiser) -> Denoiser:
@@ -39,7 +40,7 @@ def averaging(model: Denoiser) -> Denoiser:
 
     network: Any = model.network
     devices = [model.device] if model.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(network, devices, gradient_as_bucket_view=True)
     for name in ("input_dtype", "input_format", "num_classes"):
         if hasattr(network, name):
             setattr(wrapped, name, getattr(network, name))

@@ -32,6 +32,8 @@ STEP = [
     ("blocks do not recompute", "        block.use_checkpoint = True",
      "        block.use_checkpoint = block.use_checkpoint",
      _STEP + "activations_made_again_change_nothing[cd]"),
+    ("every process on its own", "            self.student = parallel.averaging(self.student)", "            pass",
+     "tests/training/test_parallel.py::test_two_processes_learn_what_one_does[cd-ddp]"),
 ]  # fmt: skip
 
 LOOP = [
@@ -93,6 +95,11 @@ RECIPES = [
     ("dropout ignored", 'settings["dropout"] is not None', "False", _RECIPES + "settings_of_the_command_line"),
 ]  # fmt: skip
 
+PARALLEL = [
+    ("a target's own tensors stay put together", ", reshard_after_forward=True", "",
+     "tests/training/test_parallel.py::test_two_processes_learn_what_one_does[cd-fsdp]"),
+]  # fmt: skip
+
 WATCH = [
     ("fused optimizers go by unseen", 'if group.get("fused"):', "if False:",
      "tests/test_engine_changes.py::test_fused_optimizers_are_seen[Adam]"),
@@ -110,6 +117,7 @@ FAULTS = {
     "cmfast/training/state.py": STATE,
     "cmfast/training/frozen.py": FROZEN,
     "cmfast/recipes.py": RECIPES,
+    "cmfast/training/parallel.py": PARALLEL,
     "cmfast/watch.py": WATCH,
     "cmfast/digits.py": DIGITS,
 }
