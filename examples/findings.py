@@ -48,7 +48,7 @@ OPTIONS = TrainOptions(
     warmup=20,
     decay="cosine",
     max_norm=1.0,
-    averages=("warmup:0.98",),
+    averages=("warmup:0.99",),
 )
 
 

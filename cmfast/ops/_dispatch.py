@@ -201,15 +201,17 @@ def use_kernel(
 def plain(name: str, *inputs: Any) -> Callable[..., Any]:
     """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits.
 
-    That is on the CPU, in float32, for more than a few elements (GroupNorm: for any), and where no graph is recorded or
-    the form knows its gradients.
+    That is on the CPU, in float32 (GroupNorm: or bfloat16), for more than a few elements (GroupNorm: for any), and where
+    no graph is recorded or the form knows its gradients.
     """
     function = getattr(reference, name)
     least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
     if inputs[0].numel() < least or current_backend() != "auto" or torch.compiler.is_compiling():
         return function
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
+    half = name in _inplace.HALF and inputs[0].dtype == torch.bfloat16
+    dtypes = (torch.float32, torch.bfloat16) if half else (torch.float32,)
+    if any(x.device.type != "cpu" or x.dtype not in dtypes for x in tensors):
         return function
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < with_gradients:
@@ -254,6 +256,7 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     reason = reason or "Triton's interpreter is for tests: backend 'triton' chooses it"
     if chosen == "triton":
         return "refused", reason
-    if (name in _inplace.FORMS or name in _multi.FORMS) and device.type == "cpu" and dtype == torch.float32:
+    fits = dtype == torch.float32 or (name in _inplace.HALF and dtype == torch.bfloat16)
+    if (name in _inplace.FORMS or name in _multi.FORMS) and device.type == "cpu" and fits:
         return "in place", reason
     return "reference", reason

@@ -22,6 +22,9 @@ from cmfast.reference import Draw
 #: Elements of a batch from which on these forms pay, and with gradients.
 LEAST, LEAST_WITH_GRADIENTS = 2**16, 2**17
 
+#: What takes batches in bfloat16 as well, and computes in float32.
+HALF = ("group_norm_silu",)
+
 #: From how many deviations on a group's mean is too large for variances of E[x^2] - E[x]^2: they lose a digit by then.
 LARGE_MEAN = 4
 
@@ -303,18 +306,22 @@ def group_norm_silu(
     """By PyTorch's own GroupNorm and gradients; in the memory of its result where no graph is recorded."""
     records = _records(x, weight, bias, scale, shift, x_bias, residual)
     pixels = (1,) * (x.ndim - 2)
-    total = x if x_bias is None else x + x_bias.unflatten(0, (-1, *pixels))
+    total = x
+    if x_bias is not None:
+        total = total.float() + x_bias.unflatten(0, (-1, *pixels))
     if residual is not None:
-        total = total + residual if records or total is x else total.add_(residual)
-    y = _group_norm(total, num_groups, weight, bias, eps)
+        total = total.float() + residual if records or total is x else total.add_(residual)
+        total = total.to(x.dtype)
+    y = _group_norm(total.float(), num_groups, weight.float(), bias.float(), eps)
     if scale is not None and shift is not None:
-        factor, summand = (t.unflatten(1, (-1, *pixels)) for t in (1 + scale, shift))
+        factor, summand = (t.float().unflatten(1, (-1, *pixels)) for t in (1 + scale.float(), shift))
         y = torch.addcmul(summand, y, factor, out=None if records else y)
     if silu:
         y = F.silu(y, inplace=not records)
     if dropout and draw is not None:
         factor = reference.dropout_mask(draw, x.shape, dropout) * (1 / (1 - dropout))
         y = y * factor if records else y.mul_(factor)
+    y = y.to(x.dtype)
     return y if residual is None else (y, total)
 
 
