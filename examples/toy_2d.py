@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(rows))
     options.out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(options.out / "toy_2d.png", dpi=80)
+    figure.savefig(options.out / "toy_2d.png", dpi=60)
 
 
 if __name__ == "__main__":

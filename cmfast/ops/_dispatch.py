@@ -201,8 +201,8 @@ def use_kernel(
 def plain(name: str, *inputs: Any) -> Callable[..., Any]:
     """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits.
 
-    That is on the CPU, in float32 (GroupNorm: or bfloat16), for more than a few elements (GroupNorm: for any), and where
-    no graph is recorded or the form knows its gradients.
+    That is on the CPU, in float32 (GroupNorm: or bfloat16), for more than a few elements (GroupNorm: for any), and
+    where no graph is recorded or the form knows its gradients.
     """
     function = getattr(reference, name)
     least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
