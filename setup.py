@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 # Folders of the checkout's top level that install inside cmfast, as {"cmfast.name": "name"}. They are
 # listed by hand: discovery would install them as global packages of their own name, over other projects'.
-TOP_LEVEL = {"cmfast.kernels": "kernels"}
+TOP_LEVEL = {"cmfast.kernels": "kernels", "cmfast.benchmarks": "benchmarks"}
 
 setup(
     packages=[*find_packages(include=["cmfast", "cmfast.*"]), *TOP_LEVEL],

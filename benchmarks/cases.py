@@ -238,8 +238,10 @@ CASES = {
     ),
 }
 
-#: Measured first, and what the bars of `benchmarks.summary` are about.
+#: Measured first, and what the bars of `summary.py` are about.
 FIRST = ("denoise", "euler_step", "weighted_loss l2", "renoise drawn")
+#: What a quick run has.
+QUICK = (*FIRST, "consistency_loss + backward")
 
 
 @dataclass(frozen=True)
@@ -286,14 +288,23 @@ def _of_maps(dtype: torch.dtype, sizes: int | None = None, largest: int | None =
     ]
 
 
+def smallest() -> list[Config]:
+    """Every case once, at a size that takes no time."""
+    images = [Config(name, (3, 32, 32), 2) for name, case in CASES.items() if not case.sizes]
+    return [*images, *_of_maps(torch.bfloat16, 1, 1)]
+
+
 def configs(device_type: str, quick: bool = False) -> list[Config]:
     """What is run, the important first."""
     images = [name for name, case in CASES.items() if not case.sizes]
-    if quick:
-        sizes = [((3, 64, 64), 64)] if device_type == "cuda" else [((3, 32, 32), 2)]
-        maps = _of_maps(torch.bfloat16, 1, None if device_type == "cuda" else 1)
-        return [*(Config(case, *size) for case in images for size in sizes), *maps]
     all_float32 = Dtypes(torch.float32, torch.float32)
+    if quick:
+        cuda = device_type == "cuda"
+        size, dtypes = (MAIN_SIZES[0], Dtypes()) if cuda else (CPU_SIZES[1], all_float32)
+        maps = _of_maps(dtypes.model, 1, None if cuda else 1)
+        return [
+            *(Config(case, *size, dtypes=dtypes) for case in QUICK), *(c for c in maps if c.case == "group_norm_silu")
+        ]
     if device_type != "cuda":
         # What networks run in on a CPU.
         maps = _of_maps(torch.float32, 1, 1) + _of_maps(torch.float32, 1, 4)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.networks import NETWORKS, without_memory
-from benchmarks.original import Missing
-from tests.tolerances import FLOOR
+from cmfast.benchmarks.networks import NETWORKS, without_memory
+from cmfast.benchmarks.original import Missing
+from cmfast.tolerances import FLOOR
 
 
 class Recorded(NamedTuple):

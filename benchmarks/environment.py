@@ -1,4 +1,4 @@
-"""What a measurement was taken on: `python -m benchmarks.environment` prints it as JSON."""
+"""What a measurement was taken on: `python -m cmfast.benchmarks.environment` prints it as JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from cmfast import __version__
+from cmfast.benchmarks.home import CHECKOUT
 
 
 def _output(*command: str) -> str | None:
     """What a command prints; None where it is missing or fails."""
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        run = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
@@ -63,7 +64,8 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     """Hardware, versions, commit and date; `device_type` says whether times are a GPU's or a CPU's."""
     device = torch.device(device)
     gpu = _gpu(device) if device.type == "cuda" else None
-    status = _output("git", "status", "--porcelain", "--untracked-files=no")
+    # An installed package may lie in a folder of some other repository.
+    status = _output("git", "status", "--porcelain", "--untracked-files=no") if CHECKOUT else None
     return {
         "device_type": device.type,
         "device": gpu["name"] if gpu else f"CPU: {_cpu_name()}",
@@ -74,7 +76,8 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "cmfast": __version__,
+        "commit": _output("git", "rev-parse", "HEAD") if CHECKOUT else None,
         "uncommitted_changes": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

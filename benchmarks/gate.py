@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.providers import PLAIN, SEED, ConvolutionsAlone, Models, Provider, Trial
 from cmfast import Denoiser, Sampler
-from tests.tolerances import FLOOR, NETWORK
+from cmfast.benchmarks.providers import PLAIN, SEED, ConvolutionsAlone, Models, Provider, Trial
+from cmfast.tolerances import FLOOR, NETWORK
 
 
 class Gate:
@@ -67,7 +67,7 @@ class Gate:
 
     def _pixels(self, model: Denoiser) -> Tensor:
         """Those images, one at a time; an image does not depend on those beside it."""
-        options: dict[str, Any] = {"sampler": self.trial.sampler, "steps": self.trial.steps, **PLAIN}
+        options: dict[str, Any] = {"sampler": self.trial.loop, "steps": self.trial.steps, **PLAIN}
         sampler = Sampler(model, 1, **options)
         labels = sampler.labels(self.trial.batch, seed=SEED)
         made = sampler.batches(self.rows, self.trial.batch, labels, seed=SEED)

@@ -1,37 +1,31 @@
 """Times of the fused operations beside plain PyTorch and torch.compile: README.md says how they are taken.
 
-    python benchmarks/kernels.py --out DIR [--quick] [--seconds N] [--only TEXT] [--device cuda|cpu]
-    python benchmarks/kernels.py --report DIR/kernels-....json      the closing table again
-    pytest benchmarks/kernels.py --benchmark-only [-k TEXT]
+    python -m cmfast.benchmarks.kernels --out DIR [--quick] [--seconds N] [--only TEXT] [--device cuda|cpu]
+    python -m cmfast.benchmarks.kernels --report DIR/kernels-....json      the closing table again
+    pytest benchmarks --benchmark-only [-k TEXT]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
-import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
-
-if not __package__:
-    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-import cmfast
-from benchmarks import summary, timing
-from benchmarks.cases import CASES, Config, Inputs, configs, exact, make_inputs, operation, run
-from benchmarks.record import Record
-from cmfast import reference
-from tests.tolerances import FLOOR
+from cmfast import ops, reference
+from cmfast.benchmarks import runs, summary, timing
+from cmfast.benchmarks.cases import CASES, Config, Inputs, configs, exact, make_inputs, operation, run
+from cmfast.benchmarks.environment import environment
+from cmfast.tolerances import FLOOR
 
 #: Elements of a batch that the float64 yardstick computes at a time.
 EXACT_ELEMENTS = 2**22
@@ -39,13 +33,10 @@ EXACT_ELEMENTS = 2**22
 EAGER_GRAPH_CALLS = 16
 #: Seconds of samples for each configuration and mode, by device: a CPU has other things to do as well.
 BUDGET_S = {"cuda": 0.4, "cpu": 2.0}
+QUICK_S = 1.0
 
 
-class Wrong(AssertionError):
-    """A provider's results are off."""
-
-
-def _eager(config: Config) -> Callable[[Inputs], Any]:
+def _operation(config: Config) -> Callable[[Inputs], Any]:
     return operation(config)
 
 
@@ -86,25 +77,28 @@ class Provider(NamedTuple):
 
 
 PROVIDERS = {
-    "eager": Provider(_eager, "reference"),
+    "reference": Provider(_operation, "reference"),
     "inductor": Provider(_inductor, "reference"),
     "inductor_randn": Provider(_inductor_randn, "reference", other_noise=True),
-    "cmfast": Provider(_eager, "triton"),
+    "cmfast": Provider(_operation, "triton"),
     # Inside a compiled region: the operation, which leaves itself to inductor unless it draws noise; and its kernel.
     "auto": Provider(_operation_compiled, "auto"),
     "kernel": Provider(_operation_compiled, "triton"),
 }
 
 
-def providers_for(config: Config, device: torch.device, wanted: list[str] | None = None) -> list[str]:
+#: Those that compile nothing.
+PLAIN = ("reference", "cmfast")
+#: What a user gets: the operation, alone or inside a compiled region.
+OURS = ("cmfast", "auto")
+
+
+def providers_for(config: Config) -> list[str]:
     case = CASES[config.case]
-    names = ["eager", "inductor"]
+    names = ["reference", "inductor"]
     if case.drawn:
         names.append("inductor_randn")
-    names += ["auto", "kernel"] if case.compiled else ["cmfast"]
-    if inductor_refusal(device):
-        names = [name for name in names if name in ("eager", "cmfast")]
-    return [name for name in names if wanted is None or name in wanted]
+    return [*names, *(("auto", "kernel") if case.compiled else ("cmfast",))]
 
 
 def inductor_refusal(device: torch.device) -> str | None:
@@ -118,7 +112,7 @@ def inductor_refusal(device: torch.device) -> str | None:
 def contender(name: str, config: Config, device: torch.device, sets: list[Inputs]) -> timing.Contender:
     provider = PROVIDERS[name]
     backend = "auto" if provider.backend == "triton" and device.type == "cpu" else provider.backend
-    return timing.Contender(CASES[config.case], provider.make(config), lambda: cmfast.backend(backend), sets)
+    return timing.Contender(CASES[config.case], provider.make(config), lambda: ops.backend(backend), sets)
 
 
 def reason_of(error: Exception) -> str:
@@ -140,7 +134,7 @@ def _poison(like: list[Tensor]) -> None:
 def _errors(config: Config, t: Inputs, results: dict[str, list[Tensor]]) -> dict[str, list[float]]:
     """For every result of every provider: max |value - exact| / max |exact|; of pixels, the share that is off by a
     level, and infinity where one is off by more."""
-    count = len(results["eager"])
+    count = len(results["reference"])
     worst = {name: [0.0] * count for name in results}
     peaks = [0.0] * count
     rows = max(1, EXACT_ELEMENTS * config.batch // config.elements)
@@ -163,19 +157,19 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
     """The correctness gate: what is wrong, by provider; nothing for one that may be timed.
 
     Plain PyTorch is within twice the floor of the dtype of float64, others within twice its error and the floor:
-    `tests/tolerances.py`. Of pixels, one in a thousand may be off by one level.
+    `cmfast/tolerances.py`. Of pixels, one in a thousand may be off by one level.
     """
-    with cmfast.backend("reference"):
-        results = {"eager": run(CASES[config.case], operation(config), t)}
+    with ops.backend("reference"):
+        results = {"reference": run(CASES[config.case], operation(config), t)}
     wrong: dict[str, str] = {}
     for name, candidate in contenders.items():
-        _poison(results["eager"])
+        _poison(results["reference"])
         try:
             results[name] = candidate.once(t)
             timing.synchronize(device)
         except Exception as error:
             wrong[name] = reason_of(error)
-    shapes = [(tuple(x.shape), x.dtype) for x in results["eager"]]
+    shapes = [(tuple(x.shape), x.dtype) for x in results["reference"]]
     for name in list(results):
         made = [(tuple(x.shape), x.dtype) for x in results[name]]
         if made != shapes:
@@ -183,51 +177,57 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
             del results[name]
     for name in list(results):
         if PROVIDERS[name].other_noise:
-            for i, (value, like) in enumerate(zip(results.pop(name), results["eager"])):
+            for i, (value, like) in enumerate(zip(results.pop(name), results["reference"])):
                 ratio = (value.double().square().mean() / like.double().square().mean()).sqrt().item()
                 if not 0.9 < ratio < 1.1:
                     wrong[name] = f"result {i}: root mean square is {ratio:.3g} times what it should be"
     errors = _errors(config, t, results)
     for name, found in errors.items():
-        for i, (error, eager_error) in enumerate(zip(found, errors["eager"])):
+        for i, (error, plain_error) in enumerate(zip(found, errors["reference"])):
             dtype = results[name][i].dtype
             if dtype == torch.uint8:
                 allowed = 1e-3
             else:
-                allowed = 2 * (FLOOR[dtype] if name == "eager" else eager_error) + (name != "eager") * FLOOR[dtype]
+                floor = FLOOR[dtype]
+                allowed = 2 * floor if name == "reference" else 2 * plain_error + floor
             if not error <= allowed:
                 wrong[name] = f"result {i}: relative error {error:.3g}, allowed {allowed:.3g}"
     return wrong
 
 
 def measure(
-    config: Config, device: torch.device, *, wanted: list[str] | None, l2_bytes: int | None, budget_s: float, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows and failures of one configuration."""
+    trial: Trial, device: torch.device, *, l2_bytes: int | None, budget_s: float, seed: int
+) -> runs.Found:
+    """Rows, failures and missing providers of one configuration."""
+    config = trial.config
     # Each configuration is compiled anew, and Dynamo gives up after a few versions of one function.
     torch._dynamo.reset()
     case = CASES[config.case]
     sets = make_inputs(config, timing.sets_for(config.floor_bytes, l2_bytes), device, seed)
-    contenders, first_call_s, failures = {}, {}, []
-    for name in providers_for(config, device, wanted):
+    contenders, first_call_s, failures, missing = {}, {}, [], {}
+    refusal = inductor_refusal(device)
+    for name in trial.providers:
+        if refusal and name not in PLAIN:
+            missing[name] = refusal
+            continue
         candidate = contender(name, config, device, sets)
         start = time.perf_counter()
         try:
             candidate.once(sets[0])
             timing.synchronize(device)
         except Exception as error:
-            failures.append({"config": str(config), "provider": name, "reason": reason_of(error)})
+            failures.append({"trial": str(config), "provider": name, "reason": reason_of(error)})
             continue
         first_call_s[name] = round(time.perf_counter() - start, 3)
         contenders[name] = candidate
     wrong = check(config, device, contenders, sets[-1])
-    failures += [{"config": str(config), "provider": name, "reason": reason} for name, reason in wrong.items()]
+    failures += [{"trial": str(config), "provider": name, "reason": reason} for name, reason in wrong.items()]
     contenders = {name: candidate for name, candidate in contenders.items() if name not in wrong}
     rows = []
     peaks = {name: timing.peak_bytes(candidate, device) for name, candidate in contenders.items()}
     for mode in ("call", "graph") if device.type == "cuda" else ("call",):
         samples, calls, broken = _samples(mode, contenders, device, budget_s)
-        failures += [{"config": str(config), "provider": f"{name} ({mode})", "reason": broken[name]} for name in broken]
+        failures += [{"trial": str(config), "provider": f"{name} ({mode})", "reason": broken[name]} for name in broken]
         for name, times in samples.items():
             statistics = timing.statistics_us(times)
             rotated = config.floor_bytes * (calls[name] if mode == "graph" else len(sets))
@@ -241,6 +241,7 @@ def measure(
                 "provider": name,
                 "mode": mode,
                 **statistics,
+                "times_cmfast": timing.times_of(times, next((samples[own] for own in OURS if own in samples), None)),
                 "floor": str(case.floor),
                 "floor_bytes": config.floor_bytes,
                 "largest_tensor_bytes": config.elements * max(dtype.itemsize for dtype in config.dtypes),
@@ -252,7 +253,7 @@ def measure(
             })
     for candidate in contenders.values():
         candidate.release()
-    return rows, failures
+    return {"rows": rows, "failures": failures, "missing": missing}
 
 
 def _samples(
@@ -267,7 +268,7 @@ def _samples(
             slices[name] = timing.sliced(stopwatch, candidate.calls)
             continue
         try:
-            candidate.capture(EAGER_GRAPH_CALLS if name == "eager" else timing.MAX_SETS)
+            candidate.capture(EAGER_GRAPH_CALLS if name == "reference" else timing.MAX_SETS)
         except Exception as error:
             broken[name] = reason_of(error)
             continue
@@ -276,122 +277,46 @@ def _samples(
     return timing.interleave(slices, budget_s), calls, broken
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/kernels.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
-    parser.add_argument("--quick", action="store_true", help="one size per case, few samples")
-    parser.add_argument("--seconds", type=float, help="start no new configuration after so many seconds")
-    parser.add_argument("--only", metavar="TEXT", help="configurations whose name holds TEXT, as --list prints them")
-    parser.add_argument("--providers", type=lambda text: text.split(","), help=f"of {','.join(PROVIDERS)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--list", action="store_true", help="print the configurations and stop")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
-    options = parser.parse_args(argv)
-    unknown = set(options.providers or ()) - set(PROVIDERS)
-    if unknown:
-        parser.error(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(PROVIDERS)}")
-    return options
+@dataclass(frozen=True)
+class Trial:
+    """A configuration, and who is timed on it."""
+
+    config: Config
+    providers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.config)
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def _command(options: argparse.Namespace) -> str:
-    """The command line without the folder that results went to."""
-    words = ["python", "benchmarks/kernels.py"]
-    for name in ("seconds", "only", "device"):
-        value = getattr(options, name)
-        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value] if value is not None else []
-    words += ["--providers", ",".join(options.providers)] if options.providers else []
-    return shlex.join(words + (["--quick"] if options.quick else []))
+def trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
+    """The configurations of a command line."""
+    found = [Trial(config, tuple(providers_for(config))) for config in configs(device.type, options.quick)]
+    return runs.of_providers(found, options.providers, dataclasses.replace)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where a provider was off or failed."""
-    start = time.perf_counter()
-    options = arguments(argv)
-    if options.report:
-        print(summary.text(json.loads(options.report.read_text())))
-        return 0
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = [c for c in configs(device.type, options.quick) if options.only is None or options.only in str(c)]
-    if options.list:
-        print("\n".join(str(config) for config in chosen))
-        return 0
-    if not chosen:
-        print(f"no configuration's name holds {options.only!r}: --list prints them", file=sys.stderr)
-        return 2
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: PyTorch sees no GPU here", file=sys.stderr)
-        return 2
-    record = Record("kernels", options.out, device, _command(options), note=None, copy_bandwidth=[])
-    if device.type != "cuda":
-        record.result["note"] = (
-            "measured on a CPU, where cmfast takes plain PyTorch, some of it in place: tells nothing of a GPU"
-        )
-    result = record.result
-    gpu = result["environment"]["gpu"]
-    refusal = inductor_refusal(device)
-    if refusal:
-        result["note"] = "; ".join(filter(None, [result["note"], refusal]))
-    result["copy_bandwidth"].append(timing.copy_bandwidth(device, options.quick))
-    for i, config in enumerate(chosen):
-        if options.seconds is not None and time.perf_counter() - start > options.seconds:
-            result["truncated"], result["not_started"] = True, [str(c) for c in chosen[i:]]
-            break
-        try:
-            rows, failures = measure(
-                config, device, wanted=options.providers, l2_bytes=gpu and gpu["l2_bytes"],
-                budget_s=0.07 if options.quick else BUDGET_S[device.type], seed=i,
-            )
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            rows, failures = [], [{"config": str(config), "provider": "all", "reason": reason}]
-            if isinstance(error, torch.AcceleratorError):
-                result["failures"] += failures
-                result["truncated"], result["not_started"] = True, [str(c) for c in chosen[i + 1 :]]
-                record.write()
-                raise  # The device is lost to this process.
-        bandwidth = result["copy_bandwidth"][0]["gb_per_s"]
-        for row in rows:
-            row["percent_of_copy"] = round(100 * row["gb_per_s"] / bandwidth, 2)
-        result["rows"] += rows
-        result["failures"] += failures
-        record.write()
-        print(f"[{time.perf_counter() - start:6.1f} s] {summary.line(config, rows, failures)}", flush=True)
-    result["copy_bandwidth"].append(timing.copy_bandwidth(device, options.quick))
-    record.write()
-    print(summary.text(result))
-    print(f"written: {record.path}")
-    return 1 if result["failures"] else 0
+def start(
+    options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
+) -> tuple[dict[str, Any], runs.Measure]:
+    """What the result says of itself; and what measures a configuration."""
+    gpu = environment(device)["gpu"]
+    budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
+
+    def measured(trial: Trial, number: int) -> runs.Found:
+        return measure(trial, device, l2_bytes=gpu and gpu["l2_bytes"], budget_s=budget_s, seed=number)
+
+    note = "measured on a CPU, where cmfast takes plain PyTorch, some of it in place: tells nothing of a GPU"
+    return {"about": None if device.type == "cuda" else note}, measured
 
 
-def pytest_generate_tests(metafunc: Any) -> None:
-    """Every configuration with each of its providers, as a test of its own."""
-    if "config" in metafunc.fixturenames:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        pairs = [(config, name) for config in configs(device.type) for name in providers_for(config, device)]
-        metafunc.parametrize("config, provider", pairs, ids=[f"{config} {name}" for config, name in pairs])
-
-
-def test_kernel(config: Config, provider: str, benchmark: Any) -> None:
-    """The gate, then calls that rotate over cold inputs, each round ending when the device has finished."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch._dynamo.reset()
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
-    sets = make_inputs(config, timing.sets_for(config.floor_bytes, l2_bytes), device, seed=0)
-    candidate = contender(provider, config, device, sets)
-    wrong = check(config, device, {provider: candidate}, sets[-1])
-    if wrong:
-        raise Wrong(f"{config}: {wrong}")
-
-    def call() -> None:
-        candidate.calls(1)
-        if candidate.position == 0:
-            timing.synchronize(device)
-
-    benchmark.group = str(config)
-    benchmark.extra_info.update(
-        device=device.type, floor=str(CASES[config.case].floor), floor_bytes=config.floor_bytes, input_sets=len(sets)
-    )
-    benchmark.pedantic(call, iterations=len(sets), rounds=30, warmup_rounds=3)
+SUITE = runs.Suite(
+    "kernels", "the fused operations, beside plain PyTorch and torch.compile", tuple(PROVIDERS), trials, start,
+    summary.line, summary.text,
+)  # fmt: skip
+main = SUITE.main
 
 
 if __name__ == "__main__":

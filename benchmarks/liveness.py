@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import without_memory
+from cmfast.benchmarks.networks import without_memory
 
 
 class Operation(NamedTuple):
@@ -101,6 +103,17 @@ def forward_peak(name: str, batch: int, dtype: torch.dtype) -> int:
     with torch.no_grad(), Liveness() as liveness, _Attention():
         network(x, timesteps, labels)
     return liveness.peak() * dtype.itemsize // torch.float32.itemsize
+
+
+def forward_flops(name: str, batch: int) -> int:
+    """Of one forward pass of a network of `NETWORKS`: convolutions and matrix products, attention's among them."""
+    network = without_memory(name, torch.float32)
+    x = torch.empty(1, network.in_channels, network.image_size, network.image_size, device="meta")
+    labels = None if network.num_classes is None else torch.empty(1, dtype=torch.int64, device="meta")
+    # Attention as matrix products, which the counter knows on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(x, torch.empty(1, device="meta"), labels)
+    return batch * counter.get_total_flops()
 
 
 def weight_bytes(name: str, dtype: torch.dtype) -> int:

@@ -16,8 +16,8 @@ from unittest.mock import MagicMock, patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.original import importing, original_unet
-from benchmarks.training_start import (
+from cmfast.benchmarks.original import importing, original_unet
+from cmfast.benchmarks.training_start import (
     GATE_RATE,
     LOG2_LOSS_SCALE,
     NUM_SCALES,

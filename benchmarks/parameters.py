@@ -1,36 +1,28 @@
 """Times of what a training step does to parameters: averages, an optimizer. README.md says how times are taken.
 
-    python benchmarks/parameters.py --out DIR [--only TEXT] [--providers NAMES] [--seconds N] [--device cuda|cpu]
-    python benchmarks/parameters.py --report DIR/parameters-....json      the closing table again
+    python -m cmfast.benchmarks.parameters --out DIR [--only TEXT] [--providers NAMES] [--seconds N] [--device cuda|cpu]
+    python -m cmfast.benchmarks.parameters --report DIR/parameters-....json      the closing table again
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
+import dataclasses
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-if not __package__:
-    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
-from benchmarks.kernels import inductor_refusal, reason_of
-from benchmarks.networks import NETWORKS
-from benchmarks.record import Record
 from cmfast import ops, optim, reference
+from cmfast.benchmarks import runs, timing
+from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.networks import NETWORKS
 from cmfast.checkpoint import meta_network
 from cmfast.ema import Averages
-from tests.tolerances import FLOOR
+from cmfast.tolerances import FLOOR
 
 #: U-Nets for 32x32 by their millions of parameters; 296 is ImageNet-64's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -46,13 +38,32 @@ TRIALS = {
     "cpu": [("averages", "32M", 4), ("radam", "6M", 2), ("averages", "6M", 2)],
     "cuda": [("averages", "296M", 4), ("radam", "296M", 4), ("averages", "6M", 4), ("radam", "6M", 4)],
 }
+QUICK = [("averages", "6M", 2), ("radam", "6M", 2)]
 RATES = [0.95, 0.999, 0.9999, 0.99994]
 LR, MAX_NORM = 1e-5, 1.0
 BUDGET_S = {"cuda": 3.0, "cpu": 20.0}
+QUICK_S = 3.0
 #: Elements of the parameters that the correctness gate looks at, and steps that it takes: RAdam adapts from its sixth.
 GATE_ELEMENTS, GATE_STEPS = 2**20, 8
 #: Of the averages on a GPU: a part of the copy bandwidth, and how many times as fast as `foreach`.
 BARS = {"percent_of_copy": 90.0, "foreach": 1.25}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An operation on a network's parameters, with so many averages, and who is timed on it."""
+
+    operation: str
+    size: str
+    averages: int
+    providers: tuple[str, ...] = ("loop", "foreach", "inductor", "cmfast")
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {self.size} {self.averages}"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass
@@ -172,15 +183,16 @@ def wrong(operation: str, size: str, averages: int, provider: str, device: torch
     return None if error <= GATE_STEPS * FLOOR[torch.float32] else f"relative error {error:.3g}"
 
 
-def measure(
-    trial: tuple[str, str, int], wanted: list[str] | None, device: torch.device
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows and failures of one trial."""
-    operation, size, averages = trial
+def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
+    """Rows, failures and missing providers of one trial."""
+    operation, size, averages = trial.operation, trial.size, trial.averages
     state, stopwatch = make(size, averages, device), timing.Stopwatch(device)
-    slices, failures = {}, []
-    for provider, maker in PROVIDERS[operation].items():
-        if provider == "inductor" and inductor_refusal(device) or wanted is not None and provider not in wanted:
+    slices: dict[str, Callable[[], float]] = {}
+    found: runs.Found = {"rows": [], "failures": [], "missing": {}}
+    for provider in trial.providers:
+        maker, refusal = PROVIDERS[operation][provider], inductor_refusal(device)
+        if provider == "inductor" and refusal:
+            found["missing"][provider] = refusal
             continue
         torch._dynamo.reset()
         try:
@@ -192,26 +204,26 @@ def measure(
         except Exception as error:
             reason = reason_of(error)
         if reason is not None:
-            failures.append({"trial": " ".join(map(str, trial)), "provider": provider, "reason": reason})
-    rows = []
-    for provider, samples in timing.interleave(slices, BUDGET_S[device.type]).items():
-        statistics = timing.statistics_us(samples)
+            found["failures"].append({"trial": str(trial), "provider": provider, "reason": reason})
+    samples = timing.interleave(slices, budget_s)
+    for provider, times in samples.items():
+        statistics = timing.statistics_us(times)
         moved = state.elements * floor_bytes(operation, averages)
-        rows.append({
+        found["rows"].append({
             "operation": operation, "size": size, "parameters": state.elements, "tensors": len(state.parameters),
-            "averages": averages, "provider": provider, **statistics, "floor_bytes": moved,
+            "averages": averages, "provider": provider, **statistics,
+            "times_cmfast": timing.times_of(times, samples.get("cmfast")), "floor_bytes": moved,
             "gb_per_s": round(moved / statistics["p50_us"] / 1e3, 2),
         })  # fmt: skip
-    return rows, failures
+    return found
 
 
-def table(result: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """Each provider of each trial, as times of cmfast's; and the bars, on a GPU."""
-    lines = []
+    lines = ["", *runs.about(result), ""]
     rows = {(row["operation"], row["size"], row["averages"], row["provider"]): row for row in result["rows"]}
     for (*trial, provider), row in rows.items():
-        ours = rows.get((*trial, "cmfast"))
-        times = f"  {row['p50_us'] / ours['p50_us']:.2f} x cmfast" if ours else ""
+        times = f"  {row['times_cmfast']['p50']:.2f} x cmfast" if row["times_cmfast"] else ""
         lines.append(
             f"{trial[0]:9} {trial[1]:>5} K={trial[2]}  {provider:9} {row['p50_us'] / 1e3:10.3f} ms "
             f"{row['gb_per_s']:8.1f} GB/s {row['percent_of_copy']:6.1f}% of copy{times}"
@@ -222,53 +234,35 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"bar: averages at {share:.1f}% of copy, {BARS['percent_of_copy']:.0f}% wanted")
         rival = rows.get(("averages", "296M", 4, "foreach"))
         if rival:
-            ratio = rival["p50_us"] / large["p50_us"]
+            ratio = rival["times_cmfast"]["p50"]
             lines.append(f"bar: averages {ratio:.2f} times as fast as foreach, {BARS['foreach']} wanted")
-    lines += [f"FAILED {f['trial']} {f['provider']}: {f['reason']}" for f in result["failures"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *runs.leftovers(result)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where a provider was off or failed."""
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="benchmarks/parameters.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
-    parser.add_argument("--only", metavar="TEXT", default="", help="trials whose name holds TEXT, such as 'radam 6M'")
-    parser.add_argument("--providers", type=lambda text: text.split(","), help="of loop,foreach,inductor,cmfast")
-    parser.add_argument("--seconds", type=float, help="start no new trial after so many seconds")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
-    options = parser.parse_args(argv)
-    if options.report:
-        print(table(json.loads(options.report.read_text())))
-        return 0
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
-    words = ["python", "benchmarks/parameters.py", "--device", device.type]
-    words += ["--only", options.only] if options.only else []
-    record = Record("parameters", options.out, device, shlex.join(words), copy_bandwidth=[])
-    result = record.result
-    result["copy_bandwidth"].append(timing.copy_bandwidth(device))
-    for trial in TRIALS[device.type]:
-        name = " ".join(map(str, trial))
-        if options.only not in name:
-            continue
-        if options.seconds is not None and time.perf_counter() - start > options.seconds:
-            result["truncated"] = True
-            result["not_started"].append(name)
-            continue
-        rows, failures = measure(trial, options.providers, device)
-        for row in rows:
-            row["percent_of_copy"] = round(100 * row["gb_per_s"] / result["copy_bandwidth"][0]["gb_per_s"], 2)
-        result["rows"] += rows
-        result["failures"] += failures
-        record.write()
-    result["copy_bandwidth"].append(timing.copy_bandwidth(device))
-    record.write()
-    print(table(result))
-    print(f"written: {record.path}")
-    return 1 if result["failures"] else 0
+def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
+    """The trials of a command line."""
+    found = [Trial(*trial) for trial in (QUICK if options.quick else TRIALS[device.type])]
+    return runs.of_providers(found, options.providers, dataclasses.replace)
+
+
+def start(
+    options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
+) -> tuple[dict[str, Any], runs.Measure]:
+    """Nothing but rows in the result; and what measures a trial."""
+    budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
+    return {}, lambda trial, number: measure(trial, device, budget_s)
+
+
+def line(trial: Trial, found: runs.Found) -> str:
+    """One trial while a run goes on."""
+    return runs.found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.2f} ms" for row in found["rows"]])
+
+
+SUITE = runs.Suite(
+    "parameters", "averages, and an optimizer's step with averages", ("loop", "foreach", "inductor", "cmfast"),
+    chosen_trials, start, line, text,
+)  # fmt: skip
+main = SUITE.main
 
 
 if __name__ == "__main__":

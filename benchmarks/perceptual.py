@@ -1,39 +1,32 @@
 """Times of the LPIPS loss, distance and gradient of one image, beside piq and torch.compile. Trunk weights are random.
 
-    python benchmarks/perceptual.py --out DIR [--batch N] [--providers NAMES] [--seconds N] [--device cuda|cpu]
-    python benchmarks/perceptual.py --report DIR/perceptual-....json      the closing table again
+    python -m cmfast.benchmarks.perceptual --out DIR [--batch N] [--providers NAMES] [--seconds N] [--device cuda|cpu]
+    python -m cmfast.benchmarks.perceptual --report DIR/perceptual-....json      the closing table again
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shlex
+import dataclasses
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-
-if not __package__:
-    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cmfast
-from benchmarks import timing
-from benchmarks.kernels import inductor_refusal, reason_of
-from benchmarks.original import Missing
-from benchmarks.record import Record
+from cmfast import ops
+from cmfast.benchmarks import runs, timing
+from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.original import Missing
 from cmfast.perceptual import LPIPS
-from tests.tolerances import FLOOR
+from cmfast.tolerances import FLOOR
 
 #: Images of 64x64 in a batch, by device, and seconds of samples of each.
 BATCHES = {"cuda": [64, 8], "cpu": [4]}
@@ -43,9 +36,24 @@ BUDGET_S = {"cuda": 3.0, "cpu": 30.0}
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Who is timed on a batch of images."""
+
+    batch: int
+    providers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.batch}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def _in(backend: str, distance: Distance) -> Distance:
     def call(x: Tensor, y: Tensor) -> Tensor:
-        with cmfast.backend(backend):
+        with ops.backend(backend):
             return distance(x, y)
 
     return call
@@ -81,7 +89,7 @@ def _piq(model: LPIPS) -> Distance:
 #: What makes each provider of a module in float32, and whether it runs in the dtype of the default instead.
 PROVIDERS: dict[str, tuple[Callable[[LPIPS], Distance], bool]] = {
     "piq": (_piq, False),
-    "eager": (lambda model: _in("reference", model), True),
+    "reference": (lambda model: _in("reference", model), True),
     "inductor": (lambda model: _in("reference", torch.compile(model, dynamic=False)), True),
     "cmfast": (lambda model: _in("auto", model), True),
     "cmfast_float32": (lambda model: _in("auto", model), False),
@@ -124,37 +132,41 @@ def wrong(distance: Distance, model: LPIPS, batch: int) -> str | None:
     return None
 
 
-def measure(
-    batch: int, wanted: list[str] | None, device: torch.device
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows and failures of one batch size."""
-    x, y = images(batch, device)
-    stopwatch, slices, about, failures = timing.Stopwatch(device), {}, {}, []
-    for name, (maker, by_default) in PROVIDERS.items():
-        if wanted is not None and name not in wanted:
-            continue
-        if (name == "inductor" and inductor_refusal(device)) or (name == "cmfast_float32" and device.type == "cpu"):
-            continue
+def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
+    """Rows, failures and missing providers of one batch size."""
+    x, y = images(trial.batch, device)
+    stopwatch, slices, about = timing.Stopwatch(device), {}, {}
+    found: runs.Found = {"rows": [], "failures": [], "missing": {}}
+    for name in trial.providers:
+        maker, by_default = PROVIDERS[name]
+        refusal = inductor_refusal(device) if name == "inductor" else None
         torch._dynamo.reset()
-        model = make(device, None if by_default else torch.float32)
         try:
+            if refusal:
+                raise Missing(refusal)
+            model = make(device, None if by_default else torch.float32)
             distance = maker(model)
-            reason = wrong(distance, model, batch)
+            reason = wrong(distance, model, trial.batch)
+        except Missing as missing:
+            found["missing"][name] = str(missing)
+            continue
         except Exception as error:
             reason = reason_of(error)
         if reason is not None:
-            failures.append({"batch": str(batch), "provider": name, "reason": reason})
+            found["failures"].append({"trial": str(trial), "provider": name, "reason": reason})
             continue
         dtype = str(next(model.trunk.buffers()).dtype).removeprefix("torch.")
         about[name] = {"dtype": dtype, "peak_bytes": _peak(distance, x, y)}
         slices[name] = timing.sliced(
             stopwatch, lambda count, distance=distance: [step(distance, x, y) for _ in range(count)]
         )
-    rows = [
-        {"batch": batch, "provider": name, **about[name], **timing.statistics_us(samples)}
-        for name, samples in timing.interleave(slices, BUDGET_S[device.type], (5, 1000)).items()
-    ]
-    return rows, failures
+    samples = timing.interleave(slices, budget_s, (5, 1000))
+    found["rows"] = [
+        {"batch": trial.batch, "provider": name, **about[name], **timing.statistics_us(times),
+         "times_cmfast": timing.times_of(times, samples.get("cmfast"))}
+        for name, times in samples.items()
+    ]  # fmt: skip
+    return found
 
 
 def _peak(distance: Distance, x: Tensor, y: Tensor) -> int | None:
@@ -167,56 +179,52 @@ def _peak(distance: Distance, x: Tensor, y: Tensor) -> int | None:
     return torch.cuda.max_memory_allocated(x.device) - before
 
 
-def table(result: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """Each provider, as times of cmfast's."""
-    ours = {row["batch"]: row["p50_us"] for row in result["rows"] if row["provider"] == "cmfast"}
-    lines = []
+    lines = ["", *runs.about(result), ""]
     for row in result["rows"]:
-        times = f"  {row['p50_us'] / ours[row['batch']]:.2f} x cmfast" if row["batch"] in ours else ""
+        times = f"  {row['times_cmfast']['p50']:.2f} x cmfast" if row["times_cmfast"] else ""
         memory = f"  {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""
         rate = row["batch"] / row["p50_us"] * 1e6
         lines.append(
             f"batch {row['batch']:3}  {row['provider']:14} {row['dtype']:8} {row['p50_us'] / 1e3:10.2f} ms "
             f"{rate:9.1f} images/s{times}{memory}"
         )
-    lines += [f"FAILED batch {f['batch']} {f['provider']}: {f['reason']}" for f in result["failures"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *runs.leftovers(result)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where a provider was off or failed; one whose package is missing has not."""
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="benchmarks/perceptual.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """That of this suite alone."""
     parser.add_argument("--batch", type=int, help="this batch size alone")
-    parser.add_argument("--providers", type=lambda text: text.split(","), help=f"of {','.join(PROVIDERS)}")
-    parser.add_argument("--seconds", type=float, help="start no new batch size after so many seconds")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
-    options = parser.parse_args(argv)
-    if options.report:
-        print(table(json.loads(options.report.read_text())))
-        return 0
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
-    words = ["python", "benchmarks/perceptual.py", "--device", device.type]
-    words += ["--batch", str(options.batch)] if options.batch else []
-    words += ["--providers", ",".join(options.providers)] if options.providers else []
-    record = Record("perceptual", options.out, device, shlex.join(words))
-    result = record.result
-    for batch in [options.batch] if options.batch else BATCHES[device.type]:
-        if options.seconds is not None and time.perf_counter() - start > options.seconds:
-            result["truncated"] = True
-            result["not_started"].append(f"batch {batch}")
-            continue
-        rows, failures = measure(batch, options.providers, device)
-        result["rows"] += rows
-        result["failures"] += failures
-        record.write()
-    print(table(result))
-    print(f"written: {record.path}")
-    return int(any(not failure["reason"].startswith("Missing: ") for failure in result["failures"]))
+
+
+def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
+    """The trials of a command line."""
+    if options.quick and device.type == "cpu":
+        return []  # One image takes a second.
+    # Of the default's dtype there is only one on a CPU.
+    names = tuple(name for name in PROVIDERS if not (name == "cmfast_float32" and device.type == "cpu"))
+    found = [Trial(batch, names) for batch in ([options.batch] if options.batch else BATCHES[device.type])]
+    return runs.of_providers(found, options.providers, dataclasses.replace)
+
+
+def start(
+    options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
+) -> tuple[dict[str, Any], runs.Measure]:
+    """Nothing but rows in the result; and what measures a trial."""
+    return {}, lambda trial, number: measure(trial, device, BUDGET_S[device.type])
+
+
+def line(trial: Trial, found: runs.Found) -> str:
+    """One trial while a run goes on."""
+    return runs.found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.1f} ms" for row in found["rows"]])
+
+
+SUITE = runs.Suite(
+    "perceptual", "the LPIPS loss with its gradient", tuple(PROVIDERS), chosen_trials, start, line, text,
+    options=add_options, own=("batch",),
+)  # fmt: skip
+main = SUITE.main
 
 
 if __name__ == "__main__":

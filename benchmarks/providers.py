@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import networks
-from benchmarks.convolutions import Convolutions
-from benchmarks.original import Missing, original_unet
 from cmfast import Denoiser, Sampler, ops, reference
+from cmfast.benchmarks import networks
+from cmfast.benchmarks.convolutions import Convolutions
+from cmfast.benchmarks.original import Missing, original_unet
 
 #: What diffusers' documentation recommends for the most speed; it includes CUDA graphs on a GPU.
 MAX_AUTOTUNE = {"mode": "max-autotune", "dynamic": False}
 #: Noise of the first step and labels of the images that the gate looks at follow from it.
 SEED = 2**40 + 7
+#: In the place of a sampler's name: one D, with neither noise drawn nor pixels made.
+FORWARD = "forward"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,25 @@ class Trial:
 
     def __str__(self) -> str:
         """
-        >>> str(Trial(16, ("eager", "cmfast"), steps=2))
-        'batch 16, multistep, 2 steps: eager, cmfast'
+        >>> str(Trial(16, ("reference", "cmfast"), steps=2))
+        'batch 16, multistep, 2 steps: reference, cmfast'
+        """
+        return f"{self.name}: {', '.join(self.providers)}"
+
+    @property
+    def loop(self) -> str:
+        """The sampler that is built: of a forward pass, the loop around one."""
+        return "multistep" if self.sampler == FORWARD else self.sampler
+
+    @property
+    def name(self) -> str:
+        """
+        >>> Trial(1, (), sampler="forward").name
+        'batch 1, forward'
         """
         plural = "" if self.steps == 1 else "s"
-        return f"batch {self.batch}, {self.sampler}, {self.steps} step{plural}: {', '.join(self.providers)}"
+        steps = "" if self.sampler == FORWARD else f", {self.steps} step{plural}"
+        return f"batch {self.batch}, {self.sampler}{steps}"
 
 
 class Models:
@@ -79,7 +95,7 @@ class Engine:
 
     def __init__(self, models: Models, trial: Trial, model: Denoiser, **options: Any) -> None:
         self.dtype, self.shares_weights, self.note = models.dtype, True, None
-        self.sampler = Sampler(model, trial.batch, sampler=trial.sampler, steps=trial.steps, **options)
+        self.sampler = Sampler(model, trial.batch, sampler=trial.loop, steps=trial.steps, **options)
 
     def sample(self, n: int) -> Tensor:
         """n images, uint8 [n, H, W, C] on the CPU."""
@@ -207,8 +223,14 @@ def _openai(models: Models, trial: Trial, compiled: bool = False) -> OneStep:
     return OneStep(models, trial, model, dtype=dtype, input_dtype=torch.float32, note=note)
 
 
-def _eager_compile(models: Models, trial: Trial) -> OneStep:
+def _inductor(models: Models, trial: Trial) -> OneStep:
     step = OneStep(models, trial, torch.compile(models.network))
+    step.shares_weights = True
+    return step
+
+
+def _inductor_max(models: Models, trial: Trial) -> OneStep:
+    step = OneStep(models, trial, models.channels_last.network, compile=MAX_AUTOTUNE, channels_last=True)
     step.shares_weights = True
     return step
 
@@ -217,43 +239,51 @@ def _eager_compile(models: Models, trial: Trial) -> OneStep:
 PROVIDERS: dict[str, Callable[[Models, Trial], Provider]] = {
     "convolutions": functools.partial(ConvolutionsAlone, packed=True),
     "convolutions_unpacked": functools.partial(ConvolutionsAlone, packed=False),
-    "eager": lambda models, trial: Engine(models, trial, models.contiguous, **PLAIN),
-    "eager_channels_last": lambda models, trial: Engine(models, trial, models.channels_last, **PLAIN),
+    "reference": lambda models, trial: Engine(models, trial, models.contiguous, **PLAIN),
+    "reference_channels_last": lambda models, trial: Engine(models, trial, models.channels_last, **PLAIN),
     "openai": _openai,
     "diffusers": _diffusers,
     "cmfast": _cmfast,
     "cmfast_compile": functools.partial(_cmfast, compile=True),
     "diffusers_compile": functools.partial(_diffusers, compile=MAX_AUTOTUNE),
-    "eager_compile": _eager_compile,
+    "inductor": _inductor,
+    "inductor_max": _inductor_max,
     "openai_compile": functools.partial(_openai, compiled=True),
 }
 #: Those that take minutes to start.
-COMPILED = tuple(name for name in PROVIDERS if name.endswith("_compile"))
+COMPILED = tuple(name for name in PROVIDERS if name.endswith("_compile") or name.startswith("inductor"))
 
 
-def trials(device_type: str, batches: list[int], compile: bool) -> list[Trial]:
+def trials(device_type: str, batches: list[int], compile: bool, quick: bool = False) -> list[Trial]:
     """What is run, the important first."""
+    if quick:
+        some = ("reference", "openai", "diffusers", "cmfast")
+        ends = sorted({batches[0], batches[-1]})
+        return [*(Trial(b, some) for b in ends), Trial(batches[0], some, sampler=FORWARD)]
     if device_type == "cuda":
-        quick = ("eager", "eager_channels_last", "openai", "diffusers", "cmfast")
+        fast = ("reference", "reference_channels_last", "openai", "diffusers", "cmfast")
         # Batches of one and the largest have bars.
         ordered = sorted(batches, key=lambda batch: (batch not in (batches[0], batches[-1]), batch))
         ends = ordered[:2]
-        rivals = ("diffusers_compile", "cmfast_compile") if compile else ()
+        rivals = ("diffusers_compile", "cmfast_compile", "inductor_max") if compile else ()
         return [
-            *(Trial(b, quick) for b in ends),
+            *(Trial(b, fast) for b in ends),
             # One at a time: one that takes too long to compile does not take the other's numbers with it.
             *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ends),
-            *(Trial(b, quick) for b in ordered[len(ends) :]),
+            *(Trial(b, fast) for b in ordered[len(ends) :]),
             *(Trial(b, ("cmfast",), steps=2) for b in ends),
+            *(Trial(b, fast, sampler=FORWARD) for b in ends),
             Trial(ends[0], ("cmfast",), sampler="heun", steps=18),
             *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ordered[len(ends) :]),
         ]
-    quick = ("convolutions", "convolutions_unpacked", "eager", "eager_channels_last", "openai", "cmfast")
-    slow = ("convolutions", "eager_compile", "openai_compile", "cmfast", "cmfast_compile")
+    alone, plain = ("convolutions", "convolutions_unpacked"), ("reference", "reference_channels_last")
+    fast = (*alone, *plain, "openai", "diffusers", "cmfast")
+    slow = ("convolutions", "inductor", "openai_compile", "cmfast", "cmfast_compile")
     return [
-        *(Trial(b, quick) for b in batches),
+        *(Trial(b, fast) for b in batches),
         *(Trial(b, slow) for b in batches if compile),
-        Trial(batches[0], ("cmfast",), steps=2),
+        Trial(batches[0], ("reference", "openai", "cmfast"), sampler=FORWARD),
+        Trial(batches[0], ("reference", "cmfast"), steps=2),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
+from cmfast.benchmarks.environment import environment
 
 
 class Record:
@@ -18,7 +18,8 @@ class Record:
 
     def __init__(self, kind: str, folder: Path, device: torch.device, command: str, **fields: Any) -> None:
         self.result: dict[str, Any] = {
-            "schema": 1,
+            "schema": 2,
+            "suite": kind,
             "environment": environment(device) | {"command": command},
             "truncated": False,
             "not_started": [],

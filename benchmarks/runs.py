@@ -1,4 +1,4 @@
-"""What runs of trials have in common: their command line, their time limit, what becomes of trials that fail."""
+"""What benchmark programs have in common: their command line, their time limit, what becomes of trials that fail."""
 
 from __future__ import annotations
 
@@ -8,57 +8,187 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.record import Record
+from cmfast.benchmarks import timing
+from cmfast.benchmarks.record import Record
 
+#: `rows`, `failures` and `missing` of a trial.
 Found = dict[str, Any]
 #: With a time limit, a trial with compiled providers is not started when less is left: it would be cut off.
 COMPILE_S = 240.0
 
 
-def parser(program: str, description: str, providers: Iterable[str], rounds: int) -> argparse.ArgumentParser:
-    """Options that every such program takes."""
-    made = argparse.ArgumentParser(prog=f"benchmarks/{program}.py", description=description)
-    made.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
-    made.add_argument("--providers", type=lambda text: text.split(","), help=f"these alone, of {','.join(providers)}")
-    made.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                      help="also what takes minutes to compile (default: on a GPU)")
-    made.add_argument("--openai", type=Path, metavar="CHECKOUT", help="a checkout of openai/consistency_models")
-    made.add_argument("--rounds", type=int, default=rounds, help=f"samples of each at least (default {rounds})")
-    made.add_argument("--seconds", type=float, help="start no new trial after so many seconds")
-    made.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    made.add_argument("--list", action="store_true", help="print the trials and stop")
-    made.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
-    return made
+class Trial(Protocol):
+    """What is measured in turn."""
+
+    @property
+    def name(self) -> str:
+        """What is measured, whoever does it; rows have it."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Who does it."""
 
 
-def parse(made: argparse.ArgumentParser, argv: list[str] | None, providers: Collection[str]) -> argparse.Namespace:
-    """The options; an error for a provider that is not known."""
-    options = made.parse_args(argv)
-    unknown = set(options.providers or ()) - set(providers)
-    if unknown:
-        made.error(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(providers)}")
-    return options
+#: Measures a trial, given its number.
+Measure = Callable[[Any, int], Found]
 
 
-def command(program: str, options: argparse.Namespace, rounds: int, own: Iterable[str]) -> str:
-    """The command line without the folders that results went to and the original came from. own: the program's own
-    options."""
-    words = ["python", f"benchmarks/{program}.py"]
-    for name in (*own, "providers"):
-        value = getattr(options, name)
-        if value:
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    words += ["--openai", "CHECKOUT"] if options.openai else []
-    words += [] if options.compile is None else ["--compile" if options.compile else "--no-compile"]
-    words += ["--rounds", str(options.rounds)] if options.rounds != rounds else []
-    words += ["--seconds", f"{options.seconds:g}"] if options.seconds is not None else []
-    return shlex.join(words + (["--device", options.device] if options.device else []))
+@dataclass(frozen=True)
+class Suite:
+    """One kind of benchmark, which is one program: `main`.
+
+    what: in a few words, for lists. providers: all there are; compiled: those that take minutes to start. options: adds
+    the suite's own options to a parser; own: their names, for the command that a result holds. trials: of a command
+    line, the important first, those of `--only` and `--providers` not yet chosen. start: fields of the result besides
+    its rows, and what measures a trial. line: a trial while a run goes on. text: the closing table of a result.
+    """
+
+    name: str
+    what: str
+    providers: tuple[str, ...]
+    trials: Callable[[argparse.Namespace, torch.device], Sequence[Any]]
+    start: Callable[[argparse.Namespace, torch.device, Sequence[Any]], tuple[dict[str, Any], Measure]]
+    line: Callable[[Any, Found], str]
+    text: Callable[[dict[str, Any]], str]
+    compiled: tuple[str, ...] = ()
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    own: tuple[str, ...] = ()
+    rounds: int = 7
+
+    def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; an error for a provider that is not known."""
+        parser = argparse.ArgumentParser(
+            prog=f"cmfast.benchmarks.{self.name}", description=f"Times of {self.what}: benchmarks/README.md."
+        )
+        parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for the JSON file")
+        parser.add_argument("--only", metavar="TEXT", help="trials whose name holds TEXT, as --list prints them")
+        parser.add_argument("--providers", type=_words, help=f"these alone, of {','.join(self.providers)}")
+        parser.add_argument("--quick", action="store_true", help="few trials, small sizes, few samples")
+        parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                            help="also what takes minutes to compile (default: on a GPU)")
+        parser.add_argument("--openai", type=Path, metavar="CHECKOUT", help="a checkout of openai/consistency_models")
+        parser.add_argument("--rounds", type=int, default=self.rounds,
+                            help=f"samples of each at least (default {self.rounds})")
+        parser.add_argument("--seconds", type=float, help="start no new trial after so many seconds")
+        parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+        parser.add_argument("--list", action="store_true", help="print the trials and stop")
+        parser.add_argument("--report", type=Path, metavar="JSON", help="print the closing table of an earlier run")
+        self.options(parser)
+        options = parser.parse_args(argv)
+        unknown = set(options.providers or ()) - set(self.providers)
+        if unknown:
+            parser.error(f"unknown providers {', '.join(sorted(unknown))}; known: {', '.join(self.providers)}")
+        return options
+
+    def chosen(self, options: argparse.Namespace) -> list[Any]:
+        """The trials of a command line, with the providers that it names."""
+        found = [t for t in self.trials(options, device_of(options)) if (options.only or "") in f"{self.name} {t}"]
+        return [trial for trial in dict.fromkeys(found) if trial.providers]
+
+    def command(self, options: argparse.Namespace) -> str:
+        """The command line without the folders that results went to and the original came from."""
+        words = ["python", "-m", f"cmfast.benchmarks.{self.name}"]
+        for name in (*self.own, "only", "providers"):
+            value = getattr(options, name)
+            if value:
+                words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+        words += ["--quick"] if options.quick else []
+        words += ["--openai", "CHECKOUT"] if options.openai else []
+        words += [] if options.compile is None else ["--compile" if options.compile else "--no-compile"]
+        words += ["--rounds", str(options.rounds)] if options.rounds != self.rounds else []
+        words += ["--seconds", f"{options.seconds:g}"] if options.seconds is not None else []
+        return shlex.join(words + (["--device", options.device] if options.device else []))
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """0; 1 where a provider was off or failed; 2 where nothing can be measured."""
+        begun = time.perf_counter()
+        options = self.arguments(argv)
+        if options.report:
+            print(self.text(json.loads(options.report.read_text())))
+            return 0
+        device, trials = device_of(options), self.chosen(options)
+        if options.list:
+            print("\n".join(str(trial) for trial in trials))
+            return 0
+        if not trials:
+            print(f"no trial of {self.name} has that name and one of those providers: --list prints all",
+                  file=sys.stderr)
+            return 2
+        if device.type == "cuda" and not torch.cuda.is_available():
+            print("--device cuda: PyTorch sees no GPU here", file=sys.stderr)
+            return 2
+        fields, measure = self.start(options, device, trials)
+        record = Record(self.name, options.out, device, self.command(options), rates=[], missing={}, **fields)
+        record.result["rates"].append(timing.rates(device, options.quick))
+        self._run(record, trials, measure, options.seconds, begun)
+        record.result["rates"].append(timing.rates(device, options.quick))
+        record.write()
+        print(self.text(record.result))
+        print(f"written: {record.path}")
+        return 1 if record.result["failures"] else 0
+
+    def _run(
+        self, record: Record, trials: Sequence[Any], measure: Measure, seconds: float | None, begun: float
+    ) -> None:
+        """Measure trial after trial into the record; one that fails stops no other, unless the device is lost."""
+        result = record.result
+        for i, trial in enumerate(trials):
+            left = math.inf if seconds is None else seconds - (time.perf_counter() - begun)
+            if left < (COMPILE_S if set(trial.providers) & set(self.compiled) else 0):
+                result["truncated"] = True
+                result["not_started"].append(str(trial))
+                continue
+            try:
+                found = measure(trial, i)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
+                found = {"rows": [], "missing": {}, "failures": failures}
+                if isinstance(error, torch.AcceleratorError):
+                    result["failures"] += failures
+                    result["truncated"], result["not_started"] = True, [str(t) for t in trials[i + 1 :]]
+                    record.write()
+                    raise  # The device is lost to this process.
+            result["rows"] += [rated({"name": trial.name, **row}, result["rates"][0]) for row in found["rows"]]
+            result["failures"] += found["failures"]
+            result["missing"] |= found["missing"]
+            record.write()
+            print(f"[{time.perf_counter() - begun:6.1f} s] {self.line(trial, found)}", flush=True)
+
+
+def rated(row: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:
+    """The row beside what the device can do at most: a copy, a large matrix product (on a CPU: convolution)."""
+    if row.get("gb_per_s") is not None:
+        row["percent_of_copy"] = round(100 * row["gb_per_s"] / rates["copy"]["gb_per_s"], 2)
+    if row.get("tflop_per_s") is not None:
+        rate = rates["matrix"].get(row.get("dtype"))
+        row["percent_of_matrix"] = round(100 * row["tflop_per_s"] / rate["tflop_per_s"], 2) if rate else None
+    return row
+
+
+def of_providers(trials: Iterable[Any], wanted: Collection[str] | None, replace: Callable[..., Any]) -> list[Any]:
+    """Trials with the wanted providers alone, in their order. replace: as dataclasses.replace."""
+    if wanted is None:
+        return list(trials)
+    return [replace(trial, providers=tuple(name for name in wanted if name in trial.providers)) for trial in trials]
+
+
+def found_line(trial: Any, found: Found, times: Iterable[str]) -> str:
+    """One trial while a run goes on: times, what is off, what is missing."""
+    wrong = [f"{failure['provider']} FAILED: {failure['reason'].splitlines()[0]}" for failure in found["failures"]]
+    missing = [f"{name} missing: {reason}" for name, reason in found["missing"].items()]
+    return f"{trial}\n    " + "\n    ".join([*times, *wrong, *missing])
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -70,58 +200,26 @@ def compiles(options: argparse.Namespace, device: torch.device) -> bool:
     return device.type == "cuda" if options.compile is None else options.compile
 
 
-def only(
-    options: argparse.Namespace, trials: Callable[[torch.device], list[Any]], text: Callable[[dict[str, Any]], str]
-) -> int | None:
-    """The exit status of a run that only prints, or cannot be; None for one that measures."""
-    if options.report:
-        print(text(json.loads(options.report.read_text())))
-        return 0
-    if options.list:
-        print("\n".join(str(trial) for trial in trials(device_of(options))))
-        return 0
-    if device_of(options).type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: PyTorch sees no GPU here", file=sys.stderr)
-        return 2
-    return None
+def about(result: dict[str, Any]) -> list[str]:
+    """What a run was taken on, its command, what the device can do at most, and what was not measured."""
+    found = result["environment"]
+    lines = [
+        f"{found['device']}, {found['cpu']['threads']} threads; torch {found['torch']}, triton {found['triton']}, CUDA "
+        f"{found['cuda']}, python {found['python']}; commit {found['commit']}"
+        f"{' + changes' if found['uncommitted_changes'] else ''}; {found['date']}",
+        f"command: {found['command']}",
+    ]
+    for when, rates in zip(("first", "last"), result["rates"]):
+        matrices = ", ".join(f"{dtype} {rate['tflop_per_s']:.3g} TFLOP/s" for dtype, rate in rates["matrix"].items())
+        lines.append(f"copy, {when}: {rates['copy']['gb_per_s']:.1f} GB/s read + written; {rates['what']}: {matrices}")
+    return lines
 
 
-def run(
-    record: Record,
-    trials: list[Any],
-    measure: Callable[[Any, int], Found],
-    line: Callable[[Any, Found], str],
-    *,
-    compiled: Collection[str],
-    seconds: float | None,
-    begun: float,
-) -> None:
-    """Measure trial after trial into the record; one that fails stops no other, unless the device is lost.
-
-    measure: (trial, its number) to `rows`, `failures` and `missing`. compiled: the providers that take minutes.
-    seconds: after `begun`, when no trial is started any more.
-    """
-    result = record.result
-    for i, trial in enumerate(trials):
-        left = math.inf if seconds is None else seconds - (time.perf_counter() - begun)
-        if left < (COMPILE_S if set(trial.providers) & set(compiled) else 0):
-            result["truncated"] = True
-            result["not_started"].append(str(trial))
-            continue
-        try:
-            found = measure(trial, i)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
-            found = {"rows": [], "missing": {}, "failures": failures}
-            if isinstance(error, torch.AcceleratorError):
-                result["failures"] += failures
-                result["truncated"], result["not_started"] = True, [str(t) for t in trials[i + 1 :]]
-                record.write()
-                raise  # The device is lost to this process.
-        result["rows"] += found["rows"]
-        result["failures"] += found["failures"]
-        result["missing"] |= found["missing"]
-        record.write()
-        print(f"[{time.perf_counter() - begun:6.1f} s] {line(trial, found)}", flush=True)
-    record.write()
+def leftovers(result: dict[str, Any]) -> list[str]:
+    """What a run did not time, and why."""
+    lines = [f"missing: {name}: {reason}" for name, reason in result["missing"].items()]
+    notes = {row["provider"]: row["note"] for row in result["rows"] if row.get("note")}
+    lines += [f"note: {name}: {note}" for name, note in notes.items()]
+    if result["truncated"]:
+        lines += [f"not started, TRUNCATED by --seconds: {trial}" for trial in result["not_started"]]
+    return lines + [f"FAILED, not timed: {f['trial']}: {f['provider']}: {f['reason']}" for f in result["failures"]]

@@ -1,7 +1,7 @@
 """Times of whole batches of images, cmfast's Sampler beside its rivals: README.md says how they are taken.
 
-    python benchmarks/sampling.py --out DIR [--network imagenet64|lsun256|tiny] [--seconds N] [--openai CHECKOUT]
-    python benchmarks/sampling.py --report DIR/sampling-....json      the closing table again
+    python -m cmfast.benchmarks.sampling --out DIR [--network imagenet64|lsun256|tiny] [--seconds N] [--openai CHECKOUT]
+    python -m cmfast.benchmarks.sampling --report DIR/sampling-....json      the closing table again
 """
 
 from __future__ import annotations
@@ -10,30 +10,35 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
-
-if not __package__:
-    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from benchmarks import memory, runs, sampling_summary, timing
-from benchmarks.gate import Gate
-from benchmarks.kernels import inductor_refusal, reason_of
-from benchmarks.liveness import forward_peak, weight_bytes
-from benchmarks.networks import NETWORKS
-from benchmarks.original import Missing
-from benchmarks.providers import COMPILED, PROVIDERS, Engine, Models, Provider, Trial, trials
-from benchmarks.record import Record
+from cmfast.benchmarks import memory, runs, sampling_summary, timing
+from cmfast.benchmarks.gate import Gate
+from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.liveness import forward_flops, forward_peak, weight_bytes
+from cmfast.benchmarks.networks import NETWORKS
+from cmfast.benchmarks.original import Missing
+from cmfast.benchmarks.providers import (
+    COMPILED,
+    FORWARD,
+    PROVIDERS,
+    ConvolutionsAlone,
+    Engine,
+    Models,
+    Provider,
+    Trial,
+    trials,
+)
 
 #: Batches by type of device; those of networks that take much more are fewer.
 BATCHES = {"cuda": [1, 16, 64, 256], "cpu": [1, 4]}
 LARGE_BATCHES = {"cuda": [1, 16, 64], "cpu": [1]}
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 6.0, "cpu": 20.0}
+QUICK_S = 4.0
 ROUNDS = 7
 #: Images in a row, one batch after the other, that one sample of the throughput lasts, in seconds.
 THROUGHPUT_S = 0.25
@@ -45,6 +50,8 @@ class Contender:
     def __init__(self, name: str, models: Models, trial: Trial) -> None:
         """Raises: Missing, or what the provider raises."""
         self.name, self.trial, self.device = name, trial, models.device
+        if trial.sampler == FORWARD:
+            self._noise, self._labels = models.noise(trial.batch), models.labels(trial.batch)
         before = memory.settled(self.device)
         start = time.perf_counter()
         self.provider: Provider = PROVIDERS[name](models, trial)
@@ -60,8 +67,14 @@ class Contender:
         self._measure_memory(models, before)
 
     def batches(self, count: int) -> None:
-        """Make so many batches of images, on the CPU at the end."""
-        self.provider.sample(count * self.trial.batch)
+        """Make so many batches of images, on the CPU at the end; or, of a forward pass, so many D on the device."""
+        if self.trial.sampler != FORWARD:
+            self.provider.sample(count * self.trial.batch)
+            return
+        assert not isinstance(self.provider, ConvolutionsAlone)
+        for _ in range(count):
+            self.provider.denoised(self._noise, self._labels)
+        timing.synchronize(self.device)
 
     def _measure_memory(self, models: Models, before: memory.Memory | None) -> None:
         """Device memory of a batch when all is compiled and captured, weights included; and at most until then."""
@@ -123,10 +136,12 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
         contenders.append(contender)
     del gate
     samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))
+    flops = forward_flops(models.name, trial.batch) * network_calls(trial)
     abouts = {contender.name: contender.about for contender in contenders}
     for key, times in samples.items():
         name, mode = key.split()
         statistics = timing.statistics_ms(times)
+        alone = name.startswith("convolutions")
         found["rows"].append({
             "trial": number,
             "network": models.name,
@@ -136,18 +151,22 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
             "provider": name,
             "mode": mode,
             **statistics,
-            "images_per_s": None if name.startswith("convolutions")
-            else round(1e3 * trial.batch / statistics["p50_ms"], 2),
+            "times_cmfast": timing.times_of(times, samples.get(f"cmfast {mode}")),
+            "images_per_s": None if alone else round(1e3 * trial.batch / statistics["p50_ms"], 2),
+            "gflop": None if alone else round(flops / 1e9, 1),
+            "tflop_per_s": None if alone else round(flops / statistics["p50_ms"] / 1e9, 3),
             **abouts[name],
         })
     return found
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser("sampling", __doc__.splitlines()[0], PROVIDERS, ROUNDS)
-    parser.add_argument("--network", choices=sorted(NETWORKS), default="imagenet64")
-    parser.add_argument("--batches", type=_numbers, help="batch sizes, as in 1,16 (default: by device and network)")
-    return runs.parse(parser, argv, PROVIDERS)
+def network_calls(trial: Trial) -> int:
+    """Forward passes of a batch: Heun's method takes two a step, but for the last.
+
+    >>> network_calls(Trial(1, (), sampler="heun", steps=18))
+    35
+    """
+    return 2 * trial.steps - 1 if trial.sampler == "heun" else trial.steps
 
 
 def _numbers(text: str) -> list[int]:
@@ -157,43 +176,43 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this suite alone."""
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: imagenet64; --quick on a CPU: unet32")
+    parser.add_argument("--batches", type=_numbers, help="batch sizes, as in 1,16 (default: by device and network)")
+
+
 def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
     """The trials of a command line; with --providers, those and no others, at one step."""
+    options.network = options.network or ("unet32" if options.quick and device.type == "cpu" else "imagenet64")
     default = (LARGE_BATCHES if options.network == "lsun256" else BATCHES)[device.type]
     batches = options.batches or default
     if options.providers:
         return [Trial(batch, tuple(options.providers)) for batch in batches]
-    return trials(device.type, batches, runs.compiles(options, device))
+    return trials(device.type, batches, runs.compiles(options, device), options.quick)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where a provider was off or failed."""
-    start = time.perf_counter()
-    options = arguments(argv)
-    status = runs.only(options, lambda device: chosen_trials(options, device), sampling_summary.text)
-    if status is not None:
-        return status
-    device = runs.device_of(options)
-    chosen = chosen_trials(options, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    alive = {str(b): forward_peak(options.network, b, dtype) for b in sorted({t.batch for t in chosen})}
-    record = Record(
-        "sampling", options.out, device, runs.command("sampling", options, ROUNDS, ("network", "batches")),
-        network=options.network, weight_bytes=weight_bytes(options.network, dtype), liveness_bytes=alive, missing={},
-    )
-    models = Models(options.network, device, dtype, options.openai)
-    runs.run(
-        record,
-        chosen,
-        lambda trial, i: measure(models, trial, i, budget_s=BUDGET_S[device.type], rounds=options.rounds),
-        sampling_summary.line,
-        compiled=COMPILED,
-        seconds=options.seconds,
-        begun=start,
-    )
-    print(sampling_summary.text(record.result))
-    print(f"written: {record.path}")
-    return 1 if record.result["failures"] else 0
+def start(
+    options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
+) -> tuple[dict[str, Any], runs.Measure]:
+    """What the result says of itself; and what measures a trial."""
+    name, dtype = options.network, torch.bfloat16 if device.type == "cuda" else torch.float32
+    alive = {str(b): forward_peak(name, b, dtype) for b in sorted({t.batch for t in chosen})}
+    models = Models(name, device, dtype, options.openai)
+    budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
+
+    def measured(trial: Trial, number: int) -> runs.Found:
+        return measure(models, trial, number, budget_s=budget_s, rounds=options.rounds)
+
+    return {"network": name, "weight_bytes": weight_bytes(name, dtype), "liveness_bytes": alive}, measured
+
+
+SUITE = runs.Suite(
+    "sampling", "whole batches of images and forward passes, the Sampler beside its rivals", tuple(PROVIDERS),
+    chosen_trials, start, sampling_summary.line, sampling_summary.text, COMPILED, add_options, ("network", "batches"),
+    ROUNDS,
+)  # fmt: skip
+main = SUITE.main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.summary import TIE
+from cmfast.benchmarks import runs
+from cmfast.benchmarks.comparisons import TIE
 
 Row = dict[str, Any]
 
@@ -24,10 +25,9 @@ ORIGINAL_FACTOR = 1.2
 
 def line(trial: Any, found: dict[str, Any]) -> str:
     """One trial while a run goes on."""
-    times = [f"{row['provider']} {row['mode']} {row['p50_ms']:.2f} ms" for row in found["rows"]]
-    wrong = [f"{failure['provider']} FAILED: {failure['reason'].splitlines()[0]}" for failure in found["failures"]]
-    missing = [f"{name} missing: {reason}" for name, reason in found["missing"].items()]
-    return f"{trial}\n    " + "\n    ".join([*times, *wrong, *missing])
+    return runs.found_line(
+        trial, found, [f"{row['provider']} {row['mode']} {row['p50_ms']:.2f} ms" for row in found["rows"]]
+    )
 
 
 def _where(row: Row) -> str:
@@ -51,7 +51,11 @@ def ratios(rows: list[Row], ours: str, other: str) -> list[tuple[Row, float]]:
     by_key = {(r["trial"], r["mode"]): r for r in rows if r["provider"] == other}
     for row in _one_step(rows):
         if row["provider"] == ours and (row["trial"], row["mode"]) in by_key:
-            found.append((row, row["p50_ms"] / by_key[row["trial"], row["mode"]]["p50_ms"]))
+            rival = by_key[row["trial"], row["mode"]]
+            if ours == "cmfast" and rival["times_cmfast"]:
+                found.append((row, 1 / rival["times_cmfast"]["p50"]))
+            else:
+                found.append((row, row["p50_ms"] / rival["p50_ms"]))
     return found
 
 
@@ -103,7 +107,7 @@ def _gpu_bars(result: dict[str, Any]) -> list[str]:
         outcome = "met" if factor <= MEMORY_FACTOR else "MISSED"
         lines.append(f"{outcome}: {name}: {factor:.3f} ({large['peak_bytes'] / 1e9:.2f} of {needed / 1e9:.2f} GB)")
     known = ", ".join(f"{kind} {count}" for kind, count in KERNELS.items())
-    counted = [r for r in (single, _pick(rows, "eager", 1, "latency")) if r is not None and r.get("kernels")]
+    counted = [r for r in (single, _pick(rows, "reference", 1, "latency")) if r is not None and r.get("kernels")]
     found = ", ".join(f"{r['provider']} {r['kernels']}" for r in counted) or "not measured"
     return [*lines, f"kernels for one image, one step: {found} (counted by hand for the network: {known})"]
 
@@ -138,32 +142,14 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def about(result: dict[str, Any]) -> list[str]:
-    """What a run was taken on, and its command."""
-    found = result["environment"]
-    return [
-        f"{found['device']}, {found['cpu']['threads']} threads; torch {found['torch']}, triton {found['triton']}, CUDA "
-        f"{found['cuda']}, python {found['python']}; commit {found['commit']}"
-        f"{' + changes' if found['uncommitted_changes'] else ''}; {found['date']}",
-        f"command: {found['command']}",
-    ]
-
-
 def text(result: dict[str, Any]) -> str:
     """The closing table."""
     live = ", ".join(f"{int(size) / 1e9:.3f} GB at batch {batch}" for batch, size in result["liveness_bytes"].items())
     out = [
         "",
-        *about(result),
+        *runs.about(result),
         f"{result['network']}: weights {result['weight_bytes'] / 1e9:.3f} GB; alive in a forward pass: {live}",
         *_table(result["rows"]),
         "",
     ]
-    out += [f"missing: {name}: {reason}" for name, reason in result["missing"].items()]
-    notes = {row["provider"]: row["note"] for row in result["rows"] if row["note"]}
-    out += [f"note: {name}: {note}" for name, note in notes.items()]
-    if result["truncated"]:
-        out += [f"not started, TRUNCATED by --seconds: {trial}" for trial in result["not_started"]]
-    out += bars(result)
-    out += [f"FAILED, not timed: {f['trial']}: {f['provider']}: {f['reason']}" for f in result["failures"]]
-    return "\n".join(out)
+    return "\n".join([*out, *bars(result), *runs.leftovers(result)])

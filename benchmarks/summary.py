@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import CASES, Config
+from cmfast.benchmarks import runs
+from cmfast.benchmarks.cases import CASES
+from cmfast.benchmarks.comparisons import TIE
 
 Row = dict[str, Any]
 
-#: A difference of p50 up to this is a tie.
-TIE = 0.03
 #: What a user gets: the operation, alone or inside a compiled region; and there the kernel, were it forced.
 OURS = ("cmfast", "auto", "kernel")
-BASELINES = ("inductor", "inductor_randn", "eager")
+BASELINES = ("inductor", "inductor_randn", "reference")
 #: Tensors from here on must come near the bandwidth of a copy.
 LARGE_BYTES = 100e6
 #: Least share of the copy bandwidth for large tensors.
@@ -41,11 +41,11 @@ CPU_BAR = 1.05
 SPEED_SIZES = [((3, 64, 64), batch) for batch in (1, 64, 256)]
 
 
-def line(config: Config, rows: list[Row], failures: list[dict[str, str]]) -> str:
+def line(trial: Any, found: runs.Found) -> str:
     """One configuration while a run goes on."""
-    times = [f"{row['provider']} {row['mode']} {row['p50_us']:.1f} us" for row in rows]
-    wrong = [f"{failure['provider']} FAILED: {failure['reason'].splitlines()[0]}" for failure in failures]
-    return f"{config}: {', '.join(times + wrong)}"
+    return runs.found_line(
+        trial, found, [f"{row['provider']} {row['mode']} {row['p50_us']:.1f} us" for row in found["rows"]]
+    )
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -80,7 +80,9 @@ def comparisons(rows: list[Row]) -> list[Row]:
             for baseline in BASELINES:
                 if name in providers and baseline in providers:
                     ours, other = providers[name], providers[baseline]
-                    ratio = ours["p50_us"] / other["p50_us"]
+                    # The median of the rounds' ratios; of its own rows where another name is cmfast's there.
+                    known = other["times_cmfast"] if name != "kernel" else None
+                    ratio = 1 / known["p50"] if known else ours["p50_us"] / other["p50_us"]
                     found.append({"row": ours, "provider": name, "baseline": baseline, "ratio": ratio,
                                   "baseline_us": other["p50_us"], "verdict": verdict(ratio)})
     return sorted(found, key=lambda c: -c["ratio"])
@@ -106,9 +108,10 @@ def bars(result: dict[str, Any]) -> list[str]:
     for case, least in EAGER_BARS.items():
         for c in compared:
             large = c["row"]["largest_tensor_bytes"] > LARGE_BYTES_OF.get(case, LARGE_BYTES)
-            if c["row"]["case"] == case and c["baseline"] == "eager" and c["row"]["mode"] == "graph" and large:
+            if c["row"]["case"] == case and c["baseline"] == "reference" and c["row"]["mode"] == "graph" and large:
                 outcome = "met" if c["ratio"] * least <= 1 else "MISSED"
-                lines.append(f"{outcome}: {_name(c['row'])} {1 / c['ratio']:.1f} times as fast as eager, bar {least:g}")
+                name, times = _name(c["row"]), 1 / c["ratio"]
+                lines.append(f"{outcome}: {name} {times:.1f} times as fast as the reference, bar {least:g}")
     images = [c for c in compared if (tuple(c["row"]["shape"]), c["row"]["batch"]) in SPEED_SIZES]
     maps = [c for c in compared if CASES[c["row"]["case"]].sizes]
     for what, baseline, found in (
@@ -125,7 +128,7 @@ def bars(result: dict[str, Any]) -> list[str]:
 
 
 def _cpu_bar(found: list[Row]) -> list[str]:
-    some = [c for c in found if c["provider"] == "cmfast" and c["baseline"] == "eager"]
+    some = [c for c in found if c["provider"] == "cmfast" and c["baseline"] == "reference"]
     slow = [c for c in some if c["ratio"] > CPU_BAR]
     names = "".join(f"\n    {_name(c['row'])}: {c['ratio']:.3f}" for c in slow)
     outcome = "not measured" if not some else "MISSED" if slow else "met"
@@ -135,20 +138,7 @@ def _cpu_bar(found: list[Row]) -> list[str]:
 def text(result: dict[str, Any]) -> str:
     """The closing table."""
     found = comparisons(result["rows"])
-    about = result["environment"]
-    copies = ", ".join(f"{copy['gb_per_s']:.0f}" for copy in result["copy_bandwidth"])
-    out = [
-        "",
-        f"{about['device']}; torch {about['torch']}, triton {about['triton']}, CUDA {about['cuda']}, python "
-        f"{about['python']}; commit {about['commit']}{' + changes' if about['uncommitted_changes'] else ''}; "
-        f"{about['date']}",
-        f"command: {about['command']}",
-        f"copy bandwidth (read + written), first and last: {copies} GB/s",
-    ]
-    if result["note"]:
-        out.append(f"note: {result['note']}")
-    if result["truncated"]:
-        out.append(f"TRUNCATED by --seconds: {len(result['not_started'])} configurations were not started")
+    out = ["", *runs.about(result), *filter(None, [result["about"]])]
     widest = max([len(_name(c["row"])) for c in found], default=4)
     out += ["", f"{'cmfast / baseline, worst first':{widest}}  mode   provider baseline        ratio  verdict"
                 "       us  baseline us  % of copy"]
@@ -162,7 +152,4 @@ def text(result: dict[str, Any]) -> str:
     wins, ties, losses = (verdicts.count(kind) for kind in ("win", "tie", "LOSS"))
     out += ["", f"{wins} wins, {ties} ties (within {TIE:.0%}), {losses} losses; rows of `kernel`, which nobody gets "
             "without asking, are not counted", ""]
-    out += bars(result)
-    for failure in result["failures"]:
-        out.append(f"FAILED, not timed: {failure['config']}, {failure['provider']}: {failure['reason']}")
-    return "\n".join(out)
+    return "\n".join([*out, *bars(result), *runs.leftovers(result)])

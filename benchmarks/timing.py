@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, run
+from cmfast.benchmarks.cases import Case, Inputs, run
 
 #: Seconds that one slice, the calls of one provider between two clock readings, is made to last.
 SLICE_S = 2e-3
@@ -192,6 +192,48 @@ def count_kernels(device: torch.device, work: Callable[[], None]) -> int | None:
     marks = ("Memcpy", "Memset")
     # Where the profiler may not look at the device, it reports nothing at all.
     return sum(not (event.name.startswith(marks) or event.is_user_annotation) for event in ran) or None
+
+
+def times_of(times: list[float], ours: list[float] | None) -> dict[str, float] | None:
+    """Percentiles of a provider's time as a multiple of cmfast's in the same round; None where cmfast was not timed.
+
+    >>> times_of([2.0, 6.0, 4.0], [1.0, 2.0, 2.0])
+    {'p20': 2.0, 'p50': 2.0, 'p80': 2.6}
+    """
+    if ours is None:
+        return None
+    ratios = [other / one for other, one in zip(times, ours)]
+    return {f"p{p}": round(percentile(ratios, p), 4) for p in (20, 50, 80)}
+
+
+def rates(device: torch.device, quick: bool = False) -> dict[str, Any]:
+    """What the device can do at most, now: a large copy, and by dtype a large matrix product (CPU: a convolution)."""
+    what = "matrix product" if device.type == "cuda" else "3x3 convolution"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
+    matrix = {str(dtype).removeprefix("torch."): _matrix_rate(device, dtype, quick) for dtype in dtypes}
+    return {"copy": copy_bandwidth(device, quick), "what": what, "matrix": matrix}
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
+    """TFLOP/s of a product of 8192x8192 matrices, in float32 as PyTorch does it by default; on a CPU of 256 channels
+    of 32x32 by 3x3, in channels_last."""
+    stopwatch = Stopwatch(device)
+    if device.type == "cuda":
+        side = 2048 if quick else 8192
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        flops, work = 2 * side**3, lambda: torch.mm(a, b)
+    else:
+        x, w = (
+            torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last)
+            for shape in ((4, 256, 32, 32), (256, 256, 3, 3))
+        )
+        flops, work = 2 * 4 * 32 * 32 * 256 * 256 * 9, lambda: torch.nn.functional.conv2d(x, w, padding=1)
+    with torch.no_grad():
+        for _ in range(2):
+            work()
+        samples = [stopwatch(work) for _ in range(5 if quick else 15)]
+    slow, middle, fast = (round(flops / percentile(samples, p) / 1e12, 4) for p in (80, 50, 20))
+    return {"tflop_per_s": middle, "tflop_per_s_p20": slow, "tflop_per_s_p80": fast}
 
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:

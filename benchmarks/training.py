@@ -1,7 +1,7 @@
 """Times of whole training steps, cmfast's TrainStep beside its rivals: README.md says how they are taken.
 
-    python benchmarks/training.py --out DIR [--network unet32|imagenet64|tiny] [--seconds N] [--openai CHECKOUT]
-    python benchmarks/training.py --report DIR/training-....json      the closing table again
+    python -m cmfast.benchmarks.training --out DIR [--network unet32|imagenet64|tiny] [--seconds N] [--openai CHECKOUT]
+    python -m cmfast.benchmarks.training --report DIR/training-....json      the closing table again
 """
 
 from __future__ import annotations
@@ -11,28 +11,23 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
-
-if not __package__:
-    # Run as a file. This folder must not be searched first: its `kernels` is another project's import name.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from benchmarks import memory, runs, timing, training_summary
-from benchmarks.kernels import inductor_refusal, reason_of
-from benchmarks.networks import NETWORKS
-from benchmarks.original import Missing
-from benchmarks.phases import phases
-from benchmarks.record import Record
-from benchmarks.training_gate import STEPS, Gate
-from benchmarks.training_providers import COMPILED, OURS, PROVIDERS, Ours, trials
-from benchmarks.training_start import LEARNING_RATE, Provider, Start, Trial
+from cmfast.benchmarks import memory, runs, timing, training_summary
+from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.networks import NETWORKS
+from cmfast.benchmarks.original import Missing
+from cmfast.benchmarks.phases import phases
+from cmfast.benchmarks.training_gate import STEPS, Gate
+from cmfast.benchmarks.training_providers import COMPILED, OURS, PROVIDERS, Ours, trials
+from cmfast.benchmarks.training_start import LEARNING_RATE, Provider, Start, Trial
 
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 8.0, "cpu": 60.0}
+QUICK_S = 8.0
 ROUNDS = 7
 #: Seconds that one sample lasts at least, in whole steps: on a GPU, where launches overlap with the step before.
 SAMPLE_S = {"cuda": 0.5, "cpu": 0.0}
@@ -135,7 +130,7 @@ def measure(gate: Gate, trial: Trial, number: int, *, budget_s: float, rounds: i
             "provider": contender.name,
             **statistics,
             "images_per_s": round(1e3 * trial.batch / statistics["p50_ms"], 2),
-            "times_cmfast": _ratio(times, samples.get(OURS)),
+            "times_cmfast": timing.times_of(times, samples.get(OURS)),
             "gflop": round(gate.flops / 1e9, 1),
             "tflop_per_s": round(gate.flops / statistics["p50_ms"] / 1e9, 3),
             **contender.about,
@@ -147,43 +142,26 @@ def measure(gate: Gate, trial: Trial, number: int, *, budget_s: float, rounds: i
     return found
 
 
-def _ratio(times: list[float], ours: list[float] | None) -> dict[str, float] | None:
-    """Percentiles of a provider's time as a multiple of cmfast's in the same round."""
-    if ours is None:
-        return None
-    ratios = [other / one for other, one in zip(times, ours)]
-    return {f"p{p}": round(timing.percentile(ratios, p), 4) for p in (20, 50, 80)}
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = runs.parser("training", __doc__.splitlines()[0], PROVIDERS, ROUNDS)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this suite alone."""
     parser.add_argument("--network", choices=sorted(NETWORKS), help="trials of this one alone")
     parser.add_argument("--batch", help="another batch size for all trials", type=int)
-    return runs.parse(parser, argv, PROVIDERS)
 
 
 def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
     """The trials of a command line."""
-    found = trials(device.type, options.network, runs.compiles(options, device))
+    found = trials(device.type, options.network, runs.compiles(options, device), options.quick)
     if options.batch:
         found = [dataclasses.replace(trial, batch=options.batch) for trial in found]
-    if options.providers:
-        wanted = tuple(options.providers)
-        found = [dataclasses.replace(t, providers=tuple(p for p in wanted if p in t.providers)) for t in found]
-    return [trial for trial in dict.fromkeys(found) if trial.providers]
+    return runs.of_providers(found, options.providers, dataclasses.replace)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where a provider was off or failed."""
-    begun = time.perf_counter()
-    options = arguments(argv)
-    status = runs.only(options, lambda device: chosen_trials(options, device), training_summary.text)
-    if status is not None:
-        return status
-    device = runs.device_of(options)
-    command = runs.command("training", options, ROUNDS, ("network", "batch"))
-    record = Record("training", options.out, device, command, missing={})
+def start(
+    options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
+) -> tuple[dict[str, Any], runs.Measure]:
+    """Nothing but rows in the result; and what measures a trial."""
     kept: dict[str, Gate] = {}
+    budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
 
     def measured(trial: Trial, number: int) -> runs.Found:
         if trial.setting not in kept:
@@ -192,15 +170,16 @@ def main(argv: list[str] | None = None) -> int:
             kept[trial.setting] = Gate(Start(trial, device, options.openai))
         gate = kept[trial.setting]
         gate.start.trial = trial
-        return measure(gate, trial, number, budget_s=BUDGET_S[device.type], rounds=options.rounds)
+        return measure(gate, trial, number, budget_s=budget_s, rounds=options.rounds)
 
-    runs.run(
-        record, chosen_trials(options, device), measured, training_summary.line, compiled=COMPILED,
-        seconds=options.seconds, begun=begun,
-    )  # fmt: skip
-    print(training_summary.text(record.result))
-    print(f"written: {record.path}")
-    return 1 if record.result["failures"] else 0
+    return {}, measured
+
+
+SUITE = runs.Suite(
+    "training", "whole training steps, cmfast's TrainStep beside its rivals", tuple(PROVIDERS), chosen_trials, start,
+    training_summary.line, training_summary.text, COMPILED, add_options, ("network", "batch"), ROUNDS,
+)  # fmt: skip
+main = SUITE.main
 
 
 if __name__ == "__main__":

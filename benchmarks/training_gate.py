@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.training_providers import Plain
-from benchmarks.training_start import Provider, Start, State
-from tests.tolerances import TRAINED, TRAINED_FLOOR
+from cmfast.benchmarks.training_providers import Plain
+from cmfast.benchmarks.training_start import Provider, Start, State
+from cmfast.tolerances import TRAINED, TRAINED_FLOOR
 
 STEPS = 3
 #: Images at a time of the yardstick.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.original_training import OpenAI
-from benchmarks.training_start import (
+from cmfast import Denoiser, backend, losses, objectives
+from cmfast.benchmarks.original_training import OpenAI
+from cmfast.benchmarks.training_start import (
     GATE_RATE,
     LOG2_LOSS_SCALE,
     NUM_SCALES,
@@ -25,7 +26,6 @@ from benchmarks.training_start import (
     Trial,
     state_of,
 )
-from cmfast import Denoiser, backend, losses, objectives
 from cmfast.data import Batch
 from cmfast.training import TrainOptions
 from cmfast.training.parallel import with_network
@@ -187,21 +187,23 @@ def _compiled(model: Denoiser) -> Denoiser:
 OURS = "cmfast"
 #: By name, what makes it. Raises: Missing.
 PROVIDERS: dict[str, Callable[[Start], Provider]] = {
-    "plain": Plain,
-    "compiled": functools.partial(Plain, compiled=True),
+    "reference": Plain,
+    "inductor": functools.partial(Plain, compiled=True),
     "openai": OpenAI,
     OURS: Ours,
 }
 #: Those that take minutes to start.
-COMPILED = ("compiled",)
+COMPILED = ("inductor",)
 
 
-def trials(device_type: str, network: str | None, compile: bool) -> list[Trial]:
+def trials(device_type: str, network: str | None, compile: bool, quick: bool = False) -> list[Trial]:
     """What is run, the important first. network: that alone."""
+    if quick:
+        return [Trial(network or "unet32", 4, ("reference", "openai", "cmfast"), recipe) for recipe in ("cd", "ct")]
     if device_type == "cuda":
         # Two at a time: each holds 8 to 10 GB of weights and moments.
         large = functools.partial(Trial, "imagenet64", 64)
-        rivals = ("openai", "plain", *(COMPILED if compile else ()))
+        rivals = ("openai", "reference", *(COMPILED if compile else ()))
         found = [
             large(("openai", "cmfast"), loss_norm="lpips", dtype="bfloat16"),
             *(large((rival, "cmfast"), loss_norm="lpips", dtype="bfloat16") for rival in rivals[:0:-1]),
@@ -212,11 +214,11 @@ def trials(device_type: str, network: str | None, compile: bool) -> list[Trial]:
     else:
         small = functools.partial(Trial, "unet32", 16)
         found = [
-            small(("plain", "openai", "cmfast")),
-            small(("plain", "openai", "cmfast"), recipe="ct"),
-            Trial("unet32", 4, ("plain", "openai", "cmfast"), loss_norm="lpips"),
-            small(("plain", "cmfast"), dtype="bfloat16"),
-            *([small(("compiled", "cmfast"))] if compile else []),
+            small(("reference", "openai", "cmfast")),
+            small(("reference", "openai", "cmfast"), recipe="ct"),
+            Trial("unet32", 4, ("reference", "openai", "cmfast"), loss_norm="lpips"),
+            small(("reference", "cmfast"), dtype="bfloat16"),
+            *([small(("inductor", "cmfast"))] if compile else []),
         ]
     if network is None:
         return found

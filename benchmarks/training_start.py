@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks import networks
 from cmfast import Denoiser, curricula, ops, reference
+from cmfast.benchmarks import networks
 from cmfast.data import to_unit
 from cmfast.perceptual import LPIPS
 from cmfast.precondition import Preconditioner
@@ -53,13 +53,17 @@ class Trial:
     def setting(self) -> str:
         """What it is about, dtype and providers aside.
 
-        >>> Trial("tiny", 4, ("plain",), loss_norm="lpips").setting
+        >>> Trial("tiny", 4, ("reference",), loss_norm="lpips").setting
         'tiny, batch 4, cd lpips'
         """
         return f"{self.network}, batch {self.batch}, {self.recipe} {self.loss_norm}"
 
+    @property
+    def name(self) -> str:
+        return f"{self.setting}, {self.dtype}"
+
     def __str__(self) -> str:
-        return f"{self.setting}, {self.dtype}: {', '.join(self.providers)}"
+        return f"{self.name}: {', '.join(self.providers)}"
 
 
 class Start:

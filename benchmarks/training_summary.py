@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.sampling_summary import about
-from benchmarks.summary import TIE
+from cmfast.benchmarks import runs
+from cmfast.benchmarks.comparisons import TIE
 
 Row = dict[str, Any]
 
@@ -19,10 +19,11 @@ GPU_BAR = {"network": "imagenet64", "batch": 64, "recipe": "cd", "loss_norm": "l
 
 def line(trial: Any, found: dict[str, Any]) -> str:
     """One trial while a run goes on."""
-    times = [f"{row['provider']} {row['p50_ms']:.1f} ms, {row['images_per_s']:.1f} images/s" for row in found["rows"]]
-    wrong = [f"{failure['provider']} FAILED: {failure['reason'].splitlines()[0]}" for failure in found["failures"]]
-    missing = [f"{name} missing: {reason}" for name, reason in found["missing"].items()]
-    return f"{trial}\n    " + "\n    ".join([*times, *wrong, *missing])
+    return runs.found_line(
+        trial,
+        found,
+        [f"{row['provider']} {row['p50_ms']:.1f} ms, {row['images_per_s']:.1f} images/s" for row in found["rows"]],
+    )
 
 
 def _where(row: Row) -> str:
@@ -65,7 +66,7 @@ def bars(result: dict[str, Any]) -> list[str]:
     least, aim = GPU_SPEEDUP
     return [
         _speed(rows, GPU_BAR, "openai", least, f"at least {least} times as fast as openai (aim {aim})"),
-        _speed(rows, GPU_BAR, "compiled", 1 / (1 + TIE), f"at most {TIE:.0%} slower than compiled, as times as fast"),
+        _speed(rows, GPU_BAR, "inductor", 1 / (1 + TIE), f"at most {TIE:.0%} slower than inductor, as times as fast"),
         _memory(rows, GPU_BAR, "openai"),
     ]
 
@@ -102,12 +103,5 @@ def table(rows: list[Row]) -> list[str]:
 
 def text(result: dict[str, Any]) -> str:
     """The closing table."""
-    out = ["", *about(result), "", *table(result["rows"]), ""]
-    out += [f"missing: {name}: {reason}" for name, reason in result["missing"].items()]
-    notes = {row["provider"]: row["note"] for row in result["rows"] if row["note"]}
-    out += [f"note: {name}: {note}" for name, note in notes.items()]
-    if result["truncated"]:
-        out += [f"not started, TRUNCATED by --seconds: {trial}" for trial in result["not_started"]]
-    out += bars(result)
-    out += [f"FAILED, not timed: {f['trial']}: {f['provider']}: {f['reason']}" for f in result["failures"]]
-    return "\n".join(out)
+    out = ["", *runs.about(result), "", *table(result["rows"]), ""]
+    return "\n".join([*out, *bars(result), *runs.leftovers(result)])

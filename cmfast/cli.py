@@ -1,4 +1,4 @@
-"""The command line: `python -m cmfast sample | demo | train | quality | info`, also as `cmfast`."""
+"""The command line: `python -m cmfast sample | demo | train | quality | bench | info`, also as `cmfast`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
             print(f"cmfast: error: {error}", file=sys.stderr)
@@ -28,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmfast: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,9 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="digits from the bundled model in one step and in two"))
     _add_train(commands.add_parser("train", help="run a training recipe"))
     _add_quality(commands.add_parser("quality", help="measure how good the digits of a model are"))
+    _add_bench(commands.add_parser("bench", help="times beside plain PyTorch, torch.compile, the original, diffusers"))
     info = commands.add_parser("info", help="versions, devices, and which path each operation takes here, and why")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from cmfast.benchmarks import bench
+
+    bench.add_options(parser)
 
 
 def _info(arguments: argparse.Namespace) -> None:

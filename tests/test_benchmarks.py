@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cmfast
-from benchmarks import cases, gpu, kernels, perceptual, summary, timing
+from cmfast.benchmarks import cases, gpu, kernels, perceptual, summary, timing
 from cmfast.perceptual import LPIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
     monkeypatch.setattr(timing, "SLICE_S", 1e-4)
-    monkeypatch.setattr(kernels, "BUDGET_S", {"cpu": 0.01})
+    monkeypatch.setattr(kernels, "QUICK_S", 0.01)
+    monkeypatch.setattr(kernels, "configs", lambda *arguments: cases.smallest())
 
 
 def recorded(folder, *options):
@@ -33,11 +34,11 @@ def test_quick_run_has_all_providers(tmp_path, capsys):
     """Inductor among them, where there is a compiler."""
     status, result = recorded(tmp_path, "--only", "to_uint8 2x")
     assert status == 0 and not result["failures"] and not result["truncated"]
-    assert result["environment"]["device_type"] == "cpu" and "CPU" in result["note"]
+    assert result["environment"]["device_type"] == "cpu" and "CPU" in result["about"]
     assert "--quick" in result["environment"]["command"] and str(tmp_path) not in json.dumps(result)
     compiled = [] if kernels.inductor_refusal(CPU) else ["inductor"]
     # Two cases are called so: to_uint8, and denoise_to_uint8.
-    assert [row["provider"] for row in result["rows"]] == 2 * ["eager", *compiled, "cmfast"]
+    assert [row["provider"] for row in result["rows"]] == 2 * ["reference", *compiled, "cmfast"]
     for row in result["rows"]:
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
         assert row["floor_bytes"] == 2 * 3 * 32 * 32 * (5 if row["case"] == "to_uint8" else 7)
@@ -45,7 +46,7 @@ def test_quick_run_has_all_providers(tmp_path, capsys):
 
 
 def test_every_case_is_right(tmp_path):
-    status, result = recorded(tmp_path, "--providers", "eager,cmfast")
+    status, result = recorded(tmp_path, "--providers", "reference,cmfast")
     assert status == 0, result["failures"]
     assert {row["case"] for row in result["rows"]} == set(cases.CASES)
 
@@ -71,9 +72,9 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, fault, capsys):
         return wrong
 
     monkeypatch.setitem(kernels.PROVIDERS, "cmfast", kernels.Provider(make, "auto"))
-    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "eager,cmfast")
+    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "reference,cmfast")
     assert status == 1
-    assert [row["provider"] for row in result["rows"]] == ["eager"]
+    assert [row["provider"] for row in result["rows"]] == ["reference"]
     assert [failure["provider"] for failure in result["failures"]] == ["cmfast"]
     assert "FAILED, not timed: denoise" in capsys.readouterr().out
 
@@ -93,26 +94,25 @@ def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch):
         return lambda t: right({**t, "x": Doubled.apply(t["x"])})
 
     monkeypatch.setitem(kernels.PROVIDERS, "cmfast", kernels.Provider(make, "auto"))
-    status, result = recorded(tmp_path, "--only", "l2 + backward", "--providers", "eager,cmfast")
+    status, result = recorded(tmp_path, "--only", "l2 + backward", "--providers", "reference,cmfast")
     assert status == 1 and "result 1" in result["failures"][0]["reason"]
 
 
 def test_a_wrong_baseline_is_caught_too(tmp_path, monkeypatch):
     denoise = cmfast.ops.denoise
     monkeypatch.setattr(cmfast.ops, "denoise", lambda *args, **options: denoise(*args, **options) + 0.01)
-    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "eager")
+    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "reference")
     assert status == 1 and not result["rows"]
 
 
 def test_time_limit_is_recorded(tmp_path):
-    status, result = recorded(tmp_path, "--seconds", "0", "--providers", "eager")
+    status, result = recorded(tmp_path, "--seconds", "0", "--providers", "reference")
     assert status == 0 and result["truncated"] and len(result["not_started"]) == len(cases.CASES)
 
 
-def test_runs_as_a_file():
-    """And so from any folder, without cmfast's being found through this one."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--device", "cpu", "--list"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "cmfast.benchmarks.kernels", "--device", "cpu", "--list"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert len(run.stdout.splitlines()) == len(cases.configs("cpu"))
 
 
@@ -131,9 +131,9 @@ def test_perceptual(tmp_path, monkeypatch):
     monkeypatch.setattr(perceptual, "BUDGET_S", {"cpu": 0.01})
     monkeypatch.setitem(perceptual.PROVIDERS, "piq", (absent, False))
     options = ["--device", "cpu", "--batch", "1", "--out", str(tmp_path)]
-    assert perceptual.main([*options, "--providers", "piq,eager,cmfast"]) == 0
+    assert perceptual.main([*options, "--providers", "piq,reference,cmfast"]) == 0
     (path,) = tmp_path.glob("*.json")
-    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["eager", "cmfast"]
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["reference", "cmfast"]
     off = (lambda model: lambda x, y: 1.01 * model(x, y), True)
     monkeypatch.setitem(perceptual.PROVIDERS, "cmfast", off)
     assert perceptual.main([*options, "--providers", "cmfast"]) == 1
@@ -156,7 +156,8 @@ def test_bars(tmp_path):
     """From made-up rows: only what is below a bar, or slower than a baseline, is MISSED."""
     row = {
         "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
-        "channels_last": False, "mode": "graph", "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
+        "channels_last": False, "mode": "graph", "times_cmfast": None,
+        "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
     }
     large = row | {"shape": [3, 256, 256], "batch": 256, "largest_tensor_bytes": 2e8}
     rows = [
@@ -185,8 +186,8 @@ class TestGpuSteps:
     def test_dry(self, capsys):
         assert gpu.main(["--dry"]) == 0
         out = capsys.readouterr().out
-        names = ("environment", "tests", "benchmarks", "sampling", "training", "parameters", "memcheck", "racecheck")
-        for name in names:
+        measured = ("kernels", "sampling", "training", "parameters", "profile", "perceptual", "startup")
+        for name in ("environment", "tests", *measured, "memcheck", "racecheck"):
             assert f"\n{name} " in f"\n{out}"
         assert sum(step.seconds for step in gpu.steps(Path("out"))) <= 540
 

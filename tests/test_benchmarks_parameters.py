@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import parameters, timing
-from benchmarks.networks import NETWORKS
+from cmfast.benchmarks import parameters, timing
+from cmfast.benchmarks.networks import NETWORKS
 
+RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
 HERE = ["--device", "cpu", "--providers", "loop,foreach,cmfast"]
 
 
@@ -15,7 +16,7 @@ def small(monkeypatch):
     monkeypatch.setitem(parameters.SIZES, "6M", {**NETWORKS["tiny"], "model_channels": 32})
     monkeypatch.setattr(parameters, "TRIALS", {"cpu": [("averages", "6M", 4), ("radam", "6M", 2)]})
     monkeypatch.setitem(parameters.BUDGET_S, "cpu", 0.01)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: {"bytes": 1, "gb_per_s": 10.0})
+    monkeypatch.setattr(timing, "rates", lambda *_: RATES)
 
 
 def test_every_provider(tmp_path, capsys):
@@ -41,16 +42,17 @@ def test_a_wrong_provider_is_not_timed(operation, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setitem(parameters.PROVIDERS[operation], "foreach", wrong)
     assert parameters.main([*HERE, "--only", operation, "--out", str(tmp_path)]) == 1
-    assert f"FAILED {operation} 6M" in capsys.readouterr().out
+    assert f"FAILED, not timed: {operation} 6M" in capsys.readouterr().out
 
 
-def test_bars_of_a_gpu():
+def test_bars_of_a_gpu(monkeypatch):
     row = {"operation": "averages", "size": "296M", "averages": 4, "gb_per_s": 2000.0}
     rows = [
-        {**row, "provider": "cmfast", "p50_us": 5000.0, "percent_of_copy": 91.0},
-        {**row, "provider": "foreach", "p50_us": 7000.0, "percent_of_copy": 60.0},
+        {**row, "provider": "cmfast", "p50_us": 5000.0, "percent_of_copy": 91.0, "times_cmfast": {"p50": 1.0}},
+        {**row, "provider": "foreach", "p50_us": 7000.0, "percent_of_copy": 60.0, "times_cmfast": {"p50": 1.4}},
     ]
-    text = parameters.table({"rows": rows, "failures": []})
+    monkeypatch.setattr(parameters.runs, "about", lambda result: [])
+    text = parameters.text({"rows": rows, "failures": [], "missing": {}, "truncated": False})
     assert "bar: averages at 91.0% of copy, 90% wanted" in text
     assert "bar: averages 1.40 times as fast as foreach, 1.25 wanted" in text
 

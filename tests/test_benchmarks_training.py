@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu, memory, networks, original_training, phases, training
-from benchmarks import training_providers as providers
-from benchmarks import training_summary as summary
-from benchmarks.training_start import Trial
 from cmfast import perceptual
+from cmfast.benchmarks import gpu, memory, networks, original_training, phases, training
+from cmfast.benchmarks import training_providers as providers
+from cmfast.benchmarks import training_summary as summary
+from cmfast.benchmarks.training_start import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_lpips(tmp_path, checkout, one_trial, monkeypatch):
 
 
 def test_half_precision(tmp_path, one_trial):
-    one_trial("plain", "cmfast", dtype="bfloat16")
+    one_trial("reference", "cmfast", dtype="bfloat16")
     status, result = recorded(tmp_path)
     assert status == 0, result["failures"]
     assert [row["computes_in"] for row in result["rows"]] == ["bfloat16", "bfloat16"]
@@ -234,10 +234,10 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_provider_is_not_timed(tmp_path, one_trial, monkeypatch, capsys, fault):
     monkeypatch.setitem(providers.PROVIDERS, "cmfast", lambda start: Altered(fault, start))
-    one_trial("plain", "cmfast", recipe="ct")
+    one_trial("reference", "cmfast", recipe="ct")
     status, result = recorded(tmp_path)
     assert status == 1
-    assert [row["provider"] for row in result["rows"]] == ["plain"]
+    assert [row["provider"] for row in result["rows"]] == ["reference"]
     assert [failure["provider"] for failure in result["failures"]] == ["cmfast"]
     assert result["rows"][0]["times_cmfast"] is None
     reason = "this one does not run" if fault == "an error" else "relative error"
@@ -248,22 +248,22 @@ def test_a_wrong_provider_is_not_timed(tmp_path, one_trial, monkeypatch, capsys,
 def test_a_wrong_baseline_is_caught_too(tmp_path, one_trial, monkeypatch):
     norm = F.group_norm
     monkeypatch.setattr(F, "group_norm", lambda x, *a, **k: norm(x, *a, **k) * (1 + 1e-2 * (x.dtype == torch.float32)))
-    one_trial("plain", recipe="ct")
+    one_trial("reference", recipe="ct")
     status, result = recorded(tmp_path)
     assert status == 1 and "plain PyTorch" in result["failures"][0]["reason"]
 
 
 def test_a_loss_that_is_lost_while_timed(tmp_path, one_trial, monkeypatch):
     monkeypatch.setattr(training, "LEARNING_RATE", 1e30)
-    one_trial("plain", "cmfast", recipe="ct")
+    one_trial("reference", "cmfast", recipe="ct")
     status, result = recorded(tmp_path)
     assert status == 1 and not result["rows"]
     assert [(f["provider"], "not finite" in f["reason"]) for f in result["failures"]] == [
-        ("plain", True), ("cmfast", True)
+        ("reference", True), ("cmfast", True)
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, missing", [("plain", True), ("cmfast", False)])
+@pytest.mark.parametrize("name, missing", [("reference", True), ("cmfast", False)])
 def test_out_of_memory(tmp_path, one_trial, monkeypatch, name, missing):
     """Of a rival a fact about it; of cmfast a failure."""
 
@@ -285,9 +285,9 @@ def test_time_limit_is_recorded(tmp_path):
     assert all(line.startswith("not measured") for line in summary.bars(result))
 
 
-def test_runs_as_a_file():
-    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--device", "cpu", "--list"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "cmfast.benchmarks.training", "--device", "cpu", "--list"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.splitlines() == [str(trial) for trial in providers.trials("cpu", None, False)]
 
 
@@ -298,13 +298,14 @@ def test_trials(device, bar):
     assert len(set(found)) == len(found)
     first = dataclasses.asdict(found[0])
     assert {name: first[name] for name in bar} == bar and {"openai", "cmfast"} <= set(found[0].providers)
-    assert any("compiled" in trial.providers for trial in found)
-    assert not any("compiled" in trial.providers for trial in providers.trials(device, None, False))
+    assert any("inductor" in trial.providers for trial in found)
+    assert not any("inductor" in trial.providers for trial in providers.trials(device, None, False))
     assert {(trial.recipe, trial.loss_norm) for trial in found} == {("cd", "l2"), ("ct", "l2"), ("cd", "lpips")}
     assert {trial.network for trial in providers.trials(device, "unet32", False)} == {"unet32"}
-    options = training.arguments(["--providers", "cmfast,plain", "--batch", "2", "--device", device])
+    options = training.SUITE.arguments(["--providers", "cmfast,reference", "--batch", "2", "--device", device])
     chosen = training.chosen_trials(options, torch.device(device))
-    assert {trial.batch for trial in chosen} == {2} and {p for t in chosen for p in t.providers} == {"cmfast", "plain"}
+    assert {trial.batch for trial in chosen} == {2}
+    assert {p for t in chosen for p in t.providers} == {"cmfast", "reference"}
 
 
 def row(provider, ratio=1.0, *, bar, trial=0, allocated=1e9, reserved=1e9, **changes):
@@ -333,7 +334,7 @@ def test_bars_of_a_gpu():
     bar = summary.GPU_BAR
     rows = [
         row("cmfast", bar=bar), row("openai", 1.7, bar=bar),
-        row("cmfast", bar=bar, trial=1), row("compiled", 0.98, bar=bar, trial=1),
+        row("cmfast", bar=bar, trial=1), row("inductor", 0.98, bar=bar, trial=1),
     ]  # fmt: skip
     assert outcomes("cuda", rows) == ["met", "met", "met"]
     rows[0]["peak_bytes"] = 1.1e9

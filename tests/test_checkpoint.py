@@ -14,6 +14,7 @@ from cmfast import checkpoint
 from cmfast.checkpoint import CheckpointError, load, save
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import Preconditioner
+from cmfast.tolerances import GOLDEN_VALUE
 from cmfast.unet import UNetModel
 from tests.checkpoint_utils import ASKED, same_bits
 from tests.golden_utils import (
@@ -25,7 +26,6 @@ from tests.golden_utils import (
     unet_arguments,
     unet_weights,
 )
-from tests.tolerances import GOLDEN_VALUE
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ from cmfast.data import ImageData, open_data, to_unit
 from cmfast.data.arrays import _stored, read_npz
 from cmfast.data.pixels import fit, fit_all
 from cmfast.noise import FLIP_DRAW
-from tests.tolerances import FLOOR
+from cmfast.tolerances import FLOOR
 
 
 def pixels(*shape, seed=0):

@@ -9,9 +9,9 @@ import cmfast
 from cmfast import Denoiser, Preconditioner, losses, ops, reference
 from cmfast.dropout import Dropout, counts, number, paired
 from cmfast.fast import optimize
+from cmfast.tolerances import FAST_VALUE
 from tests.golden_utils import relative_error, small_unet
 from tests.graph_emulator import EmulatedSpace
-from tests.tolerances import FAST_VALUE
 from tests.toy import ToyNetwork
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

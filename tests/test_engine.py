@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cmfast import Denoiser, Sampler, ops, samplers
+from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.transfer import HostCopies
 from tests.golden_utils import relative_error
-from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.toy import ToyNetwork
 
 

@@ -12,9 +12,9 @@ import cmfast
 from cmfast import Denoiser, Sampler, UNetModel, networks
 from cmfast.graphs import GraphError
 from cmfast.networks import sharing
+from cmfast.tolerances import GOLDEN_VALUE
 from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
-from tests.tolerances import GOLDEN_VALUE
 from tests.toy import ToyNetwork
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cmfast import Sampler, editing, losses, noise, ops, samplers, schedules
+from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.golden_utils import load, relative_error
-from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.toy import toy_denoiser
 
 TENSORS, META = load("karras_2303")

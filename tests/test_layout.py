@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own line and from the lines above it. Packages stand for all their modules.
 LEVELS = [
-    {"kernels", "reference"},
+    {"kernels", "reference", "tolerances"},
     {"ops"},
     {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images"}
     | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
-    {"sharding", "digits", "recipes", "quality", "info", "cli", "compat", "__main__"},
+    {"sharding", "digits", "recipes", "quality", "info", "cli", "compat", "benchmarks", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 

@@ -7,8 +7,8 @@ import torch
 
 from cmfast import curricula, losses, ops, schedules
 from cmfast.objectives import EasyConsistencyTuning, ImprovedConsistencyTraining
+from cmfast.tolerances import FLOOR
 from tests.objective_utils import DRAW, X, Y, loss, make, toy
-from tests.tolerances import FLOOR
 
 
 @pytest.mark.parametrize("total, s_0, s_1", [(400_000, 10, 1280), (1000, 10, 160), (77, 3, 50), (5, 10, 1280)], ids=str)

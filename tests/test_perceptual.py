@@ -19,7 +19,7 @@ from cmfast import perceptual
 from cmfast.ops.lpips import lpips_layer
 from cmfast.perceptual import LPIPS
 from cmfast.reference import lpips as reference
-from tests.tolerances import FLOOR
+from cmfast.tolerances import FLOOR
 
 ROOT = Path(__file__).parents[1]
 EXTRA = 'pip install "cmfast[lpips]"'

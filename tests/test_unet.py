@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmfast.tolerances import GOLDEN_FULL_SIZE, GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import GroupNorm32, timestep_embedding
 from tests.golden_utils import (
@@ -19,7 +20,6 @@ from tests.golden_utils import (
     unet_arguments,
     unet_weights,
 )
-from tests.tolerances import GOLDEN_FULL_SIZE, GOLDEN_LOOP, GOLDEN_VALUE
 
 
 def inputs(batch: int = 2, shape=(3, 8, 8), num_classes: int | None = None, dtype=torch.float32) -> tuple:

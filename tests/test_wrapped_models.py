@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmfast import Denoiser
 from cmfast.objectives import OBJECTIVES
+from cmfast.tolerances import STEP_VALUE
 from tests.objective_utils import X, loss, make, models
-from tests.tolerances import STEP_VALUE
 
 each = pytest.mark.parametrize("name", OBJECTIVES)
 

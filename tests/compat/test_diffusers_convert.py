@@ -15,12 +15,12 @@ from cmfast.compat.diffusers import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
+from cmfast.tolerances import DIFFUSERS_VALUE
 from cmfast.unet import UNetModel
 from cmfast.unet_config import PUBLISHED
 from tests.checkpoint_utils import same_bits
 from tests.compat.diffusers_utils import IMAGENET_64, LSUN_256, SMALL, diffusers, small_pipeline, small_unet
 from tests.golden_utils import relative_error
-from tests.tolerances import DIFFUSERS_VALUE
 
 PLAIN = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

@@ -13,11 +13,11 @@ import torch
 import cmfast
 from cmfast.compat.diffusers import CMStochasticIterativeScheduler, accelerate
 from cmfast.compat.diffusers import pipeline as module
+from cmfast.tolerances import DIFFUSERS_VALUE, FLOOR
 from tests.checkpoint_utils import same_bits
 from tests.compat.diffusers_utils import diffusers, small_pipeline, small_unet
 from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401
-from tests.tolerances import DIFFUSERS_VALUE, FLOOR
 
 STEPS = {
     "one": {},

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmfast.compat.diffusers import CMStochasticIterativeScheduler as Ours
+from cmfast.tolerances import DIFFUSERS_VALUE, FLOOR
 from tests.compat.diffusers_utils import diffusers, small_unet
 from tests.golden_utils import relative_error
-from tests.tolerances import DIFFUSERS_VALUE, FLOOR
 
 Theirs = diffusers.CMStochasticIterativeScheduler
 SCHEDULES = {

@@ -10,8 +10,8 @@ from cmfast import samplers
 from cmfast.compat.openai import karras_diffusion as kd
 from cmfast.compat.openai import nn as cm_nn
 from cmfast.compat.openai import random_util, script_util
+from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.golden_utils import load, relative_error
-from tests.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.toy import toy_denoiser
 
 TENSORS, META = load("karras_2303")

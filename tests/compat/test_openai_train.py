@@ -13,9 +13,9 @@ from torch import nn
 
 from cmfast.compat.openai import _checkpoints, fp16_util, logger, resample, script_util, train_util
 from cmfast.compat.openai.karras_diffusion import KarrasDenoiser
+from cmfast.tolerances import GOLDEN_TRAINED
 from cmfast.unet import UNetModel
 from tests.golden_utils import golden_tensor, load, relative_error
-from tests.tolerances import GOLDEN_TRAINED
 
 GOLDEN, HEADER = load("train_2303")
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.fast import FastUNet, Refused, optimize, refusal, winograd
+from cmfast.tolerances import FAST_VALUE, FLOOR, GOLDEN_FULL_SIZE_FAST
 from cmfast.unet import UNetModel
 from tests.golden_utils import imagenet64_input, load, relative_error, small_unet, unet_arguments, unet_weights
-from tests.tolerances import FAST_VALUE, FLOOR, GOLDEN_FULL_SIZE_FAST
 
 CONFIGS = {
     "published": {"num_classes": 5},

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cmfast.fast import winograd
-from tests.tolerances import FLOOR
+from cmfast.tolerances import FLOOR
 
 pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="for CPUs with AVX2 or AVX512"

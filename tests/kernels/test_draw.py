@@ -7,9 +7,9 @@ import torch
 
 import cmfast
 from cmfast import curricula, ops, reference
+from cmfast.tolerances import KERNEL_FLOOR
 from tests.ops.cases import draw as some_draw
 from tests.ops.matrix import close
-from tests.tolerances import KERNEL_FLOOR
 
 INDEX = [0, 5, 2**33 + 1, 7, *range(100, 112)]
 LEVELS = {

@@ -12,9 +12,9 @@ import cmfast
 from cmfast import ops, reference
 from cmfast.kernels import launch, lpips, lpips_input
 from cmfast.perceptual import LPIPS
+from cmfast.tolerances import FLOOR
 from tests.ops.matrix import upstream
 from tests.ops.perceptual import Call, check_path, images, layer, layout, same
-from tests.tolerances import FLOOR
 
 LAYERS = [(2, 64, 5, 3), (1, 5, 3, 4), (1, 1, 1, 1), (2, 37, 4, 4), (1, 192, 5, 5), (1, 512, 3, 5), (3, 3, 8, 8)]
 #: Of the image, and what it becomes: up and down, not square, along one axis, to one pixel and from one; its own size.

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cmfast
 from cmfast.fast import optimize
 from cmfast.ops import _dispatch
+from cmfast.tolerances import FLOOR
 from cmfast.unet import UNetModel
 from tests.fast.test_optimize import check, inputs, run
 from tests.golden_utils import load, small_unet, unet_arguments
-from tests.tolerances import FLOOR
 
 CASES = {
     "published": ({"num_classes": 5}, torch.float32),

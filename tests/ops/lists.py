@@ -10,8 +10,8 @@ from torch import Tensor
 
 import cmfast
 from cmfast import ops
+from cmfast.tolerances import KERNEL_FLOOR
 from tests.ops.matrix import close
-from tests.tolerances import KERNEL_FLOOR
 
 #: Of parameters: biases and weights, one element, nothing, several blocks, sizes that are no multiple of 16.
 SHAPES = [(192,), (3,), (33, 5), (8, 4, 3, 3), (0, 4), (2, 1100), (), (16,)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import cmfast
+from cmfast.tolerances import KERNEL_FLOOR
 from tests.ops.cases import OUTPUTS, Case, flat, inputs
-from tests.tolerances import KERNEL_FLOOR
 
 #: (state, model): what goes through the solver, and what the network takes and gives.
 DTYPES = [

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 import cmfast
 from cmfast import ops, reference
 from cmfast.ops import _dispatch, _inplace
+from cmfast.tolerances import FLOOR
 from tests.ops.matrix import upstream
 from tests.ops.norms import KINDS, Norm, check_path, layout, make
-from tests.tolerances import FLOOR
 
 SHAPES = [((2, 12, 5, 3), 2), ((1, 192, 8, 8), 32), ((2, 33, 4, 4), 33), ((2, 12, 7), 4), ((2, 8, 2, 3, 4), 1)]
 EMPTY = [((0, 12, 4, 4), 2), ((2, 12, 0, 4), 2)]

@@ -11,8 +11,8 @@ from cmfast import Denoiser, Preconditioner, UNetModel, backend, data
 from cmfast.data import ImageData
 from cmfast.exact import MixtureDenoiser, solved_map
 from cmfast.objectives import ConsistencyDistillation, ConsistencyTraining, EasyConsistencyTuning
+from cmfast.tolerances import CURVE
 from cmfast.training import TrainOptions, TrainStep
-from tests.tolerances import CURVE
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 60

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmfast.tolerances import TRAINING
 from cmfast.training import pictures, state
-from tests.tolerances import TRAINING
 from tests.training.toys import OBJECTIVES, PAIRED, denoiser, trainer, weights
 
 HERE = Path(__file__).resolve()

@@ -9,9 +9,9 @@ from torch import nn
 from cmfast import backend
 from cmfast.data import Batch
 from cmfast.objectives import EDM, ConsistencyDistillation
+from cmfast.tolerances import TRAINING
 from cmfast.training import TrainStep
 from tests.host_reads import NoHostReads
-from tests.tolerances import TRAINING
 from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, unet, weights
 
 
