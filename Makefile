@@ -4,23 +4,30 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 PYTEST_ARGS ?=
+# Processes that tests are shared out to, each with one thread for PyTorch and up to 4 GB of memory.
+WORKERS     ?= 2
 DEMO_ARGS   ?=
 # make gpu uses a Python that has PyTorch already, and no virtual environment: GPU machines often have no network.
 GPU_PYTHON  ?= $(PYTHON)
-OUT         ?= out/gpu
+OUT         ?=
 DRY         ?=
+QUICK       ?=
+OPENAI      ?=
 
 BIN      := $(VENV)/bin
 METADATA := pyproject.toml setup.py
 INTERPRET := TRITON_INTERPRET=1 CMFAST_BACKEND=triton
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test lint mutants gpu clean
+.PHONY: help demo test lint mutants bench report gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make lint    ruff and mypy"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
+	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
+	@echo "make report  the tables and plots of the results in benchmarks/results"
 	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
@@ -30,8 +37,8 @@ demo: $(VENV)/.core
 # Two processes, since Triton cannot compile and interpret in one: everything, then the kernels in the interpreter, and
 # the golden numbers through them. PYTEST_ARGS may leave one with nothing to do, which is pytest's exit status 5.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(INTERPRET) $(BIN)/python -m pytest tests/kernels tests/test_golden.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PARALLEL) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(INTERPRET) $(PARALLEL) tests/kernels tests/test_golden.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
@@ -40,8 +47,15 @@ lint: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
+bench: $(VENV)/.dev
+	$(BIN)/python -m cmfast bench $(if $(QUICK),--quick) $(if $(OPENAI),--openai $(OPENAI)) $(if $(OUT),--out $(OUT)) \
+		$(if $(DRY),--list) $(BENCH_ARGS)
+
+report: $(VENV)/.dev
+	$(BIN)/python -m cmfast.benchmarks.report
+
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(DRY),--dry)
+	$(GPU_PYTHON) -m cmfast.benchmarks.gpu --out $(if $(OUT),$(OUT),out/gpu) $(if $(OPENAI),--openai $(OPENAI)) $(if $(DRY),--dry)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

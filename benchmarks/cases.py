@@ -177,7 +177,7 @@ def _denoise(library: Any, t: Inputs, dtypes: Dtypes) -> Tensor:
 _euler_step = _solver("euler_step", "f", "x", "sigma", "next")
 _TWO = ("sigma", "next")
 _PAIR = ("f", "x", "f2", "x2")
-_NORM = {"tensors": ("f", "gain", "offset", "film"), "sigmas": ()}
+_NORM: dict[str, Any] = {"tensors": ("f", "gain", "offset", "film"), "sigmas": ()}
 #: Maps of the ImageNet-64 U-Net that do not fit on chip, and are read twice; and those that do.
 _LARGE_MAPS = (((192, 64, 64), 256), ((192, 64, 64), 64), ((384, 32, 32), 256), ((192, 64, 64), 1))
 _SMALL_MAPS = (((384, 16, 16), 256), ((768, 8, 8), 256), ((384, 16, 16), 1), ((768, 8, 8), 1))
@@ -187,8 +187,10 @@ _VGG_MAPS = tuple(
     for batch in (64, 8)
     for shape in ((256, 56, 56), (64, 224, 224), (128, 112, 112), (512, 28, 28), (512, 14, 14))
 )
-_LAYER = {"tensors": ("f", "f2", "heads"), "sigmas": (), "sizes": _VGG_MAPS}
-_TO_TRUNK = {"tensors": ("x", "mean", "std"), "sigmas": (), "sizes": (((3, 64, 64), 64), ((3, 32, 32), 64))}
+_LAYER: dict[str, Any] = {"tensors": ("f", "f2", "heads"), "sigmas": (), "sizes": _VGG_MAPS}
+_TO_TRUNK: dict[str, Any] = {
+    "tensors": ("x", "mean", "std"), "sigmas": (), "sizes": (((3, 64, 64), 64), ((3, 32, 32), 64))
+}
 
 CASES = {
     "denoise": Case(_denoise, Floor(2, 1), ("f", "x")),

@@ -68,9 +68,10 @@ class Convolutions:
     def wrong(self) -> str | None:
         """What is off by more than twice PyTorch's error against float64 and the floor; None if nothing is."""
         for conv, x, call in self._steps:
-            geometry = conv.stride, conv.padding, conv.dilation, conv.groups
             bias = None if conv.bias is None else conv.bias.double()
-            exact = F.conv2d(x.double(), conv.weight.double(), bias, *geometry)
+            exact = F.conv2d(
+                x.double(), conv.weight.double(), bias, conv.stride, conv.padding, conv.dilation, conv.groups
+            )
             off = [((y.double() - exact).abs().max() / exact.abs().max()).item() for y in (call(x), conv(x))]
             allowed = 2 * off[1] + FLOOR[x.dtype]
             if not off[0] <= allowed:
@@ -80,8 +81,8 @@ class Convolutions:
 
 def _unpacked(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    return lambda x: F.conv2d(x, weight, conv.bias, *geometry)
+    stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
+    return lambda x: F.conv2d(x, weight, conv.bias, stride, padding, dilation, groups)
 
 
 def _packed(conv: nn.Conv2d, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -36,7 +36,7 @@ class Gate:
         if not error <= NETWORK[provider.dtype]:
             return f"plain PyTorch in {provider.dtype} is off by {error:.3g}, allowed {NETWORK[provider.dtype]:.3g}"
         denoised, pixels = provider.denoised(self.noise, self.labels), provider.pixels(self.noise, self.labels)
-        batch, (channels, height, width) = self.trial.batch, self.models.contiguous.image_shape
+        batch, (channels, height, width) = self.trial.batch, self.models.image_shape
         made = tuple(pixels.shape), pixels.dtype, pixels.device.type
         wanted = (batch, height, width, channels), torch.uint8, "cpu"
         if made != wanted:

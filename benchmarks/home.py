@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_ABOVE = Path(__file__).resolve().parents[1]
 #: Of a checkout the root; None where the package is installed.
-CHECKOUT: Path | None = Path(__file__).resolve().parents[1]
-if not (CHECKOUT / "pyproject.toml").is_file():
-    CHECKOUT = None
+CHECKOUT = _ABOVE if (_ABOVE / "pyproject.toml").is_file() else None
 #: What a new process must search to find the same package.
 HOME = CHECKOUT or Path(__file__).resolve().parents[2]

@@ -183,15 +183,15 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
                     wrong[name] = f"result {i}: root mean square is {ratio:.3g} times what it should be"
     errors = _errors(config, t, results)
     for name, found in errors.items():
-        for i, (error, plain_error) in enumerate(zip(found, errors["reference"])):
+        for i, (off, plain_error) in enumerate(zip(found, errors["reference"])):
             dtype = results[name][i].dtype
             if dtype == torch.uint8:
                 allowed = 1e-3
             else:
                 floor = FLOOR[dtype]
                 allowed = 2 * floor if name == "reference" else 2 * plain_error + floor
-            if not error <= allowed:
-                wrong[name] = f"result {i}: relative error {error:.3g}, allowed {allowed:.3g}"
+            if not off <= allowed:
+                wrong[name] = f"result {i}: relative error {off:.3g}, allowed {allowed:.3g}"
     return wrong
 
 

@@ -135,11 +135,11 @@ class OpenAI:
         lpips = start.perceptual(torch.float32)
         if lpips is not None:
             self._student_diffusion.lpips_loss = original_lpips(lpips)
-        networks = {}
+        networks: dict[str, Any] = {}
         for role in start.weights:
             ours: Any = start.denoiser(role)
             networks[role], _ = original_unet(ours.network, start.openai, fp16=self._fp16, training=True)
-        self.note = f"{self._original.note}; attention is PyTorch's where flash_attn's is"
+        self.note: str | None = f"{self._original.note}; attention is PyTorch's where flash_attn's is"
         self._student, self._target = networks["student"], networks["target"].requires_grad_(False)
         self._teacher = networks.get("teacher")
         if self._teacher is not None:

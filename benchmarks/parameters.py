@@ -166,7 +166,7 @@ def wrong(operation: str, size: str, averages: int, provider: str, device: torch
     exact = [p.double() for p in state.data]
     others = [[a.double() for a in group] for group in state.averages]
     gradients = [p.grad.double() for p in state.parameters if p.grad is not None]
-    moments = [[torch.zeros_like(p) for p in exact] for _ in range(2)]
+    means, squares = ([torch.zeros_like(p) for p in exact] for _ in range(2))
     step, rates = torch.zeros((), device=device), torch.tensor(RATES[:averages], dtype=torch.float64, device=device)
     call = PROVIDERS[operation][provider](state)
     for _ in range(GATE_STEPS):
@@ -175,7 +175,7 @@ def wrong(operation: str, size: str, averages: int, provider: str, device: torch
         else:
             norm = reference.grad_norm(gradients)
             reference.radam_ema_(
-                exact, gradients, *moments, step, others, rates, lr=LR, grad_norm=norm, max_norm=MAX_NORM
+                exact, gradients, means, squares, step, others, rates, lr=LR, grad_norm=norm, max_norm=MAX_NORM
             )
         call()
     pairs = zip([*state.data, *sum(state.averages, [])], [*exact, *sum(others, [])])
@@ -200,7 +200,11 @@ def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
             if reason is None:
                 # Lists of its own, of the same tensors: 296M parameters with averages are 9.5 GB.
                 call = maker(State(state.parameters, [list(group) for group in state.averages]))
-                slices[provider] = timing.sliced(stopwatch, lambda count, call=call: [call() for _ in range(count)])
+
+                def calls(count: int, call: Callable[[], Any] = call) -> list[Any]:
+                    return [call() for _ in range(count)]
+
+                slices[provider] = timing.sliced(stopwatch, calls)
         except Exception as error:
             reason = reason_of(error)
         if reason is not None:

@@ -157,9 +157,11 @@ def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
             continue
         dtype = str(next(model.trunk.buffers()).dtype).removeprefix("torch.")
         about[name] = {"dtype": dtype, "peak_bytes": _peak(distance, x, y)}
-        slices[name] = timing.sliced(
-            stopwatch, lambda count, distance=distance: [step(distance, x, y) for _ in range(count)]
-        )
+
+        def steps(count: int, distance: Distance = distance) -> list[Any]:
+            return [step(distance, x, y) for _ in range(count)]
+
+        slices[name] = timing.sliced(stopwatch, steps)
     samples = timing.interleave(slices, budget_s, (5, 1000))
     found["rows"] = [
         {"batch": trial.batch, "provider": name, **about[name], **timing.statistics_us(times),

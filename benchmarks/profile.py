@@ -54,7 +54,8 @@ def kernels(spans: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
     """
     ordered = sorted(spans, key=lambda span: span[1])
     sums: dict[str, list[float]] = {}
-    gaps, end, last, idle = [], None, "", 0.0
+    gaps: list[dict[str, Any]] = []
+    end, last, idle = None, "", 0.0
     for name, begun, ended in ordered:
         sums.setdefault(name, []).append(ended - begun)
         if end is not None and begun > end:

@@ -71,6 +71,13 @@ class Models:
         """The U-Net itself."""
         return self.contiguous.network
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images."""
+        shape = self.contiguous.image_shape
+        assert shape is not None
+        return shape
+
     def cast(self, dtype: torch.dtype, **options: Any) -> Denoiser:
         """A copy in another dtype."""
         return networks.around(copy.deepcopy(self.network).to(dtype=dtype, **options))
@@ -83,7 +90,7 @@ class Models:
     def noise(self, batch: int) -> Tensor:
         """The unit noise that it begins with, [B, C, H, W] float32."""
         index = torch.arange(batch, device=self.device)
-        return ops.normal(SEED, index, self.contiguous.image_shape, draw=0, dtype=torch.float32)
+        return ops.normal(SEED, index, self.image_shape, draw=0, dtype=torch.float32)
 
 
 #: A `Sampler` that calls the network as it is, step by step.
@@ -132,7 +139,7 @@ class OneStep:
         note: str | None = None,
     ) -> None:
         self.dtype, self.note = dtype or models.dtype, note
-        self._batch, self._shape, self._device = trial.batch, models.contiguous.image_shape, models.device
+        self._batch, self._shape, self._device = trial.batch, models.image_shape, models.device
         self._num_classes = models.contiguous.num_classes
         sigma = torch.tensor(models.contiguous.sigma_max, device=models.device)
         options: dict[str, Any] = {"dtype": input_dtype or self.dtype}
@@ -261,7 +268,7 @@ def trials(device_type: str, batches: list[int], compile: bool, quick: bool = Fa
         ends = sorted({batches[0], batches[-1]})
         return [*(Trial(b, some) for b in ends), Trial(batches[0], some, sampler=FORWARD)]
     if device_type == "cuda":
-        fast = ("reference", "reference_channels_last", "openai", "diffusers", "cmfast")
+        fast: tuple[str, ...] = ("reference", "reference_channels_last", "openai", "diffusers", "cmfast")
         # Batches of one and the largest have bars.
         ordered = sorted(batches, key=lambda batch: (batch not in (batches[0], batches[-1]), batch))
         ends = ordered[:2]

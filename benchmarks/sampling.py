@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -103,10 +104,10 @@ def slices(contenders: list[Contender], device: torch.device) -> dict[str, Calla
             return stopwatch(lambda: contender.batches(count)) / count
 
         once = seconds(1)
-        found[f"{contender.name} latency"] = lambda seconds=seconds: seconds(1)
+        found[f"{contender.name} latency"] = functools.partial(seconds, 1)
         if device.type == "cuda":
             count = max(2, min(100, math.ceil(THROUGHPUT_S / once)))
-            found[f"{contender.name} throughput"] = lambda seconds=seconds, count=count: seconds(count)
+            found[f"{contender.name} throughput"] = functools.partial(seconds, count)
     return found
 
 
@@ -132,7 +133,7 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
             continue
-        contender.about["kernels"] = timing.count_kernels(models.device, lambda one=contender: one.batches(1))
+        contender.about["kernels"] = timing.count_kernels(models.device, functools.partial(contender.batches, 1))
         contenders.append(contender)
     del gate
     samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))

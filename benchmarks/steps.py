@@ -126,6 +126,7 @@ def run_all(steps: Sequence[Step], out: Path, seconds: float) -> dict[str, Any]:
         left = seconds - (time.monotonic() - start)
         later = sum(other.seconds for other in steps[i + 1 :] if not other.missing())
         limit = min(left, max(step.seconds, left - later))
+        entry: dict[str, Any]
         if left < 1:
             entry = {"step": step.name, "status": "skipped", "seconds": 0.0, "reason": "no time was left for it"}
         else:

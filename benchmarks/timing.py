@@ -31,7 +31,7 @@ class Stopwatch:
         if device.type == "cuda":
             self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, work: Callable[[], None]) -> float:
+    def __call__(self, work: Callable[[], Any]) -> float:
         if self.device.type != "cuda":
             start = time.perf_counter()
             work()
@@ -116,7 +116,7 @@ def peak_bytes(contender: Contender, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def sliced(stopwatch: Stopwatch, work: Callable[[int], None], calls_each: int = 1) -> Callable[[], float]:
+def sliced(stopwatch: Stopwatch, work: Callable[[int], Any], calls_each: int = 1) -> Callable[[], float]:
     """A slice of `work(count)` that lasts about SLICE_S: seconds per call, where each count is `calls_each` calls."""
     def elapsed(count: int) -> float:
         return stopwatch(lambda: work(count))

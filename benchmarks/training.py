@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -83,7 +84,7 @@ def slices(contenders: list[Contender], device: torch.device) -> dict[str, Calla
             return stopwatch(lambda: contender.steps(count)) / count
 
         count = max(1, math.ceil(SAMPLE_S[device.type] / seconds(1)))
-        found[contender.name] = lambda seconds=seconds, count=count: seconds(count)
+        found[contender.name] = functools.partial(seconds, count)
     return found
 
 
@@ -136,7 +137,7 @@ def measure(gate: Gate, trial: Trial, number: int, *, budget_s: float, rounds: i
             **contender.about,
         }
         if isinstance(contender.provider, Ours):
-            parts = phases(contender.provider.training, lambda one=contender: one.steps(1), PHASE_STEPS)
+            parts = phases(contender.provider.training, functools.partial(contender.steps, 1), PHASE_STEPS)
             row["phases_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in parts.items()}
         found["rows"].append(row)
     return found

@@ -101,8 +101,9 @@ class Plain:
         trial = start.trial
         self.dtype = dtype or getattr(torch, trial.dtype)
         weights = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.student: Any = start.denoiser("student", weights)
-        self.target: Any = start.denoiser("target", weights)
+        student, target = start.denoiser("student", weights), start.denoiser("target", weights)
+        assert student is not None and target is not None
+        self.student, self.target = student, target
         self._models: list[Any] = [self.student.requires_grad_(True), self.target, start.denoiser("teacher", weights)]
         # In half precision autocast says what the trunk computes in.
         self._lpips: Any = start.perceptual(weights)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Start:
         self.rates = AVERAGES.get(trial.network, ONE_AVERAGE)
         generator = torch.Generator().manual_seed(SEED)
         shape = self.weights["student"].image_shape
+        assert shape is not None
         self.pixels = torch.randint(256, (trial.batch, *shape), dtype=torch.uint8, generator=generator)
         self.labels = None
         if self.weights["student"].num_classes is not None:
@@ -89,7 +90,8 @@ class Start:
         model."""
         if role not in self.weights:
             return None
-        model = networks.around(copy.deepcopy(self.weights[role].network).to(self.device, dtype))
+        network: Any = self.weights[role].network
+        model = networks.around(copy.deepcopy(network).to(self.device, dtype))
         if role == "teacher":
             model.preconditioner = Preconditioner.by_name("edm")
         return model if role == "teacher" else model.train()

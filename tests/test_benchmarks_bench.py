@@ -1,0 +1,128 @@
+"""`python -m cmfast bench`, start-up and profiles: they run on tiny networks, and count nothing that is wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from cmfast import cli
+from cmfast.benchmarks import bench, profile, providers, startup, steps, timing
+from cmfast.benchmarks.suites import SUITES
+
+RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
+
+
+def test_every_suite_has_its_time():
+    assert set(bench.SECONDS) == set(SUITES)
+    assert sum(full for full, _ in bench.SECONDS.values()) <= 600
+    assert sum(quick for _, quick in bench.SECONDS.values()) <= 120
+
+
+def test_list(capsys):
+    assert cli.main(["bench", "--list", "--quick", "--device", "cpu", "--provider", "foreach,cmfast"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {"sampling", "training", "kernels", "parameters", "startup"}
+    assert cli.main(["bench", "--list", "--quick", "--device", "cpu", "--case", "parameters averages"]) == 0
+    assert capsys.readouterr().out == "parameters averages 6M 2\n"
+
+
+def test_wrong_options(capsys):
+    assert cli.main(["bench", "--provider", "cmfast,openia"]) == 2
+    assert "unknown openia; known: auto, cmfast" in capsys.readouterr().err
+    assert cli.main(["bench", "--quick", "--device", "cpu", "--case", "no such case"]) == 2
+    assert "--list prints them" in capsys.readouterr().err
+
+
+def test_runs(tmp_path, capsys):
+    """A suite in a process of its own; all that was measured in one file, and one table."""
+    # What an earlier run left is not of this one.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "parameters-old.json").write_text(
+        json.dumps({"suite": "parameters", "environment": {"date": "2020-01-01T00:00:00+00:00"}})
+    )
+    arguments = ["bench", "--quick", "--device", "cpu", "--case", "averages 6M", "--provider", "foreach,cmfast"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "all" / "all.json")]) == 0
+    made = json.loads((tmp_path / "all" / "all.json").read_text())
+    assert list(made["results"]) == ["parameters"] and [step["status"] for step in made["steps"]] == ["ok"]
+    rows = made["results"]["parameters"]["rows"]
+    assert [row["provider"] for row in rows] == ["foreach", "cmfast"] and rows[0]["percent_of_copy"] > 0
+    out = capsys.readouterr().out
+    assert "parameters averages 6M 2  foreach" in out and "(ties within 3%)" in out
+
+
+def test_a_failure_is_the_exit_status(tmp_path, monkeypatch):
+    failing = {"steps": [{"step": "parameters", "status": "failed"}], "date": "2026-01-01T00:00:00+00:00"}
+    monkeypatch.setattr(steps, "run_all", lambda *arguments: failing)
+    arguments = ["bench", "--quick", "--device", "cpu", "--case", "averages 6M", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 1
+
+
+def test_gpu(capsys):
+    assert cli.main(["bench", "--gpu", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "compute-sanitizer" in out and "cmfast.benchmarks.profile" in out
+
+
+def recorded(suite, folder, monkeypatch, *options):
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    status = suite.main(["--device", "cpu", "--network", "tiny", "--out", str(folder), *options])
+    (path,) = folder.glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+def test_startup(tmp_path, monkeypatch, capsys):
+    """In a new process, through the gate; one that is missing is named."""
+    status, result = recorded(
+        startup.SUITE, tmp_path, monkeypatch, "--providers", "reference,openai,cmfast", "--rounds", "1"
+    )
+    assert status == 0, result["failures"]
+    assert [row["provider"] for row in result["rows"]] == ["reference", "cmfast"]
+    assert "--openai" in result["missing"]["openai"]
+    for row in result["rows"]:
+        assert row["p50_ms"] == pytest.approx(1e3 * (row["import_s"] + row["make_s"]), abs=2)
+        assert 0 < row["call_s"] < row["make_s"]
+        if row["peak_bytes"] is not None and row["provider"] == "cmfast":
+            assert row["peak_bytes"] > row["weight_bytes"] > 0
+    assert "s to the first images" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "HOME", tmp_path)
+    monkeypatch.setattr(startup.sys, "executable", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(startup, "child", lambda trial, name, *rest: {"wrong": "relative error 1"})
+    status, result = recorded(startup.SUITE, tmp_path / "out", monkeypatch, "--providers", "cmfast")
+    assert status == 1 and not result["rows"] and result["failures"][0]["reason"] == "relative error 1"
+
+
+def test_a_child_that_dies_says_why(tmp_path):
+    options = startup.SUITE.arguments(["--device", "cpu"])
+    trial = startup.Trial("no-such-network", 1, ("cmfast",))
+    with pytest.raises(RuntimeError, match="no-such-network"):
+        startup.child(trial, "cmfast", options, torch.device("cpu"))
+
+
+def test_what_compiles_starts_apart():
+    options = startup.SUITE.arguments(["--device", "cpu", "--compile"])
+    plain, slow = startup.SUITE.chosen(options)
+    assert not set(plain.providers) & set(providers.COMPILED) and slow.providers[0] == "cmfast"
+    assert set(slow.providers[1:]) <= set(providers.COMPILED)
+
+
+def test_profile(tmp_path, monkeypatch, capsys):
+    status, result = recorded(profile.SUITE, tmp_path, monkeypatch, "--quick", "--providers", "cmfast")
+    assert status == 0, result["failures"]
+    assert [row["batch"] for row in result["rows"]] == [1, 0]
+    for row in result["rows"]:
+        assert sum(kernel["share"] for kernel in row["kernels"]) == pytest.approx(1, abs=0.2)
+        assert any("conv" in kernel["name"] for kernel in row["kernels"])
+    assert "training step" in capsys.readouterr().out
+
+
+def test_gaps():
+    """Of overlapping kernels the later end counts."""
+    found = profile.kernels([("a", 0, 10), ("b", 2, 4), ("c", 12, 13), ("a", 20, 21)])
+    assert found["idle_us"] == 9 and [gap["us"] for gap in found["gaps"]] == [7, 2]
+    assert found["gaps"][1] == {"us": 2, "after": "a", "before": "c"}
+    assert found["kernels"][0] == {"name": "a", "calls": 2, "us": 11, "share": 0.7857}

@@ -1,0 +1,141 @@
+"""One table of all suites, and README's tables: they say what the result files say, and nothing else."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from cmfast.benchmarks import report
+from cmfast.benchmarks.comparisons import comparisons, counts, text
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = {
+    "copy": {"gb_per_s": 10.0}, "what": "3x3 convolution", "matrix": {"float32": {"tflop_per_s": 0.1}}
+}  # fmt: skip
+PERCENTILES = ("p20", "p50", "p80")
+ENVIRONMENT = {
+    "device": "CPU: slow", "device_type": "cpu", "gpu": None, "cpu": {"threads": 2}, "torch": "2.14", "triton": "3.8",
+    "cuda": None, "python": "3.11", "commit": "abc", "uncommitted_changes": False, "date": "2026-01-02T03:04:05+00:00",
+    "command": "python",
+}  # fmt: skip
+
+
+def result(suite, rows, **fields):
+    return {
+        "schema": 2, "suite": suite, "environment": ENVIRONMENT, "rates": [RATES, RATES], "missing": {},
+        "not_started": [], "failures": [], "truncated": False, "rows": rows, **fields,
+    }  # fmt: skip
+
+
+def row(provider, p50, times=None, name="batch 1, multistep, 1 step", **more):
+    ratio = None if times is None else {"p20": times - 0.1, "p50": times, "p80": times + 0.1}
+    return {
+        "trial": 0, "name": name, "provider": provider, "p50_ms": p50, "times_cmfast": ratio, "batch": 1,
+        "sampler": "multistep", "steps": 1, "mode": "latency", "images_per_s": 1e3 / p50, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    sampling = [
+        row("cmfast", 10.0, 1.0, percent_of_matrix=80.0), row("openai", 20.0, 2.0), row("diffusers", 10.1, 1.01),
+        row("inductor", 9.0, 0.9), row("convolutions", 9.0, 0.9), row("cmfast_compile", 8.0, 0.8),
+        # Beside nothing of cmfast's: no comparison.
+        row("openai", 20.0, None, name="batch 4, multistep, 1 step"),
+    ]
+    kernels = [
+        {"name": "r", "provider": name, "mode": "call", "p50_us": us, "times_cmfast": dict.fromkeys(PERCENTILES, t)}
+        for name, us, t in (("auto", 5.0, 1.0), ("inductor", 10.0, 2.0), ("kernel", 1.0, 0.2))
+    ]
+    return [
+        result("sampling", sampling, network="imagenet64", missing={"peer": "not here"}, not_started=["batch 64"],
+               failures=[{"trial": "batch 1", "provider": "wrong", "reason": "off by one"}]),
+        result("kernels", kernels),
+    ]  # fmt: skip
+
+
+def test_comparisons(results):
+    found = comparisons(results)
+    assert [(c.rival, c.p50, c.verdict) for c in found] == [
+        ("inductor", 0.9, "LOSS"), ("diffusers", 1.01, "tie"), ("openai", 2.0, "win"), ("inductor", 2.0, "win")
+    ]
+    assert counts(found) == "2 wins, 1 tie, 1 loss"
+    assert found[3].ours_ms == 0.005 and found[3].suite == "kernels"
+    lines = text(results).splitlines()
+    assert "LOSS" in lines[2] and "missing: sampling: peer: not here" in lines
+    assert "FAILED, not timed: batch 1: wrong: off by one" in lines
+    assert "not started for lack of time: sampling: batch 64" in lines
+
+
+def test_a_missing_peer_is_no_win(results):
+    for one in results:
+        one["rows"] = [r for r in one["rows"] if r["provider"] in ("cmfast", "auto")]
+    assert comparisons(results) == [] and "nothing was timed beside cmfast" in text(results)
+
+
+@pytest.fixture
+def folder(tmp_path, results):
+    (tmp_path / "results" / "slow").mkdir(parents=True)
+    for one in results:
+        (tmp_path / "results" / "slow" / f"{one['suite']}.json").write_text(json.dumps(one))
+    return tmp_path
+
+
+def test_tables(folder, capsys):
+    pytest.importorskip("matplotlib")
+    readme = folder / "README.md"
+    readme.write_text("Before.\n\n<!-- benchmarks: sampling -->\nold\n<!-- /benchmarks -->\n\nBetween.\n\n"
+                      "<!-- benchmarks: worst -->\n<!-- /benchmarks -->\n")
+    arguments = ["--results", str(folder / "results"), "--files", str(readme), "--plots", str(folder / "plots")]
+    assert report.main([*arguments, "--check"]) == 1 and "old" in readme.read_text()
+    assert report.main(arguments) == 0
+    made = readme.read_text()
+    assert made.startswith("Before.\n") and "\nBetween.\n" in made and "old" not in made
+    assert "| imagenet64, batch 1, multistep, 1 step | **cmfast** | 10.0 | 100 |  | 80% |" in made
+    assert "| 20.0 | 50.0 | 2.00 (1.90 to 2.10) |  |" in made
+    assert "2 wins, 1 tie, 1 loss" in made and "CPU: slow, 2 threads; torch 2.14, Python 3.11; 2026-01-02." in made
+    assert {path.name for path in (folder / "plots").iterdir()} == {"speed-slow.png", "roofline-slow.png"}
+    assert report.main([*arguments, "--check"]) == 0
+    readme.write_text(made.replace("| 20.0 |", "| 21.0 |"))
+    assert report.main([*arguments, "--check"]) == 1
+    assert "README.md" in capsys.readouterr().out
+
+
+def test_latency_against_batch(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    from cmfast.benchmarks import plots
+
+    for provider in ("cmfast", "openai"):
+        results[0]["rows"].append(row(provider, 30.0) | {"batch": 4})
+    assert tmp_path / "latency-slow.png" in plots.draw({"slow": results}, tmp_path)
+
+
+def test_what_is_no_result(folder):
+    path = folder / "results" / "slow" / "old.json"
+    path.write_text(json.dumps({"schema": 1}))
+    with pytest.raises(ValueError, match=r"old.json: schema 1, not 2: measure it again"):
+        report.load(folder / "results")
+    with pytest.raises(ValueError, match="there is no block 'nonsense'; known: sampling"):
+        report.written("<!-- benchmarks: nonsense -->\n<!-- /benchmarks -->", {})
+
+
+def test_the_tables_of_this_repository():
+    """Each is what the files in benchmarks/results say: `make report` writes them."""
+    devices = report.load(ROOT / "benchmarks" / "results")
+    found = 0
+    for path in (ROOT / "README.md", report.RESULTS):
+        text = path.read_text(encoding="utf-8")
+        found += len(report.BLOCK.findall(text))
+        assert report.written(text, devices) == text, f"{path.name}: run `make report`"
+    assert found >= 3
+
+
+def test_every_number_of_a_result_is_in_a_table(results):
+    """Every comparison stands in the long table: none is left out for being a loss."""
+    devices = {"slow": results}
+    table = report.block("everything", devices)
+    assert table.count("| LOSS |") == 1 and table.count("| win |") == 2 and table.count("| tie |") == 1
+    changed = copy.deepcopy(devices)
+    changed["slow"][0]["rows"][1]["times_cmfast"]["p50"] = 1.5
+    assert report.block("everything", changed) != table
