@@ -50,7 +50,7 @@ def kernels(spans: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
 
     >>> found = kernels([("a", 0, 2), ("b", 5, 9), ("a", 9, 10)])
     >>> found["busy_us"], found["idle_us"], found["kernels"][0]["name"], found["gaps"][0]["after"]
-    (7, 3, 'b', 'a')
+    (7, 3.0, 'b', 'a')
     """
     ordered = sorted(spans, key=lambda span: span[1])
     sums: dict[str, list[float]] = {}
