@@ -22,6 +22,8 @@ from cmfast.benchmarks.original import Missing, original_unet
 MAX_AUTOTUNE = {"mode": "max-autotune", "dynamic": False}
 #: Noise of the first step and labels of the images that the gate looks at follow from it.
 SEED = 2**40 + 7
+#: Of the noise that is added between two steps.
+SIGMA_MIN = 0.002
 #: In the place of a sampler's name: one D, with neither noise drawn nor pixels made.
 FORWARD = "forward"
 
@@ -118,10 +120,11 @@ class Engine:
         return self.sample(len(noise))
 
 
-class OneStep:
-    """Another network, F(c_in x, c_noise, labels), in one function from noise to D, and that under torch.compile.
+class Multistep:
+    """Another network, F(c_in x, c_noise, labels), in one function from x to D, and that under torch.compile.
 
-    Drawing noise before and turning D into pixels after it are a launch each; n images wait for the host once.
+    Drawing noise before it, adding noise between two steps and turning D into pixels after the last are a launch or two
+    each; n images wait for the host once. Raises: Missing: of a trial whose sampler is another.
     """
 
     shares_weights = False
@@ -138,16 +141,18 @@ class OneStep:
         channels_last: bool = False,
         note: str | None = None,
     ) -> None:
+        if trial.loop != "multistep":
+            raise Missing(f"its {trial.sampler} is not measured")
         self.dtype, self.note = dtype or models.dtype, note
         self._batch, self._shape, self._device = trial.batch, models.image_shape, models.device
         self._num_classes = models.contiguous.num_classes
-        sigma = torch.tensor(models.contiguous.sigma_max, device=models.device)
+        self._levels = Sampler(models.contiguous, trial.batch, steps=trial.steps, **PLAIN).sigmas
+        self._sigmas = [torch.tensor(sigma, device=models.device) for sigma in self._levels]
         options: dict[str, Any] = {"dtype": input_dtype or self.dtype}
         if channels_last:
             options["memory_format"] = torch.channels_last
 
-        def step(noise: Tensor, labels: Tensor | None) -> Tensor:
-            x = sigma * noise
+        def step(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
             return reference.denoise(network(*reference.scale_input(x, sigma, **options), labels), x, sigma)
 
         self._step = step if compile is None else torch.compile(step, **compile)
@@ -156,24 +161,34 @@ class OneStep:
         """As `Engine.sample`, n a multiple of the batch size."""
         batches = []
         for _ in range(n // self._batch):
-            noise = torch.randn(self._batch, *self._shape, device=self._device)
             labels = None
             if self._num_classes is not None:
                 labels = torch.randint(self._num_classes, (self._batch,), device=self._device)
-            batches.append(ops.to_uint8(self._run(noise, labels)))
+            batches.append(self._run(lambda draw: torch.randn(self._batch, *self._shape, device=self._device), labels))
         return torch.cat(batches).cpu()
 
     def denoised(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """As `Engine.denoised`."""
-        return self._run(noise, labels).clone()
+        with torch.no_grad():
+            return self._step(self._sigmas[0] * noise, self._sigmas[0], labels).clone()
 
     def pixels(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """As `Engine.pixels`."""
-        return ops.to_uint8(self._run(noise, labels)).cpu()
+        index = torch.arange(len(noise), device=self._device)
+
+        def drawn(draw: int) -> Tensor:
+            return ops.normal(SEED, index, self._shape, draw=draw, dtype=torch.float32) if draw else noise
+
+        return self._run(drawn, labels).cpu()
 
     @torch.no_grad()
-    def _run(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        return self._step(noise, labels)
+    def _run(self, noise: Callable[[int], Tensor], labels: Tensor | None) -> Tensor:
+        """Pixels. noise: unit noise of the k-th draw."""
+        x = self._sigmas[0] * noise(0)
+        for k in range(1, len(self._sigmas)):
+            scale = (self._levels[k] ** 2 - SIGMA_MIN**2) ** 0.5
+            x = self._step(x, self._sigmas[k - 1], labels).clamp(-1, 1) + scale * noise(k)
+        return ops.to_uint8(self._step(x, self._sigmas[-1], labels))
 
 
 class ConvolutionsAlone:
@@ -198,7 +213,7 @@ class ConvolutionsAlone:
         return self._run.wrong()
 
 
-Provider = Engine | OneStep | ConvolutionsAlone
+Provider = Engine | Multistep | ConvolutionsAlone
 
 
 def _cmfast(models: Models, trial: Trial, **options: Any) -> Engine:
@@ -207,7 +222,7 @@ def _cmfast(models: Models, trial: Trial, **options: Any) -> Engine:
     return Engine(models, trial, model, **options)
 
 
-def _diffusers(models: Models, trial: Trial, compile: dict[str, Any] | None = None) -> OneStep:
+def _diffusers(models: Models, trial: Trial, compile: dict[str, Any] | None = None) -> Multistep:
     if not find_spec("diffusers"):
         raise Missing("diffusers is not installed for this Python")
     from cmfast.compat.diffusers import unet_to_diffusers
@@ -217,27 +232,27 @@ def _diffusers(models: Models, trial: Trial, compile: dict[str, Any] | None = No
     def network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         return unet(x, timesteps, class_labels=labels, return_dict=False)[0]
 
-    return OneStep(models, trial, network, compile=compile, channels_last=True)
+    return Multistep(models, trial, network, compile=compile, channels_last=True)
 
 
-def _openai(models: Models, trial: Trial, compiled: bool = False) -> OneStep:
+def _openai(models: Models, trial: Trial, compiled: bool = False) -> Multistep:
     fp16 = models.device.type == "cuda"
     network, note = original_unet(models.network, models.openai, fp16=fp16)
     # The network alone is compiled, as is: whatever its code does to the compiler is part of what is measured.
     model = torch.compile(network) if compiled else network
     dtype = torch.float16 if fp16 else None
     # Its first and last layers stay in float32, and it casts between them itself.
-    return OneStep(models, trial, model, dtype=dtype, input_dtype=torch.float32, note=note)
+    return Multistep(models, trial, model, dtype=dtype, input_dtype=torch.float32, note=note)
 
 
-def _inductor(models: Models, trial: Trial) -> OneStep:
-    step = OneStep(models, trial, torch.compile(models.network))
+def _inductor(models: Models, trial: Trial) -> Multistep:
+    step = Multistep(models, trial, torch.compile(models.network))
     step.shares_weights = True
     return step
 
 
-def _inductor_max(models: Models, trial: Trial) -> OneStep:
-    step = OneStep(models, trial, models.channels_last.network, compile=MAX_AUTOTUNE, channels_last=True)
+def _inductor_max(models: Models, trial: Trial) -> Multistep:
+    step = Multistep(models, trial, models.channels_last.network, compile=MAX_AUTOTUNE, channels_last=True)
     step.shares_weights = True
     return step
 
@@ -278,10 +293,12 @@ def trials(device_type: str, batches: list[int], compile: bool, quick: bool = Fa
             # One at a time: one that takes too long to compile does not take the other's numbers with it.
             *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ends),
             *(Trial(b, fast) for b in ordered[len(ends) :]),
-            *(Trial(b, ("cmfast",), steps=2) for b in ends),
+            *(Trial(b, fast, steps=2) for b in ends),
             *(Trial(b, fast, sampler=FORWARD) for b in ends),
             Trial(ends[0], ("cmfast",), sampler="heun", steps=18),
             *(Trial(b, ("cmfast", rival)) for rival in rivals for b in ordered[len(ends) :]),
+            *(Trial(b, ("openai", "cmfast"), steps=2) for b in ordered[len(ends) :]),
+            *(Trial(b, fast, sampler=FORWARD) for b in ordered[len(ends) :]),
         ]
     alone, plain = ("convolutions", "convolutions_unpacked"), ("reference", "reference_channels_last")
     fast = (*alone, *plain, "openai", "diffusers", "cmfast")
@@ -289,8 +306,8 @@ def trials(device_type: str, batches: list[int], compile: bool, quick: bool = Fa
     return [
         *(Trial(b, fast) for b in batches),
         *(Trial(b, slow) for b in batches if compile),
-        Trial(batches[0], ("reference", "openai", "cmfast"), sampler=FORWARD),
-        Trial(batches[0], ("reference", "cmfast"), steps=2),
+        *(Trial(b, ("reference", "openai", "diffusers", "cmfast"), steps=2) for b in batches[:1]),
+        *(Trial(b, ("reference", "openai", "cmfast"), sampler=FORWARD) for b in batches[:1]),
     ]
 
 

@@ -35,7 +35,7 @@ from cmfast.benchmarks.providers import (
 )
 
 #: Batches by type of device; those of networks that take much more are fewer.
-BATCHES = {"cuda": [1, 16, 64, 256], "cpu": [1, 4]}
+BATCHES = {"cuda": [1, 4, 16, 64, 256], "cpu": [1, 4]}
 LARGE_BATCHES = {"cuda": [1, 16, 64], "cpu": [1]}
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 6.0, "cpu": 20.0}

@@ -90,7 +90,7 @@ def test_default_trials(tmp_path):
     assert {(row["provider"], row["steps"]) for row in result["rows"]} == {
         *((name, 1) for name in ("convolutions", "convolutions_unpacked", "reference", "reference_channels_last")),
         *(("diffusers", 1) for _ in range(bool(find_spec("diffusers")))), ("cmfast", 1),
-        ("reference", 2), ("cmfast", 2),
+        ("reference", 2), *(("diffusers", 2) for _ in range(bool(find_spec("diffusers")))), ("cmfast", 2),
     }
     assert "--openai" in result["missing"]["openai"]
 
@@ -161,6 +161,18 @@ def test_other_samplers(tmp_path, monkeypatch):
     status, result = recorded(tmp_path)
     assert status == 0, result["failures"]
     assert [(row["sampler"], row["steps"]) for row in result["rows"]] == [("heun", 3)]
+
+
+def test_two_steps(tmp_path, checkout, monkeypatch):
+    """Of every network, through the gate: noise and clipping between steps are those of `Sampler`."""
+    names = ("reference", "openai", *(("diffusers",) if find_spec("diffusers") else ()), "cmfast")
+    monkeypatch.setattr(sampling, "trials", lambda *arguments: [providers.Trial(2, names, steps=2)])
+    status, result = recorded(tmp_path, "--openai", str(checkout))
+    assert status == 0, result["failures"]
+    assert [row["provider"] for row in result["rows"]] == list(names) and not result["missing"]
+    monkeypatch.setattr(providers, "SIGMA_MIN", 0.5)
+    status, result = recorded(tmp_path, "--openai", str(checkout))
+    assert status == 1 and "a pixel is off" in result["failures"][0]["reason"]
 
 
 def test_time_limit_is_recorded(tmp_path):
