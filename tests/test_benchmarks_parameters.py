@@ -28,6 +28,7 @@ def test_every_provider(tmp_path, capsys):
     ]
     for row, per_parameter in zip(result["rows"][::3], (4 + 8 * 4, 7 * 4 + 8 * 2 + 4)):
         assert row["floor_bytes"] == per_parameter * row["parameters"]
+        assert row["percent_of_copy"] == pytest.approx(100 * row["gb_per_s"] / RATES["copy"]["gb_per_s"], abs=0.01)
     printed = capsys.readouterr().out
     assert printed.count("x cmfast") == 6
     assert parameters.main(["--report", str(path)]) == 0

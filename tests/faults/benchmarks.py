@@ -1,0 +1,60 @@
+"""Faults of the benchmarks: a number that is not what its table says it is."""
+
+REPORT = "tests/test_benchmarks_report.py::"
+BENCH = "tests/test_benchmarks_bench.py::"
+SAMPLING = "tests/test_benchmarks_sampling.py::"
+
+FAULTS = {
+    "benchmarks/comparisons.py": [
+        ("a loss called a tie", 'if self.p50 >= 1 / (1 + TIE) else "LOSS"', 'if self.p50 >= 0.5 else "LOSS"',
+         REPORT + "test_comparisons"),
+        ("the best first", "key=lambda c: c.p50)", "key=lambda c: -c.p50)", REPORT + "test_comparisons"),
+        ("a limit called a rival", '"convolutions", "convolutions_unpacked")', '"convolutions_unpacked")',
+         REPORT + "test_comparisons"),
+        ("a failure kept quiet", "lines += [f\"FAILED, not", "[f\"FAILED, not", REPORT + "test_comparisons"),
+        ("beside another case", "return row[\"name\"], row.get(\"trial\"), row.get(\"mode\")",
+         "return row.get(\"trial\"), row.get(\"mode\")", REPORT + "test_comparisons"),
+    ],
+    "benchmarks/report.py": [
+        ("--check that checks nothing", "return int(bool(wrong))", "return 0", REPORT + "test_tables"),
+        ("old files taken", 'if result.get("schema") != 2:', "if False:", REPORT + "test_what_is_no_result"),
+        ("losses left out", "_compared(comparisons(results)), \"\"",
+         "_compared(c for c in comparisons(results) if c.verdict != \"LOSS\"), \"\"",
+         REPORT + "test_every_number_of_a_result_is_in_a_table"),
+    ],
+    "benchmarks/timing.py": [
+        ("ratios the other way round", "ratios = [other / one for other, one in zip(times, ours)]",
+         "ratios = [one / other for other, one in zip(times, ours)]", "cmfast/benchmarks/timing.py::cmfast.benchmarks.timing.times_of"),
+        ("the slowest called the median", "return ordered[low] + (at - low) * (ordered[high] - ordered[low])",
+         "return ordered[-1]", "cmfast/benchmarks/timing.py::cmfast.benchmarks.timing.percentile"),
+    ],
+    "benchmarks/bench.py": [
+        ("a failure that is no failure", "return int(failed(report))", "return 0",
+         BENCH + "test_a_failure_is_the_exit_status"),
+        ("results of another run", 'and result["environment"]["date"] >= since', "", BENCH + "test_runs"),
+        ("a provider that nobody knows", "if wanted and not known >= set(wanted):", "if False:",
+         BENCH + "test_wrong_options"),
+    ],
+    "benchmarks/startup.py": [
+        ("what is wrong is timed", 'if one.get("missing") or one.get("wrong"):', 'if one.get("missing"):',
+         BENCH + "test_a_process_that_fails_is_no_number"),
+    ],
+    "benchmarks/startup_child.py": [
+        ("imports left out", '"first_images_s": import_s + make_s', '"first_images_s": make_s', BENCH + "test_startup"),
+    ],
+    "benchmarks/profile.py": [
+        ("gaps under a longer kernel", "if end is None or ended > end:", "if True:", BENCH + "test_gaps"),
+    ],
+    "benchmarks/providers.py": [
+        ("no clipping between steps", ".clamp(-1, 1) + scale * noise(k)", " + scale * noise(k)",
+         SAMPLING + "test_two_steps"),
+        ("a first step's noise again", "+ scale * noise(k)", "+ scale * noise(0)", SAMPLING + "test_two_steps"),
+        ("the level before", "return ops.to_uint8(self._step(x, self._sigmas[-1], labels))",
+         "return ops.to_uint8(self._step(x, self._sigmas[0], labels))", SAMPLING + "test_two_steps"),
+    ],
+    "benchmarks/runs.py": [
+        ("a share of the last rates", 'round(100 * row["gb_per_s"] / rates["copy"]["gb_per_s"], 2)',
+         'round(row["gb_per_s"] / rates["copy"]["gb_per_s"], 2)',
+         "tests/test_benchmarks_parameters.py::test_every_provider"),
+    ],
+}  # fmt: skip
