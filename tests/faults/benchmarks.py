@@ -24,7 +24,8 @@ FAULTS = {
     ],
     "benchmarks/timing.py": [
         ("ratios the other way round", "ratios = [other / one for other, one in zip(times, ours)]",
-         "ratios = [one / other for other, one in zip(times, ours)]", "cmfast/benchmarks/timing.py::cmfast.benchmarks.timing.times_of"),
+         "ratios = [one / other for other, one in zip(times, ours)]",
+         "cmfast/benchmarks/timing.py::cmfast.benchmarks.timing.times_of"),
         ("the slowest called the median", "return ordered[low] + (at - low) * (ordered[high] - ordered[low])",
          "return ordered[-1]", "cmfast/benchmarks/timing.py::cmfast.benchmarks.timing.percentile"),
     ],
