@@ -20,7 +20,7 @@ Module = TypeVar("Module", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def optimize(model: Module, dtype: torch.dtype | None = None) -> Module:
+def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = True) -> Module:
     """The same network with a fast forward pass, for inference and for training; the model stays as it is.
 
     It computes in channels_last from end to end. GroupNorm, the embedding's scale and shift, SiLU, dropout and the
@@ -39,6 +39,8 @@ def optimize(model: Module, dtype: torch.dtype | None = None) -> Module:
             a `Denoiser`.
         dtype: what to compute in; the weights keep theirs, and gradients come in it. None: that of the weights, or of
             `torch.autocast` where it is on.
+        pack: keep weights packed on a CPU. False for a network whose weights change before every call, as a target's
+            in training: packing them takes longer than it saves in one.
 
     Raises: TypeError: another network, or parts that the fast pass does not know; the message names the first.
 
@@ -51,16 +53,16 @@ def optimize(model: Module, dtype: torch.dtype | None = None) -> Module:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, or None, got {dtype}")
     if isinstance(model, UNetModel):
         _plan_of(model)
-        return fast_unet(model, dtype)  # type: ignore[return-value]
+        return fast_unet(model, dtype, pack)  # type: ignore[return-value]
     if diffusers.is_unet2d(model):
         _plan_of(model)
-        return diffusers.fast_unet2d(model, dtype)
+        return diffusers.fast_unet2d(model, dtype, pack)
     for name in ("network", "unet"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and isinstance(model, nn.Module):
             outer: Any = copy.copy(model)
             # A copy shares its table of parts with the original: this one's has another network in it.
-            outer._modules = {**model._modules, name: optimize(inner, dtype)}
+            outer._modules = {**model._modules, name: optimize(inner, dtype, pack=pack)}
             return outer
     raise Refused(
         f"cannot optimize a {type(model).__name__}: expected a UNetModel, a diffusers.UNet2DModel, or a module with "

@@ -181,13 +181,13 @@ def _attention(module: Any, block: Any, where: str) -> Attention:
     )
 
 
-def fast_unet2d(model: Any, dtype: torch.dtype | None) -> Any:
+def fast_unet2d(model: Any, dtype: torch.dtype | None, pack: bool = True) -> Any:
     """The fast form of a UNet2DModel, sharing everything with it."""
     base: Any = type(model)
     kind = base if hasattr(model, "_fast") else _fast_class(base)
     network = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet2d, dtype)
+    network.__dict__["_fast"] = FastPass(network, of_unet2d, dtype, pack)
     return network
 
 

@@ -22,8 +22,10 @@ from cmfast.watch import Change, Watch
 class FastPass:
     """What a fast network has beside its modules: the plan of them, and what is made of their weights."""
 
-    def __init__(self, model: nn.Module, make_plan: Callable[[Any], Plan], dtype: torch.dtype | None) -> None:
-        self._model, self._make_plan, self.dtype = model, make_plan, dtype
+    def __init__(
+        self, model: nn.Module, make_plan: Callable[[Any], Plan], dtype: torch.dtype | None, pack: bool = True
+    ) -> None:
+        self._model, self._make_plan, self.dtype, self._pack = model, make_plan, dtype, pack
         self._weights = Weights(dtype)
         self._plan: Plan | None = None
         self._reason: str | None = None
@@ -35,7 +37,7 @@ class FastPass:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what was made of the modules is made again."""
-        return {"model": self._model, "make_plan": self._make_plan, "dtype": self.dtype}
+        return {"model": self._model, "make_plan": self._make_plan, "dtype": self.dtype, "pack": self._pack}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -75,7 +77,7 @@ class FastPass:
         if self._plan is None:
             return False
         weight = self._plan.first.weight
-        on_cpu = weight.device.type == "cpu" and _has_onednn(self.dtype or weight.dtype)
+        on_cpu = self._pack and weight.device.type == "cpu" and _has_onednn(self.dtype or weight.dtype)
         self._compiled = on_cpu and any(map(winograd.wide, self._plan.convolutions()))
         return self._compiled
 
@@ -92,7 +94,8 @@ class FastPass:
         with torch.autocast(x.device.type, enabled=False):
             emb = embed()
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
-            packed = not (waits or differentiable) and x.device.type == "cpu" and _has_onednn(dtype)
+            onednn = self._pack and x.device.type == "cpu" and _has_onednn(dtype)
+            packed = onednn and not (waits or differentiable)
             options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
             return Forward(self._plan, weights, dtype, **options)(x, emb)
 
@@ -159,9 +162,9 @@ class FastUNet(UNetModel):
         return self._fast.refusal
 
 
-def fast_unet(model: UNetModel, dtype: torch.dtype | None) -> FastUNet:
+def fast_unet(model: UNetModel, dtype: torch.dtype | None, pack: bool = True) -> FastUNet:
     """The fast form of a U-Net, sharing everything with it."""
     network = FastUNet.__new__(FastUNet)
     network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet, dtype)
+    network.__dict__["_fast"] = FastPass(network, of_unet, dtype, pack)
     return network

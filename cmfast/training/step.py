@@ -206,17 +206,19 @@ class TrainStep:
         if self.options.on_nan == "stop":
             self._alive = torch.where(self._bad == NONE, 1.0, torch.nan).to(self._alive)
 
-    def _fast(self, model: Denoiser) -> Denoiser:
-        """The model in the form that is called: optimised, if it may be and can be."""
+    def _fast(self, model: Denoiser, pack: bool = False) -> Denoiser:
+        """The model in the form that is called: optimised, if it may be and can be. pack: as in `fast.optimize`."""
         if not self.options.optimize or self._sharded or fast.refusal(model) is not None:
             return model
         half = getattr(torch, self.options.dtype)
-        return fast.optimize(model, dtype=None if half == torch.float32 else half)
+        return fast.optimize(model, dtype=None if half == torch.float32 else half, pack=pack)
 
     def _frozen(self, model: Denoiser | None) -> Denoiser | None:
-        if model is None or not self.options.graphs or self._sharded:
-            return None if model is None else self._fast(model)
-        return frozen(self._fast(model))
+        if model is None:
+            return None
+        # A teacher stays as it is for a whole stage.
+        optimised = self._fast(model, pack=model is self.teacher_model)
+        return frozen(optimised) if self.options.graphs and not self._sharded else optimised
 
     def _averages(self) -> Averages:
         rates: list[Any] = list(self.options.averages)

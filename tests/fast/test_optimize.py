@@ -455,6 +455,17 @@ def test_another_batch_size():
     assert {entry.shape[0] for entry in packed} == {3}
 
 
+def test_weights_that_are_not_kept_packed():
+    """`pack=False`, also of a copy: the same numbers, and nothing packed."""
+    model = small_unet(model_channels=64).eval()
+    fast, args = optimize(model, pack=False), inputs(model)
+    for each in (fast, copy.deepcopy(fast), optimize(fast, pack=False)):
+        with torch.no_grad():
+            assert relative_error(each(*args), model(*args)) < FAST_VALUE
+        assert not {"packed", "winograd"} & {kind for kind, *_ in each._fast._weights._kept}
+    assert not fast.compile_parts()
+
+
 def test_winograd_is_used():
     model = small_unet(model_channels=64).eval()
     fast = optimize(model)

@@ -87,6 +87,18 @@ def test_optimised_networks_learn_the_same(name):
     assert apart(fast, plain) < TRAINING
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN to pack weights for")
+def test_weights_that_change_are_not_packed():
+    """A teacher's are, which stay as they are."""
+    step = step_of("cd")
+    run(step, 2)
+    kinds = {
+        name: {kind for kind, *_ in getattr(step, name).network._fast._weights._kept}
+        for name in ("student", "_target", "_teacher")
+    }
+    assert "packed" in kinds["_teacher"] and "packed" not in kinds["_target"] | kinds["student"]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.3), ("float16", 0.05)])
 def test_half_precision_learns_nearly_the_same(dtype, tolerance):
     options = replace(OPTIONS, optimizer="adam")
