@@ -7,6 +7,7 @@ from typing import Any
 
 from cmfast.benchmarks import runs
 from cmfast.benchmarks.comparisons import TIE
+from cmfast.benchmarks.providers import Trial
 
 Row = dict[str, Any]
 
@@ -31,8 +32,7 @@ def line(trial: Any, found: dict[str, Any]) -> str:
 
 
 def _where(row: Row) -> str:
-    plural = "" if row["steps"] == 1 else "s"
-    return f"batch {row['batch']}, {row['sampler']}, {row['steps']} step{plural}"
+    return Trial(row["batch"], (), row["sampler"], row["steps"]).name
 
 
 def _one_step(rows: list[Row]) -> list[Row]:
