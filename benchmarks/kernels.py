@@ -87,6 +87,8 @@ PROVIDERS = {
 }
 
 
+#: Elements of a result whose size tells little.
+FEW = 2000
 #: Those that compile nothing.
 PLAIN = ("reference", "cmfast")
 #: What a user gets: the operation, alone or inside a compiled region.
@@ -179,7 +181,9 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
         if PROVIDERS[name].other_noise:
             for i, (value, like) in enumerate(zip(results.pop(name), results["reference"])):
                 ratio = (value.double().square().mean() / like.double().square().mean()).sqrt().item()
-                if not 0.9 < ratio < 1.1:
+                # A few drawn levels may well be twice as large as a few others.
+                most = 1.1 if value.numel() > FEW else 4.0
+                if not 1 / most < ratio < most:
                     wrong[name] = f"result {i}: root mean square is {ratio:.3g} times what it should be"
     errors = _errors(config, t, results)
     for name, found in errors.items():

@@ -93,7 +93,7 @@ def measure(trial: Trial, options: argparse.Namespace, device: torch.device) -> 
     """Rows, failures and missing providers of one trial."""
     found: runs.Found = {"rows": [], "failures": [], "missing": {}}
     said: dict[str, list[dict[str, Any]]] = {name: [] for name in trial.providers}
-    rounds = 1 if set(trial.providers) & set(COMPILED) else options.rounds
+    rounds = 1 if options.quick or set(trial.providers) & set(COMPILED) else options.rounds
     for i in range(rounds):
         for name in list(said)[:: 1 if i % 2 == 0 else -1]:
             try:

@@ -242,7 +242,7 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:
         free, _ = torch.cuda.mem_get_info(device)
         size = min(2**28 if quick else 2**31, free // 8)
     else:
-        size = 2**22 if quick else 2**26
+        size = 2**26  # Less would stay in the cache.
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     stopwatch = Stopwatch(device)

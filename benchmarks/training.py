@@ -28,7 +28,7 @@ from cmfast.benchmarks.training_start import LEARNING_RATE, Provider, Start, Tri
 
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 8.0, "cpu": 60.0}
-QUICK_S = 8.0
+QUICK_S = 6.0
 ROUNDS = 7
 #: Seconds that one sample lasts at least, in whole steps: on a GPU, where launches overlap with the step before.
 SAMPLE_S = {"cuda": 0.5, "cpu": 0.0}
