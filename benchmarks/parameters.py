@@ -43,7 +43,7 @@ QUICK = [(operation, "6M", 2, ("loop", "foreach", "cmfast")) for operation in ("
 RATES = [0.95, 0.999, 0.9999, 0.99994]
 LR, MAX_NORM = 1e-5, 1.0
 BUDGET_S = {"cuda": 3.0, "cpu": 20.0}
-QUICK_S = 3.0
+QUICK_S = 5.0
 #: Elements of the parameters that the correctness gate looks at, and steps that it takes: RAdam adapts from its sixth.
 GATE_ELEMENTS, GATE_STEPS = 2**20, 8
 #: Of the averages on a GPU: a part of the copy bandwidth, and how many times as fast as `foreach`.
@@ -254,6 +254,8 @@ def start(
     options: argparse.Namespace, device: torch.device, chosen: Sequence[Trial]
 ) -> tuple[dict[str, Any], runs.Measure]:
     """Nothing but rows in the result; and what measures a trial."""
+    if options.quick and device.type == "cpu":
+        torch.set_num_threads(1)  # As in kernels.py; few samples show nothing else.
     budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
     return {}, lambda trial, number: measure(trial, device, budget_s)
 

@@ -236,7 +236,7 @@ IMPORT = "```python\nfrom cmfast import ema, ops\n"
         (faults_of_calls, IMPORT + "a = ema.Averages(m, [1])\na.module(1, 2, 3)\n```", "too many positional"),
         (faults_of_calls, IMPORT + "ops.denoise(*x, clip=True)\nops.denoise(f, x, **y)\nother.denoise()\n```", None),
         (faults_of_calls, "```python\nfrom cmfast.ops import denoize\n```", "denoize"),
-        (faults_of_calls, "`cmfast.Sampler(model, step=1)`", "step"),
+        (faults_of_calls, "`cmfast.ops.scalings(sigma, boundery=0.0)`", "boundery"),
         (faults_of_calls, "`cmfast.Sampler(model, ..., steps=)`, `losses.distance(x, ...)`", None),
     ],
 )
