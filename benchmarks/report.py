@@ -31,13 +31,13 @@ NAMES = {
     "reference": "plain PyTorch",
     "reference_channels_last": "plain PyTorch, channels_last",
     "inductor": "plain PyTorch under `torch.compile`",
-    "inductor_max": "the same with max-autotune and CUDA graphs",
-    "openai": "openai/consistency_models, attention by PyTorch's",
-    "openai_compile": "the same under `torch.compile`",
+    "inductor_max": "plain PyTorch under `torch.compile`, max-autotune, CUDA graphs",
+    "openai": "openai/consistency_models",
+    "openai_compile": "openai/consistency_models under `torch.compile`",
     "diffusers": "diffusers",
     "diffusers_compile": "diffusers under `torch.compile`, max-autotune",
     "convolutions": "the network's convolutions alone, weights packed",
-    "convolutions_unpacked": "the same, weights not packed",
+    "convolutions_unpacked": "the network's convolutions alone, weights not packed",
 }
 RESULTS = HOME / "benchmarks" / "RESULTS.md"
 BLOCK = re.compile(r"(<!-- benchmarks: ([a-z]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
