@@ -48,7 +48,7 @@ def _paths() -> Iterator[str]:
         for dtype in DTYPES:
             yield f"{device}, {str(dtype).removeprefix('torch.')}:"
             groups: dict[tuple[str, str], list[str]] = {}
-            for name in (*ops.FUSED, *ops.SMALL, "lpips_layer"):
+            for name in (*ops.FUSED, *ops.SMALL):
                 groups.setdefault(ops.explain(name, device, dtype), []).append(name)
             for (path, why), names in groups.items():
                 yield f"  {path}: {', '.join(names)}\n      ({why})"

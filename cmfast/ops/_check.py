@@ -4,6 +4,7 @@ Values of a tensor are looked at on the CPU only: on a GPU that would stop the s
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
         raise ValueError(f"{name} must be a batch [B, ...] of {min_ndim} or more dimensions, got {list(x.shape)}")
 
 
-class _Reading:
+class _Reading(threading.local):
     allowed = True
 
 

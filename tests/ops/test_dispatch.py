@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import cmfast
 from cmfast import ops
-from cmfast.ops import _dispatch
+from cmfast.ops import _check, _dispatch
 
 X, SIGMA = torch.randn(2, 3, 4, 4), torch.tensor([1.0, 2.0])
 
@@ -121,3 +122,16 @@ def test_transforms_and_forward_mode_take_the_reference():
     torch.testing.assert_close(moved, tangent)
     batched = torch.func.vmap(lambda x: ops.denoise(x, x, SIGMA))(torch.stack([X, X]))
     torch.testing.assert_close(batched[0], ops.denoise(X, X, SIGMA))
+
+
+def test_values_that_one_thread_leaves_unread_are_read_by_others():
+    def refused() -> bool:
+        try:
+            ops.scale_input(torch.ones(1, 2), torch.tensor(-1.0))
+        except ValueError:
+            return True
+        return False
+
+    with _check.unread(), ThreadPoolExecutor(1) as pool:
+        assert not refused() and pool.submit(refused).result()
+    assert refused()
