@@ -141,6 +141,12 @@ def test_perceptual(tmp_path, monkeypatch):
     assert not result["rows"] and result["failures"][0]["reason"].startswith("distance: relative error 0.01")
 
 
+def test_percentiles():
+    assert timing.percentile([5.0, 1.0, 3.0, 2.0, 4.0], 50) == 3.0 and timing.percentile([1.0, 2.0], 20) == 1.2
+    assert timing.times_of([4.0, 9.0, 5.0], [2.0, 3.0, 2.0]) == {"p20": 2.2, "p50": 2.5, "p80": 2.8}
+    assert timing.times_of([1.0], None) is None
+
+
 def test_configurations_of_a_gpu():
     chosen = cases.configs("cuda")
     assert len(set(chosen)) == len(chosen)
