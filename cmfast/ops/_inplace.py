@@ -227,7 +227,7 @@ def _slope(scale: Tensor, distance: Tensor, delta: Tensor, norm: str, huber_c: f
     """The gradient of delta [B, N] from that of the distances [B]."""
     if norm == "huber":
         length = distance + huber_c
-        scale = torch.where(length > 0, scale / length, 0.0)
+        scale = torch.where(length != 0, scale / length, 0.0)
     else:
         scale = scale * ((2 if norm == "l2" else 1) / max(delta.shape[1], 1))
     return (delta.sign() if norm == "l1" else delta) * scale[:, None]

@@ -93,6 +93,16 @@ def test_distances(norm, expected):
     assert value.item() == pytest.approx(2 * expected)
 
 
+@pytest.mark.parametrize("huber_c", [0.0, 5.0])
+def test_huber_of_nan_is_nan(huber_c, both_forms):
+    """A loss that is no number says so, and so does its gradient."""
+    x = torch.tensor([[math.nan], [3.0]], requires_grad=True)
+    loss = ops.weighted_loss(x, torch.zeros(2, 1), torch.ones(2), norm="huber", huber_c=huber_c)
+    assert loss[0].isnan() and loss[1] > 0
+    loss.sum().backward()
+    assert x.grad[0].isnan() and x.grad[1] > 0
+
+
 def test_huber_without_c_has_gradient_zero_at_zero(both_forms):
     x = torch.zeros(1, 3, requires_grad=True)
     ops.weighted_loss(x, torch.zeros(1, 3), torch.ones(1), norm="huber").sum().backward()
