@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 # Processes that tests are shared out to, each with one thread for PyTorch and up to 4 GB of memory.
 WORKERS     ?= 2
 DEMO_ARGS   ?=
+FUZZ        ?= 1000
+SEED        := $(or $(SEED),$(shell date +%s))
 # make gpu uses a Python that has PyTorch already, and no virtual environment: GPU machines often have no network.
 GPU_PYTHON  ?= $(PYTHON)
 OUT         ?=
@@ -19,13 +21,14 @@ METADATA := pyproject.toml setup.py
 INTERPRET := TRITON_INTERPRET=1 CMFAST_BACKEND=triton
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test lint mutants bench report gpu clean
+.PHONY: help demo test lint mutants fuzz bench report gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make lint    ruff and mypy"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
+	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
 	@echo "make report  the tables and plots of the results in benchmarks/results"
 	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
@@ -46,6 +49,12 @@ lint: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+
+# More calls than make test draws, and others each time. The seed is printed, and with each failure the call.
+fuzz: $(VENV)/.dev
+	@echo "make fuzz FUZZ=$(FUZZ) SEED=$(SEED)"
+	CMFAST_FUZZ_EXAMPLES=$(FUZZ) $(PARALLEL) tests/fuzz --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
+	CMFAST_FUZZ_EXAMPLES=$(FUZZ) $(INTERPRET) $(PARALLEL) tests/kernels/test_fuzz.py --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m cmfast bench $(if $(QUICK),--quick) $(if $(OPENAI),--openai $(OPENAI)) $(if $(OUT),--out $(OUT)) \

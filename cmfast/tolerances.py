@@ -63,3 +63,8 @@ TRAINED_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: The losses of 60 steps of Adam on two paths, each relative to the other: rounding of the first gradients grows, as
 #: Adam divides by moments that are small. Measured up to 3e-3.
 CURVE = 2e-2
+
+#: Of numbers drawn by a fuzz the floors above are a part of each sample's largest value, which is small where terms
+#: cancel: x' = x + d (sigma' - sigma) of one pixel may be anything near 0. There, some four roundings of float32 are
+#: allowed besides: four times what moves float64's result the most, of four draws of inputs one rounding away.
+INPUT_ROUNDING = 2**-24

@@ -107,13 +107,19 @@ def noise_like(noise: object, x: Tensor, x_name: str) -> None:
     draw_for("noise", noise, x, x_name)
 
 
-def draw_for(name: str, draw: object, x: Tensor, x_name: str) -> None:
-    """A `Draw` of as many samples as x has, on its device."""
+def counter(name: str, draw: object) -> Draw:
+    """A `Draw` with a seed, sample indices and a draw number."""
     if not isinstance(draw, Draw):
         raise TypeError(f"{name} must be a Draw(seed, index, draw), got {type(draw).__name__}")
     sample_index(draw.index)
     integer(f"{name}.seed", draw.seed, draw.index.device)
     integer(f"{name}.draw", draw.draw, draw.index.device)
+    return draw
+
+
+def draw_for(name: str, draw: object, x: Tensor, x_name: str) -> None:
+    """A `Draw` of as many samples as x has, on its device."""
+    draw = counter(name, draw)
     if draw.index.shape[0] != x.shape[0]:
         raise ValueError(f"{name} draws {draw.index.shape[0]} samples, {x_name} has {x.shape[0]}")
     if draw.index.device != x.device:
@@ -132,8 +138,9 @@ def parameter(name: str, value: object, shape: tuple[int, ...], letters: str, x:
         raise ValueError(f"{name} is on {value.device}, x on {x.device}: move one of them")
 
 
-def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True) -> None:
-    """A floating tensor, scalar or [B] with B = x.shape[0], not negative and not NaN."""
+def sigma_level(name: str, sigma: object, x: Tensor, *, divides: bool = False) -> None:
+    """A floating tensor, scalar or [B] with B = x.shape[0], not negative and not NaN; of an operation that divides by
+    it, neither 0 nor infinite."""
     if not isinstance(sigma, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (scalar or [B]), got {type(sigma).__name__}")
     if sigma.dtype not in DTYPES:
@@ -142,11 +149,13 @@ def sigma_level(name: str, sigma: object, x: Tensor, *, allow_zero: bool = True)
         raise ValueError(f"{name} must be a scalar or [B] with B = {x.shape[0]}, got {list(sigma.shape)}")
     if sigma.device != x.device:
         raise ValueError(f"{name} is on {sigma.device}, the batch on {x.device}: move one of them")
-    if sigma.device.type == "cpu" and has_values(sigma):
-        low = float("inf") if sigma.numel() == 0 else sigma.min().item()
-        if math.isnan(low) or low < 0 or (low == 0 and not allow_zero):
-            kind = "0 or more" if allow_zero else "positive"
+    if sigma.device.type == "cpu" and sigma.numel() and has_values(sigma):
+        low = sigma.min().item()
+        if math.isnan(low) or low < 0 or (low == 0 and divides):
+            kind = "positive" if divides else "0 or more"
             raise ValueError(f"{name} holds noise levels and must be {kind} and not NaN, got {low}")
+        if divides and math.isinf(sigma.max().item()):
+            raise ValueError(f"{name} holds noise levels and must be finite, got inf")
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> None:

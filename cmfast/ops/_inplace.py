@@ -227,7 +227,7 @@ def _slope(scale: Tensor, distance: Tensor, delta: Tensor, norm: str, huber_c: f
     """The gradient of delta [B, N] from that of the distances [B]."""
     if norm == "huber":
         length = distance + huber_c
-        scale = torch.where(length > 0, scale / length, 0.0)
+        scale = torch.where(length != 0, scale / length, 0.0)
     else:
         scale = scale * ((2 if norm == "l2" else 1) / max(delta.shape[1], 1))
     return (delta.sign() if norm == "l1" else delta) * scale[:, None]
@@ -328,12 +328,13 @@ def group_norm_silu(
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """PyTorch's GroupNorm, where means are large in another layout: in channels_last variances are E[x^2] - E[x]^2."""
     if x.is_contiguous() or not _channels_last(x):
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        # Not F.group_norm, which refuses groups of one element.
+        return torch.group_norm(x, num_groups, weight, bias, eps)
     batch, channels = x.shape[:2]
     sizes = batch, channels, x.numel() // (batch * channels), num_groups, eps
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes)
     if bool((mean * rstd).abs().amax() > LARGE_MEAN):
-        return torch.empty_like(x).copy_(F.group_norm(x.contiguous(), num_groups, weight, bias, eps))
+        return torch.empty_like(x).copy_(torch.group_norm(x.contiguous(), num_groups, weight, bias, eps))
     return y
 
 

@@ -28,6 +28,8 @@ def check_first(name: str, tensors: Sequence[Tensor]) -> Like:
 
     Raises: TypeError, ValueError: the message names the list.
     """
+    if isinstance(tensors, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"{name} must be a list of tensors")
     like = Like(list(map(_shape, tensors)), tensors[0].device if len(tensors) else torch.device("cpu"))
     check(name, tensors, like)
     return like

@@ -58,8 +58,10 @@ def draw_levels(draw: Draw, levels: Levels, *, dtype: torch.dtype = torch.float3
     >>> draw_levels(Draw(0, torch.arange(3)), Grid(torch.tensor([80.0, 0.002])))
     (tensor([80., 80., 80.]), tensor([0.0020, 0.0020, 0.0020]))
     """
-    _check.sample_index(draw.index)
+    _check.counter("draw", draw)
     _check_levels(levels, draw.index.device)
+    if dtype not in _check.DTYPES:
+        raise TypeError(f"dtype must be floating, got {dtype}")
     return reference.draw_levels(draw, levels, dtype)
 
 

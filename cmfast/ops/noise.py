@@ -55,8 +55,10 @@ def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Ten
     torch.Size([4])
     """
     _check.sample_index(index)
-    if not 0 < high <= 2**31:
-        raise ValueError(f"high must be from 1 to 2**31, got {high}")
+    _check.integer("seed", seed, index.device)
+    _check.integer("draw", draw, index.device)
+    if not isinstance(high, int) or not 0 < high <= 2**31:
+        raise ValueError(f"high must be an integer from 1 to 2**31, got {high}")
     return reference.uniform_int(seed, index, high, draw=draw)
 
 

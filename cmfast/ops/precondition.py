@@ -67,12 +67,14 @@ def scale_input(
     return reference.scale_input(x, sigma, **options)
 
 
-def check_step(model_output: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float | None) -> None:
-    """What every operation from a network output checks first."""
+def check_step(
+    model_output: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float | None, *, divides: bool = False
+) -> None:
+    """What every operation from a network output checks first. divides: whether it does so by sigma."""
     _check.float_tensor("x_t", x_t)
     _check.float_tensor("model_output", model_output)
     _check.same_shape(x_t=x_t, model_output=model_output)
-    _check.sigma_level("sigma", sigma, x_t)
+    _check.sigma_level("sigma", sigma, x_t, divides=divides)
     _check.sigma_data_value(sigma_data)
 
 

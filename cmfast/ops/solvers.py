@@ -28,7 +28,7 @@ def euler_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' = x_t + (x_t - D) / sigma (sigma' - sigma): Karras et al. 2022, algorithm 1 without its correction.
 
-    Args: model_output, x_t [B, ...]; sigma > 0, next_sigma >= 0, scalars or [B]; clip: clamp D to [-1, 1].
+    Args: model_output, x_t [B, ...]; sigma > 0 and finite, next_sigma >= 0, scalars or [B]; clip: clamp D to [-1, 1].
     Returns x' in the dtype of x_t, the network input at (x', sigma') in `dtype` (default: that of model_output),
     and c_noise [B].
 
@@ -37,7 +37,7 @@ def euler_step(
     >>> round(x.max().item(), 4)                # sigma' = 0 gives D = c_skip x = 0.25 / (0.998^2 + 0.25)
     0.2006
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
@@ -64,7 +64,7 @@ def heun_predictor(
 
     The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it.
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
@@ -92,7 +92,7 @@ def heun_corrector(
 
     `model_output_next` is the network's output at the input that `heun_predictor` gave. Returns as `euler_step`.
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_next", model_output_next)
     _check.same_shape(x_t=x_t, model_output_next=model_output_next)
@@ -123,11 +123,11 @@ def midpoint_corrector(
 
     `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave.
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_mid", model_output_mid)
     _check.same_shape(x_t=x_t, model_output_mid=model_output_mid)
-    _check.sigma_level("mid_sigma", mid_sigma, x_t, allow_zero=False)
+    _check.sigma_level("mid_sigma", mid_sigma, x_t, divides=True)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
     inputs = model_output, model_output_mid, x_t, sigma, mid_sigma, next_sigma

@@ -12,7 +12,8 @@ WEIGHTINGS = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
 
 def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
     """The weight of each sample's loss, shaped and typed as `sigma` [B]."""
-    return snr_weight(sigma**-2, weighting, sigma_data=sigma_data)
+    dtype, sigma = sigma.dtype, sigma.to(compute_dtype(sigma))
+    return snr_weight(sigma**-2, weighting, sigma_data=sigma_data).to(dtype)
 
 
 def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
@@ -46,7 +47,8 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
         squared = delta.square().sum(1)
         # The square root of an exact zero has an infinite slope: replace it before, not after.
         radicand = squared + huber_c**2
-        positive = radicand > 0
+        # NaN is not zero, and stays.
+        positive = radicand != 0
         distance = torch.where(positive, torch.where(positive, radicand, 1).sqrt(), 0) - huber_c
     return distance * weight.to(wide)
 

@@ -41,7 +41,7 @@ def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: in
     group = torch.arange(groups, device=index.device)[None, :] & _MASK
     shape = (index.shape[0], groups)
     # Made on the device: a copy from the host would break the capture of a CUDA graph.
-    draw_word = (draw.to(torch.int64) if isinstance(draw, Tensor) else index.new_full((), draw)) & _MASK
+    draw_word = draw.to(torch.int64) & _MASK if isinstance(draw, Tensor) else index.new_full((), draw & _MASK)
     counter = (
         group.expand(shape),
         draw_word.expand(shape),

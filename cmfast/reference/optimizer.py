@@ -110,8 +110,8 @@ def _step(
     """g <- min(1, max_norm / (grad_norm + 1e-6)) g / grad_scale, negated to maximize; then with decay w either
     p <- (1 - lr w) p (decoupled: Loshchilov & Hutter 2019) or g <- g + w p; moments, parameters, averages, copies.
 
-    Nothing changes, step count and averages included, where found_inf is not 0 or grad_norm is not finite. Returns 1
-    where that was so, else 0.
+    Nothing changes, step count, averages and copies included, where found_inf is not 0 or grad_norm is not finite.
+    Returns 1 where that was so, else 0.
     """
     parameters, gradients, exp_avgs, exp_avg_sqs = lists
     skip = torch.zeros((), dtype=torch.bool, device=step.device)
@@ -136,8 +136,11 @@ def _step(
         for old, new in ((p, new_p), (m, new_m), (v, new_v)):
             old.copy_(torch.where(skip, old, new.to(old.dtype)))
     step.add_((~skip).to(step.dtype))
-    rates = step.new_empty(0) if rates is None else torch.where(skip, 1.0, rates)
-    ema_update_(parameters, averages, rates, copies=copies)
+    others = [x for tensors in (*averages, copies or ()) for x in tensors]
+    before = [x.clone() for x in others]
+    ema_update_(parameters, averages, step.new_empty(0) if rates is None else rates, copies=copies)
+    for x, old in zip(others, before):
+        x.copy_(torch.where(skip, old, x))
     return skip.to(torch.float32)
 
 

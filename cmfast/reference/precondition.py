@@ -22,16 +22,22 @@ def scalings(
     """
     if sigma_data is None:
         return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
+    # The square of a float16 sigma of 256 would be infinite.
+    dtype, sigma = sigma.dtype, sigma.to(compute_dtype(sigma))
     offset = sigma - boundary
     c_in = 1 / (sigma**2 + sigma_data**2) ** 0.5
-    c_skip = sigma_data**2 / (offset**2 + sigma_data**2)
+    # By a division, exactly 1 at the boundary: a number divided by a tensor is a product with its reciprocal.
+    c_skip = torch.full_like(offset, sigma_data**2) / (offset**2 + sigma_data**2)
     c_out = sigma_data * offset / (sigma**2 + sigma_data**2) ** 0.5
-    return c_skip, c_out, c_in
+    return c_skip.to(dtype), c_out.to(dtype), c_in.to(dtype)
 
 
 def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
     """What the network is told of the noise level: 250 ln(sigma + 1e-44), or sigma itself if it is the denoiser."""
-    return sigma if sigma_data is None else 250.0 * torch.log(sigma + 1e-44)
+    if sigma_data is None:
+        return sigma
+    dtype, sigma = sigma.dtype, sigma.to(compute_dtype(sigma))
+    return (250.0 * torch.log(sigma + 1e-44)).to(dtype)
 
 
 def scale_input(

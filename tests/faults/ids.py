@@ -35,6 +35,7 @@ def loss(name: str, indices: str = "given") -> str:
 T_EXACT, T_NOISE = "tests/kernels/test_exact.py::", "tests/kernels/test_noise.py::"
 T_BOUNDARY = T_EXACT + "test_identity_at_the_boundary_bit_for_bit[0.002-0.5-float32-bfloat16]"
 T_PIXELS = T_EXACT + "test_pixels[(2, 3, 16, 16)-{}]"
+T_FUZZ = "tests/fuzz/test_ops.py::test_any_call"
 T_GRADIENT_LAYOUT = "tests/kernels/test_every_op.py::test_layout_of_incoming_gradients[{}]"
 T_SAME_NOISE = T_NOISE + "test_every_operation_draws_the_same_noise[{}]"
 T_WORDS = T_NOISE + "test_integers_are_those_of_the_reference[{}]"

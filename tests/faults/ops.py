@@ -1,6 +1,6 @@
 """Operations: dispatch, gradients, the forms for the CPU, the references."""
 
-from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_NOISE, T_NORM, here, kernel
+from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_NOISE, T_NORM, here, kernel
 
 NORM_OP = [
     ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
@@ -63,13 +63,17 @@ INPLACE = [
      "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise plain]"),
     ("the state overwritten", "(x_t * c_skip).addcmul_", "x_t.mul_(c_skip).addcmul_",
      "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise]"),
+    ("groups of one element refused", "return torch.group_norm(x, num_groups", "return F.group_norm(x, num_groups",
+     "tests/ops/test_group_norm.py::test_groups_of_one_element"),
+    ("renoise: the level's own noise", "((level - sigma_min) * (level + sigma_min))", "(level * level)",
+     T_FUZZ + "[renoise]"),
     ("lerp by the inverse", "_beside(next_sigma, x_t) / _beside(sigma, x_t)",
      "_beside(sigma, x_t) / _beside(next_sigma, x_t)", here("euler_step")),
     ("heun: the whole first slope", "torch.lerp(x_t, x_2, 0.5)", "torch.lerp(x_t, x_2, 1.0)", here("heun_corrector")),
     ("heun: Euler only where all samples end", "if bool(ends.any()):", "if bool(ends.all()):",
      here("heun_corrector end", "(3, 4, 16, 16)")),
     ("huber without minus c", ".sqrt_().sub_(huber_c)", ".sqrt_()", here("weighted_loss huber")),
-    ("gradient of huber: 0 / 0", "torch.where(length > 0, scale / length, 0.0)", "scale / length",
+    ("gradient of huber: 0 / 0", "torch.where(length != 0, scale / length, 0.0)", "scale / length",
      T_FORMULAS + "test_huber_without_c_has_gradient_zero_at_zero"),
     ("gradient of l2 without the factor 2", '(2 if norm == "l2" else 1) / max', "1 / max", here("weighted_loss l2")),
     ("gradient of the target has the wrong sign", "grad_target = grad_x.neg()", "grad_target = grad_x.clone()",
@@ -80,11 +84,26 @@ INPLACE = [
      "_denoised(target, x_t2, sigma, *sizes)", here("consistency_loss uniform")),
 ]  # fmt: skip
 
+CHECK = [
+    ("an infinite level to divide by", "if divides and math.isinf(", "if False and math.isinf(",
+     T_FORMULAS + "test_what_divides_by_the_level_refuses_zero_and_infinity[inf-must be finite]"),
+    ("a level of 0 to divide by", "(low == 0 and divides)", "(low == 0 and False)",
+     T_FORMULAS + "test_what_divides_by_the_level_refuses_zero_and_infinity[0.0-must be positive]"),
+]  # fmt: skip
+
+NOISE_OPS = [
+    ("uniform_int of any seed", '_check.integer("seed", seed, index.device)', "", T_FUZZ + "[uniform_int]", 2, 2),
+]  # fmt: skip
+
 REFERENCE_PRECONDITION = [
-    ("c_skip without the boundary", "c_skip = sigma_data**2 / (offset**2 + sigma_data**2)",
-     "c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)", "tests/test_golden.py::test_scalings_and_denoise[bc]"),
+    ("c_skip without the boundary", "sigma_data**2) / (offset**2 + sigma_data**2)",
+     "sigma_data**2) / (sigma**2 + sigma_data**2)", "tests/test_golden.py::test_scalings_and_denoise[bc]"),
+    ("c_skip by a reciprocal", "torch.full_like(offset, sigma_data**2) /", "sigma_data**2 /",
+     "tests/test_edges.py::test_scalings_at_any_boundary[torch.float32]"),
     ("c_out without the boundary", "c_out = sigma_data * offset /", "c_out = sigma_data * sigma /",
      "tests/test_golden.py::test_scalings_and_denoise[bc]"),
+    ("levels squared in their own dtype", "dtype, sigma = sigma.dtype, sigma.to(compute_dtype(sigma))\n    offset",
+     "dtype = sigma.dtype\n    offset", "tests/test_edges.py::test_levels_in_half_precision[torch.float16]"),
     ("c_in: root missing", "c_in = 1 / (sigma**2 + sigma_data**2) ** 0.5", "c_in = 1 / (sigma**2 + sigma_data**2)",
      "tests/test_golden.py::test_scalings_and_denoise[edm]"),
     ("EDM's c_noise", "250.0 * torch.log(sigma + 1e-44)", "0.25 * torch.log(sigma + 1e-44)", T_FORMULAS + "test_steps"),
@@ -152,6 +171,8 @@ FAULTS = {
     "cmfast/ops/group_norm.py": NORM_OP,
     "cmfast/ops/_dispatch.py": DISPATCH,
     "cmfast/ops/_inplace.py": INPLACE,
+    "cmfast/ops/_check.py": CHECK,
+    "cmfast/ops/noise.py": NOISE_OPS,
     "cmfast/reference/precondition.py": REFERENCE_PRECONDITION,
     "cmfast/reference/losses.py": REFERENCE_LOSSES,
     "cmfast/reference/noise.py": REFERENCE_NOISE,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cmfast.ops import _dispatch
+from tests.fuzz.report import summary
 from tests.kernels.memory import Guard
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ collect_ignore_glob = [] if _dispatch.INTERPRETING or torch.cuda.is_available() 
 
 
 def pytest_terminal_summary(terminalreporter):
+    summary(terminalreporter)
     if collect_ignore_glob:
         terminalreporter.write_line(
             "tests/kernels: not collected, as there is no GPU. TRITON_INTERPRET=1 runs them in the interpreter, "

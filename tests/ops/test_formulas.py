@@ -93,6 +93,16 @@ def test_distances(norm, expected):
     assert value.item() == pytest.approx(2 * expected)
 
 
+@pytest.mark.parametrize("huber_c", [0.0, 5.0])
+def test_huber_of_nan_is_nan(huber_c, both_forms):
+    """A loss that is no number says so, and so does its gradient."""
+    x = torch.tensor([[math.nan], [3.0]], requires_grad=True)
+    loss = ops.weighted_loss(x, torch.zeros(2, 1), torch.ones(2), norm="huber", huber_c=huber_c)
+    assert loss[0].isnan() and loss[1] > 0
+    loss.sum().backward()
+    assert x.grad[0].isnan() and x.grad[1] > 0
+
+
 def test_huber_without_c_has_gradient_zero_at_zero(both_forms):
     x = torch.zeros(1, 3, requires_grad=True)
     ops.weighted_loss(x, torch.zeros(1, 3), torch.ones(1), norm="huber").sum().backward()
@@ -167,14 +177,44 @@ class TestCounterNoise:
         counts = values.bincount(minlength=10)
         assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * (2000 * 0.9) ** 0.5
 
-    @pytest.mark.parametrize("high", [0, 2**31 + 1])
+    @pytest.mark.parametrize("high", [0, 2**31 + 1, 2.5])
     def test_uniform_int_refuses(self, high):
         with pytest.raises(ValueError, match="high"):
             ops.uniform_int(0, torch.arange(2), high)
 
+    @pytest.mark.parametrize("seed, number", [(0.5, 0), (0, 0.5), (torch.ones(()), 0), (0, "1")])
+    def test_what_is_no_counter_is_refused(self, seed, number):
+        index = torch.arange(2)
+        for call in (
+            lambda: ops.normal(seed, index, (3,), draw=number),
+            lambda: ops.uniform_int(seed, index, 3, draw=number),
+            lambda: ops.draw_levels(ops.Draw(seed, index, number), ops.LogNormal()),
+        ):
+            with pytest.raises(TypeError, match="(seed|draw) must be an integer"):
+                call()
+
+    def test_any_integer_is_a_seed_and_a_draw_number(self):
+        """Of a draw number the low 32 bits count, of a seed 64."""
+        index = torch.arange(2)
+        assert torch.equal(ops.normal(2**64 + 3, index, (5,), draw=2**70 + 1), ops.normal(3, index, (5,), draw=1))
+
     def test_index_must_be_integers(self):
         with pytest.raises(TypeError, match="index"):
             ops.normal(0, torch.ones(2), (3,))
+
+
+@pytest.mark.parametrize("level, message", [(0.0, "must be positive"), (math.inf, "must be finite")])
+def test_what_divides_by_the_level_refuses_zero_and_infinity(level, message):
+    zero = torch.tensor([level], dtype=torch.float64)
+    for call in (
+        lambda: ops.euler_step(F, X, zero, NEXT),
+        lambda: ops.heun_predictor(F, X, zero, NEXT),
+        lambda: ops.heun_corrector(F, F, X, zero, NEXT),
+        lambda: ops.midpoint_corrector(F, F, X, zero, NEXT, NEXT),
+        lambda: ops.midpoint_corrector(F, F, X, SIGMA, zero, NEXT),
+    ):
+        with pytest.raises(ValueError, match=f"sigma holds noise levels and {message}"):
+            call()
 
 
 def test_unknown_names_list_the_known():

@@ -67,6 +67,13 @@ def test_what_auto_takes_here_in_bfloat16(kind, last):
     check_path(norm, "auto")
 
 
+def test_groups_of_one_element():
+    """What is left is the bias. F.group_norm refuses one sample of one pixel."""
+    weight, bias = torch.ones(3), torch.tensor([0.5, -1.0, 2.0])
+    y = ops.group_norm_silu(torch.tensor([[3.0, -2.0, 1.0]]), 3, weight, bias, silu=False)
+    torch.testing.assert_close(y, bias[None], atol=1e-3, rtol=0)
+
+
 @layouts
 @kinds
 def test_nothing_that_was_given_changes(kind, last):

@@ -1,0 +1,218 @@
+"""One call of an operation, and what its paths make of it: the same numbers, or the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cmfast
+from cmfast import ops
+from cmfast.tolerances import FLOOR, INPUT_ROUNDING, KERNEL_FLOOR
+from tests.ops.matrix import upstream
+
+#: What operations on lists write: parameters before what is made of them. A step may leave gradients unscaled or not.
+WRITTEN = ("exp_avgs", "exp_avg_sqs", "parameters", "averages", "copies", "step")
+#: From here on float32 is near its end, which ratios of levels may reach before what they multiply does.
+LARGE = 1e30
+#: How often inputs are moved by a rounding, each time in other directions.
+MOVES = 4
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error that says what is wrong with the call."""
+
+    kind: type
+    message: str
+
+
+Outcome = list[Tensor] | Refusal
+
+
+def tree(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Every tensor in lists and tuples through a function."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [tree(part, function) for part in value]
+    if isinstance(value, tuple):
+        parts = [tree(part, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in lists and tuples, in their order."""
+    found: list[Tensor] = []
+    tree(value, found.append)
+    return found
+
+
+def twin(x: Tensor) -> Tensor:
+    """A copy that lies in memory as x does."""
+    room = x.as_strided((x.untyped_storage().size() // x.element_size(),), (1,), 0).clone()
+    return room.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`ops.name(**arguments)`; leaves: the arguments of which gradients are looked at, too."""
+
+    name: str
+    arguments: dict[str, Any]
+    leaves: tuple[str, ...] = ()
+
+    def map(self, function: Callable[[Tensor], Any]) -> Trial:
+        return replace(self, arguments={k: tree(v, function) for k, v in self.arguments.items()})
+
+    def double(self) -> Trial:
+        """All of it in float64."""
+        arguments = self.map(_double).arguments
+        wide = {k: torch.float64 for k, v in arguments.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        return replace(self, arguments={**arguments, **wide})
+
+    def moved(self, seed: int) -> Trial:
+        """In float64, of inputs that lie one rounding of float32 away: what no float32 computation need tell apart."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def move(x: Tensor) -> Tensor:
+            if not x.is_floating_point() or x.dtype == torch.float64 or x.device.type != "cpu":
+                return _double(x)
+            sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+            return x.double() * (1 + sign * INPUT_ROUNDING)
+
+        arguments = {k: v if k == "step" else tree(v, move) for k, v in self.arguments.items()}
+        return replace(self, arguments=arguments).double()
+
+    def run(self, backend: str) -> Outcome:
+        """Results, with what was written in place; or the error, if it is one of those that are promised."""
+        call = self.map(twin)
+        try:
+            with cmfast.backend(backend), torch.no_grad():
+                result = getattr(ops, self.name)(**call.arguments)
+        except (TypeError, ValueError) as error:
+            return Refusal(type(error), str(error))
+        except RuntimeError as error:
+            if backend != "triton" or "backend 'triton' was asked for, but" not in str(error):
+                raise
+            return Refusal(RuntimeError, str(error))
+        if self.name.endswith("_"):
+            return [x.detach() for x in tensors_of([result, [call.arguments.get(name) for name in WRITTEN]])]
+        before, after = tensors_of(list(self.arguments.values())), tensors_of(list(call.arguments.values()))
+        assert all(map(_same, before, after)), "an argument has changed"
+        return tensors_of(result)
+
+    def gradients(self, backend: str) -> list[Tensor | None]:
+        """Of the leaves, for weights that differ from element to element."""
+        leaves = {k: self.arguments[k].detach().requires_grad_() for k in self.leaves}
+        with cmfast.backend(backend):
+            results = tensors_of(getattr(ops, self.name)(**{**self.arguments, **leaves}))
+        values = [r for r in results if r.requires_grad]
+        if not values:
+            return [None] * len(leaves)
+        weights = [upstream(value) for value in values]
+        return list(torch.autograd.grad(values, list(leaves.values()), weights, allow_unused=True))
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    if before.device.type != "cpu":
+        return True
+    return bool(((before == after) | ((before != before) & (after != after))).all())
+
+
+def check(trial: Trial, backend: str) -> str:
+    """A path against float64, within what the reference does in the same dtypes. Returns what was compared."""
+    eager, fast = trial.run("reference"), trial.run(backend)
+    if isinstance(fast, Refusal) and fast.kind is RuntimeError:
+        dtypes = [*(x.dtype for x in tensors_of(list(trial.arguments.values()))), *trial.arguments.values()]
+        assert isinstance(eager, Refusal) or torch.float64 in dtypes, fast.message
+        return "refused"
+    if isinstance(eager, Refusal) or isinstance(fast, Refusal):
+        assert fast == eager, f"{backend}: {fast}, reference: {eager}"
+        return "refused"
+    exact, moved = trial.double().run("reference"), [trial.moved(seed).run("reference") for seed in range(MOVES)]
+    assert not isinstance(exact, Refusal), exact
+    compare(fast, eager, exact, [m for m in moved if not isinstance(m, Refusal)], "result")
+    if not trial.leaves:
+        return "values"
+    paths = (
+        trial.gradients(backend), trial.gradients("reference"), trial.double().gradients("reference"),
+        *(trial.moved(seed).gradients("reference") for seed in range(MOVES)),
+    )  # fmt: skip
+    for name, value, low, high, *others in zip(trial.leaves, *paths, strict=True):
+        if low is None or high is None:
+            assert value is None or not value.any(), f"gradient of {name}"
+        else:
+            assert value is not None, f"gradient of {name}"
+            compare([value], [low], [high], [[other] for other in others], f"gradient of {name}")
+    return "gradients"
+
+
+def compare(
+    fast: list[Tensor], eager: list[Tensor], exact: list[Tensor], moved: list[list[Tensor]], what: str
+) -> None:
+    """error(fast) <= 2 error(eager) + 4 error(exact of moved inputs) + floor, sample by sample.
+
+    Where the reference overflows, or has no number, so does the path, unless it is right; beyond LARGE it may overflow
+    first. What comes later in a result is made of what comes before, as rounded there: the floor is that of the widest
+    rounding so far.
+    """
+    assert len(fast) == len(eager) == len(exact)
+    floor = 0.0
+    for i, (value, low, high, *others) in enumerate(zip(fast, eager, exact, *moved)):
+        where = f"{what} {i}"
+        assert value.shape == low.shape and value.dtype == low.dtype, where
+        if value.is_meta:
+            continue
+        if not value.is_floating_point():
+            _compare_integers(value, low, where)
+            continue
+        floor = max(floor, (KERNEL_FLOOR | {torch.float64: FLOOR[torch.float64]})[value.dtype])
+        if value.numel():
+            _compare(*(_rows(x) for x in (value, low, high, *others)), floor=floor, dtype=value.dtype, where=where)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Float64, a row for each sample."""
+    return x.double().reshape(x.shape[0] if x.ndim else 1, -1)
+
+
+def _compare(
+    value: Tensor, low: Tensor, high: Tensor, *moved: Tensor, floor: float, dtype: torch.dtype, where: str
+) -> None:
+    # What overflows in the dtype of the result is infinite there.
+    high_low = high.to(dtype).double()
+    finite = high_low.isfinite() & low.isfinite()
+
+    def error(x: Tensor) -> Tensor:
+        return torch.where(finite & x.isfinite(), x - high, 0.0).abs().amax(1, keepdim=True)
+
+    size = torch.where(high_low.isfinite(), high, 0.0).abs().amax(1, keepdim=True)
+    spread = torch.cat([torch.zeros_like(size), *map(error, moved)], 1).amax(1, keepdim=True)
+    allowed = 2 * error(low) + 4 * spread + floor * size + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    close = ((value - high_low).abs() <= allowed) | ((value - high).abs() <= allowed)
+    lost = ~value.isfinite() & (~finite | (high.abs() > LARGE))
+    # There the reference sets no measure of its own.
+    near = ((value - high).abs() <= allowed + 1e-4 * size) | ((value - low).abs() <= allowed)
+    right = close | lost | (~finite & near)
+    if not right.all():
+        at = tuple((~right).nonzero()[0].tolist())
+        row = at[0]
+        raise AssertionError(
+            f"{where} at {at}: {value[at].item():.9g}, reference {low[at].item():.9g}, float64 {high[at].item():.9g}, "
+            f"allowed {allowed[row].item():.3g}"
+        )
+
+
+def _compare_integers(value: Tensor, low: Tensor, where: str) -> None:
+    """Pixels may fall on either side of an edge, one in a hundred; other integers are equal."""
+    off = (value.long() - low.long()).abs()
+    assert not off.any() or value.dtype == torch.uint8 and off.max() <= 1 and off.sum() <= 1 + off.numel() / 100, where
