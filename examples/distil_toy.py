@@ -26,8 +26,8 @@ def distil(teacher: MixtureDenoiser, steps: int, batch: int = 256, seed: int = 0
     student = Denoiser(Perceptron(SHAPE, 96, 3), Preconditioner.consistency(), image_shape=SHAPE)
     target, before = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     # The target is average 0, which follows fast; average 1 is what is kept. The optimizer updates both.
-    averages = Averages(student, [0.5, "warmup:0.99"], targets={0: target})
-    optimizer = optim.RAdam(student.parameters(), lr=2e-3, max_norm=1.0, averages=averages)
+    averages = Averages(student, [0.9, "warmup:0.99"], targets={0: target})
+    optimizer = optim.RAdam(student.parameters(), lr=2e-3, betas=(0.9, 0.99), max_norm=1.0, averages=averages)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
