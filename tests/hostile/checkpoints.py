@@ -270,5 +270,8 @@ for what, change in [
 @opens("pt", "safetensors")
 def load(path: Path) -> object:
     """A file of `cmfast.save` knows its arguments; another is asked for them."""
-    own = path.suffix == ".safetensors" and b"__metadata__" in path.read_bytes()[:1000]
-    return cmfast.load(path) if own else cmfast.load(path, **ASKED)
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            if b"__metadata__" in file.read(1000):
+                return cmfast.load(path)
+    return cmfast.load(path, **ASKED)
