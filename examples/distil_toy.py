@@ -3,7 +3,7 @@
     python examples/distil_toy.py [--steps 500]
 
 The loop is all there is: a loss, an optimizer, averages, of which one is the target. `toy_2d.py` has the same student
-trained by `TrainStep`, and draws it. Prints the error against the exact map by noise level; 15 seconds on one core.
+trained by `TrainStep`, and draws it. Prints the error against the exact map by noise level; 10 seconds on one core.
 """
 
 from __future__ import annotations

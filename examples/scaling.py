@@ -123,8 +123,11 @@ class Inputs:
         return self.checkpoint_s / interval_s + (interval_s / 2 + self.restart_s) / self.failure_s(gpus)
 
 
-#: What is otherwise for LSUN-256.
-LSUN = {"sample_ms": 392, "sample_batch": 64, "image_bytes": 256 * 256 * 3}
+#: What is otherwise when sampling something else: input, value, kind.
+OTHERS = {
+    "LSUN-256": [("sample_ms", 392, "derived"), ("sample_batch", 64, "chosen"), ("image_bytes", 196_608, "counted")],
+    "ImageNet-64 on two CPU cores": [("sample_ms", 861, "measured"), ("sample_batch", 1, "chosen")],
+}
 SIZES = (8, 64, 256, 1024)
 
 
@@ -143,22 +146,25 @@ def table(heads: str, rows: Iterable[Iterable[object]]) -> str:
 
 
 def inputs(given: Inputs) -> str:
-    rows = [(f"`{f.name}`", getattr(given, f.name), f.metadata["kind"], f.metadata["what"]) for f in fields(given)]
-    lsun = [(f"`{f.name}`, LSUN-256", LSUN[f.name], *row[2:]) for f, row in zip(fields(given), rows) if f.name in LSUN]
-    return table("input | value | kind | what", [*rows, *lsun])
+    known = {f.name: f.metadata for f in fields(given)}
+    rows = [(f"`{name}`", getattr(given, name), kept["kind"], kept["what"]) for name, kept in known.items()]
+    for other, values in OTHERS.items():
+        rows += [(f"`{name}`, {other}", value, kind, known[name]["what"]) for name, value, kind in values]
+    return table("input | value | kind | what", rows)
 
 
 def sampling(given: Inputs) -> str:
+    others = {other: {name: value for name, value, _ in values} for other, values in OTHERS.items()}
+    cases = {"ImageNet-64": given, **{other: replace(given, **values) for other, values in others.items()}}
     rows = []
-    for name, each in (("ImageNet-64", given), ("LSUN-256", replace(given, **LSUN))):
+    for name, each in cases.items():
         for images in (50_000, 1_000_000_000):
             hours = [each.gpu_hours(images, steps) for steps in (1, 2)]
             files = math.ceil(images / each.shard_images)
             minutes = math.ceil(files / SIZES[-1]) * each.gpu_hours(each.shard_images, 1) * 60
-            gigabytes, failures = images * each.image_bytes / 1e9, hours[0] / each.failure_hours
-            rows.append((name, images, *hours, gigabytes, files, minutes, failures))
-    heads = "network | images | GPU hours: 1 step | 2 steps | GB of pixels | files"
-    return table(f"{heads} | minutes on {SIZES[-1]:,} GPUs, by whole files | failures meanwhile", rows)
+            rows.append((name, images, *hours, images * each.image_bytes / 1e9, files, minutes))
+    heads = "network | images | hours of one: 1 step | 2 steps | GB of pixels | files"
+    return table(f"{heads} | minutes on {SIZES[-1]:,}, by whole files", rows)
 
 
 def ways(given: Inputs) -> str:

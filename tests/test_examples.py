@@ -1,6 +1,7 @@
 """The examples do what they say: pictures and files that are right, errors that fall, tables that stand in the docs."""
 
 import importlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_own_loop(example):
 def test_shards(example, tmp_path, monkeypatch):
     """Two processes make what one makes, and what is there stays."""
     main = example("shards").main
-    arguments = ["--out", str(tmp_path), "--files", "3", "--num", "5", "--batch-size", "4"]
+    arguments = ["--out", str(tmp_path), "--files", "3", "--images", "5", "--batch-size", "4"]
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "2")
@@ -107,6 +108,11 @@ def test_what_scaling_counts(example, tmp_path):
     given = scaling.Inputs()
     network = meta_network({**PUBLISHED["ImageNet-64"][0], **PUBLISHED["ImageNet-64"][1]})
     assert given.parameters == pytest.approx(sum(p.numel() for p in network.parameters()), rel=5e-4)
+
+    values = {name: value for name, value, _ in scaling.OTHERS["ImageNet-64 on two CPU cores"]}
+    results = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc/sampling-CPU-AMD-EPYC.json").read_text())
+    (row,) = (r for r in results["rows"] if (r["name"], r["provider"]) == ("batch 1, multistep, 1 step", "cmfast"))
+    assert values["sample_ms"] == pytest.approx(row["p50_ms"], rel=0.1) and values["sample_batch"] == row["batch"]
 
     run = toys.trainer("cd", tmp_path, replace(toys.OPTIONS, averages=("0.9", "0.99", "0.999")))
     parameters = sum(p.numel() for p in run.step.model.parameters())
