@@ -22,9 +22,6 @@ INTERNAL = {
     ("checkpoint.py", "…: …"): "puts the path before another message",
     ("training/config.py", "…: …"): "puts the group of settings before a message of Python's",
     ("data/arrays.py", "…: …"): "puts the path before another message",
-    ("training/state.py", "there is no … in …"): "stands in what says that a checkpoint is damaged",
-    ("training/state.py", "… in … is …, expected …"): "stands in what says that a checkpoint is damaged",
-    ("training/state.py", "… of parameter … is …, not …"): "stands in what says that a checkpoint is damaged",
 }
 #: Those that are neither built in nor defined in cmfast.
 OTHERS = {"OutOfMemoryError": "RuntimeError"}
