@@ -94,8 +94,8 @@ class FastPass:
         with torch.autocast(x.device.type, enabled=False):
             emb = embed()
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
-            onednn = self._pack and x.device.type == "cpu" and _has_onednn(dtype)
-            packed = onednn and not (waits or differentiable)
+            # Asked last of oneDNN, which Dynamo does not trace.
+            packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and _has_onednn(dtype)
             options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
             return Forward(self._plan, weights, dtype, **options)(x, emb)
 

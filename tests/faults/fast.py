@@ -157,8 +157,8 @@ FAST_NETWORK = [
     ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _FAST + "a_hook_is_called"),
     (
         "packed where gradients flow",
-        "packed = onednn and not (waits or differentiable)",
-        "packed = onednn and not (waits or live)",
+        "packed = not (waits or differentiable)",
+        "packed = not (waits or live)",
         _FAST + "gradient_of_the_input_alone[published]",
     ),
     (
