@@ -181,9 +181,7 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
         if PROVIDERS[name].other_noise:
             for i, (value, like) in enumerate(zip(results.pop(name), results["reference"])):
                 ratio = (value.double().square().mean() / like.double().square().mean()).sqrt().item()
-                # A few drawn levels may well be twice as large as a few others.
-                most = 1.1 if value.numel() > FEW else 4.0
-                if not 1 / most < ratio < most:
+                if value.numel() > FEW and not 0.9 < ratio < 1.1:
                     wrong[name] = f"result {i}: root mean square is {ratio:.3g} times what it should be"
     errors = _errors(config, t, results)
     for name, found in errors.items():

@@ -61,7 +61,8 @@ def _about(results: Results) -> str:
     """What the tables below were measured on, in a line."""
     found = results[0]["environment"]
     versions = sorted({f"torch {r['environment']['torch']}" for r in results})
-    driver = f", driver {found['gpu']['driver']}" if found["gpu"] else f", {found['cpu']['threads']} threads"
+    threads = " or ".join(sorted({str(r["environment"]["cpu"]["threads"]) for r in results}))
+    driver = f", driver {found['gpu']['driver']}" if found["gpu"] else f", {threads} threads"
     dates = sorted({r["environment"]["date"][:10] for r in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{found['device']}{driver}; {', '.join(versions)}, Python {found['python']}; {when}."
