@@ -138,10 +138,12 @@ class Suite:
         self, record: Record, trials: Sequence[Any], measure: Measure, seconds: float | None, begun: float
     ) -> None:
         """Measure trial after trial into the record; one that fails stops no other, unless the device is lost."""
-        result = record.result
+        result, longest = record.result, 0.0
         for i, trial in enumerate(trials):
-            left = math.inf if seconds is None else seconds - (time.perf_counter() - begun)
-            if left < (COMPILE_S if set(trial.providers) & set(self.compiled) else 0):
+            start = time.perf_counter()
+            left = math.inf if seconds is None else seconds - (start - begun)
+            # One that would be cut off tells nothing, and the time limit of its process would be a failure.
+            if left < max(longest, COMPILE_S if set(trial.providers) & set(self.compiled) else 0.0):
                 result["truncated"] = True
                 result["not_started"].append(str(trial))
                 continue
@@ -156,6 +158,7 @@ class Suite:
                     result["truncated"], result["not_started"] = True, [str(t) for t in trials[i + 1 :]]
                     record.write()
                     raise  # The device is lost to this process.
+            longest = max(longest, time.perf_counter() - start)
             result["rows"] += [rated({"name": trial.name, **row}, result["rates"][0]) for row in found["rows"]]
             result["failures"] += found["failures"]
             result["missing"] |= found["missing"]

@@ -51,13 +51,13 @@ class Trial:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this suite alone."""
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: imagenet64; --quick: unet32")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: imagenet64; --quick or on a CPU: unet32")
     parser.add_argument("--batch", type=int, default=1)
 
 
 def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Trial]:
     """The trials of a command line: those that compile apart from those that do not."""
-    network = options.network or ("unet32" if options.quick else "imagenet64")
+    network = options.network or ("unet32" if options.quick or device.type == "cpu" else "imagenet64")
     plain = tuple(name for name in PROVIDERS if name not in COMPILED)
     slow = ("cmfast", *(name for name in PROVIDERS if name in COMPILED))
     wanted = options.providers

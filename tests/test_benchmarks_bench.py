@@ -1,7 +1,9 @@
 """`python -m cmfast bench`, start-up and profiles: they run on tiny networks, and count nothing that is wrong."""
 
+import dataclasses
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -126,3 +128,20 @@ def test_gaps():
     assert found["idle_us"] == 9 and [gap["us"] for gap in found["gaps"]] == [7, 2]
     assert found["gaps"][1] == {"us": 2, "after": "a", "before": "c"}
     assert found["kernels"][0] == {"name": "a", "calls": 2, "us": 11, "share": 0.7857}
+
+
+def test_what_would_be_cut_off_is_not_started(tmp_path, monkeypatch, capsys):
+    """Longer than what is left, by the longest trial so far."""
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+
+    def measure(trial, number):
+        time.sleep(0.4)
+        return {"rows": [], "failures": [], "missing": {}}
+
+    trials = [startup.Trial("tiny", batch, ("cmfast",)) for batch in (1, 2)]
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: trials, start=lambda *arguments: ({}, measure)
+    )
+    assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.7"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["not_started"] == [str(trials[1])]
