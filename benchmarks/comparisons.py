@@ -46,9 +46,11 @@ def _where(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def case_of(row: dict[str, Any]) -> str:
-    """What is measured; with the mode where there are several."""
-    mode = row.get("mode")
-    return row["name"] if mode in (None, "call", "latency") else f"{row['name']}, {mode}"
+    """What is measured; with the network where the name has none, and the mode where there are several."""
+    name, network, mode = row["name"], row.get("network"), row.get("mode")
+    if network and network not in name:
+        name = f"{network}, {name}"
+    return name if mode in (None, "call", "latency") else f"{name}, {mode}"
 
 
 def comparisons(results: Iterable[dict[str, Any]]) -> list[Comparison]:

@@ -93,10 +93,10 @@ def _times(row: dict[str, Any]) -> str:
 
 def sampling(results: Results) -> list[str]:
     """Images and forward passes: who takes how long."""
-    rows = [row | {"network": r["network"]} for r in results if r["suite"] == "sampling" for row in r["rows"]]
+    rows = [row for r in results if r["suite"] == "sampling" for row in r["rows"]]
     cells = [
         (
-            f"{row['network']}, {case_of(row)}", NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
+            case_of(row), NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
             "" if row["images_per_s"] is None else _number(row["images_per_s"]), _times(row),
             "" if row.get("percent_of_matrix") is None else f"{row['percent_of_matrix']:.0f}%",
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 
 import pytest
@@ -90,9 +89,6 @@ def test_startup(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_that_fails_is_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "HOME", tmp_path)
-    monkeypatch.setattr(startup.sys, "executable", sys.executable)
-    monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(startup, "child", lambda trial, name, *rest: {"wrong": "relative error 1"})
     status, result = recorded(startup.SUITE, tmp_path / "out", monkeypatch, "--providers", "cmfast")
     assert status == 1 and not result["rows"] and result["failures"][0]["reason"] == "relative error 1"
