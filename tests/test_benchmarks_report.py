@@ -32,7 +32,8 @@ def row(provider, p50, times=None, name="batch 1, multistep, 1 step", **more):
     ratio = None if times is None else {"p20": times - 0.1, "p50": times, "p80": times + 0.1}
     return {
         "trial": 0, "name": name, "provider": provider, "p50_ms": p50, "times_cmfast": ratio, "batch": 1,
-        "network": "imagenet64", "sampler": "multistep", "steps": 1, "mode": "latency", "images_per_s": 1e3 / p50, **more,
+        "network": "imagenet64", "sampler": "multistep", "steps": 1, "mode": "latency", "images_per_s": 1e3 / p50,
+        **more,
     }  # fmt: skip
 
 
