@@ -81,6 +81,18 @@ def counts(found: Sequence[Comparison]) -> str:
     return f"{wins} win{'s' * (wins != 1)}, {ties} tie{'s' * (ties != 1)}, {losses} loss{'es' * (losses != 1)}"
 
 
+def agreement(first: Sequence[Comparison], second: Sequence[Comparison]) -> list[tuple[float, Comparison, Comparison]]:
+    """The comparisons that two runs have both, and the larger median ratio of each as a multiple of the smaller, the
+    worst first: what a difference between runs must exceed on this machine."""
+    others = {(c.suite, c.case, c.rival): c for c in second}
+    found = []
+    for one in first:
+        other = others.get((one.suite, one.case, one.rival))
+        if other is not None:
+            found.append((max(one.p50, other.p50) / min(one.p50, other.p50), one, other))
+    return sorted(found, key=lambda pair: -pair[0])
+
+
 def missing(results: Iterable[dict[str, Any]]) -> list[str]:
     """Who was not there, what was not started, what was off."""
     lines = []

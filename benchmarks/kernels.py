@@ -33,7 +33,7 @@ EXACT_ELEMENTS = 2**22
 EAGER_GRAPH_CALLS = 16
 #: Seconds of samples for each configuration and mode, by device: a CPU has other things to do as well.
 BUDGET_S = {"cuda": 0.4, "cpu": 2.0}
-QUICK_S = 1.0
+QUICK_S = 2.0
 
 
 def _operation(config: Config) -> Callable[[Inputs], Any]:
@@ -308,6 +308,7 @@ def start(
     if device.type == "cpu":
         # Two threads wait for each other at every one of these short loops: on a shared machine that is what is timed.
         torch.set_num_threads(1)
+        timing.keep_memory()
     gpu = environment(device)["gpu"]
     budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
 

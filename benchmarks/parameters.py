@@ -256,6 +256,8 @@ def start(
     """Nothing but rows in the result; and what measures a trial."""
     if options.quick and device.type == "cpu":
         torch.set_num_threads(1)  # As in kernels.py; few samples show nothing else.
+    if device.type == "cpu":
+        timing.keep_memory()
     budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
     return {}, lambda trial, number: measure(trial, device, budget_s)
 

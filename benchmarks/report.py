@@ -2,6 +2,7 @@
 
     python -m cmfast.benchmarks.report            write the tables of README.md and benchmarks/RESULTS.md, and the plots
     python -m cmfast.benchmarks.report --check    exit status 1 where a table is not what the files say
+    python -m cmfast.benchmarks.report --agree A B     how far the ratios of two runs, folders of results, lie apart
 
 A table stands between `<!-- benchmarks: NAME -->` and `<!-- /benchmarks -->`; NAME is one of `BLOCKS`.
 """
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cmfast.benchmarks.comparisons import TIE, Comparison, case_of, comparisons, counts, milliseconds, missing
+from cmfast.benchmarks.comparisons import TIE, Comparison, agreement, case_of, comparisons, counts, milliseconds, missing
 from cmfast.benchmarks.home import HOME
 
 Results = list[dict[str, Any]]
 #: The same tables for every device: devices by folder, in the order of their names.
 Devices = dict[str, Results]
+#: Two runs of a machine that others use as well should agree within this.
+AGREE = 0.15
 #: Comparisons that README shows of each device; benchmarks/RESULTS.md has all.
 WORST = 12
 #: What providers are, in words.
@@ -221,6 +224,26 @@ def written(text: str, devices: Devices) -> str:
     return BLOCK.sub(lambda match: match[1] + block(match[2], devices) + match[3], text)
 
 
+def _of_folder(folder: Path) -> list[Comparison]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return comparisons(one for one in found if "rows" in one)  # A whole run has a report of its steps as well.
+
+
+def agreed(first: Path, second: Path) -> str:
+    """How far the ratios of two runs lie apart, for a terminal.
+
+    Raises: ValueError: they have no comparison in common.
+    """
+    found = agreement(_of_folder(first), _of_folder(second))
+    if not found:
+        raise ValueError(f"{first} and {second}: results of no case and rival in common")
+    width = max(len(f"{one.suite} {one.case}") for _, one, _ in found)
+    lines = [f"{f'{one.suite} {one.case}':{width}}  {one.rival:22} {one.p50:7.3f} {other.p50:7.3f}  {apart - 1:6.1%}"
+             for apart, one, other in found]
+    near = sum(apart <= 1 + AGREE for apart, _, _ in found)
+    return "\n".join([*lines, f"{near} of {len(found)} ratios within {AGREE:.0%}"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """0; with --check 1 where a table is not what the files say."""
     parser = argparse.ArgumentParser(prog="cmfast.benchmarks.report", description=__doc__.splitlines()[0])
@@ -228,7 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--files", type=Path, nargs="+", default=[HOME / "README.md", RESULTS])
     parser.add_argument("--plots", type=Path, default=HOME / "docs" / "benchmarks", help="folder for the plots")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is wrong")
+    parser.add_argument("--agree", type=Path, nargs=2, metavar="FOLDER", help="print how far two runs lie apart")
     options = parser.parse_args(argv)
+    if options.agree:
+        print(agreed(*options.agree))
+        return 0
     devices = load(options.results)
     wrong = []
     for path in options.files:

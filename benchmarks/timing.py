@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
@@ -21,6 +22,8 @@ SLICE_S = 2e-3
 MAX_SETS = 256
 #: Times the L2 cache that the inputs and outputs of a rotation fill.
 L2_FACTOR = 2.5
+#: Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Stopwatch:
@@ -41,6 +44,18 @@ class Stopwatch:
         self.stop.record()
         self.stop.synchronize()
         return self.start.elapsed_time(self.stop) / 1e3
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, where it can be told to (glibc).
+
+    Otherwise results of some hundred kilobytes are given back to the system and asked for again, page by page, or not:
+    it depends on what else lies in the heap, and the same call takes a third more in one process than in the next.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # The most that glibc takes.
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:
