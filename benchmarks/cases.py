@@ -206,6 +206,10 @@ CASES = {
     "heun_corrector": Case(
         _solver("heun_corrector", "f", "f2", "x", "sigma", "next"), Floor(2, 3), ("f", "f2", "x"), _TWO
     ),
+    "midpoint_corrector": Case(
+        _solver("midpoint_corrector", "f", "f2", "x", "sigma", "middle", "next"), Floor(2, 3), ("f", "f2", "x"),
+        ("sigma", "middle", "next"),
+    ),
     "denoise_to_uint8": Case(
         lambda library, t, dtypes: library.denoise_to_uint8(t["f"], t["x"], t["sigma"]), Floor(1, 1, 1), ("f", "x")
     ),
@@ -243,7 +247,7 @@ CASES = {
     ),
 }
 
-#: Measured first, and what the bars of `summary.py` are about.
+#: Measured first, and what the bars of `kernels_summary.py` are about.
 FIRST = ("denoise", "euler_step", "weighted_loss l2", "renoise drawn")
 #: What a quick run has.
 QUICK = (*FIRST, "consistency_loss + backward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: A difference of the median ratio up to this is a tie.
@@ -16,7 +16,8 @@ OTHERS = ("kernel", "cmfast_compile", "cmfast_float32", "convolutions", "convolu
 
 @dataclass(frozen=True)
 class Comparison:
-    """A rival's time as a multiple of cmfast's in the same rounds: percentiles of the ratio; and both medians."""
+    """A rival's time as a multiple of cmfast's in the same rounds: percentiles of the ratio; both medians; cmfast's
+    row."""
 
     suite: str
     case: str
@@ -26,6 +27,7 @@ class Comparison:
     p80: float
     ours_ms: float
     rival_ms: float
+    row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def verdict(self) -> str:
@@ -62,10 +64,10 @@ def comparisons(results: Iterable[dict[str, Any]]) -> list[Comparison]:
             ratio = row.get("times_cmfast")
             if ratio is None or row["provider"] in (*OURS, *OTHERS) or _where(row) not in ours:
                 continue
-            mine = milliseconds(ours[_where(row)])
+            mine = ours[_where(row)]
             found.append(Comparison(
-                result["suite"], case_of(row), row["provider"], ratio["p20"], ratio["p50"], ratio["p80"], mine,
-                milliseconds(row),
+                result["suite"], case_of(row), row["provider"], ratio["p20"], ratio["p50"], ratio["p80"],
+                milliseconds(mine), milliseconds(row), mine,
             ))  # fmt: skip
     return sorted(found, key=lambda c: c.p50)
 
@@ -103,11 +105,10 @@ def missing(results: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def text(results: Sequence[dict[str, Any]]) -> str:
-    """For a terminal."""
-    found = comparisons(results)
+def table(found: Sequence[Comparison]) -> list[str]:
+    """For a terminal, in the order given, and how many wins there are."""
     if not found:
-        return "\n".join([*missing(results), "nothing was timed beside cmfast"])
+        return ["nothing was timed beside cmfast"]
     width = max(len(f"{c.suite} {c.case}") for c in found)
     lines = ["", f"{'rival / cmfast, worst first':{width}}  rival                   ratio  (p20 to p80)     verdict   "
                  "cmfast ms    rival ms"]
@@ -116,4 +117,9 @@ def text(results: Sequence[dict[str, Any]]) -> str:
             f"{c.suite + ' ' + c.case:{width}}  {c.rival:22} {c.p50:6.3f}  ({c.p20:.3f} to {c.p80:.3f})  {c.verdict:7} "
             f"{c.ours_ms:10.3f}  {c.rival_ms:10.3f}"
         )
-    return "\n".join([*lines, "", *missing(results), f"{counts(found)} (ties within {TIE:.0%})"])
+    return [*lines, "", f"{counts(found)} (ties within {TIE:.0%})"]
+
+
+def text(results: Sequence[dict[str, Any]]) -> str:
+    """The whole of a run, for a terminal."""
+    return "\n".join([*table(comparisons(results)), *missing(results)])

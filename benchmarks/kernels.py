@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, reference
-from cmfast.benchmarks import runs, summary, timing
+from cmfast.benchmarks import kernels_summary, runs, timing
 from cmfast.benchmarks.cases import CASES, Config, Inputs, configs, exact, make_inputs, operation, run
+from cmfast.benchmarks.comparisons import OURS
 from cmfast.benchmarks.environment import environment
 from cmfast.tolerances import FLOOR
 
@@ -91,8 +92,6 @@ PROVIDERS = {
 FEW = 2000
 #: Those that compile nothing.
 PLAIN = ("reference", "cmfast")
-#: What a user gets: the operation, alone or inside a compiled region.
-OURS = ("cmfast", "auto")
 
 
 def providers_for(config: Config) -> list[str]:
@@ -321,7 +320,7 @@ def start(
 
 SUITE = runs.Suite(
     "kernels", "the fused operations, beside plain PyTorch and torch.compile", tuple(PROVIDERS), trials, start,
-    summary.line, summary.text,
+    kernels_summary.line, kernels_summary.text,
 )  # fmt: skip
 main = SUITE.main
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import cmfast
-from cmfast.benchmarks import cases, gpu, kernels, perceptual, summary, timing
+from cmfast import ops, reference
+from cmfast.benchmarks import cases, gpu, kernels, kernels_summary, perceptual, timing
 from cmfast.perceptual import LPIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,21 @@ def test_every_case_is_right(tmp_path):
     status, result = recorded(tmp_path, "--providers", "reference,cmfast")
     assert status == 0, result["failures"]
     assert {row["case"] for row in result["rows"]} == set(cases.CASES)
+
+
+def test_every_fused_operation_has_a_case():
+    called = set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(reference, name)
+
+    for config in cases.smallest():
+        (inputs,) = cases.make_inputs(config, 1, CPU, 0)
+        cases.operation(config, Recorder())(inputs)
+    # Those over a model's parameters: benchmarks/parameters.py.
+    assert set(ops.FUSED) - called == {"ema_update_", "grad_norm", "radam_ema_", "adam_ema_"}
 
 
 @pytest.mark.parametrize("fault", ["a part in a thousand", "NaN", "one element", "a raised error", "dtype"])
@@ -155,29 +171,34 @@ def test_configurations_of_a_gpu():
         assert set(case.sizes or images) <= {(c.shape, c.batch) for c in chosen if c.case == name}
     first = chosen[: 4 * len(cases.FIRST)]
     assert {c.case for c in first} == set(cases.FIRST)
-    assert max(c.elements * 4 for c in first) > summary.LARGE_BYTES
+    assert max(c.elements * 4 for c in first) > kernels_summary.LARGE_BYTES
 
 
 def test_bars(tmp_path):
     """From made-up rows: only what is below a bar, or slower than a baseline, is MISSED."""
+    def beside(us, rival_us):
+        return {"p50_us": rival_us, "times_cmfast": dict.fromkeys(("p20", "p50", "p80"), rival_us / us)}
+
     row = {
-        "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
+        "name": "one", "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
         "channels_last": False, "mode": "graph", "times_cmfast": None,
         "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
     }
-    large = row | {"shape": [3, 256, 256], "batch": 256, "largest_tensor_bytes": 2e8}
+    large = row | {"name": "large", "shape": [3, 256, 256], "batch": 256, "largest_tensor_bytes": 2e8}
     rows = [
         row | {"provider": "cmfast"},
-        row | {"provider": "inductor", "p50_us": 0.9},
+        row | {"provider": "inductor"} | beside(1.0, 0.9),
+        large | {"provider": "inductor"} | beside(1.0, 0.1),
         large | {"provider": "cmfast", "percent_of_copy": 93.0},
         large | {"provider": "cmfast", "case": "renoise drawn", "percent_of_copy": 84.0},
-        *(
-            row | {"case": "group_norm_silu", "shape": [192, 64, 64], "provider": name, "p50_us": us,
-                   "percent_of_copy": 79.0, "largest_tensor_bytes": 33e6}
-            for name, us in (("cmfast", 1.1), ("inductor", 1.0))
-        ),
     ]
-    lines = summary.bars({"environment": {"device_type": "cuda"}, "rows": rows})
+    norm = row | {"name": "norm", "case": "group_norm_silu", "shape": [192, 64, 64], "percent_of_copy": 79.0,
+                  "largest_tensor_bytes": 33e6}  # fmt: skip
+    rows += [norm | {"provider": "cmfast"}, norm | {"provider": "inductor"} | beside(1.1, 1.0)]
+    lpips = norm | {"name": "lpips", "case": "lpips_layer + backward"}
+    rows += [lpips | {"provider": "cmfast"}, lpips | {"provider": "reference"} | beside(1.0, 5.5)]
+    result = {"suite": "kernels", "environment": {"device_type": "cuda"}, "rows": rows}
+    lines = kernels_summary.bars(result)
     assert any(line.startswith("met: denoise 256x3x256x256") for line in lines)
     assert any(line.startswith("MISSED: renoise drawn") for line in lines)
     slower = "MISSED: at most 3% slower than inductor at 3x64x64, graph mode: 0 of 1"
@@ -186,6 +207,11 @@ def test_bars(tmp_path):
     assert any(line.startswith("MISSED: group_norm_silu 64x192x64x64") for line in lines)
     assert any(line.startswith("MISSED: at most 3% slower than inductor on maps, graph mode: 0 of 1") for line in lines)
     assert any(line.startswith("not measured: group_norm_silu on chip, tensors > 32 MB") for line in lines)
+    assert any(line.startswith("met: lpips_layer + backward") and "5.5 times" in line for line in lines)
+    result["environment"]["device_type"] = "cpu"
+    assert kernels_summary.bars(result) == ["met: at most 1.05 of the reference's time: 1 of 1"]
+    rows[-1]["times_cmfast"]["p50"] = 0.95
+    assert kernels_summary.bars(result)[0].startswith("MISSED: at most 1.05 of the reference's time: 0 of 1\n")
 
 
 class TestGpuSteps:
