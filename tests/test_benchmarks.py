@@ -180,7 +180,8 @@ def test_bars(tmp_path):
         return {"p50_us": rival_us, "times_cmfast": dict.fromkeys(("p20", "p50", "p80"), rival_us / us)}
 
     row = {
-        "name": "one", "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
+        "name": "one", "case": "denoise", "shape": [3, 64, 64], "batch": 64,
+        "state_dtype": "float32", "model_dtype": "bfloat16",
         "channels_last": False, "mode": "graph", "times_cmfast": None,
         "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
     }
