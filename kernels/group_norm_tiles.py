@@ -222,7 +222,7 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
     group = channels // num_groups
     units = (SECTOR // x.element_size(), 16 // x.element_size(), 4) if last else (4,)
     # A slab's offsets have 32 bits.
-    slab = _slab(channels, group, units, WHOLE[backward] // power_of_two(pixels)) if channels * pixels < 2**31 else 0
+    slab = _slab(channels, group, units, WHOLE[int(backward)] // power_of_two(pixels)) if channels * pixels < 2**31 else 0
     # Slabs of less than a sector read more than they use.
     if slab and (slab >= units[0] or batch * -(-channels // slab) <= ENOUGH):
         rows, block = power_of_two(pixels), max(4, power_of_two(slab))
@@ -231,10 +231,10 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
         return Cut(batch, channels, pixels, group, last, slab, rows, block, 1, warps)
     if last:
         block = max(4, min(LINE, power_of_two(channels)))
-        rows = BLOCK[backward] // block
+        rows = BLOCK[int(backward)] // block
     else:
-        rows = min(BLOCK[backward] // 4, power_of_two(pixels))
-        block = max(4, min(BLOCK[backward] // rows, power_of_two(channels)))
+        rows = min(BLOCK[int(backward)] // 4, power_of_two(pixels))
+        block = max(4, min(BLOCK[int(backward)] // rows, power_of_two(channels)))
     blocks = -(-pixels // rows)
     programs = batch * blocks * -(-channels // block)
     steps = power_of_two(max(min(PART // rows, programs // ENOUGH), -(-blocks // PARTS), 1))

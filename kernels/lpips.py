@@ -159,11 +159,11 @@ def _maps(f: Tensor, g: Tensor, backward: bool) -> _Maps:
     batch, channels, height, width = f.shape
     block = power_of_two(channels)
     least = 1 if layout(f) != CONTIGUOUS else SECTOR // f.element_size()
-    rows = max(BLOCK[backward] // block, min(least, MOST // block), 1)
+    rows = max(BLOCK[int(backward)] // block, min(least, MOST // block), 1)
     rows = min(rows, power_of_two(height * width))
     programs = batch * -(-height * width // rows)
     steps = max(1, min(STEPS, programs // ENOUGH))
-    warps = max(1, min(16, rows * block // (32 * SHARE[backward])))
+    warps = max(1, min(16, rows * block // (32 * SHARE[int(backward)])))
     return _Maps(f, dense(g, f), rows, block, 1 << (steps.bit_length() - 1), warps)
 
 

@@ -140,9 +140,9 @@ class _GroupNormSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_sum: Tensor | None) -> tuple[Any, ...]:
-        *inputs, moments, seed, index, number = ctx.saved_tensors
+        *saved, moments, seed, index, number = ctx.saved_tensors
         given = [kept if t is None else t for t, kept in zip((seed, index, number), ctx.draw)]
-        inputs.append(None if index is None else Draw(*given))
+        inputs = [*saved, None if index is None else Draw(*given)]
         grad_sum = of_sum[0] if len(of_sum) > 1 else None
         *_, need_x_bias, need_residual = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 6
