@@ -83,7 +83,7 @@ def input_format(x: Tensor, dtype: object, memory_format: object) -> None:
 def integer(name: str, value: object, device: torch.device) -> None:
     """An integer, or an integer scalar tensor on the device: what seeds and draw numbers are."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex() or value.numel() != 1:
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.numel() != 1:
             raise TypeError(f"{name} must be an integer or an integer scalar, got {value.dtype} {list(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, index on {device}: move one of them")
@@ -162,6 +162,12 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
     """One of the known names."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def sigma_data_value(sigma_data: float | None) -> None:

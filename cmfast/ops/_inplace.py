@@ -93,7 +93,14 @@ def renoise(
 def _euler(model_output: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, options: _Sizes) -> Tensor:
     """x' = x + (x - D) (sigma' - sigma) / sigma = lerp(D, x, sigma' / sigma), in D's memory."""
     x_next = _denoised(model_output, x_t, sigma, options["sigma_data"], options["boundary"], options["clip"])
-    return torch.lerp(x_next, x_t, _beside(next_sigma, x_t) / _beside(sigma, x_t), out=x_next)
+    ratio = _finite(_beside(next_sigma, x_t) / _beside(sigma, x_t))
+    return torch.lerp(x_next, x_t, ratio, out=x_next)
+
+
+def _finite(ratio: Tensor) -> Tensor:
+    """Of a step from a level near 0: where D = x the slope is 0, and infinitely many times that would be NaN."""
+    most = torch.finfo(ratio.dtype).max
+    return ratio.clamp(-most, most)
 
 
 def euler_step(
@@ -143,7 +150,7 @@ def _corrected(
     # Where sigma_2 = 0 there is no second slope: an Euler step.
     ends = mid == 0
     safe_level, safe = torch.where(sigma_2 == 0, 1.0, sigma_2), torch.where(ends, 1.0, mid)
-    k_2 = (end - start) / safe if midpoint else torch.where(ends, 0.0, 0.5 * (end - start) / safe)
+    k_2 = _finite((end - start) / safe if midpoint else torch.where(ends, 0.0, 0.5 * (end - start) / safe))
     x_2 = _euler(model_output, x_t, sigma, sigma_2, options)
     e_2 = _denoised(model_output_2, x_2, safe_level, *sizes).sub_(x_2).mul_(-k_2)
     # As e = (x_2 - x) / r_mid, the first slope's part is half of x_2 - x in Heun's method, none in the other.

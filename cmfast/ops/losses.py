@@ -19,10 +19,11 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
 
     `snr`, `snr+1`, `karras` = snr + 1 / sigma_data^2 (Karras et al. 2022), `truncated-snr` = max(snr, 1), `uniform`.
 
-    Raises: ValueError: unknown weighting; the message lists the known ones.
+    Raises: ValueError: unknown weighting, where the message lists the known ones; sigma_data is not positive.
     """
     _check.float_tensor("sigma", sigma, min_ndim=0)
     _check.choice("weighting", weighting, WEIGHTINGS)
+    _check.positive("sigma_data", sigma_data)
     return reference.loss_weight(sigma, weighting, sigma_data=sigma_data)
 
 
@@ -30,6 +31,7 @@ def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0
     """`loss_weight` from the signal-to-noise ratio 1 / sigma^2; shape and dtype of `snr`."""
     _check.float_tensor("snr", snr, min_ndim=0)
     _check.choice("weighting", weighting, WEIGHTINGS)
+    _check.positive("sigma_data", sigma_data)
     return reference.snr_weight(snr, weighting, sigma_data=sigma_data)
 
 
@@ -104,6 +106,7 @@ def consistency_loss(
     tensor([250001.])
     """
     check_step(model_output, x_t, sigma, sigma_data)
+    _check.positive("weight_sigma_data", weight_sigma_data)
     _check.float_tensor("target", target)
     _check.same_shape(x_t=x_t, target=target)
     if (x_t2 is None) != (next_sigma is None):

@@ -182,7 +182,7 @@ class TestCounterNoise:
         with pytest.raises(ValueError, match="high"):
             ops.uniform_int(0, torch.arange(2), high)
 
-    @pytest.mark.parametrize("seed, number", [(0.5, 0), (0, 0.5), (torch.ones(()), 0), (0, "1")])
+    @pytest.mark.parametrize("seed, number", [(0.5, 0), (0, 0.5), (torch.ones(()), 0), (0, "1"), (0, torch.tensor(True))])
     def test_what_is_no_counter_is_refused(self, seed, number):
         index = torch.arange(2)
         for call in (
@@ -215,6 +215,29 @@ def test_what_divides_by_the_level_refuses_zero_and_infinity(level, message):
     ):
         with pytest.raises(ValueError, match=f"sigma holds noise levels and {message}"):
             call()
+
+
+@pytest.mark.parametrize("sigma_data", [0, -1.0, math.inf, math.nan, None, "0.5"])
+def test_weights_refuse_what_is_no_size_of_data(sigma_data):
+    for call in (
+        lambda: ops.loss_weight(torch.ones(1), "karras", sigma_data=sigma_data),
+        lambda: ops.snr_weight(torch.ones(1), "karras", sigma_data=sigma_data),
+        lambda: ops.consistency_loss(F, X, SIGMA, X, "karras", weight_sigma_data=sigma_data),
+    ):
+        with pytest.raises(ValueError, match="sigma_data must be positive, got"):
+            call()
+
+
+@pytest.mark.parametrize("level", [1e-38, 1e-44])
+def test_steps_beside_the_smallest_levels(level, both_forms):
+    """Where D = x nothing moves, though the ratio of the levels is infinite in float32."""
+    x, tiny, one = torch.ones(3, 5), torch.tensor(level), torch.ones(())
+    for x_next, *_ in (
+        ops.euler_step(x, x, tiny, one, sigma_data=None),
+        ops.heun_corrector(x, x, x, one, tiny, sigma_data=None),
+        ops.midpoint_corrector(x, x, x, tiny, one, one, sigma_data=None),
+    ):
+        assert torch.equal(x_next, x)
 
 
 def test_unknown_names_list_the_known():

@@ -165,6 +165,7 @@ def call(**change):
         ({"step": 0}, TypeError, "step must be a tensor"),
         ({"step": torch.zeros(2)}, ValueError, "step must be one floating number"),
         ({"lr": torch.zeros((), device="meta")}, ValueError, "lr is on meta"),
+        ({"lr": None}, TypeError, "lr must be a number or a tensor, got NoneType"),
         ({"found_inf": 1.0}, TypeError, "found_inf must be a tensor"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas must be in"),
         ({"eps": -1.0}, ValueError, "eps and weight_decay 0 or more"),
