@@ -21,11 +21,12 @@ METADATA := pyproject.toml setup.py
 INTERPRET := TRITON_INTERPRET=1 CMFAST_BACKEND=triton
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test lint mutants fuzz bench report gpu clean
+.PHONY: help demo test coverage lint mutants fuzz bench report gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
+	@echo "make coverage  the tests again, and the lines that none of them runs"
 	@echo "make lint    ruff and mypy"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
@@ -42,6 +43,14 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(PARALLEL) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(INTERPRET) $(PARALLEL) tests/kernels tests/test_golden.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# Lines that tests run, in this process and in those that tests start; kernels in the interpreter.
+coverage: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	$(PARALLEL) --cov --cov-report= $(PYTEST_ARGS)
+	$(INTERPRET) $(PARALLEL) tests/kernels tests/test_golden.py --cov --cov-append --cov-report= $(PYTEST_ARGS)
+	$(BIN)/python -m coverage json -q -o coverage.json
+	$(BIN)/python tests/uncovered.py coverage.json
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
@@ -68,7 +77,7 @@ gpu:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf .coverage .coverage.* coverage.xml htmlcov
+	rm -rf .coverage .coverage.* coverage.xml coverage.json htmlcov
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamps say what is installed, and are newer than the files that declare it.

@@ -201,7 +201,8 @@ def compare(
             continue
         floor = max(floor, (KERNEL_FLOOR | {torch.float64: FLOOR[torch.float64]})[value.dtype])
         if value.numel():
-            _compare(*(_rows(x) for x in (value, low, high, *others)), floor=floor, least=least, dtype=value.dtype, where=where)
+            rows = map(_rows, (value, low, high, *others))
+            _compare(*rows, floor=floor, least=least, dtype=value.dtype, where=where)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -182,7 +182,9 @@ class TestCounterNoise:
         with pytest.raises(ValueError, match="high"):
             ops.uniform_int(0, torch.arange(2), high)
 
-    @pytest.mark.parametrize("seed, number", [(0.5, 0), (0, 0.5), (torch.ones(()), 0), (0, "1"), (0, torch.tensor(True))])
+    @pytest.mark.parametrize(
+        "seed, number", [(0.5, 0), (0, 0.5), (torch.ones(()), 0), (0, "1"), (0, torch.tensor(True))]
+    )
     def test_what_is_no_counter_is_refused(self, seed, number):
         index = torch.arange(2)
         for call in (
