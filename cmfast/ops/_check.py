@@ -5,7 +5,7 @@ Values of a tensor are looked at on the CPU only: on a GPU that would stop the s
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -168,6 +168,20 @@ def positive(name: str, value: object) -> None:
     """A finite number above 0."""
     if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def number(name: str, value: object) -> None:
+    """A finite number of 0 or more."""
+    if not (isinstance(value, float | int) and value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+
+
+def sizes(name: str, value: object) -> tuple[int, ...]:
+    """The shape of a sample."""
+    shape = tuple(value) if isinstance(value, Iterable) else None
+    if shape is None or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise TypeError(f"{name} must be a shape of integers of 0 or more, got {value!r}")
+    return shape
 
 
 def sigma_data_value(sigma_data: float | None) -> None:

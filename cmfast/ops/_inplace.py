@@ -93,14 +93,11 @@ def renoise(
 def _euler(model_output: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, options: _Sizes) -> Tensor:
     """x' = x + (x - D) (sigma' - sigma) / sigma = lerp(D, x, sigma' / sigma), in D's memory."""
     x_next = _denoised(model_output, x_t, sigma, options["sigma_data"], options["boundary"], options["clip"])
-    ratio = _finite(_beside(next_sigma, x_t) / _beside(sigma, x_t))
-    return torch.lerp(x_next, x_t, ratio, out=x_next)
-
-
-def _finite(ratio: Tensor) -> Tensor:
-    """Of a step from a level near 0: where D = x the slope is 0, and infinitely many times that would be NaN."""
-    most = torch.finfo(ratio.dtype).max
-    return ratio.clamp(-most, most)
+    ratio = _beside(next_sigma, x_t) / _beside(sigma, x_t)
+    if bool(ratio.isfinite().all()):
+        return torch.lerp(x_next, x_t, ratio, out=x_next)
+    # From a level near 0 the ratio overflows where the slope, and the step, need not.
+    return reference.euler_step(model_output, x_t, sigma, next_sigma, **options)[0]
 
 
 def euler_step(
@@ -150,7 +147,11 @@ def _corrected(
     # Where sigma_2 = 0 there is no second slope: an Euler step.
     ends = mid == 0
     safe_level, safe = torch.where(sigma_2 == 0, 1.0, sigma_2), torch.where(ends, 1.0, mid)
-    k_2 = _finite((end - start) / safe if midpoint else torch.where(ends, 0.0, 0.5 * (end - start) / safe))
+    k_2 = (end - start) / safe if midpoint else torch.where(ends, 0.0, 0.5 * (end - start) / safe)
+    if not bool(k_2.isfinite().all()):  # as in _euler
+        levels = (sigma, sigma_2, next_sigma) if midpoint else (sigma, next_sigma)
+        whole = reference.midpoint_corrector if midpoint else reference.heun_corrector
+        return whole(model_output, model_output_2, x_t, *levels, **options)
     x_2 = _euler(model_output, x_t, sigma, sigma_2, options)
     e_2 = _denoised(model_output_2, x_2, safe_level, *sizes).sub_(x_2).mul_(-k_2)
     # As e = (x_2 - x) / r_mid, the first slope's part is half of x_2 - x in Heun's method, none in the other.

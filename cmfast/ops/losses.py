@@ -105,7 +105,7 @@ def consistency_loss(
     >>> consistency_loss(torch.zeros_like(x), x, torch.tensor([0.002]), torch.zeros_like(x), "snr+1")
     tensor([250001.])
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, boundary)
     _check.positive("weight_sigma_data", weight_sigma_data)
     _check.float_tensor("target", target)
     _check.same_shape(x_t=x_t, target=target)

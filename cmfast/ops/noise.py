@@ -40,7 +40,7 @@ def normal(
     _check.integer("seed", seed, index.device)
     _check.integer("draw", draw, index.device)
     _check.input_format(index, dtype, None)
-    shape = tuple(shape)
+    shape = _check.sizes("shape", shape)
     if use_kernel("normal", Draw(seed, index, draw), dtypes=(dtype,)):
         from cmfast.kernels.normal import normal_fwd
 
@@ -88,6 +88,7 @@ def init_noise(
             raise ValueError("shape is missing: a draw needs the shape of a sample, such as shape=(3, 64, 64)")
         options["state_dtype"] = state_dtype = state_dtype or torch.float32
         _check.sample_index(noise.index)
+        options["shape"] = shape = _check.sizes("shape", shape)
         batch = torch.empty(noise.index.shape[0], *shape, dtype=state_dtype, device="meta")
         _check.input_format(batch, state_dtype, None)
         _check.noise_like(noise, noise.index, "index")
@@ -208,9 +209,10 @@ def renoise(
     >>> renoise(x, x, torch.tensor(0.002), torch.tensor(0.002), Draw(0, torch.tensor([0])))[0].unique()
     tensor([1.])
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, boundary)
     _check.noise_like(noise, x_t, "x_t")
     _check.sigma_level("next_sigma", next_sigma, x_t)
+    _check.number("sigma_min", sigma_min)
     _check.input_format(x_t, dtype, None)
     inputs = model_output, x_t, sigma, next_sigma, noise
     options: dict[str, Any] = {

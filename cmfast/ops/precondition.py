@@ -29,6 +29,7 @@ def scalings(
     """
     _check.float_tensor("sigma", sigma, min_ndim=0)
     _check.sigma_data_value(sigma_data)
+    _check.number("boundary", boundary)
     return reference.scalings(sigma, sigma_data=sigma_data, boundary=boundary)
 
 
@@ -68,7 +69,13 @@ def scale_input(
 
 
 def check_step(
-    model_output: Tensor, x_t: Tensor, sigma: Tensor, sigma_data: float | None, *, divides: bool = False
+    model_output: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    sigma_data: float | None,
+    boundary: float,
+    *,
+    divides: bool = False,
 ) -> None:
     """What every operation from a network output checks first. divides: whether it does so by sigma."""
     _check.float_tensor("x_t", x_t)
@@ -76,6 +83,7 @@ def check_step(
     _check.same_shape(x_t=x_t, model_output=model_output)
     _check.sigma_level("sigma", sigma, x_t, divides=divides)
     _check.sigma_data_value(sigma_data)
+    _check.number("boundary", boundary)
 
 
 def denoise(
@@ -96,7 +104,7 @@ def denoise(
     >>> bool((denoise(torch.randn_like(x), x, torch.tensor(0.002)) == x).all())
     True
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, boundary)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip}
     if use_kernel("denoise", x_t, model_output, sigma):
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
@@ -120,7 +128,7 @@ def denoise_to_uint8(
     >>> denoise_to_uint8(torch.zeros_like(x), x, torch.tensor(0.002)).unique().tolist()
     [191]
     """
-    check_step(model_output, x_t, sigma, sigma_data)
+    check_step(model_output, x_t, sigma, sigma_data, boundary)
     if x_t.ndim < 2:
         raise ValueError(f"x_t must be a batch [B, C, ...] of 2 or more dimensions, got {list(x_t.shape)}")
     _check.choice("rounding", rounding, ROUNDINGS)

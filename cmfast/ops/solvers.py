@@ -37,7 +37,7 @@ def euler_step(
     >>> round(x.max().item(), 4)                # sigma' = 0 gives D = c_skip x = 0.25 / (0.998^2 + 0.25)
     0.2006
     """
-    check_step(model_output, x_t, sigma, sigma_data, divides=True)
+    check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
@@ -64,7 +64,7 @@ def heun_predictor(
 
     The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it.
     """
-    check_step(model_output, x_t, sigma, sigma_data, divides=True)
+    check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.sigma_level("next_sigma", next_sigma, x_t)
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip, "dtype": dtype}
@@ -92,7 +92,7 @@ def heun_corrector(
 
     `model_output_next` is the network's output at the input that `heun_predictor` gave. Returns as `euler_step`.
     """
-    check_step(model_output, x_t, sigma, sigma_data, divides=True)
+    check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_next", model_output_next)
     _check.same_shape(x_t=x_t, model_output_next=model_output_next)
@@ -123,7 +123,7 @@ def midpoint_corrector(
 
     `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave.
     """
-    check_step(model_output, x_t, sigma, sigma_data, divides=True)
+    check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
     _check.float_tensor("model_output_mid", model_output_mid)
     _check.same_shape(x_t=x_t, model_output_mid=model_output_mid)

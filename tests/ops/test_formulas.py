@@ -242,6 +242,33 @@ def test_steps_beside_the_smallest_levels(level, both_forms):
         assert torch.equal(x_next, x)
 
 
+@pytest.mark.parametrize("boundary", [-0.1, math.inf, math.nan, None, "0"])
+def test_what_is_no_boundary_is_refused(boundary):
+    draw = ops.Draw(0, torch.arange(1))
+    for call in (
+        lambda: ops.scalings(SIGMA, boundary=boundary),
+        lambda: ops.denoise(F, X, SIGMA, boundary=boundary),
+        lambda: ops.renoise(F, X, SIGMA, NEXT, draw, boundary=boundary),
+        lambda: ops.euler_step(F, X, SIGMA, NEXT, boundary=boundary),
+        lambda: ops.consistency_loss(F, X, SIGMA, X, boundary=boundary),
+    ):
+        with pytest.raises(ValueError, match="boundary must be a number of 0 or more, got"):
+            call()
+    with pytest.raises(ValueError, match="sigma_min must be a number of 0 or more, got"):
+        ops.renoise(F, X, SIGMA, NEXT, draw, sigma_min=boundary)
+
+
+@pytest.mark.parametrize("shape", [3, (3, "4"), (3, -1), (3, 2.0), (None,)])
+def test_what_is_no_shape_is_refused(shape):
+    draw = ops.Draw(0, torch.arange(2))
+    for call in (
+        lambda: ops.normal(0, draw.index, shape),
+        lambda: ops.init_noise(draw, torch.tensor(80.0), shape=shape),
+    ):
+        with pytest.raises(TypeError, match="shape must be a shape of integers of 0 or more, got"):
+            call()
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="truncated-snr"):
         ops.loss_weight(torch.ones(1), "nope")
