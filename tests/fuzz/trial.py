@@ -234,8 +234,9 @@ def _compare(
     allowed = 2 * error(low) + 4 * spread + floor * size + least
     close = ((value - high_low).abs() <= allowed) | ((value - high).abs() <= allowed)
     lost = ~value.isfinite() & (~finite | (high.abs() > LARGE))
-    # There the reference sets no measure of its own.
-    near = ((value - high).abs() <= allowed + 1e-4 * size) | ((value - low).abs() <= allowed)
+    # There the reference sets no measure of its own. Of a step from a level near 0 x - D cancels, and what is left is
+    # made 1e6 and more times as large: two digits remain.
+    near = ((value - high).abs() <= allowed + 1e-2 * size) | ((value - low).abs() <= allowed)
     right = close | lost | (~finite & near)
     if not right.all():
         at = tuple((~right).nonzero()[0].tolist())
