@@ -47,7 +47,7 @@ class Constant(Rate):
 
 @dataclass(frozen=True)
 class HalfLife(Rate):
-    """0.5^(batch / halflife): what is `halflife` images ago weighs half. Karras et al. 2022, appendix F.2.
+    """0.5^(batch / halflife): what is `halflife` images ago weighs half. Karras et al. 2022, appendix F.
 
     halflife   in images; in steps where `batch`, the images of a step, is 1
     rampup     the half-life is at most this part of the images seen before; 0.05 there
@@ -195,7 +195,7 @@ _KINDS = "known: 0.9999, halflife:IMAGES[,batch=N][,rampup=PART], power:STD, war
 
 
 def _std_of(gamma: float) -> float:
-    """sigma_rel of Karras et al. 2023, eq. 126."""
+    """sigma_rel of Karras et al. 2023, eq. 123."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
