@@ -44,11 +44,13 @@ def edit(
     next level.
 
     Args:
+        model: a `Denoiser`, or D(x, sigma[, labels]).
         reference: [B, C, H, W] in [-1, 1]; only its known part is looked at.
         x: [B, C, H, W] noise to start from, of level sigmas[0].
+        sigmas: the levels at which the model is evaluated, in data units; sigma_min: where noise ends.
         mask: broadcasts to transform(reference); 1 keeps, 0 is filled in.
         transform, inverse: a linear map and its inverse.
-        end_sigma: as in `sample_multistep`.
+        labels, noise_fn, end_sigma: as in `samplers.sample_multistep`.
 
     Raises: ValueError: shapes differ, or the mask does not broadcast.
     """
@@ -86,7 +88,8 @@ def _orthogonal(first: np.ndarray) -> Tensor:
 def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: object) -> tuple[Tensor, Tensor]:
     """Colour for grey images. Returns the result and the reference, which holds the luminance of `images` alone.
 
-    Args: images [B, 3, H, W] in [-1, 1]; the rest as in `edit`.
+    Args: images [B, 3, H, W] in [-1, 1]; model, x, sigmas and options as in `edit`.
+    Raises: ValueError: images without three channels, or what `edit` refuses.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"colorize needs images [B, 3, H, W], got {list(images.shape)}")
@@ -109,7 +112,8 @@ def super_resolve(
 ) -> tuple[Tensor, Tensor]:
     """Detail for images known as means of patch_size x patch_size pixels. Returns the result and those means.
 
-    Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; the rest as in `edit`.
+    Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; model, x, sigmas and options as in `edit`.
+    Raises: ValueError: other sizes, or what `edit` refuses.
     """
     if images.ndim != 4 or images.shape[-1] % patch_size or images.shape[-2] % patch_size:
         raise ValueError(
@@ -146,8 +150,9 @@ def inpaint(
 ) -> tuple[Tensor, Tensor]:
     """Fill in where `mask` is 0. Returns the result and the reference, black (-1) where it is not known.
 
-    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; the rest as in
-        `edit`.
+    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; model, x, sigmas
+        and options as in `edit`.
+    Raises: ValueError: a mask that does not broadcast, or what `edit` refuses.
     """
     try:
         mask = torch.broadcast_to(mask.to(images), images.shape)

@@ -64,6 +64,8 @@ def karras_sigmas(
 
     Raises: ValueError: num_scales below 1.
 
+    dtype, device: of the result. sigma_min, sigma_max and rho shape the grid.
+
     >>> karras_sigmas(3).tolist()
     [80.0, 2.5152..., 0.002..., 0.0]
     """
@@ -86,6 +88,8 @@ def multistep_sigmas(
     increasing: bool = True,
 ) -> list[float]:
     """Noise levels of grid indices `ts`, as openai/consistency_models names the steps of multistep sampling.
+
+    sigma_min, sigma_max, rho: of the grid, in data units.
 
     Raises: ValueError: an index that is not on the grid of num_scales levels, fewer than two, or with `increasing`
         indices that do not increase (the original takes any).
@@ -113,7 +117,7 @@ def nearest_ts(
     rho: float = RHO,
 ) -> tuple[int, ...]:
     """The indices of the grid of num_scales levels nearest to `sigmas`, and where sampling ends: of `multistep_sigmas`
-    the inverse. Nearest in sigma^(1/rho), in which the grid is even.
+    the inverse. Nearest in sigma^(1/rho), in which the grid from sigma_max to sigma_min is even.
 
     Raises: ValueError: a level that is negative, or NaN.
 
@@ -133,7 +137,7 @@ def step_sigmas(
 ) -> list[float]:
     """The levels at which multistep sampling in `steps` network calls evaluates the model.
 
-    On the original's grid of 40 levels: index 0 for one step; 0 and 22 for two (Song et al. 2023 found it by search
+    On the original's grid of 40 levels, from sigma_max to sigma_min by rho: index 0 for one step; 0 and 22 for two (Song et al. 2023 found it by search
     on ImageNet-64); evenly spaced indices, i 39 / steps rounded, for more.
 
     Raises: ValueError: steps not from 1 to 39.
@@ -158,7 +162,7 @@ def ancestral_levels(sigma: _Level, next_sigma: _Level) -> tuple[_Level, _Level]
 
 
 def lognormal_sigmas(noise: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """exp(mean + std noise): the training noise levels of Karras et al. 2022, from standard normals."""
+    """exp(mean + std noise): the training noise levels of Karras et al. 2022, table 1, from standard normals [B]."""
     return torch.exp(mean + std * noise)
 
 
@@ -177,7 +181,12 @@ def ema_and_scales(
     - 1) + 1. `adaptive`/`progressive`: the same N and mu(k) = exp(s0 ln mu0 / (N - 1)). `fixed`/`progdist`: scales
     halve every distill_steps_per_iter steps, with twice as long for the last two stages, and the target never moves.
 
+    target_ema_mode, scale_mode: the pair before the colon. start_ema is mu0, start_scales s0, end_scales s1, total_steps K.
+
     Raises: ValueError: another pair of modes; the message lists the known ones.
+
+    >>> ema_and_scales("adaptive", 0.95, "progressive", 2, 150, 1000, 0)(0)
+    (0.95, 2)
     """
     modes = (target_ema_mode, scale_mode)
     known = [("fixed", "fixed"), ("fixed", "progressive"), ("adaptive", "progressive"), ("fixed", "progdist")]

@@ -69,7 +69,10 @@ def check_averages(
 
 
 def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:
-    """A tensor [K] on the device. Numbers are filled in there: a copy from the host would wait for it."""
+    """`rates` as a tensor [count] on the device. Numbers are filled in there: a copy from the host would wait for it.
+
+    Raises: ValueError: not so many, on another device, or of an integer dtype.
+    """
     if not isinstance(rates, Tensor):
         numbers = [torch.full((), float(rate), dtype=torch.float64, device=device) for rate in rates]
         rates = torch.stack(numbers) if numbers else torch.empty(0, device=device)

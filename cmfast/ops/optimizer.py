@@ -111,7 +111,7 @@ def adam_ema_(
     copies: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of Adam (Kingma & Ba 2015) as torch.optim.Adam takes it, or AdamW with `decoupled_weight_decay`; all
-    else as in `radam_ema_`.
+    else, arguments and errors included, as in `radam_ema_`.
 
     >>> weight, step = torch.ones(2), torch.zeros(())
     >>> adam_ema_([weight], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], step, lr=0.25)
