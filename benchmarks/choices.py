@@ -12,8 +12,8 @@ from cmfast.benchmarks.comparisons import Comparison, milliseconds
 
 @dataclass(frozen=True)
 class Choice:
-    """Two rows of one run: `first` and `second` are (a part of the case's name, the provider), and the second row's name
-    is the first's with that part exchanged."""
+    """Two rows of one run: `first` and `second` are (a part of the case's name, the provider), and the second row's
+    name is the first's with that part exchanged."""
 
     setting: str
     suite: str
@@ -28,12 +28,10 @@ CHOICES = (
     Choice("batch 64 for 1", "sampling", ("batch 1,", "cmfast"), ("batch 64,", "cmfast")),
     Choice("`compile=True`", "sampling", ("", "cmfast"), ("", "cmfast_compile")),
     Choice("channels_last, plain PyTorch", "sampling", ("", "reference"), ("", "reference_channels_last")),
-    Choice(
-        "weights packed, the network's convolutions alone", "sampling", ("", "convolutions_unpacked"), ("", "convolutions")
-    ),
+    Choice("weights packed, convolutions alone", "sampling", ("", "convolutions_unpacked"), ("", "convolutions")),
     Choice("bfloat16 for float32", "training", ("float32", "cmfast"), ("bfloat16", "cmfast")),
     Choice("consistency training for distillation", "training", ("cd l2", "cmfast"), ("ct l2", "cmfast")),
-    Choice("LPIPS for l2, at their batches", "training", ("batch 16, cd l2", "cmfast"), ("batch 4, cd lpips", "cmfast")),
+    Choice("LPIPS for l2, batch 4 for 16", "training", ("batch 16, cd l2", "cmfast"), ("batch 4, cd lpips", "cmfast")),
 )
 
 
@@ -57,10 +55,10 @@ def pairs(results: Iterable[dict[str, Any]]) -> Iterator[tuple[Choice, dict[str,
                     continue
                 wanted = (first["name"].replace(old, new) if old else first["name"], *key[1:], after)
                 found = [r for r in rows if (r["name"], r.get("network"), r.get("mode"), r["provider"]) == wanted]
-                found.sort(key=lambda row, trial=first.get("trial"): row.get("trial") != trial)
+                own = [row for row in found if row.get("trial") == first.get("trial")]
                 if found:
                     seen.add(key)
-                    yield choice, first, found[0]
+                    yield choice, first, (own or found)[0]
 
 
 @dataclass(frozen=True)

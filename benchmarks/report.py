@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.benchmarks import choices as chosen
-from cmfast.benchmarks.comparisons import TIE, Comparison, agreement, case_of, comparisons, counts, milliseconds, missing
+from cmfast.benchmarks.comparisons import (
+    TIE,
+    Comparison,
+    agreement,
+    case_of,
+    comparisons,
+    counts,
+    milliseconds,
+    missing,
+)
 from cmfast.benchmarks.home import HOME
 
 Results = list[dict[str, Any]]
@@ -204,8 +213,8 @@ def choices(results: Results) -> list[str]:
 def losses(results: Results) -> list[str]:
     """Who beats cmfast where: by suite and rival, with the worst case of each."""
     cells = [
-        (one.suite, NAMES.get(one.rival, one.rival), f"{one.lost} of {one.of}", f"{one.median:.2f}", f"{one.worst.p50:.2f}",
-         one.worst.case, _number(one.worst.ours_ms), _number(one.worst.rival_ms))
+        (one.suite, NAMES.get(one.rival, one.rival), f"{one.lost} of {one.of}", f"{one.median:.2f}",
+         f"{one.worst.p50:.2f}", one.worst.case, _number(one.worst.ours_ms), _number(one.worst.rival_ms))
         for one in chosen.losses(comparisons(results))
     ]  # fmt: skip
     head = ("suite", "rival", "lost", "rival / cmfast, median of all", "the worst", "which is", "cmfast ms", "rival ms")

@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 
 
 def load(
-    path: str | os.PathLike | nn.Module | None = None,
+    path: str | os.PathLike[str] | nn.Module | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -109,7 +109,7 @@ def load(
     return _cast(denoiser, dtype or settings.get("dtype"))
 
 
-def save(denoiser: Denoiser, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
+def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
     """Write a `Denoiser` around a `UNetModel` to a safetensors file that `load` reads without further arguments.
 
     The file appears complete or not at all: it is written beside `path` under another name, flushed to the disk,
@@ -217,7 +217,7 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
             "them by name, as in load(path, image_size=32, num_head_channels=64)"
         )
-    network = meta_network(config)
+    network: UNetModel = meta_network(config)
     if network.in_channels != network.out_channels:
         raise ValueError(
             f"the network makes {network.out_channels} channels from {network.in_channels} (a learned "
@@ -235,7 +235,9 @@ def meta_network(config: Mapping[str, Any], network_class: Callable[..., Any] = 
 class _SkipNormal(TorchFunctionMode):
     """No `nn.init.normal_`: its first call on the meta device imports torch's compiler, which takes two seconds."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 

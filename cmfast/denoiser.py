@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
-        stated = _stated(self.network, "input_dtype")
+        stated: torch.dtype | None = _stated(self.network, "input_dtype")
         if stated is not None:
             return stated
         if isinstance(self.network, nn.Module):
@@ -67,12 +67,19 @@ class Denoiser(nn.Module):
     @property
     def input_format(self) -> torch.memory_format | None:
         """The layout the network wants its input in; None if it does not say."""
-        return _stated(self.network, "input_format")
+        stated: torch.memory_format | None = _stated(self.network, "input_format")
+        return stated
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are; the CPU if there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(
+            self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False
+        ) -> Tensor: ...
 
     def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False) -> Tensor:
         """The denoised batch [B, C, H, W] in the dtype of x.
@@ -162,11 +169,11 @@ class Evaluator:
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
         self.dtype, self.memory_format = dtype, None
         self._check: Callable[[Tensor | None, int], None] | None = None
-        if self.fused:
-            self.model = model.network_output  # type: ignore[union-attr]
-            self.dtype, self.memory_format = dtype or model.input_dtype, model.input_format  # type: ignore[union-attr]
-            self._set_scaling(model.preconditioner)  # type: ignore[union-attr]
-            self._check = model.check_labels  # type: ignore[union-attr]
+        if self.fused and isinstance(model, Denoiser):
+            self.model = model.network_output
+            self.dtype, self.memory_format = dtype or model.input_dtype, model.input_format
+            self._set_scaling(model.preconditioner)
+            self._check = model.check_labels
 
     @classmethod
     def of_network(
@@ -203,9 +210,9 @@ class Evaluator:
         if self._check is not None:
             self._check(self.labels, model_input.shape[0])
             self._check = None
-        if self.labels is None:
-            return self.model(model_input, c_noise)
-        return self.model(model_input, c_noise, self.labels)
+        labels = () if self.labels is None else (self.labels,)
+        output: Tensor = self.model(model_input, c_noise, *labels)
+        return output
 
     @property
     def input_options(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,8 @@ class Measure:
             if isinstance(target, tuple):
                 with torch.no_grad():
                     target = target[0].denoised(*target[1])
-            options = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
-            return distance(denoised, target, self.weight(sigma), **options)  # type: ignore[arg-type]
+            options: dict[str, Any] = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
+            return distance(denoised, target, self.weight(sigma), **options)
         x_t2 = next_sigma = None
         if isinstance(target, tuple):
             target, x_t2, next_sigma = (x.detach() for x in target[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Sampler:
             cache_size=cache_size,
             host_work=next((f"{name} is called between steps" for name in _CALLED if options.get(name)), None),
             optimize=optimize,
-            compile={True: "whole", False: "off"}.get(compile, compile),  # type: ignore[arg-type]
+            compile=compile if isinstance(compile, str) else "whole" if compile else "off",
             dtype=dtype,
         )
         if isinstance(noise, torch.Generator) and noise.device.type != self.device.type:
@@ -327,7 +327,8 @@ def _default_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[index]
 
 
-def _bar(starts: Sequence[int]) -> Sequence[int]:
+def _bar(starts: Sequence[int]) -> Iterable[int]:
     from tqdm.auto import tqdm
 
-    return tqdm(starts, unit="batch")
+    bar: Iterable[int] = tqdm(starts, unit="batch")
+    return bar

@@ -55,7 +55,8 @@ def denoising_loss(
     Args:
         model: D(x, sigma[, labels]), a `Denoiser` or a function.
         x_start: [B, C, H, W] in [-1, 1]. sigma: [B] in data units, or with a draw what it is drawn from.
-        noise: like x_start; drawn from torch's generator if not given. draw: what noise and dropout follow from, instead.
+        noise: like x_start; drawn from torch's generator if not given.
+        draw: what noise and dropout follow from, instead.
         labels: int64 [B], of a class-conditional model.
         weighting: of snr(sigma), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
 
@@ -210,7 +211,8 @@ def consistency_loss(
         x_t, model_output = first[0], student(*first[1:])
     maker = student
     if second is None:
-        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)  # type: ignore[arg-type]
+        assert teacher_model is not None  # else second is there
+        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
         second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
     with torch.no_grad(), pairing:
         target_output = target(*_input_of(target, maker, second, next_sigma))
@@ -236,7 +238,7 @@ def improved_consistency_loss(
 
     Consistency training where the student without gradient is its own target, neighbours on the grid of `num_scales`
     levels are drawn as often as ln t ~ N(mean, std^2) falls between them, and the distance is the pseudo-Huber distance
-    of the sample vector, c = 0.00054 sqrt(D) unless `huber_c` gives it. For `num_scales` see `curricula.doubling_stage`.
+    of the sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given. `num_scales`: see `curricula.doubling_stage`.
 
     Args: x_start [B, C, H, W] in [-1, 1]; draw: what levels, noise and dropout follow from, else torch's generator;
         labels int64 [B], of a class-conditional model; sigma_min, sigma_max, rho: of the grid, in data units.
@@ -330,8 +332,8 @@ def progressive_distillation_loss(
     """One student Euler step should land where two half-steps of the teacher do: Salimans & Ho 2022.
 
     The teacher goes t -> t2 -> t3; the student's target is the D whose Euler step leads from x_t to x_t3:
-    x_t - t (x_t3 - x_t) / (t3 - t). Arguments as in `consistency_loss`; num_scales counts intervals, and indices [B] are
-    from 0 to num_scales - 1. Returns per-sample `loss`, float32 [B].
+    x_t - t (x_t3 - x_t) / (t3 - t). Arguments as in `consistency_loss`; num_scales counts intervals, and indices [B]
+    are from 0 to num_scales - 1. Returns per-sample `loss`, float32 [B].
 
     Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape.
     """

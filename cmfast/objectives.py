@@ -15,6 +15,7 @@ from torch import Tensor
 from cmfast import curricula, losses, ops, schedules
 from cmfast.distances import LOSS_NORMS, Perceptual
 from cmfast.ops import WEIGHTINGS, _check
+from cmfast.samplers import Model
 
 
 class Stage(NamedTuple):
@@ -30,6 +31,12 @@ class Stage(NamedTuple):
     steps: int | None = None
     num_scales: int | None = None
     target_rate: float | None = None
+
+    @property
+    def levels(self) -> int:
+        """`num_scales`, of a stage on a grid."""
+        assert self.num_scales is not None
+        return self.num_scales
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,14 @@ class Objective:
 
     def loss(
         self,
-        model: losses.Model,
+        model: Model,
         x_start: Tensor,
         *,
         stage: Stage,
         draw: ops.Draw,
         labels: Tensor | None = None,
-        target_model: losses.Model | None = None,
-        teacher_model: losses.Model | None = None,
+        target_model: Model | None = None,
+        teacher_model: Model | None = None,
         lpips: Perceptual | None = None,
     ) -> dict[str, Tensor]:
         """Per-sample terms [B], float32; `loss` is what is minimised.
@@ -78,17 +85,9 @@ class Objective:
             )
 
     def _loss(
-        self,
-        model: losses.Model,
-        x_start: Tensor,
-        stage: Stage,
-        draw: ops.Draw,
-        labels: Tensor | None,
-        *,
-        target: Any,
-        teacher: Any,
-        lpips: Perceptual | None,
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
     ) -> dict[str, Tensor]:
+        """The terms; others: target, teacher and lpips, those that are not needed None."""
         raise NotImplementedError
 
 
@@ -107,7 +106,9 @@ class EDM(Objective):
         _check.choice("weighting", self.weighting, WEIGHTINGS)
         _positive(std=self.std, sigma_data=self.sigma_data)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         levels = ops.LogNormal(self.mean, self.std)
         options: dict[str, Any] = {"weighting": self.weighting, "sigma_data": self.sigma_data}
         return losses.denoising_loss(model, x_start, levels, draw=draw, labels=labels, **options)
@@ -184,9 +185,12 @@ class ConsistencyDistillation(_Consistency):
         super().__post_init__()
         _check.choice("solver", self.solver, losses.SOLVERS)
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"teacher_model": teacher, "solver": self.solver, "lpips": lpips, **self._options()}
-        return losses.consistency_loss(model, target, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"solver": self.solver, "lpips": others["lpips"], **self._options()}
+        options["teacher_model"], target = others["teacher"], others["target"]
+        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,12 @@ class ConsistencyTraining(_Consistency):
     end_scales: int = 200
     total_steps: int = 800_000
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"lpips": lpips, **self._options()}
-        return losses.consistency_loss(model, target, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
+        target = others["target"]
+        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -238,10 +245,12 @@ class ProgressiveDistillation(_OnGrid):
         number = step // steps
         return Stage(number, number * steps, steps, num_scales)
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"lpips": lpips, **self._options()}
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
         return losses.progressive_distillation_loss(
-            model, teacher, x_start, stage.num_scales, draw=draw, labels=labels, **options
+            model, others["teacher"], x_start, stage.levels, draw=draw, labels=labels, **options
         )
 
 
@@ -272,10 +281,12 @@ class ImprovedConsistencyTraining(Objective):
         steps = curricula.doubling_steps(*scales)
         return Stage(number, number * steps, None if num_scales > self.end_scales else steps, num_scales)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         names = ("mean", "std", "sigma_min", "sigma_max", "rho", "huber_c")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return losses.improved_consistency_loss(model, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+        return losses.improved_consistency_loss(model, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -304,7 +315,9 @@ class EasyConsistencyTuning(Objective):
         number = step // self.steps_per_stage
         return Stage(number, number * self.steps_per_stage, self.steps_per_stage)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("q", "k", "b", "mean", "std", "huber_c")}
         return losses.easy_consistency_loss(model, x_start, stage.number, draw=draw, labels=labels, **options)
 

@@ -256,7 +256,7 @@ def _sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError("a gradient is a partial sum: reduce it before the step")
     dims = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
-    return (tensor.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
+    return (tensor.device_mesh, dims) if dims else None  # type: ignore[attr-defined]  # a DTensor
 
 
 def _reduced(scalar: Tensor, sharding: tuple[Any, tuple[int, ...]] | None, *, squares: bool) -> Tensor:

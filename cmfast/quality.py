@@ -5,6 +5,7 @@ Everything is seeded, runs on a CPU in minutes, and can be repeated with `python
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +32,12 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.trunk(images)
+        found: Tensor = self.trunk(images)
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images))
+        scores: Tensor = self.head(self.trunk(images))
+        return scores
 
 
 def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 0) -> DigitClassifier:
@@ -61,12 +64,12 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features [N, D]: Heusel et al. 2017."""
-    x, y = x.double().numpy(), y.double().numpy()  # type: ignore[assignment]
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    a, b = x.double().numpy(), y.double().numpy()
+    cov_x, cov_y = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The trace of the square root of a product is the sum of the roots of its eigenvalues, real and not negative
     # but for rounding.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_x @ cov_y).real, 0, None)).sum()
-    mean = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(mean + np.trace(cov_x) + np.trace(cov_y) - 2 * roots)
 
 
@@ -84,7 +87,7 @@ def coverage(real: Tensor, made: Tensor, *, k: int = 3) -> tuple[float, float]:
 def nearest_distance(images: Tensor, training: Tensor) -> float:
     """The median pixel distance (root mean square, data range 2) of images to their nearest training image."""
     distances = torch.cdist(images.flatten(1), training.flatten(1)).min(1).values
-    return distances.median().item() / images[0].numel() ** 0.5
+    return float(distances.median()) / math.sqrt(images[0].numel())
 
 
 @dataclass(frozen=True)

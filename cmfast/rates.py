@@ -35,7 +35,7 @@ class Constant(Rate):
             raise ValueError(f"a rate must be from 0 to 1, got {self.rate}")
 
     @property
-    def constant(self) -> float:  # type: ignore[override]
+    def constant(self) -> float:  # type: ignore[override]  # read alone
         return self.rate
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class HalfLife(Rate):
             raise ValueError(f"halflife, batch and rampup must be positive, got {self}")
 
     @property
-    def constant(self) -> float | None:  # type: ignore[override]
+    def constant(self) -> float | None:  # type: ignore[override]  # read alone
         return 0.5 ** (self.batch / self.halflife) if self.rampup is None else None
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class PowerFunction(Rate):
     (6.94, 0.05)
     """
 
-    std: float = None  # type: ignore[assignment]
-    gamma: float = None  # type: ignore[assignment]
+    std: float = None  # type: ignore[assignment]  # set below
+    gamma: float = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
         if (self.std is None) == (self.gamma is None):

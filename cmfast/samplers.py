@@ -77,7 +77,8 @@ def _steps(count: int, progress: bool) -> Iterable[int]:
         return range(count)
     from tqdm.auto import trange
 
-    return trange(count)
+    bar: Iterable[int] = trange(count)
+    return bar
 
 
 def _report(
@@ -176,7 +177,8 @@ def sample_euler(
 ) -> Tensor:
     """Euler steps of the probability-flow ODE from sigmas[0] to sigmas[-1]: first order, n - 1 network calls.
 
-    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: n levels that fall, in data units; the rest as in `sample_multistep`.
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: n levels that fall, in data units; the rest as in
+        `sample_multistep`.
 
     >>> sample_euler(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.0, 0.0]).shape
     torch.Size([2, 1, 8, 8])
@@ -302,8 +304,8 @@ def sample_euler_ancestral(
 ) -> Tensor:
     """Ancestral sampling: an Euler step down to sigma_down, then noise of sigma_up, which lands at the next level.
 
-    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: levels that fall, in data units; draw_unused: as in `sample_heun`; the
-        rest as in `sample_multistep`.
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: levels that fall, in data units; draw_unused: as in `sample_heun`;
+        the rest as in `sample_multistep`.
     """
     evaluate = _evaluator(model, labels, clip_denoised)
     levels = _floats(sigmas, least=2)
@@ -374,7 +376,7 @@ def sampler_sigmas(
     """The noise levels of a sampler from exactly one of `steps`, `sigmas`, `ts` (default: steps=1, 18 for solvers).
 
     For `multistep`: the levels of the model's evaluations: `steps=2` is [80, 1.382], which is `ts=(0, 22, 39)` of
-    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0. sigma_min, sigma_max, rho: of the grid, in data units.
+    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0. sigma_min, sigma_max, rho: of the grid.
 
     Raises: ValueError: an unknown sampler, more than one of the three, or levels that make no schedule.
 
@@ -430,7 +432,7 @@ def sample(
     Args: model: a `Denoiser`, or D(x, sigma[, labels]); noise: a tensor, or an `ops.Draw` for images of `image_shape`
         (C, H, W) in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default: those of
         `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every
-        step; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the sampler's own.
+        step; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the sampler's.
     Raises: ValueError: an unknown sampler, levels that do not fit it, or a draw without an image_shape.
 
     >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")

@@ -19,7 +19,7 @@ _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """A 1-d, 2-d or 3-d convolution."""
     return _CONVS[dims](*args, **kwargs)
 
@@ -77,7 +77,7 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the embedding to the children that take one."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # with an embedding
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
@@ -110,7 +110,8 @@ class Downsample(nn.Module):
             self.op = _AVERAGE_POOLS[dims](stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        h: Tensor = self.op(x)
+        return h
 
 
 class ResBlock(TimestepBlock):
@@ -162,7 +163,8 @@ class ResBlock(TimestepBlock):
             drop: Any = self.out_layers[2]
             generated = self.training and float(drop.p) > 0 and not getattr(drop, "counts", False)
             forward = dropouts.kept(self._forward)
-            return checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
+            h: Tensor = checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
+            return h
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -181,8 +183,8 @@ class ResBlock(TimestepBlock):
             h = out_norm(h) * (1 + scale) + shift
         else:
             h = out_norm(h + emb_out)
-        h = out_conv(drop(out_act(h)))
-        return self.skip_connection(x) + h
+        made: Tensor = self.skip_connection(x) + out_conv(drop(out_act(h)))
+        return made
 
 
 class AttentionBlock(nn.Module):
@@ -231,4 +233,5 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, S, d]
         h = h.transpose(2, 3).reshape(batch, channels, *spatial)
-        return x + self.proj_out(h)
+        made: Tensor = self.proj_out(h)
+        return x + made

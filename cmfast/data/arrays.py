@@ -63,11 +63,11 @@ class ImageData(Dataset):
         return channels, height, width
 
     @cached_property
-    def num_classes(self) -> int | None:  # type: ignore[override]
+    def num_classes(self) -> int | None:
         return None if self.labels is None else int(self.labels.max()) + 1 if len(self) else 0
 
     @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         rows = torch.linspace(0, len(self) - 1, min(len(self), FINGERPRINT_IMAGES)).long()
         digest = hashlib.sha256(self.images[rows].contiguous().numpy().tobytes())
         if self.labels is not None:

@@ -137,7 +137,7 @@ class FolderData(Dataset):
                 warnings.warn(message, stacklevel=3)
 
 
-class _Reader(torch.utils.data.Dataset):
+class _Reader(torch.utils.data.Dataset[Any]):
     """Draws to batches: what each worker process holds a copy of."""
 
     def __init__(

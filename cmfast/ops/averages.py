@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cmfast import reference
 from cmfast.ops import _lists
 from cmfast.ops._dispatch import plain_list, use_kernel
 
@@ -48,7 +49,7 @@ def ema_update_(
         return
     with torch.no_grad():
         if not use_kernel("ema_update_", *_lists.kinds(parameters, *written), levels=False):
-            form = plain_list("ema_update_", _lists.kinds(parameters, *groups))
+            form = plain_list(reference.ema_update_, _lists.kinds(parameters, *groups))
             form(list(parameters), groups, rates, copies=duplicates)
             return
         from cmfast.kernels import averages as kernels

@@ -51,8 +51,8 @@ def _check_levels(levels: object, device: torch.device) -> None:
 def draw_levels(draw: Draw, levels: Levels, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Noise levels [B] of the samples of a draw, from (seed, index[b], draw number) alone: those of `draw_pair`.
 
-    sigma; next_sigma, of a `Grid` and of a `LogNormal` with a level below; the level between, of a grid of stride 2. All
-    [B] in `dtype`, data units.
+    sigma; next_sigma, of a `Grid` and of a `LogNormal` with a level below; the level between, of a grid of stride 2.
+    All in `dtype`, in data units.
 
     Raises: TypeError, ValueError: an argument of the wrong type, shape or device; the message names it.
 

@@ -139,8 +139,8 @@ def add_noise(
     `input_sigma`: the level of x_t where that is not sigma, because x_start was noisy already. In consistency training
     the Euler step is this op too: D is x_start, so that the next point is x_start + sigma' noise with the same noise.
 
-    Args: x_start [B, ...]; noise like it, or a `Draw` of as many samples; sigma, input_sigma scalar or [B], in data units;
-        sigma_data, dtype, memory_format: of the network input, as in `init_noise`.
+    Args: x_start [B, ...]; noise like it, or a `Draw` of as many samples; sigma, input_sigma scalar or [B], in data
+        units; sigma_data, dtype, memory_format: of the network input, as in `init_noise`.
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x_t, model_input, c_noise = add_noise(torch.zeros(2, 3, 8, 8), Draw(0, torch.arange(2)), torch.tensor(1.0))
@@ -156,7 +156,7 @@ def add_noise(
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
         return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
-    return plain("add_noise", *inputs)(*inputs, **options)
+    return plain(reference.add_noise, *inputs)(*inputs, **options)
 
 
 def add_noise_pair(
@@ -188,7 +188,7 @@ def add_noise_pair(
         from cmfast.kernels.noise import add_noise_pair_bwd, add_noise_pair_fwd
 
         pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
-        six = fused(*pair, *inputs, c_noise=(2, 5), **options)
+        six: Any = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
         six = reference.add_noise_pair(*inputs, **options)
     return six[:3], six[3:]
@@ -213,7 +213,7 @@ def renoise(
     it), c_noise [B].
 
     Args: model_output F [B, ...]; x_t [B, ...]; sigma, next_sigma scalar or [B], in data units; noise like x_t, or a
-        `Draw`; sigma_min: where no noise is left; boundary: the level at which D is the identity; clip: clamp D to [-1, 1].
+        `Draw`; sigma_min: where no noise is left; boundary: where D is the identity; clip: clamp D to [-1, 1].
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x = torch.ones(1, 3, 8, 8)
@@ -236,4 +236,4 @@ def renoise(
         from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
-    return plain("renoise", *inputs)(*inputs, **options)
+    return plain(reference.renoise, *inputs)(*inputs, **options)

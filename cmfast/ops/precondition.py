@@ -110,7 +110,7 @@ def denoise(
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
         return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
-    return plain("denoise", model_output, x_t, sigma)(model_output, x_t, sigma, **options)
+    return plain(reference.denoise, model_output, x_t, sigma)(model_output, x_t, sigma, **options)
 
 
 def denoise_to_uint8(

@@ -48,7 +48,7 @@ def euler_step(
         from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
 
         return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, c_noise=(2,), **options)
-    return plain("euler_step", *inputs)(*inputs, **options)
+    return plain(reference.euler_step, *inputs)(*inputs, **options)
 
 
 def heun_predictor(
@@ -64,7 +64,8 @@ def heun_predictor(
 ) -> tuple[Tensor, Tensor]:
     """The network input at the Euler point of `next_sigma`, and c_noise [B]: the first half of a second-order step.
 
-    The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it. Arguments as in `euler_step`.
+    The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it. Arguments as in
+    `euler_step`.
 
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
@@ -82,7 +83,7 @@ def heun_predictor(
         from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
 
         return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, c_noise=(1,), **options)
-    return plain("heun_predictor", *inputs)(*inputs, **options)
+    return plain(reference.heun_predictor, *inputs)(*inputs, **options)
 
 
 def heun_corrector(
@@ -99,8 +100,8 @@ def heun_corrector(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x'' = x_t + (d + d') / 2 (sigma' - sigma): Karras et al. 2022, algorithm 1; Euler where sigma' = 0.
 
-    `model_output_next` is the network's output at the input that `heun_predictor` gave. The other arguments, and what is
-    returned, as in `euler_step`.
+    `model_output_next` is the network's output at the input that `heun_predictor` gave. The other arguments, and what
+    is returned, as in `euler_step`.
 
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
@@ -119,7 +120,7 @@ def heun_corrector(
         from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
 
         return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, c_noise=(2,), **options)
-    return plain("heun_corrector", *inputs)(*inputs, **options)
+    return plain(reference.heun_corrector, *inputs)(*inputs, **options)
 
 
 def midpoint_corrector(
@@ -137,8 +138,8 @@ def midpoint_corrector(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x'' = x_t + d_mid (sigma' - sigma), the slope taken at the Euler point of `mid_sigma` > 0: DPM-Solver-2.
 
-    `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave. The other arguments,
-    and what is returned, as in `euler_step`.
+    `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave. The other
+    arguments, and what is returned, as in `euler_step`.
 
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
@@ -157,6 +158,6 @@ def midpoint_corrector(
     if use_kernel("midpoint_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import midpoint_corrector_bwd, midpoint_corrector_fwd
 
-        functions = midpoint_corrector_fwd, midpoint_corrector_bwd, reference.midpoint_corrector
-        return fused(*functions, *inputs, c_noise=(2,), **options)
-    return plain("midpoint_corrector", *inputs)(*inputs, **options)
+        kernels = midpoint_corrector_fwd, midpoint_corrector_bwd
+        return fused(*kernels, reference.midpoint_corrector, *inputs, c_noise=(2,), **options)
+    return plain(reference.midpoint_corrector, *inputs)(*inputs, **options)

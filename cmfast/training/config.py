@@ -140,7 +140,8 @@ def written(values: Mapping[str, Any]) -> str:
     """Settings as YAML."""
     import yaml
 
-    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[str, ...] = FREE) -> list[str]:

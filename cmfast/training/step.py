@@ -148,7 +148,8 @@ class TrainStep:
         if not renewed:
             return
         with torch.no_grad():
-            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)  # type: ignore[union-attr]
+            assert self.teacher_model is not None
+            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)
             for ours, students in pairs:
                 ours.copy_(students)
         self.averages = self._averages()

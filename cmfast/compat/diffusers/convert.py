@@ -146,9 +146,10 @@ def unet_from_diffusers(unet: Any, *, image_size: int | None = None) -> UNetMode
     if not isinstance(unet, unet_class()):
         raise TypeError(f"expected a UNet2DModel of diffusers, got a {type(unet).__name__}")
     state = state_dict_from_diffusers(unet.state_dict(), unet.config, image_size=image_size)
-    network = meta_network(config_from_diffusers(unet.config, image_size=image_size))
+    network: UNetModel = meta_network(config_from_diffusers(unet.config, image_size=image_size))
     network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return network.train(unet.training)
+    network.train(unet.training)
+    return network
 
 
 def unet_to_diffusers(network: UNetModel, *, dtype: torch.dtype | None = None) -> Any:

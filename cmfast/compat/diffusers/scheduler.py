@@ -110,6 +110,7 @@ class CMStochasticIterativeScheduler(_Base):
         """c_in sample, in its dtype: the network's input at this step."""
         if self.step_index is None:
             self._init_step_index(timestep)
+        assert self.step_index is not None
         self.is_scale_input_called = True
         ready, self._next_input = self._next_input, None
         if ready is not None and ready[0] is sample and ready[1] == sample._version:
@@ -137,6 +138,7 @@ class CMStochasticIterativeScheduler(_Base):
             logger.warning("scale_model_input was not called before step: the network's input must be scaled by it")
         if self.step_index is None:
             self._init_step_index(timestep)
+        assert self.step_index is not None
         index, count = self.step_index, len(self._refresh())
         following = index + 1 if index + 1 < self.config.num_train_timesteps else count - 1
         if max(index, following) >= count:
@@ -192,6 +194,6 @@ CMStochasticIterativeScheduler.__module__ = _Base.__module__
 
 
 def _rebuild(config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:
-    scheduler = CMStochasticIterativeScheduler.from_config(config)
+    scheduler: CMStochasticIterativeScheduler = CMStochasticIterativeScheduler.from_config(config)
     scheduler.__dict__.update(state)
     return scheduler

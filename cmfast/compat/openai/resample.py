@@ -94,9 +94,11 @@ class LossSecondMomentResampler(LossAwareSampler):
     def weights(self) -> np.ndarray:
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
-        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights: np.ndarray = np.sqrt(np.mean(self._loss_history**2, axis=-1))
         weights /= np.sum(weights)
-        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        weights *= 1 - self.uniform_prob
+        weights += self.uniform_prob / len(weights)
+        return weights
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
@@ -126,7 +128,8 @@ class LogNormalSampler:
 
     def inv_cdf(self, x: Tensor) -> Tensor:
         """The level of log sigma below which a draw lies with probability x."""
-        return self.p_mean + self.p_std * torch.special.ndtri(x.double())
+        normal: Tensor = torch.special.ndtri(x.double())
+        return self.p_mean + self.p_std * normal
 
     def sample(self, bs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """(noise levels float32 [bs], weights of their losses, which are 1)."""
