@@ -116,12 +116,20 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
     then renamed. A file that was there before stays as it was if anything fails.
 
     Args:
+        denoiser: it, or its network, may be wrapped by torch.compile. path: where to; `.safetensors` by custom.
         dtype: None: every tensor as it is, so that loading gives the same bits. Otherwise the dtype in the file
             only: `load` converts back to the dtype that the model has now.
 
     Raises:
-        CheckpointError: the network is not a `UNetModel`.
+        CheckpointError: the network is not a `UNetModel`. ValueError: an unknown dtype.
         FileNotFoundError, IsADirectoryError, PermissionError, OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> network = UNetModel(8, 3, 32, 3, 1, [], channel_mult=(1,))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Denoiser(network), f"{folder}/half.safetensors", dtype=torch.float16)
+    ...     load(f"{folder}/half.safetensors").network.dtype
+    torch.float32
     """
     network = getattr(denoiser.network, "_orig_mod", denoiser.network)  # torch.compile wraps
     if not isinstance(network, UNetModel):
@@ -313,7 +321,7 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
 def read_pickle(path: Path, **options: Any) -> Any:
     """What `torch.save` wrote: tensors and plain containers, read without executing anything the file contains.
 
-    Args: options: of `torch.load`, such as map_location.
+    Args: path: the file; options: of `torch.load`, such as map_location.
     Raises: FileNotFoundError; CheckpointError: empty, damaged, or with pickled Python objects in it.
     """
     start = _first_bytes(path)

@@ -26,6 +26,8 @@ class Denoiser(nn.Module):
         image_shape: (C, H, W) the model makes; None if not known.
         num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one.
 
+    Raises: ValueError: not 0 < sigma_min < sigma_max.
+
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
     >>> x = torch.randn(2, 3, 8, 8)
     >>> bool((denoiser(x, 0.002) == x).all())
@@ -117,14 +119,17 @@ class Denoiser(nn.Module):
                 raise ValueError(f"{wanted}, got values from {low} to {high}")
 
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(c_in x, c_noise): the network alone, on an input that is scaled already."""
+        """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64 [B]."""
         return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
 def denoise_with(
     network: Callable[..., Tensor], x: Tensor, sigma: Tensor, scalings: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(F, D) with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s."""
+    """(F, D), [B, C, H, W], with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s.
+
+    network: F(x, timesteps); x [B, C, H, W]; sigma [B], in data units.
+    """
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
     return model_output, c_skip * x + c_out * model_output
@@ -153,6 +158,7 @@ class Evaluator:
     included, counts as a network that is itself the denoiser.
 
     `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else that of the state.
+    `labels` int64 [B] go with every call, `clip` clamps D to [-1, 1].
     """
 
     def __init__(
@@ -184,7 +190,7 @@ class Evaluator:
         clip: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Evaluator:
-        """From F(model_input, c_noise) and its preconditioner."""
+        """From a network F(model_input, c_noise) and its preconditioner; clip, dtype as of the class."""
         evaluator = cls(network, clip=clip, dtype=dtype)
         evaluator.fused = True
         evaluator._set_scaling(preconditioner)
@@ -202,7 +208,7 @@ class Evaluator:
         return self
 
     def scale_input(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input at (x, sigma) and c_noise [B]."""
+        """The network's input at (x [B, ...], sigma scalar or [B]), and c_noise [B]."""
         return ops.scale_input(x, sigma, **self.settle(x.dtype).input_options)
 
     def __call__(self, model_input: Tensor, c_noise: Tensor) -> Tensor:
@@ -226,9 +232,9 @@ class Evaluator:
         return {**self.scaling, "clip": self.clip, "dtype": self.dtype}
 
     def denoised(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """D from the network's output."""
+        """D [B, ...] in the dtype of x, from the network's model_output at (x, sigma)."""
         return ops.denoise(model_output, x, sigma, clip=self.clip, **self.scaling)
 
     def pixels(self, model_output: Tensor, x: Tensor, sigma: Tensor, rounding: str) -> Tensor:
-        """D as uint8 [B, H, W, C]."""
+        """D at (x, sigma) as uint8 [B, H, W, C], with a `rounding` of `ops.to_uint8`."""
         return ops.denoise_to_uint8(model_output, x, sigma, rounding=rounding, **self.scaling)

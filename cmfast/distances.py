@@ -36,7 +36,8 @@ def distance(
     """Per sample [B]: weight times the distance of x and target [B, C, H, W].
 
     `l1`, `l2`: means over the sample. `l2-32`: l2 of both resized to 32 x 32, bilinear. `huber`: pseudo-Huber of the
-    sample vector, c = 0.00054 sqrt(D) unless given (Song & Dhariwal 2023). `lpips`: that of the `lpips` module given.
+    sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given (Song & Dhariwal 2023). `lpips`: that of the `lpips`
+    module given. loss_norm is one of these; weight scalar or [B].
 
     Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
     """
@@ -53,7 +54,7 @@ def distance(
 
 
 def huber_constant(x: Tensor, huber_c: float | None) -> float:
-    """The given c, or 0.00054 sqrt(D) for samples of D elements: Song & Dhariwal 2023."""
+    """huber_c, or where it is None 0.00054 sqrt(D), for samples x [B, ...] of D elements: Song & Dhariwal 2023."""
     return 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
 
 

@@ -70,7 +70,8 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Per-sample terms [B], float32; `loss` is what is minimised.
 
-        x_start [B, C, H, W] in [-1, 1]. Levels, noise and dropout of sample b follow from (draw.seed, draw.index[b],
+        x_start [B, C, H, W] in [-1, 1]; stage: of this step; labels int64 [B], if class-conditional; target_model,
+        teacher_model, lpips: where they are needed. Levels, noise and dropout of sample b follow from (draw.seed, draw.index[b],
         draw.draw). No value of a tensor is read on the host: labels beyond the model's classes are not found here.
 
         Raises: ValueError: a model that is needed is missing.
@@ -275,7 +276,7 @@ class ImprovedConsistencyTraining(Objective):
         _positive(std=self.std, rho=self.rho)
 
     def stage(self, step: int) -> Stage:
-        """A stage for each number of levels."""
+        """That of a step, from 0: one for each number of levels."""
         scales = self.total_steps, self.start_scales, self.end_scales
         number, num_scales = curricula.doubling_stage(step, *scales)
         steps = curricula.doubling_steps(*scales)

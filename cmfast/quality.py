@@ -32,16 +32,18 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
+        """Of images [B, 1, 32, 32] in [-1, 1]: [B, 64]."""
         found: Tensor = self.trunk(images)
         return found
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, 10] of images [B, 1, 32, 32] in [-1, 1]."""
         scores: Tensor = self.head(self.trunk(images))
         return scores
 
 
 def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 0) -> DigitClassifier:
-    """A classifier of the training digits, shifted by up to two pixels; evaluation mode."""
+    """A classifier of the training digits, shifted by up to two pixels, after so many epochs; evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitClassifier().train()
@@ -63,7 +65,7 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features [N, D]: Heusel et al. 2017."""
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets x and y of features [N, D]: Heusel et al. 2017."""
     a, b = x.double().numpy(), y.double().numpy()
     cov_x, cov_y = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The trace of the square root of a product is the sum of the roots of its eigenvalues, real and not negative
@@ -110,7 +112,7 @@ class Quality:
 def measure(
     classifier: DigitClassifier, images: Tensor, labels: Tensor, training: data.ImageData, *, seed: int = 0
 ) -> Quality:
-    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]."""
+    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]: by a classifier, beside training digits."""
     features = torch.cat([classifier.features(part) for part in images.split(500)])
     real = torch.cat([classifier.features(part) for part in training.images.split(500)])
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()
@@ -122,7 +124,10 @@ def measure(
 
 
 def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """n samples as float images in [-1, 1], from their 8-bit pixels, and their labels."""
+    """n samples of a sampler as float images [n, C, H, W] in [-1, 1], from their 8-bit pixels, and their labels [n].
+
+    Raises: ValueError: the model has no classes.
+    """
     pixels = sampler.sample(n, seed=seed, progress=False)
     labels = sampler.labels(n, seed=seed)
     if labels is None:
@@ -131,7 +136,8 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000, seed: int = 0) -> str:
-    """A Markdown table: real held-out digits, one and two steps of the model, 18 Heun steps of the teacher."""
+    """A Markdown table of num images each: real held-out digits, one and two steps of the model, 18 Heun steps of the
+    teacher."""
     training, held_out = data.mnist()
     assert held_out.labels is not None
     classifier = train_classifier(training)

@@ -36,6 +36,7 @@ class Constant(Rate):
 
     @property
     def constant(self) -> float:  # type: ignore[override]  # read alone
+        """The rate."""
         return self.rate
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ class HalfLife(Rate):
 
     @property
     def constant(self) -> float | None:  # type: ignore[override]  # read alone
+        """The rate, where it does not ramp up."""
         return 0.5 ** (self.batch / self.halflife) if self.rampup is None else None
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class Given(Rate):
         self.value = torch.tensor(self.start, dtype=torch.float64)
 
     def set_(self, rate: float | Tensor) -> None:
-        """The rate of the updates that follow. Neither kind waits for the device."""
+        """The rate of the updates that follow: a number, or a scalar. Neither kind waits for the device."""
         if isinstance(rate, Tensor):
             self.value.copy_(rate)
         else:

@@ -65,6 +65,7 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(NUM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] normalised, in its dtype."""
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -78,6 +79,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the embedding to the children that take one."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # with an embedding
+        """x [B, C, ...] through the sequence, with emb [B, E]."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x

@@ -33,6 +33,7 @@ class UNet2DNetwork(nn.Module):
         self.image_shape = (unet.config.in_channels, height, width) if size else None
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """F(x, timesteps, y), [B, C, H, W]."""
         output: Tensor = self.unet(x, timesteps, class_labels=y).sample
         return output
 
