@@ -119,14 +119,16 @@ class Denoiser(nn.Module):
                 raise ValueError(f"{wanted}, got values from {low} to {high}")
 
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64 [B]."""
+        """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64
+        [B]."""
         return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
 def denoise_with(
     network: Callable[..., Tensor], x: Tensor, sigma: Tensor, scalings: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(F, D), [B, C, H, W], with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s.
+    """(F, D), [B, C, H, W], with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a
+    `Preconditioner`'s.
 
     network: F(x, timesteps); x [B, C, H, W]; sigma [B], in data units.
     """

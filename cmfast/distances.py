@@ -60,7 +60,13 @@ def huber_constant(x: Tensor, huber_c: float | None) -> float:
 
 @dataclass(frozen=True)
 class Measure:
-    """How far apart two denoised batches are: `distance` with weights of the noise level, or weights that are given."""
+    """How far apart two denoised batches are: `distance` with weights of the noise level, or weights that are given.
+
+    loss_norm, lpips, huber_c: as of `distance`. weighting: a name of `ops.WEIGHTINGS`, with sigma_data; a function of
+    sigma; or weights [B].
+
+    Raises: ValueError: an unknown loss_norm.
+    """
 
     loss_norm: str = "l2"
     lpips: Perceptual | None = None

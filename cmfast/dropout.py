@@ -97,6 +97,7 @@ class Dropout(nn.Dropout):
         return self.layer is not None and _now.draw is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] with a part of its elements 0 and the rest scaled, in training mode."""
         draw = _now.draw
         # All of it dropped needs no draw.
         if draw is None or self.layer is None or not self.training or not 0 < self.p < 1:

@@ -147,7 +147,8 @@ class Sampler:
     def stream(
         self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all. Arguments as of `sample`.
+        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all. Arguments as of
+        `sample`.
 
         On a GPU a batch is handed out when the next one has been started, with the weights of that moment.
         """
@@ -157,8 +158,8 @@ class Sampler:
     def batches(
         self, starts: Sequence[int], n: int, labels: Tensor | None, *, seed: int = 0, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives; seed and
-        progress as of `sample`."""
+        """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives; seed
+        and progress as of `sample`."""
         device, size = self.device, self.batch_size
         padded = None
         if labels is not None and n:
@@ -246,7 +247,8 @@ class Sampler:
         )
 
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B]; labels int64 [B].
+        """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B]; labels
+        int64 [B].
 
         >>> sampler = Sampler(lambda x, sigma: 0.5 * x, image_shape=(1, 2, 2))
         >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()

@@ -117,6 +117,7 @@ class _IndexedGenerator:
     """Numbers of sample i do not depend on batch size or rank count; ranks take turns over the indices.
 
     Args: num_samples: how many samples there will be in all; seed.
+    Raises: ValueError: num_samples below 1.
     """
 
     def __init__(self, num_samples: int, seed: int = 0) -> None:
@@ -159,7 +160,7 @@ class _IndexedGenerator:
         raise NotImplementedError
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Samples before this index are made already."""
+        """done_samples are made already: the next is that of this index."""
         self.done_samples = done_samples
 
     def get_seed(self) -> int:
@@ -193,7 +194,7 @@ class DeterministicGenerator(_IndexedGenerator):
         return everything[self._indices(size[0])]
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Samples before this index are made already; starts over from the seed, as the original does."""
+        """done_samples are made already; starts over from the seed, as the original does."""
         super().set_done_samples(done_samples)
         self.set_seed(self.seed)
 

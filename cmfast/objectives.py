@@ -71,8 +71,9 @@ class Objective:
         """Per-sample terms [B], float32; `loss` is what is minimised.
 
         x_start [B, C, H, W] in [-1, 1]; stage: of this step; labels int64 [B], if class-conditional; target_model,
-        teacher_model, lpips: where they are needed. Levels, noise and dropout of sample b follow from (draw.seed, draw.index[b],
-        draw.draw). No value of a tensor is read on the host: labels beyond the model's classes are not found here.
+        teacher_model, lpips: where they are needed. Levels, noise and dropout of sample b follow from (draw.seed,
+        draw.index[b], draw.draw). No value of a tensor is read on the host: labels beyond the model's classes are not
+        found here.
 
         Raises: ValueError: a model that is needed is missing.
         """
@@ -94,7 +95,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class EDM(Objective):
-    """A diffusion model: Karras et al. 2022."""
+    """A diffusion model: Karras et al. 2022.
+
+    mean, std: of ln sigma. weighting, sigma_data: as of `losses.denoising_loss`.
+
+    Raises: ValueError: an unknown weighting, or a number out of range.
+    """
 
     preconditioning: ClassVar[str] = "edm"
 
@@ -117,7 +123,12 @@ class EDM(Objective):
 
 @dataclass(frozen=True)
 class _OnGrid(Objective):
-    """Those that learn along the Karras grid."""
+    """Those that learn along the Karras grid.
+
+    loss_norm, huber_c, weighting, sigma_data: as of `losses.consistency_loss`. sigma_min, sigma_max, rho: of the grid.
+
+    Raises: ValueError: an unknown name, or a number out of range.
+    """
 
     loss_norm: str = "lpips"
     weighting: str = "uniform"
@@ -142,7 +153,8 @@ class _OnGrid(Objective):
 class _Consistency(_OnGrid):
     """Consistency training or distillation with the four schedules of the original, `schedules.ema_and_scales`.
 
-    total_steps: of the whole run, for a number of levels that grows.
+    target_ema_mode, start_ema, scale_mode, start_scales, end_scales: as there. total_steps: of the whole run, for a
+    number of levels that grows.
     """
 
     needs_target: ClassVar[bool] = True
@@ -176,7 +188,11 @@ class _Consistency(_OnGrid):
 
 @dataclass(frozen=True)
 class ConsistencyDistillation(_Consistency):
-    """A consistency model from a teacher, a diffusion model: Song et al. 2023, algorithm 2."""
+    """A consistency model from a teacher, a diffusion model: Song et al. 2023, algorithm 2.
+
+    solver: `heun` or `euler`, the teacher's step. The others: as of `losses.consistency_loss` and
+    `schedules.ema_and_scales`.
+    """
 
     needs_teacher: ClassVar[bool] = True
 
@@ -196,7 +212,7 @@ class ConsistencyDistillation(_Consistency):
 
 @dataclass(frozen=True)
 class ConsistencyTraining(_Consistency):
-    """A consistency model from data alone: Song et al. 2023, algorithm 3."""
+    """A consistency model from data alone: Song et al. 2023, algorithm 3. Arguments as of `ConsistencyDistillation`."""
 
     target_ema_mode: str = "adaptive"
     scale_mode: str = "progressive"
@@ -217,6 +233,7 @@ class ProgressiveDistillation(_OnGrid):
     """A diffusion model of half the steps, and half again: Salimans & Ho 2022.
 
     A stage has `steps_per_stage` steps; those of two intervals and of one have twice as many, and the last has no end.
+    start_scales: intervals of the first. The others: as of `losses.progressive_distillation_loss`.
     """
 
     preconditioning: ClassVar[str] = "edm"
@@ -257,7 +274,13 @@ class ProgressiveDistillation(_OnGrid):
 
 @dataclass(frozen=True)
 class ImprovedConsistencyTraining(Objective):
-    """iCT, Song & Dhariwal 2023: consistency training without a target network, with levels that double in number."""
+    """iCT, Song & Dhariwal 2023: consistency training without a target network, with levels that double in number.
+
+    start_scales, end_scales, total_steps: as of `curricula.doubling_stage`. mean, std: of ln sigma. huber_c: as of
+    `losses.improved_consistency_loss`.
+
+    Raises: ValueError: a number out of range.
+    """
 
     start_scales: int = 10
     end_scales: int = 1280
@@ -294,7 +317,9 @@ class ImprovedConsistencyTraining(Objective):
 class EasyConsistencyTuning(Objective):
     """ECT, Geng et al. 2024: a diffusion model tuned, without a teacher, as the levels of a pair draw closer.
 
-    A stage has `steps_per_stage` steps.
+    A stage has `steps_per_stage` steps. q, k, b: as of `curricula.stage_below`. mean, std: of ln t. huber_c: c.
+
+    Raises: ValueError: a number out of range.
     """
 
     preconditioning: ClassVar[str] = "edm"

@@ -168,7 +168,7 @@ class _Fused(torch.optim.Optimizer):
 
 
 class RAdam(_Fused, torch.optim.RAdam):
-    __doc__ = f"""torch.optim.RAdam in one pass (`cmfast.ops.radam_ema_`), with its arguments and state.
+    __doc__ = f"""torch.optim.RAdam in one pass (`cmfast.ops.radam_ema_`), with its params, arguments and state.
 
     {_Fused.__doc__}
 
@@ -196,8 +196,8 @@ class RAdam(_Fused, torch.optim.RAdam):
 
 
 class Adam(_Fused, torch.optim.Adam):
-    __doc__ = f"""torch.optim.Adam in one pass (`cmfast.ops.adam_ema_`), with its arguments and state; AdamW with
-    `decoupled_weight_decay=True`.
+    __doc__ = f"""torch.optim.Adam in one pass (`cmfast.ops.adam_ema_`), with its params, arguments and state; AdamW
+    with `decoupled_weight_decay=True`.
 
     {_Fused.__doc__}
     """

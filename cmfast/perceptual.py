@@ -67,8 +67,8 @@ _TRUNKS = {
 
 
 def unit_images(image: Tensor, *, resize: bool = True, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """What the losses of consistency models compare: [B, C, 224, 224] in [0, 1] where the image [B, C, H, W] was narrower
-    than 256 (bilinear), else of its size.
+    """What the losses of consistency models compare: [B, C, 224, 224] in [0, 1] where the image [B, C, H, W] was
+    narrower than 256 (bilinear), else of its size.
 
     resize: False leaves the size. value_range: what stands for black and for full intensity.
     """

@@ -112,7 +112,8 @@ class Quality:
 def measure(
     classifier: DigitClassifier, images: Tensor, labels: Tensor, training: data.ImageData, *, seed: int = 0
 ) -> Quality:
-    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]: by a classifier, beside training digits."""
+    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]: by a classifier, beside training
+    digits."""
     features = torch.cat([classifier.features(part) for part in images.split(500)])
     real = torch.cat([classifier.features(part) for part in training.images.split(500)])
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()

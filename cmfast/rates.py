@@ -22,7 +22,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Constant(Rate):
-    """The same at every update.
+    """The same rate at every update. Raises: ValueError: not from 0 to 1.
 
     >>> str(Constant(0.9999))
     '0.9999'
@@ -52,6 +52,8 @@ class HalfLife(Rate):
 
     halflife   in images; in steps where `batch`, the images of a step, is 1
     rampup     the half-life is at most this part of the images seen before; 0.05 there
+
+    Raises: ValueError: one that is not positive.
 
     >>> HalfLife(500)(torch.tensor(1)) ** 500
     tensor(0.5000, dtype=torch.float64)
@@ -89,6 +91,8 @@ class PowerFunction(Rate):
 
     std is the width of what is remembered, as a part of the training so far: give it (0.05, 0.1), or gamma (16.97,
     6.94).
+
+    Raises: ValueError: both or neither of them, or one out of range.
 
     >>> round(PowerFunction(std=0.1).gamma, 2), round(PowerFunction(gamma=16.97).std, 4)
     (6.94, 0.05)
@@ -134,7 +138,8 @@ class WarmUp(Rate):
 
 @dataclass
 class Given(Rate):
-    """Set from outside, as mu(N(k)) of a curriculum: `rate.set_(value)`, a number or a scalar on the device.
+    """Set from outside, as mu(N(k)) of a curriculum: `rate.set_(value)`, a number or a scalar on the device. start: the
+    first.
 
     >>> rate = Given(0.9)
     >>> rate.set_(0.95)

@@ -58,6 +58,10 @@ class UNetModel(nn.Module):
 
     Raises:
         ValueError: widths that are not multiples of 32, heads that do not divide them, `dims` not 1, 2 or 3.
+
+    >>> network = UNetModel(8, 3, 32, 3, 1, attention_resolutions=[2], channel_mult=(1, 2), num_classes=10)
+    >>> network(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.tensor([3, 7])).shape
+    torch.Size([2, 3, 8, 8])
     """
 
     #: All of its dropout is `dropout.Dropout`.
@@ -245,7 +249,7 @@ class UNetModel(nn.Module):
         return output.to(x.dtype)
 
     def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """What residual blocks are given of timesteps [B] and labels [B]: [B, 4 model_channels]."""
+        """What residual blocks are given of timesteps [B] and labels y int64 [B]: [B, 4 model_channels]."""
         weights_dtype = _weight_dtype(self.time_embed)
         embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
         waves = timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype)

@@ -20,7 +20,7 @@ _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A 1-d, 2-d or 3-d convolution."""
+    """A convolution of `dims` dimensions, 1, 2 or 3; args, kwargs: as of `nn.Conv2d`."""
     return _CONVS[dims](*args, **kwargs)
 
 
@@ -86,7 +86,10 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`."""
+    """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`.
+
+    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2):
         super().__init__()
@@ -96,12 +99,16 @@ class Upsample(nn.Module):
         self.use_conv = use_conv
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] at twice the resolution."""
         x = F.interpolate(x, scale_factor=self.scale_factor, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
 class Downsample(nn.Module):
-    """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution or by averaging."""
+    """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution (`use_conv`) or by averaging.
+
+    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2):
         super().__init__()
@@ -112,6 +119,7 @@ class Downsample(nn.Module):
             self.op = _AVERAGE_POOLS[dims](stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] at half the resolution."""
         h: Tensor = self.op(x)
         return h
 
@@ -122,6 +130,8 @@ class ResBlock(TimestepBlock):
     x [B, C, ...], emb [B, E]  →  [B, out_channels, ...] in the dtype of the convolutions; the spatial size is
     doubled by `up`, halved by `down`. With `use_scale_shift_norm` the embedding scales and shifts the second
     normalisation, else it is added before it. `use_checkpoint` recomputes the block in the backward pass.
+
+    channels: of x. emb_channels: E. dropout: probability of the second half's. dims: spatial dimensions, 1, 2 or 3.
     """
 
     def __init__(
@@ -160,6 +170,7 @@ class ResBlock(TimestepBlock):
         self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block's output for x [B, C, ...] and emb [B, E]."""
         if self.use_checkpoint and torch.is_grad_enabled():
             # Keeping the generator's state stalls the device: only where it must draw a dropout mask again.
             drop: Any = self.out_layers[2]
@@ -192,7 +203,9 @@ class ResBlock(TimestepBlock):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with a residual connection. [B, C, ...] → the same.
 
-    The projection's channels are ordered (q k v, heads, d) as in the published checkpoints.
+    The projection's channels are ordered (q k v, heads, d) as in the published checkpoints. num_heads counts where
+    num_head_channels, the width of a head, is -1; dims: spatial dimensions, 1, 2 or 3; use_checkpoint: recompute the
+    block in the backward pass.
 
     Raises:
         ValueError: the channels cannot be divided into heads.
@@ -223,6 +236,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_(conv_nd(dims, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] with what its positions say to each other."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x)

@@ -27,7 +27,7 @@ FINGERPRINT_IMAGES = 64
 
 @dataclass(frozen=True)
 class ImageData(Dataset):
-    """Images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None.
+    """images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None. flip: as of `Dataset`.
 
     Raises: ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative or has no image.
     """

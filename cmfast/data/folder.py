@@ -25,8 +25,8 @@ NAMED = 5
 class FolderData(Dataset):
     """The images in a folder and its subfolders, in the order of their names, as uint8.
 
-    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. path is the folder; image_size,
-    channels, flip, labelled: as of `open_data`.
+    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. path is the folder;
+    image_size, channels, flip, labelled: as of `open_data`.
 
     classes     the names of the labels, sorted, or None. Labels are the subfolders, if every image is in one and, for
                 `labelled=None`, there are two or more; without subfolders and with `labelled=True`, what stands before

@@ -42,6 +42,8 @@ class TrainOptions:
     sample_interval  steps between pictures of samples and of the loss (0: none)
     workers          processes that decode images
     on_nan           stop: a NaN loss ends the run with the weights before it. skip: its step does nothing
+
+    Raises: ValueError: an unknown name, or a number out of range; the message says which.
     """
 
     steps: int

@@ -62,8 +62,8 @@ class CMStochasticIterativeScheduler(_Base):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As diffusers' own, of num_inference_steps or timesteps, one of them. Its levels go to the device and back: here
-        they stay, and only timesteps go there."""
+        """As diffusers' own, of num_inference_steps or timesteps, one of them. Its levels go to the device and back:
+        here they stay, and only timesteps go there."""
         super().set_timesteps(num_inference_steps, timesteps=timesteps)
         if device is not None:
             on_mps = torch.device(device).type == "mps"  # has no float64
@@ -92,7 +92,8 @@ class CMStochasticIterativeScheduler(_Base):
         return sigma if scale == 1 else math.sqrt(scale**2 * (sigma - low) * (sigma + low) + low**2)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The place of a timestep in schedule_timesteps (`timesteps` if None): from where it lies there, else from its value.
+        """The place of a timestep in schedule_timesteps (`timesteps` if None): from where it lies there, else from its
+        value.
 
         Raises: IndexError: it is not there.
         """

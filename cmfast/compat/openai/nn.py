@@ -35,6 +35,7 @@ class GroupNorm32(nn.GroupNorm):
     """`torch.nn.GroupNorm` whose statistics never are 16-bit."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, ...] normalised, in its dtype."""
         return unet_blocks.GroupNorm32.forward(self, input)  # type: ignore[arg-type]  # its attributes are all it reads
 
 

@@ -54,6 +54,7 @@ class UniformSampler(ScheduleSampler):
         self._weights = np.ones([diffusion.num_timesteps])
 
     def weights(self) -> np.ndarray:
+        """Ones."""
         return self._weights
 
 
@@ -92,6 +93,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
 
     def weights(self) -> np.ndarray:
+        """Root mean squares of the losses seen, once there are enough."""
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
         weights: np.ndarray = np.sqrt(np.mean(self._loss_history**2, axis=-1))
@@ -101,6 +103,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         return weights
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in losses of timesteps."""
         for t, loss in zip(ts, losses, strict=True):
             if self._loss_counts[t] < self.history_per_term:
                 self._loss_history[t, self._loss_counts[t]] = loss

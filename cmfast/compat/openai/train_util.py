@@ -143,6 +143,7 @@ class CMTrainLoop(TrainLoop):
         return _checkpoints.beside(checkpoint, os.path.basename(checkpoint).replace("model", name))
 
     def run_loop(self) -> None:
+        """Train to the last step, and save."""
         saved = None
         while self.step < self.lr_anneal_steps or self.global_step < self.total_training_steps:
             before = self.global_step
@@ -159,6 +160,7 @@ class CMTrainLoop(TrainLoop):
             self.save()
 
     def run_step(self, batch: Tensor, cond: Mapping[str, Tensor]) -> None:
+        """One step: batch [B, C, H, W], cond {"y": labels [B]} or {}."""
         if self.training_mode == "progdist":
             self.reset_training_for_progdist()
         self.forward_backward(batch, cond)
@@ -222,9 +224,11 @@ class CMTrainLoop(TrainLoop):
         return losses
 
     def log_step(self) -> None:
+        """Log the numbers of the step and of samples."""
         self._log_step(self.global_step)
 
     def save(self) -> None:
+        """Write checkpoints of all models."""
         others = {"target_model": self.target_model}
         if self.training_mode == "progdist":
             others["teacher_model"] = self.teacher_model
