@@ -24,12 +24,13 @@ PYRIGHT = @$(BIN)/python -m pyright --version >/dev/null 2>&1 || { echo "pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test lint mutants fuzz bench report gpu clean
+.PHONY: help demo test lint wheel mutants fuzz bench report gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make lint    ruff, mypy and pyright"
+	@echo "make wheel   build wheel and sdist, install both in empty environments, use and test them there: minutes"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
@@ -50,6 +51,9 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(PYRIGHT)
+
+wheel: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py -m slow $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)

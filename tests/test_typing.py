@@ -38,8 +38,10 @@ def test_the_check_of_reasons_itself(line, fine):
 
 
 def test_make_lint_runs_both_checkers():
-    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    assert lint and "-m mypy" in lint[1] and "-m pyright" in lint[1]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.M)
+    assert lint and "-m mypy" in lint[1] and "$(PYRIGHT)" in lint[1]
+    assert re.search(r"^PYRIGHT = (?:.*\\\n)*.*-m pyright --pythonpath", makefile, re.M)
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     mypy = settings[settings.index("[tool.mypy]") : settings.index("[tool.pyright]")]
     assert "\nstrict = true\n" in mypy and 'files = ["cmfast", "tests/typed_user.py"]' in mypy
