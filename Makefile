@@ -19,15 +19,19 @@ OPENAI      ?=
 BIN      := $(VENV)/bin
 METADATA := pyproject.toml setup.py
 INTERPRET := TRITON_INTERPRET=1 CMFAST_BACKEND=triton
+# pyright is a Node program that its Python package fetches on first use, which needs a network then.
+PYRIGHT = @$(BIN)/python -m pyright --version >/dev/null 2>&1 || { echo "pyright: left out, it could not be fetched"; exit 0; }; \
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test coverage lint mutants fuzz bench report gpu clean
+.PHONY: help demo test coverage lint wheel mutants fuzz bench report gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
 	@echo "make test    run the tests             PYTEST_ARGS=... are passed on, to both of its pytest processes"
 	@echo "make coverage  the tests again, and the lines that none of them runs"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and pyright"
+	@echo "make wheel   build wheel and sdist, install both in empty environments, use and test them there: minutes"
 	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
@@ -55,6 +59,10 @@ coverage: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(PYRIGHT)
+
+wheel: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py -m slow $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)

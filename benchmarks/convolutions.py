@@ -56,7 +56,7 @@ class Convolutions:
             if shape not in self._inputs:
                 x = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
                 self._inputs[shape] = x
-            conv: nn.Conv2d = modules[where]  # type: ignore[assignment]
+            conv: nn.Conv2d = modules[where]
             call = _packed(conv, shape) if packed else _unpacked(conv)
             self._steps.append((conv, self._inputs[shape], call))
 

@@ -86,7 +86,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize(device)
     if cuda:
-        cuda_type = torch.autograd.DeviceType.CUDA
+        cuda_type = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]  # exported at run time alone
         events = [e for e in traced.events() if e.device_type == cuda_type and not e.is_user_annotation]
         return kernels((event.name, event.time_range.start, event.time_range.end) for event in events)
     rows = sorted(traced.key_averages(), key=lambda row: -row.self_cpu_time_total)

@@ -1,6 +1,6 @@
 """README's tables and the plots, from the files in `benchmarks/results/` alone: a table cannot say what no file says.
 
-    python -m cmfast.benchmarks.report            write the tables of README.md and benchmarks/RESULTS.md, and the plots
+    python -m cmfast.benchmarks.report            write the tables of README.md, RESULTS.md and docs/, and the plots
     python -m cmfast.benchmarks.report --check    exit status 1 where a table is not what the files say
     python -m cmfast.benchmarks.report --agree A B     how far the ratios of two runs, folders of results, lie apart
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cmfast.benchmarks import choices as chosen
 from cmfast.benchmarks.comparisons import TIE, Comparison, agreed, case_of, comparisons, counts, milliseconds, missing
 from cmfast.benchmarks.home import HOME
 
@@ -41,6 +42,8 @@ NAMES = {
     "convolutions_unpacked": "the network's convolutions alone, weights not packed",
 }
 RESULTS = HOME / "benchmarks" / "RESULTS.md"
+#: The files that hold tables.
+FILES = (HOME / "README.md", RESULTS, HOME / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- benchmarks: ([a-z]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 
@@ -187,12 +190,45 @@ def peaks(results: Results) -> list[str]:
     return _table(("run", "", "copy, GB/s", "matrix rate, TFLOP/s"), cells, 2)
 
 
+def choices(results: Results) -> list[str]:
+    """What a setting is worth: two rows of one run, medians of each."""
+    cells = []
+    for choice, first, second in chosen.pairs(results):
+        before, after = chosen.per_image(first, second)
+        cells.append((choice.setting, case_of(first), _number(before), _number(after), f"{after / before:.2f}"))
+    return _table(("setting", "instead of", "ms per image before", "with it", "times as long"), cells, 2)
+
+
+def losses(results: Results) -> list[str]:
+    """Who beats cmfast where: by suite and rival, with the worst case of each."""
+    cells = [
+        (one.suite, NAMES.get(one.rival, one.rival), f"{one.lost} of {one.of}", f"{one.median:.2f}",
+         f"{one.worst.p50:.2f}", one.worst.case, _number(one.worst.ours_ms), _number(one.worst.rival_ms))
+        for one in chosen.losses(comparisons(results))
+    ]  # fmt: skip
+    head = ("suite", "rival", "lost", "rival / cmfast, median of all", "the worst", "which is", "cmfast ms", "rival ms")
+    return _table(head, cells, 3)
+
+
+def perceptual(results: Results) -> list[str]:
+    """The LPIPS loss with its gradient."""
+    rows = [row | {"network": ""} for r in results if r["suite"] == "perceptual" for row in r["rows"]]
+    cells = [
+        (row["name"], NAMES.get(row["provider"], row["provider"]), _number(milliseconds(row)), _times(row))
+        for row in _by_file(rows)
+    ]
+    return _table(("LPIPS, VGG-16, and its gradient", "by", "ms, p50", "times as long as cmfast"), cells, 2)
+
+
 #: What may stand in a file, by name.
 BLOCKS: dict[str, Callable[[Results], list[str]]] = {
     "sampling": sampling,
     "training": training,
     "parameters": parameters,
+    "perceptual": perceptual,
     "startup": startup,
+    "choices": choices,
+    "losses": losses,
     "worst": worst,
     "everything": everything,
     "peaks": peaks,
@@ -232,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     """0; with --check 1 where a table is not what the files say."""
     parser = argparse.ArgumentParser(prog="cmfast.benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=HOME / "benchmarks" / "results")
-    parser.add_argument("--files", type=Path, nargs="+", default=[HOME / "README.md", RESULTS])
+    parser.add_argument("--files", type=Path, nargs="+", default=list(FILES))
     parser.add_argument("--plots", type=Path, default=HOME / "docs" / "benchmarks", help="folder for the plots")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table is wrong")
     parser.add_argument("--agree", type=Path, nargs=2, metavar="FOLDER", help="print how far two runs lie apart")

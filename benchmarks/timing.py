@@ -203,7 +203,7 @@ def count_kernels(device: torch.device, work: Callable[[], None]) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         work()
         torch.cuda.synchronize(device)
-    ran = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ran = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]  # type: ignore[attr-defined]  # at run time alone
     marks = ("Memcpy", "Memset")
     # Where the profiler may not look at the device, it reports nothing at all.
     return sum(not (event.name.startswith(marks) or event.is_user_annotation) for event in ran) or None

@@ -73,17 +73,19 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        import difflib
+if not TYPE_CHECKING:  # a checker reads the imports above, and so sees a name that is not there
 
-        close = [] if name.startswith("__") else difflib.get_close_matches(name, __all__)
-        hint = f". Did you mean: {', '.join(close)}?" if close else ""
-        raise AttributeError(f"module 'cmfast' has no attribute {name!r}{hint}")
-    module = importlib.import_module(f"cmfast.{_HOME.get(name, name)}")
-    value = getattr(module, name) if name in _HOME else module
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            import difflib
+
+            close = [] if name.startswith("__") else difflib.get_close_matches(name, __all__)
+            hint = f". Did you mean: {', '.join(close)}?" if close else ""
+            raise AttributeError(f"module 'cmfast' has no attribute {name!r}{hint}")
+        module = importlib.import_module(f"cmfast.{_HOME.get(name, name)}")
+        value = getattr(module, name) if name in _HOME else module
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 
 
 def load(
-    path: str | os.PathLike | nn.Module | None = None,
+    path: str | os.PathLike[str] | nn.Module | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -109,19 +109,27 @@ def load(
     return _cast(denoiser, dtype or settings.get("dtype"))
 
 
-def save(denoiser: Denoiser, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
+def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
     """Write a `Denoiser` around a `UNetModel` to a safetensors file that `load` reads without further arguments.
 
     The file appears complete or not at all: it is written beside `path` under another name, flushed to the disk,
     then renamed. A file that was there before stays as it was if anything fails.
 
     Args:
+        denoiser: it, or its network, may be wrapped by torch.compile. path: where to; `.safetensors` by custom.
         dtype: None: every tensor as it is, so that loading gives the same bits. Otherwise the dtype in the file
             only: `load` converts back to the dtype that the model has now.
 
     Raises:
-        CheckpointError: the network is not a `UNetModel`.
+        CheckpointError: the network is not a `UNetModel`. ValueError: an unknown dtype.
         FileNotFoundError, IsADirectoryError, PermissionError, OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> network = UNetModel(8, 3, 32, 3, 1, [], channel_mult=(1,))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Denoiser(network), f"{folder}/half.safetensors", dtype=torch.float16)
+    ...     load(f"{folder}/half.safetensors").network.dtype
+    torch.float32
     """
     network = getattr(denoiser.network, "_orig_mod", denoiser.network)  # torch.compile wraps
     if not isinstance(network, UNetModel):
@@ -217,7 +225,7 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
             "them by name, as in load(path, image_size=32, num_head_channels=64)"
         )
-    network = meta_network(config)
+    network: UNetModel = meta_network(config)
     if network.in_channels != network.out_channels:
         raise ValueError(
             f"the network makes {network.out_channels} channels from {network.in_channels} (a learned "
@@ -235,7 +243,9 @@ def meta_network(config: Mapping[str, Any], network_class: Callable[..., Any] = 
 class _SkipNormal(TorchFunctionMode):
     """No `nn.init.normal_`: its first call on the meta device imports torch's compiler, which takes two seconds."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
@@ -311,7 +321,7 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
 def read_pickle(path: Path, **options: Any) -> Any:
     """What `torch.save` wrote: tensors and plain containers, read without executing anything the file contains.
 
-    Args: options: of `torch.load`, such as map_location.
+    Args: path: the file; options: of `torch.load`, such as map_location.
     Raises: FileNotFoundError; CheckpointError: empty, damaged, or with pickled Python objects in it.
     """
     start = _first_bytes(path)

@@ -8,8 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cmfast import __version__
+
+if TYPE_CHECKING:  # the command line starts without torch
+    import torch
+
+    from cmfast.denoiser import Denoiser
+    from cmfast.engine import Sampler
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: What --cuda-graph says, as `Sampler` takes it.
@@ -115,7 +122,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")
 
 
-def _sampler(arguments: argparse.Namespace, local_rank: int | None):  # type: ignore[no-untyped-def]
+def _sampler(arguments: argparse.Namespace, local_rank: int | None) -> Sampler:
     """The Sampler that the arguments describe; local_rank: of this process on its machine, if there are several."""
     import torch
 
@@ -134,7 +141,7 @@ def _sampler(arguments: argparse.Namespace, local_rank: int | None):  # type: ig
     )
 
 
-def _load(arguments: argparse.Namespace, local_rank: int | None = None):  # type: ignore[no-untyped-def]
+def _load(arguments: argparse.Namespace, local_rank: int | None = None) -> Denoiser:
     """The model that --model names, or the bundled one, on the device asked for."""
     from cmfast import checkpoint
 
@@ -147,7 +154,7 @@ def _load(arguments: argparse.Namespace, local_rank: int | None = None):  # type
         raise ValueError(str(error)) from error
 
 
-def _device(name: str | None, local_rank: int | None = None):  # type: ignore[no-untyped-def]
+def _device(name: str | None, local_rank: int | None = None) -> torch.device:
     """The torch.device of that name; a GPU if there is one and no name. Each of several processes takes its own GPU."""
     import torch
 
@@ -215,7 +222,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         ("on_nan", str, "stop (default) or skip"),
     ):
         flags = [f"--{name.replace('_', '-')}"]
-        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}")  # type: ignore[arg-type]
+        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}")
     parser.add_argument("--checkpointing", action="store_true", default=None, dest="options.checkpointing",
                         help="less memory, a third more time")  # fmt: skip
     parser.add_argument("--loss-norm", dest="objective.loss_norm", help="l1, l2, l2-32, huber or lpips")
@@ -283,8 +290,8 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
     for name, value in [*given.items(), *arguments.overrides]:
         outer, dot, inner = name.partition(".")
         if dot:
-            part = settings.setdefault(outer, {})
-            part[inner] = value  # type: ignore[index]
+            part: Any = settings.setdefault(outer, {})
+            part[inner] = value
         else:
             settings[name] = value
     if settings.get("recipe") is None:

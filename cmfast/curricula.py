@@ -22,12 +22,17 @@ MEAN, STD = -1.1, 2.0
 
 
 def doubling_steps(total_steps: int, start_scales: int, end_scales: int) -> int:
-    """K' = floor(K / (log2 floor(s1 / s0) + 1)), the steps of each stage of `doubling_stage`; 1 or more."""
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)), the steps of each stage of `doubling_stage`; 1 or more.
+
+    K is total_steps, s0 start_scales, s1 end_scales.
+    """
     return max(math.floor(total_steps / (math.log2(end_scales // start_scales) + 1)), 1)
 
 
 def doubling_stage(step: int, total_steps: int, start_scales: int, end_scales: int) -> tuple[int, int]:
     """The stage and N(step) = min(s0 2^floor(k / K'), s1) + 1: Song & Dhariwal 2023. No stage follows that of s1.
+
+    total_steps, start_scales, end_scales: as of `doubling_steps`.
 
     >>> [doubling_stage(step, 800, 10, 1280) for step in (0, 99, 100, 700, 800)]
     [(0, 11), (0, 11), (1, 21), (7, 1281), (7, 1281)]
@@ -69,7 +74,7 @@ def karras_grid(
     rho: float = schedules.RHO,
     device: torch.device | str = "cpu",
 ) -> Grid:
-    """Neighbours on the Karras grid of num_scales levels, each pair as often: Song et al. 2023."""
+    """Neighbours on the Karras grid of num_scales levels, each pair as often: Song et al. 2023. Levels on `device`."""
     return Grid(_table(num_scales, sigma_min, sigma_max, rho, device))
 
 
@@ -82,7 +87,7 @@ def halved_grid(
     rho: float = schedules.RHO,
     device: torch.device | str = "cpu",
 ) -> Grid:
-    """The ends and the middle of num_scales intervals, each as often: progressive distillation."""
+    """The ends and the middle of num_scales intervals, each as often: progressive distillation. Levels on `device`."""
     return Grid(_table(2 * num_scales + 1, sigma_min, sigma_max, rho, device), stride=2)
 
 
@@ -100,7 +105,7 @@ def lognormal_grid(
     """Neighbours on the Karras grid as often as a lognormal level falls between them: Song & Dhariwal 2023.
 
     With levels that rise, p(sigma_i) ~ erf((ln sigma_{i+1} - mean) / (sqrt2 std)) - erf((ln sigma_i - mean) / (sqrt2
-    std)). Here they fall: index 0 is the pair at sigma_max.
+    std)). Here they fall: index 0 of num_scales - 1 is the pair at sigma_max. Levels on `device`.
     """
     levels: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     sigmas = schedules.karras_sigmas(num_scales, dtype=torch.float64, append_zero=False, **levels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Denoiser(nn.Module):
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
         image_shape: (C, H, W) the model makes; None if not known.
         num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one.
+
+    Raises: ValueError: not 0 < sigma_min < sigma_max.
 
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
     >>> x = torch.randn(2, 3, 8, 8)
@@ -55,7 +57,7 @@ class Denoiser(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
-        stated = _stated(self.network, "input_dtype")
+        stated: torch.dtype | None = _stated(self.network, "input_dtype")
         if stated is not None:
             return stated
         if isinstance(self.network, nn.Module):
@@ -67,12 +69,19 @@ class Denoiser(nn.Module):
     @property
     def input_format(self) -> torch.memory_format | None:
         """The layout the network wants its input in; None if it does not say."""
-        return _stated(self.network, "input_format")
+        stated: torch.memory_format | None = _stated(self.network, "input_format")
+        return stated
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are; the CPU if there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(
+            self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False
+        ) -> Tensor: ...
 
     def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False) -> Tensor:
         """The denoised batch [B, C, H, W] in the dtype of x.
@@ -110,14 +119,19 @@ class Denoiser(nn.Module):
                 raise ValueError(f"{wanted}, got values from {low} to {high}")
 
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(c_in x, c_noise): the network alone, on an input that is scaled already."""
+        """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64
+        [B]."""
         return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
 def denoise_with(
     network: Callable[..., Tensor], x: Tensor, sigma: Tensor, scalings: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(F, D) with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a `Preconditioner`'s."""
+    """(F, D), [B, C, H, W], with given c_skip, c_out, c_in (scalars or [B]): for scalings that are not a
+    `Preconditioner`'s.
+
+    network: F(x, timesteps); x [B, C, H, W]; sigma [B], in data units.
+    """
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
     return model_output, c_skip * x + c_out * model_output
@@ -146,6 +160,7 @@ class Evaluator:
     included, counts as a network that is itself the denoiser.
 
     `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else that of the state.
+    `labels` int64 [B] go with every call, `clip` clamps D to [-1, 1].
     """
 
     def __init__(
@@ -162,11 +177,11 @@ class Evaluator:
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
         self.dtype, self.memory_format = dtype, None
         self._check: Callable[[Tensor | None, int], None] | None = None
-        if self.fused:
-            self.model = model.network_output  # type: ignore[union-attr]
-            self.dtype, self.memory_format = dtype or model.input_dtype, model.input_format  # type: ignore[union-attr]
-            self._set_scaling(model.preconditioner)  # type: ignore[union-attr]
-            self._check = model.check_labels  # type: ignore[union-attr]
+        if self.fused and isinstance(model, Denoiser):
+            self.model = model.network_output
+            self.dtype, self.memory_format = dtype or model.input_dtype, model.input_format
+            self._set_scaling(model.preconditioner)
+            self._check = model.check_labels
 
     @classmethod
     def of_network(
@@ -177,7 +192,7 @@ class Evaluator:
         clip: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Evaluator:
-        """From F(model_input, c_noise) and its preconditioner."""
+        """From a network F(model_input, c_noise) and its preconditioner; clip, dtype as of the class."""
         evaluator = cls(network, clip=clip, dtype=dtype)
         evaluator.fused = True
         evaluator._set_scaling(preconditioner)
@@ -195,7 +210,7 @@ class Evaluator:
         return self
 
     def scale_input(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input at (x, sigma) and c_noise [B]."""
+        """The network's input at (x [B, ...], sigma scalar or [B]), and c_noise [B]."""
         return ops.scale_input(x, sigma, **self.settle(x.dtype).input_options)
 
     def __call__(self, model_input: Tensor, c_noise: Tensor) -> Tensor:
@@ -203,9 +218,9 @@ class Evaluator:
         if self._check is not None:
             self._check(self.labels, model_input.shape[0])
             self._check = None
-        if self.labels is None:
-            return self.model(model_input, c_noise)
-        return self.model(model_input, c_noise, self.labels)
+        labels = () if self.labels is None else (self.labels,)
+        output: Tensor = self.model(model_input, c_noise, *labels)
+        return output
 
     @property
     def input_options(self) -> dict[str, Any]:
@@ -219,9 +234,9 @@ class Evaluator:
         return {**self.scaling, "clip": self.clip, "dtype": self.dtype}
 
     def denoised(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """D from the network's output."""
+        """D [B, ...] in the dtype of x, from the network's model_output at (x, sigma)."""
         return ops.denoise(model_output, x, sigma, clip=self.clip, **self.scaling)
 
     def pixels(self, model_output: Tensor, x: Tensor, sigma: Tensor, rounding: str) -> Tensor:
-        """D as uint8 [B, H, W, C]."""
+        """D at (x, sigma) as uint8 [B, H, W, C], with a `rounding` of `ops.to_uint8`."""
         return ops.denoise_to_uint8(model_output, x, sigma, rounding=rounding, **self.scaling)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from cmfast import checkpoint, data, losses, ops
 from cmfast.denoiser import Denoiser
 from cmfast.objectives import EDM, Objective, Stage
 from cmfast.precondition import Preconditioner
+from cmfast.samplers import Model
 from cmfast.training import Trainer, TrainOptions
 from cmfast.training.pictures import plot_losses
 from cmfast.unet import UNetModel
@@ -62,11 +63,14 @@ class DigitDistillation(Objective):
         """One stage; the number of levels changes once."""
         return Stage(num_scales=self.scales[2 * step >= self.steps])
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        teacher = others["teacher"]
         if self.guidance:
             teacher = guided(teacher, self.guidance, draw)
-        options = {"teacher_model": teacher, "draw": draw, "labels": labels, "loss_norm": "huber"}
-        return losses.consistency_loss(model, model, x_start, stage.num_scales, **options)
+        options: dict[str, Any] = {"teacher_model": teacher, "draw": draw, "labels": labels, "loss_norm": "huber"}
+        return losses.consistency_loss(model, model, x_start, stage.levels, **options)
 
 
 def guided(teacher: Denoiser, weight: float, draw: ops.Draw) -> Callable[..., Tensor]:
@@ -80,7 +84,8 @@ def guided(teacher: Denoiser, weight: float, draw: ops.Draw) -> Callable[..., Te
 
     def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         others = (labels + steps) % classes
-        right, wrong = teacher(x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([labels, others])).chunk(2)
+        both: Tensor = teacher(x.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([labels, others]))
+        right, wrong = both.chunk(2)
         return right + weight * (right - wrong)
 
     return denoise
@@ -146,7 +151,7 @@ def train_mnist(
     teacher = stage("at higher noise levels", model, EDM(mean=0.0), options, "shape", None)
     objective, options = DigitDistillation(cd_steps), replace(MNIST_CD, steps=cd_steps)
     student = stage("distillation", as_consistency_model(teacher), objective, options, "cd", teacher)
-    objective = DigitDistillation(guided_steps, (MNIST_SCALES[1],) * 2, MNIST_GUIDANCE)
+    objective = DigitDistillation(guided_steps, (MNIST_SCALES[1], MNIST_SCALES[1]), MNIST_GUIDANCE)
     options = replace(MNIST_GUIDED, steps=guided_steps)
     student = stage("guided distillation", student, objective, options, "guided", teacher)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ def distance(
     """Per sample [B]: weight times the distance of x and target [B, C, H, W].
 
     `l1`, `l2`: means over the sample. `l2-32`: l2 of both resized to 32 x 32, bilinear. `huber`: pseudo-Huber of the
-    sample vector, c = 0.00054 sqrt(D) unless given (Song & Dhariwal 2023). `lpips`: that of the `lpips` module given.
+    sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given (Song & Dhariwal 2023). `lpips`: that of the `lpips`
+    module given. loss_norm is one of these; weight scalar or [B].
 
     Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
     """
@@ -52,13 +54,19 @@ def distance(
 
 
 def huber_constant(x: Tensor, huber_c: float | None) -> float:
-    """The given c, or 0.00054 sqrt(D) for samples of D elements: Song & Dhariwal 2023."""
+    """huber_c, or where it is None 0.00054 sqrt(D), for samples x [B, ...] of D elements: Song & Dhariwal 2023."""
     return 0.00054 * (x[0].numel() if len(x) else 1) ** 0.5 if huber_c is None else huber_c
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How far apart two denoised batches are: `distance` with weights of the noise level, or weights that are given."""
+    """How far apart two denoised batches are: `distance` with weights of the noise level, or weights that are given.
+
+    loss_norm, lpips, huber_c: as of `distance`. weighting: a name of `ops.WEIGHTINGS`, with sigma_data; a function of
+    sigma; or weights [B].
+
+    Raises: ValueError: an unknown loss_norm.
+    """
 
     loss_norm: str = "l2"
     lpips: Perceptual | None = None
@@ -92,8 +100,8 @@ class Measure:
             if isinstance(target, tuple):
                 with torch.no_grad():
                     target = target[0].denoised(*target[1])
-            options = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
-            return distance(denoised, target, self.weight(sigma), **options)  # type: ignore[arg-type]
+            options: dict[str, Any] = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
+            return distance(denoised, target, self.weight(sigma), **options)
         x_t2 = next_sigma = None
         if isinstance(target, tuple):
             target, x_t2, next_sigma = (x.detach() for x in target[1])

@@ -82,7 +82,10 @@ def current() -> ops.Draw | None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, which inside `paired` draws from counters if it has a number. See `number` for whole networks."""
+    """`nn.Dropout`, which inside `paired` draws from counters if it has a number. See `number` for whole networks.
+
+    p, inplace: as of nn.Dropout. layer: its number, 0 or more; None: it has none.
+    """
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, layer: int | None = None) -> None:
         super().__init__(p, inplace)
@@ -94,6 +97,7 @@ class Dropout(nn.Dropout):
         return self.layer is not None and _now.draw is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] with a part of its elements 0 and the rest scaled, in training mode."""
         draw = _now.draw
         # All of it dropped needs no draw.
         if draw is None or self.layer is None or not self.training or not 0 < self.p < 1:
@@ -133,6 +137,8 @@ class Pairing:
     With a draw, what counts is `paired`. Networks that may drop in another way, and all of them without a draw, have
     torch's generators put back to where the first call found them; not inside `torch.compile` or the capture of a CUDA
     graph, where that cannot be done.
+
+    device: whose generators, beside the CPU's. models: those that are called.
     """
 
     def __init__(self, draw: ops.Draw | None, device: torch.device, *models: Any) -> None:

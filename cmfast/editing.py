@@ -7,6 +7,7 @@ rest in, `inverse` maps back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +45,13 @@ def edit(
     next level.
 
     Args:
+        model: a `Denoiser`, or D(x, sigma[, labels]).
         reference: [B, C, H, W] in [-1, 1]; only its known part is looked at.
         x: [B, C, H, W] noise to start from, of level sigmas[0].
+        sigmas: the levels at which the model is evaluated, in data units; sigma_min: where noise ends.
         mask: broadcasts to transform(reference); 1 keeps, 0 is filled in.
         transform, inverse: a linear map and its inverse.
-        end_sigma: as in `sample_multistep`.
+        labels, noise_fn, end_sigma: as in `samplers.sample_multistep`.
 
     Raises: ValueError: shapes differ, or the mask does not broadcast.
     """
@@ -83,10 +86,11 @@ def _orthogonal(first: np.ndarray) -> Tensor:
     return torch.from_numpy(-matrix if matrix[:, 0].sum() < 0 else matrix)
 
 
-def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: object) -> tuple[Tensor, Tensor]:
+def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options: Any) -> tuple[Tensor, Tensor]:
     """Colour for grey images. Returns the result and the reference, which holds the luminance of `images` alone.
 
-    Args: images [B, 3, H, W] in [-1, 1]; the rest as in `edit`.
+    Args: images [B, 3, H, W] in [-1, 1]; model, x, sigmas and options as in `edit`.
+    Raises: ValueError: images without three channels, or what `edit` refuses.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"colorize needs images [B, 3, H, W], got {list(images.shape)}")
@@ -100,16 +104,17 @@ def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options:
         return torch.einsum("bdhw,cd->bchw", channels, basis)
 
     reference = inverse(transform(images) * mask)
-    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)  # type: ignore[arg-type]
+    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)
     return result, reference
 
 
 def super_resolve(
-    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, *, patch_size: int = 8, **options: object
+    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, *, patch_size: int = 8, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Detail for images known as means of patch_size x patch_size pixels. Returns the result and those means.
 
-    Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; the rest as in `edit`.
+    Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; model, x, sigmas and options as in `edit`.
+    Raises: ValueError: other sizes, or what `edit` refuses.
     """
     if images.ndim != 4 or images.shape[-1] % patch_size or images.shape[-2] % patch_size:
         raise ValueError(
@@ -122,11 +127,11 @@ def super_resolve(
 
     def patches(image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, patches, pixels of a patch]."""
-        split = image.unflatten(-1, (width, patch_size)).unflatten(-3, (height, patch_size))
+        split: Tensor = image.unflatten(-1, (width, patch_size)).unflatten(-3, (height, patch_size))
         return split.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
     def assemble(split: Tensor) -> Tensor:
-        grid = split.unflatten(-2, (height, width)).unflatten(-1, (patch_size, patch_size))
+        grid: Tensor = split.unflatten(-2, (height, width)).unflatten(-1, (patch_size, patch_size))
         return grid.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
     def transform(image: Tensor) -> Tensor:
@@ -137,17 +142,18 @@ def super_resolve(
 
     split = patches(images)
     reference = assemble(split.mean(-1, keepdim=True).expand_as(split))
-    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)  # type: ignore[arg-type]
+    result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)
     return result, reference
 
 
 def inpaint(
-    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, mask: Tensor, **options: object
+    model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, mask: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Fill in where `mask` is 0. Returns the result and the reference, black (-1) where it is not known.
 
-    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; the rest as in
-        `edit`.
+    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; model, x, sigmas
+        and options as in `edit`.
+    Raises: ValueError: a mask that does not broadcast, or what `edit` refuses.
     """
     try:
         mask = torch.broadcast_to(mask.to(images), images.shape)
@@ -156,4 +162,4 @@ def inpaint(
             f"mask does not broadcast to images: {list(mask.shape)} against {list(images.shape)}"
         ) from None
     reference = torch.lerp(torch.full_like(images, -1.0), images, mask)
-    return edit(model, reference, x, sigmas, mask=mask, **options), reference  # type: ignore[arg-type]
+    return edit(model, reference, x, sigmas, mask=mask, **options), reference

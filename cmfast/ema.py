@@ -106,7 +106,7 @@ class Averages:
                 torch._foreach_copy_(values, sources)
 
     def of(self, parameter: Tensor) -> list[Tensor] | None:
-        """The K averages of one of the parameters, this rank's part of them; None for another tensor."""
+        """The K averages of a parameter, one of those given, this rank's part of them; None for another tensor."""
         i = self._position.get(id(parameter))
         return None if i is None else [tensors[i] for tensors in self._locals]
 
@@ -223,8 +223,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
         else:
             return module
 

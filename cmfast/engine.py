@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Sampler:
             cache_size=cache_size,
             host_work=next((f"{name} is called between steps" for name in _CALLED if options.get(name)), None),
             optimize=optimize,
-            compile={True: "whole", False: "off"}.get(compile, compile),  # type: ignore[arg-type]
+            compile=compile if isinstance(compile, str) else "whole" if compile else "off",
             dtype=dtype,
         )
         if isinstance(noise, torch.Generator) and noise.device.type != self.device.type:
@@ -147,7 +147,8 @@ class Sampler:
     def stream(
         self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all.
+        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all. Arguments as of
+        `sample`.
 
         On a GPU a batch is handed out when the next one has been started, with the weights of that moment.
         """
@@ -157,7 +158,8 @@ class Sampler:
     def batches(
         self, starts: Sequence[int], n: int, labels: Tensor | None, *, seed: int = 0, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives."""
+        """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives; seed
+        and progress as of `sample`."""
         device, size = self.device, self.batch_size
         padded = None
         if labels is not None and n:
@@ -212,6 +214,7 @@ class Sampler:
     ) -> Tensor:
         """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw.
 
+        labels: int64 [B], of a class-conditional model.
         noise_fn: draws what steps add (default: torch's own generator), or holds it, a tensor for each draw. From
             tensors alone it runs as a graph; a function or a draw is called for at each step.
         pixels: make uint8 [B, H, W, C] instead, with this rounding.
@@ -244,7 +247,8 @@ class Sampler:
         )
 
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B].
+        """D(x, sigma) in the dtype of x, not clipped: one network call. x [B, C, H, W]; sigma scalar or [B]; labels
+        int64 [B].
 
         >>> sampler = Sampler(lambda x, sigma: 0.5 * x, image_shape=(1, 2, 2))
         >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()
@@ -327,7 +331,8 @@ def _default_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[index]
 
 
-def _bar(starts: Sequence[int]) -> Sequence[int]:
+def _bar(starts: Sequence[int]) -> Iterable[int]:
     from tqdm.auto import tqdm
 
-    return tqdm(starts, unit="batch")
+    bar: Iterable[int] = tqdm(starts, unit="batch")
+    return bar

@@ -79,7 +79,8 @@ class MixtureDenoiser(Denoiser):
         return self.means.device
 
     def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False) -> Tensor:
-        """D [B, C, H, W] in the dtype of x, computed in the wider of its dtype and that of the means."""
+        """D [B, C, H, W] in the dtype of x, computed in the wider of its dtype and that of the means. Arguments as of
+        `Denoiser.forward`."""
         self.check_labels(labels, x.shape[0])
         dtype = torch.promote_types(x.dtype, self.means.dtype)
         means, flat = self.means.flatten(1).to(dtype), x.flatten(1).to(dtype)
@@ -95,7 +96,7 @@ class MixtureDenoiser(Denoiser):
         return (denoised.clamp(-1, 1) if clip else denoised).view_as(x).to(x.dtype)
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """Data: [num, C, H, W], of all components."""
+        """Data: [num, C, H, W], of all components; generator: torch's, by default the global one."""
         chosen = torch.multinomial(self.log_weights.exp().cpu(), num, replacement=True, generator=generator)
         means = self.means[chosen.to(self.device)]
         noise = torch.randn(means.shape, generator=generator, dtype=means.dtype)

@@ -152,12 +152,13 @@ def _captured(
 ) -> tuple[Tensor, Callable[[], None]]:
     with _capturing, _no_collection():
         try:
-            return space.capture(function, generators)
+            captured: tuple[Tensor, Callable[[], None]] = space.capture(function, generators)
+            return captured
         except Exception as error:
-            broken = error
+            broken: BaseException = error
             if "capture" in str(error) and error.__context__ is not None:
                 # Ending a capture that is broken fails as well: what broke it came before.
-                broken = error.__context__  # type: ignore[assignment]
+                broken = error.__context__
             if out_of_memory(broken):
                 raise broken from None
             message = str(broken).split("\n")[0]

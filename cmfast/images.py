@@ -34,7 +34,9 @@ def save(path: Path | str, images: Tensor, labels: Tensor | None = None, *, colu
     """Write uint8 images [N, H, W, C]: a grid if `path` ends in .png, arrays if in .npz.
 
     The .npz holds `arr_0` uint8 [N, H, W, 3] (grey images repeated) and, if given, `arr_1` the labels [N]: what
-    openai's evaluator takes. The file appears when it is whole.
+    openai's evaluator takes. The file appears when it is whole. columns: as of `grid`.
+
+    Raises: ValueError: no images for a picture, or a path that `check_output` refuses. OSError: it cannot be written.
     """
     path = check_output(path)
     if path.suffix.lower() == ".npz":
@@ -60,7 +62,10 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 images [N, H, W, C] side by side, as one array; by default as square as can be."""
+    """uint8 images [N, H, W, C] side by side, as one array [rows, width, C]; by default as square as can be.
+
+    columns: images in a row; gap: black pixels between two. Raises: ValueError: no images, or not such.
+    """
     n, height, width, channels = images.shape
     if n == 0:
         raise ValueError("a picture of no images: ask for 1 or more, or write .npz")

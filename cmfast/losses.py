@@ -52,9 +52,20 @@ def denoising_loss(
 ) -> dict[str, Tensor]:
     """||D(x_start + sigma noise, sigma) - x_start||^2: the EDM objective, Karras et al. 2022, eq. 2.
 
-    Args: x_start [B, C, H, W] in [-1, 1]; sigma [B], or with a draw what it is drawn from; noise like x_start; labels
-        int64 [B].
-    Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse).
+    Args:
+        model: D(x, sigma[, labels]), a `Denoiser` or a function.
+        x_start: [B, C, H, W] in [-1, 1]. sigma: [B] in data units, or with a draw what it is drawn from.
+        noise: like x_start; drawn from torch's generator if not given.
+        draw: what noise and dropout follow from, instead.
+        labels: int64 [B], of a class-conditional model.
+        weighting: of snr(sigma), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
+
+    Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse), float32 [B].
+    Raises: ValueError, TypeError: levels or noise that do not fit x_start, an unknown weighting.
+
+    >>> terms = denoising_loss(lambda x, sigma: 0.5 * x, torch.zeros(2, 1, 4, 4), torch.ones(2))
+    >>> terms["loss"].shape
+    torch.Size([2])
     """
     evaluate = _evaluator(model, labels, clip=False).settle(x_start.dtype)
     pairing = Pairing(draw, x_start.device, model)
@@ -153,13 +164,21 @@ def consistency_loss(
     Args:
         target_model: gives the target, without gradient: an average of the student, or the student itself.
         x_start: [B, C, H, W] in [-1, 1]; num_scales: levels of the Karras grid, 2 or more.
+        teacher_model: the diffusion model that is distilled; None: consistency training.
         solver: `heun` or `euler`, the teacher's step.
         noise: like x_start; indices: [B] from 0 to num_scales - 2; drawn from torch's generator if not given.
         draw: what noise, indices and dropout follow from, instead.
-        lpips: the module for `loss_norm="lpips"`; weighting: of snr(t), see `ops.loss_weight`.
+        labels: int64 [B], of a class-conditional model.
+        loss_norm, huber_c: as in `distances.distance`; lpips: the module for `loss_norm="lpips"`.
+        weighting: of snr(t), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
+        sigma_min, sigma_max, rho: of the grid, in data units.
 
-    Student and target see the same dropout mask. Returns per-sample `loss` [B].
+    Student and target see the same dropout mask. Returns per-sample `loss`, float32 [B].
     Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape.
+
+    >>> terms = consistency_loss(lambda x, t: 0.5 * x, lambda x, t: 0.5 * x, torch.zeros(2, 1, 4, 4), num_scales=18)
+    >>> terms["loss"].shape
+    torch.Size([2])
     """
     if target_model is None:
         raise ValueError("target_model is missing: give an average of the model, or the model itself")
@@ -192,7 +211,8 @@ def consistency_loss(
         x_t, model_output = first[0], student(*first[1:])
     maker = student
     if second is None:
-        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)  # type: ignore[arg-type]
+        assert teacher_model is not None  # else second is there
+        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
         second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
     with torch.no_grad(), pairing:
         target_output = target(*_input_of(target, maker, second, next_sigma))
@@ -218,9 +238,11 @@ def improved_consistency_loss(
 
     Consistency training where the student without gradient is its own target, neighbours on the grid of `num_scales`
     levels are drawn as often as ln t ~ N(mean, std^2) falls between them, and the distance is the pseudo-Huber distance
-    of the sample vector, c = 0.00054 sqrt(D) unless given. For `num_scales` see `curricula.doubling_stage`.
+    of the sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given. `num_scales`: see `curricula.doubling_stage`.
 
-    Returns per-sample `loss` [B]. Without a draw, torch's generator decides.
+    Args: x_start [B, C, H, W] in [-1, 1]; draw: what levels, noise and dropout follow from, else torch's generator;
+        labels int64 [B], of a class-conditional model; sigma_min, sigma_max, rho: of the grid, in data units.
+    Returns per-sample `loss`, float32 [B].
     """
     levels = {"mean": mean, "std": std, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     grid = curricula.lognormal_grid(num_scales, device=x_start.device, **levels)
@@ -247,7 +269,10 @@ def easy_consistency_loss(
     to t from stage to stage, see `curricula.stage_below`. Where r = 0, the target is x_start: at stage 0 everywhere
     below some t, so that tuning starts from the diffusion model that the weights come from. For EDM scalings.
 
-    Returns per-sample `loss` [B]. Without a draw, torch's generator decides.
+    Args: x_start [B, C, H, W] in [-1, 1]; stage: 0 or more, with q, k, b as in `curricula.stage_below`; draw: what
+        levels, noise and dropout follow from, else torch's generator; labels int64 [B], of a class-conditional model;
+        huber_c: c, by default 0.
+    Returns per-sample `loss`, float32 [B].
     """
     levels = ops.LogNormal(mean, std, curricula.stage_below(stage, q=q, k=k, b=b))
     return {"loss": _own_target_loss(model, x_start, levels, draw, labels, huber_c)}
@@ -307,7 +332,10 @@ def progressive_distillation_loss(
     """One student Euler step should land where two half-steps of the teacher do: Salimans & Ho 2022.
 
     The teacher goes t -> t2 -> t3; the student's target is the D whose Euler step leads from x_t to x_t3:
-    x_t - t (x_t3 - x_t) / (t3 - t). Arguments as `consistency_loss`; indices are from 0 to num_scales - 1.
+    x_t - t (x_t3 - x_t) / (t3 - t). Arguments as in `consistency_loss`; num_scales counts intervals, and indices [B]
+    are from 0 to num_scales - 1. Returns per-sample `loss`, float32 [B].
+
+    Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape.
     """
     if num_scales < 1:
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")

@@ -105,10 +105,10 @@ def _check_dtype(model: Any, dtype: torch.dtype | None, reason: str | None) -> N
         )
 
 
-def _refresher(model: Any) -> Callable[..., bool] | None:
+def _refresher(model: Any) -> Callable[..., Any] | None:
     """The method of a model or its network that brings derived weights up to date, if there is one."""
     for owner in (model, getattr(model, "network", None)):
-        method = getattr(owner, "refresh", None)
+        method: Callable[..., Any] | None = getattr(owner, "refresh", None)
         if isinstance(owner, nn.Module) and callable(method):
             return method
     return None
@@ -144,14 +144,14 @@ def _check_compiler(model: Any) -> None:
 
 def _with_network(model: Denoiser, network: Callable[..., Any]) -> Denoiser:
     """A Denoiser like `model` around another network."""
-    copy = _copy(model)
+    copy: Denoiser = _copy(model)
     copy.network = network
     return copy
 
 
 def sharing(module: nn.Module) -> nn.Module:
     """A copy of a tree of modules that shares their parameters and buffers, replaced ones included."""
-    copy = _copy(module)
+    copy: nn.Module = _copy(module)
     for name, child in module.named_children():
         copy._modules[name] = sharing(child)
     return copy

@@ -21,7 +21,7 @@ FLIP_DRAW = 0xFFFFFFFE
 
 
 class CounterNoise:
-    """Noise of samples `index` [B] under `seed`: the k-th call is draw k, whatever batch they come in.
+    """Noise of samples `index` int64 [B] under `seed`: the k-th call is draw k, whatever batch they come in.
 
     >>> x = torch.empty(2, 1, 4, 4)
     >>> first = CounterNoise(0, torch.tensor([5, 6]))(x)
@@ -34,7 +34,7 @@ class CounterNoise:
         self.seed, self.index, self.draw = seed, index, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The next draw, of the shape and dtype of x."""
+        """The next draw, of the shape and dtype of x. Raises: ValueError: x has another number of samples."""
         if x.shape[0] != self.index.shape[0]:
             raise ValueError(f"x has a batch of {x.shape[0]}, the noise of {self.index.shape[0]} samples")
         noise = self.next()
@@ -48,7 +48,7 @@ class CounterNoise:
 
 
 class GivenNoise:
-    """Noise that is there already: the k-th call returns the k-th tensor.
+    """Noise that is there already: the k-th call returns the k-th of `tensors`.
 
     >>> given = GivenNoise([torch.ones(2), torch.zeros(2)])
     >>> given(torch.empty(2)), given(torch.empty(2))
@@ -66,23 +66,25 @@ class GivenNoise:
         return self.tensors[self.used - 1]
 
     def check_used(self) -> None:
-        """ValueError if tensors are left over."""
+        """Raises: ValueError: tensors are left over."""
         if self.used != len(self.tensors):
             raise ValueError(f"noise_fn holds {len(self.tensors)} tensors, and {self.used} are drawn: give as many")
 
 
 def take(noise_fn: NoiseFn, x: Tensor) -> Tensor | ops.Draw:
-    """Noise like x for an operation: drawn where it is used if it comes from counters."""
+    """Noise of noise_fn like x [B, ...], for an operation: drawn where it is used if it comes from counters."""
     return noise_fn.next() if isinstance(noise_fn, CounterNoise) else noise_fn(x)
 
 
 def counter_labels(seed: int, index: Tensor, num_classes: int) -> Tensor:
-    """A class for each sample, int64 [B], from (seed, index[b]) alone."""
+    """A class below num_classes for each sample, int64 [B], from (seed, index[b]) alone; index int64 [B]."""
     return ops.uniform_int(seed, index, num_classes, draw=LABEL_DRAW)
 
 
 def get_generator(name: str, num_samples: int = 0, seed: int = 0) -> Any:
     """The generators of openai/consistency_models by its names: `dummy`, `determ`, `determ-indiv`.
+
+    num_samples: how many there will be in all, for the last two. seed: of theirs.
 
     Raises: ValueError: another name; the message lists the known ones.
     """
@@ -99,12 +101,15 @@ class TorchGenerator:
     """torch's global generator."""
 
     def randn(self, *size: int, **options: Any) -> Tensor:
+        """`torch.randn(*size, **options)`."""
         return torch.randn(*size, **options)
 
     def randint(self, *args: Any, **options: Any) -> Tensor:
+        """`torch.randint(*args, **options)`."""
         return torch.randint(*args, **options)
 
     def randn_like(self, x: Tensor, **options: Any) -> Tensor:
+        """`torch.randn_like(x, **options)`."""
         return torch.randn_like(x, **options)
 
 
@@ -112,6 +117,7 @@ class _IndexedGenerator:
     """Numbers of sample i do not depend on batch size or rank count; ranks take turns over the indices.
 
     Args: num_samples: how many samples there will be in all; seed.
+    Raises: ValueError: num_samples below 1.
     """
 
     def __init__(self, num_samples: int, seed: int = 0) -> None:
@@ -146,16 +152,19 @@ class _IndexedGenerator:
         return [min(start + i * self.world_size, self.num_samples - 1) for i in range(batch)]
 
     def randn_like(self, x: Tensor) -> Tensor:
+        """`randn` of the shape, dtype and device of x."""
         return self.randn(*x.shape, dtype=x.dtype, device=x.device)
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
+        """N(0, 1) of the next samples of this rank, [size[0], ...] in `dtype` on `device`."""
         raise NotImplementedError
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Samples before this index are made already."""
+        """done_samples are made already: the next is that of this index."""
         self.done_samples = done_samples
 
     def get_seed(self) -> int:
+        """The seed it was made with."""
         return self.seed
 
     def set_seed(self, seed: int) -> None:
@@ -178,12 +187,14 @@ class DeterministicGenerator(_IndexedGenerator):
     def randint(
         self, low: int, high: int, size: tuple[int, ...], dtype: torch.dtype = torch.long, device: Any = "cpu"
     ) -> Tensor:
+        """Integers from low up to high - 1 of the next samples of this rank, of `size`, in `dtype` on `device`."""
         (generator,) = self._on(device)
         shape = (self.num_samples, *size[1:])
         everything = torch.randint(low, high, shape, generator=generator, dtype=dtype, device=device)
         return everything[self._indices(size[0])]
 
     def set_done_samples(self, done_samples: int) -> None:
+        """done_samples are made already; starts over from the seed, as the original does."""
         super().set_done_samples(done_samples)
         self.set_seed(self.seed)
 
@@ -205,6 +216,7 @@ class DeterministicIndividualGenerator(_IndexedGenerator):
     def randint(
         self, low: int, high: int, size: tuple[int, ...], dtype: torch.dtype = torch.long, device: Any = "cpu"
     ) -> Tensor:
+        """Integers from low up to high - 1 of the next samples of this rank, of `size`, in `dtype` on `device`."""
         generators = self._on(device)
         rows = [
             torch.randint(low, high, (1, *size[1:]), generator=generators[i], dtype=dtype, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cmfast import curricula, losses, ops, schedules
 from cmfast.distances import LOSS_NORMS, Perceptual
 from cmfast.ops import WEIGHTINGS, _check
+from cmfast.samplers import Model
 
 
 class Stage(NamedTuple):
@@ -30,6 +31,12 @@ class Stage(NamedTuple):
     steps: int | None = None
     num_scales: int | None = None
     target_rate: float | None = None
+
+    @property
+    def levels(self) -> int:
+        """`num_scales`, of a stage on a grid."""
+        assert self.num_scales is not None
+        return self.num_scales
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,22 @@ class Objective:
 
     def loss(
         self,
-        model: losses.Model,
+        model: Model,
         x_start: Tensor,
         *,
         stage: Stage,
         draw: ops.Draw,
         labels: Tensor | None = None,
-        target_model: losses.Model | None = None,
-        teacher_model: losses.Model | None = None,
+        target_model: Model | None = None,
+        teacher_model: Model | None = None,
         lpips: Perceptual | None = None,
     ) -> dict[str, Tensor]:
         """Per-sample terms [B], float32; `loss` is what is minimised.
 
-        x_start [B, C, H, W] in [-1, 1]. Levels, noise and dropout of sample b follow from (draw.seed, draw.index[b],
-        draw.draw). No value of a tensor is read on the host: labels beyond the model's classes are not found here.
+        x_start [B, C, H, W] in [-1, 1]; stage: of this step; labels int64 [B], if class-conditional; target_model,
+        teacher_model, lpips: where they are needed. Levels, noise and dropout of sample b follow from (draw.seed,
+        draw.index[b], draw.draw). No value of a tensor is read on the host: labels beyond the model's classes are not
+        found here.
 
         Raises: ValueError: a model that is needed is missing.
         """
@@ -78,23 +87,20 @@ class Objective:
             )
 
     def _loss(
-        self,
-        model: losses.Model,
-        x_start: Tensor,
-        stage: Stage,
-        draw: ops.Draw,
-        labels: Tensor | None,
-        *,
-        target: Any,
-        teacher: Any,
-        lpips: Perceptual | None,
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
     ) -> dict[str, Tensor]:
+        """The terms; others: target, teacher and lpips, those that are not needed None."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class EDM(Objective):
-    """A diffusion model: Karras et al. 2022."""
+    """A diffusion model: Karras et al. 2022.
+
+    mean, std: of ln sigma. weighting, sigma_data: as of `losses.denoising_loss`.
+
+    Raises: ValueError: an unknown weighting, or a number out of range.
+    """
 
     preconditioning: ClassVar[str] = "edm"
 
@@ -107,7 +113,9 @@ class EDM(Objective):
         _check.choice("weighting", self.weighting, WEIGHTINGS)
         _positive(std=self.std, sigma_data=self.sigma_data)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         levels = ops.LogNormal(self.mean, self.std)
         options: dict[str, Any] = {"weighting": self.weighting, "sigma_data": self.sigma_data}
         return losses.denoising_loss(model, x_start, levels, draw=draw, labels=labels, **options)
@@ -115,7 +123,12 @@ class EDM(Objective):
 
 @dataclass(frozen=True)
 class _OnGrid(Objective):
-    """Those that learn along the Karras grid."""
+    """Those that learn along the Karras grid.
+
+    loss_norm, huber_c, weighting, sigma_data: as of `losses.consistency_loss`. sigma_min, sigma_max, rho: of the grid.
+
+    Raises: ValueError: an unknown name, or a number out of range.
+    """
 
     loss_norm: str = "lpips"
     weighting: str = "uniform"
@@ -140,7 +153,8 @@ class _OnGrid(Objective):
 class _Consistency(_OnGrid):
     """Consistency training or distillation with the four schedules of the original, `schedules.ema_and_scales`.
 
-    total_steps: of the whole run, for a number of levels that grows.
+    target_ema_mode, start_ema, scale_mode, start_scales, end_scales: as there. total_steps: of the whole run, for a
+    number of levels that grows.
     """
 
     needs_target: ClassVar[bool] = True
@@ -174,7 +188,11 @@ class _Consistency(_OnGrid):
 
 @dataclass(frozen=True)
 class ConsistencyDistillation(_Consistency):
-    """A consistency model from a teacher, a diffusion model: Song et al. 2023, algorithm 2."""
+    """A consistency model from a teacher, a diffusion model: Song et al. 2023, algorithm 2.
+
+    solver: `heun` or `euler`, the teacher's step. The others: as of `losses.consistency_loss` and
+    `schedules.ema_and_scales`.
+    """
 
     needs_teacher: ClassVar[bool] = True
 
@@ -184,14 +202,17 @@ class ConsistencyDistillation(_Consistency):
         super().__post_init__()
         _check.choice("solver", self.solver, losses.SOLVERS)
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"teacher_model": teacher, "solver": self.solver, "lpips": lpips, **self._options()}
-        return losses.consistency_loss(model, target, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"solver": self.solver, "lpips": others["lpips"], **self._options()}
+        options["teacher_model"], target = others["teacher"], others["target"]
+        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
 class ConsistencyTraining(_Consistency):
-    """A consistency model from data alone: Song et al. 2023, algorithm 3."""
+    """A consistency model from data alone: Song et al. 2023, algorithm 3. Arguments as of `ConsistencyDistillation`."""
 
     target_ema_mode: str = "adaptive"
     scale_mode: str = "progressive"
@@ -199,9 +220,12 @@ class ConsistencyTraining(_Consistency):
     end_scales: int = 200
     total_steps: int = 800_000
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"lpips": lpips, **self._options()}
-        return losses.consistency_loss(model, target, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
+        target = others["target"]
+        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -209,6 +233,7 @@ class ProgressiveDistillation(_OnGrid):
     """A diffusion model of half the steps, and half again: Salimans & Ho 2022.
 
     A stage has `steps_per_stage` steps; those of two intervals and of one have twice as many, and the last has no end.
+    start_scales: intervals of the first. The others: as of `losses.progressive_distillation_loss`.
     """
 
     preconditioning: ClassVar[str] = "edm"
@@ -238,16 +263,24 @@ class ProgressiveDistillation(_OnGrid):
         number = step // steps
         return Stage(number, number * steps, steps, num_scales)
 
-    def _loss(self, model, x_start, stage, draw, labels, *, target, teacher, lpips):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {"lpips": lpips, **self._options()}
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
         return losses.progressive_distillation_loss(
-            model, teacher, x_start, stage.num_scales, draw=draw, labels=labels, **options
+            model, others["teacher"], x_start, stage.levels, draw=draw, labels=labels, **options
         )
 
 
 @dataclass(frozen=True)
 class ImprovedConsistencyTraining(Objective):
-    """iCT, Song & Dhariwal 2023: consistency training without a target network, with levels that double in number."""
+    """iCT, Song & Dhariwal 2023: consistency training without a target network, with levels that double in number.
+
+    start_scales, end_scales, total_steps: as of `curricula.doubling_stage`. mean, std: of ln sigma. huber_c: as of
+    `losses.improved_consistency_loss`.
+
+    Raises: ValueError: a number out of range.
+    """
 
     start_scales: int = 10
     end_scales: int = 1280
@@ -266,23 +299,27 @@ class ImprovedConsistencyTraining(Objective):
         _positive(std=self.std, rho=self.rho)
 
     def stage(self, step: int) -> Stage:
-        """A stage for each number of levels."""
+        """That of a step, from 0: one for each number of levels."""
         scales = self.total_steps, self.start_scales, self.end_scales
         number, num_scales = curricula.doubling_stage(step, *scales)
         steps = curricula.doubling_steps(*scales)
         return Stage(number, number * steps, None if num_scales > self.end_scales else steps, num_scales)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         names = ("mean", "std", "sigma_min", "sigma_max", "rho", "huber_c")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return losses.improved_consistency_loss(model, x_start, stage.num_scales, draw=draw, labels=labels, **options)
+        return losses.improved_consistency_loss(model, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
 class EasyConsistencyTuning(Objective):
     """ECT, Geng et al. 2024: a diffusion model tuned, without a teacher, as the levels of a pair draw closer.
 
-    A stage has `steps_per_stage` steps.
+    A stage has `steps_per_stage` steps. q, k, b: as of `curricula.stage_below`. mean, std: of ln t. huber_c: c.
+
+    Raises: ValueError: a number out of range.
     """
 
     preconditioning: ClassVar[str] = "edm"
@@ -304,7 +341,9 @@ class EasyConsistencyTuning(Objective):
         number = step // self.steps_per_stage
         return Stage(number, number * self.steps_per_stage, self.steps_per_stage)
 
-    def _loss(self, model, x_start, stage, draw, labels, **_):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
+    ) -> dict[str, Tensor]:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("q", "k", "b", "mean", "std", "huber_c")}
         return losses.easy_consistency_loss(model, x_start, stage.number, draw=draw, labels=labels, **options)
 

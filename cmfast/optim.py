@@ -168,7 +168,7 @@ class _Fused(torch.optim.Optimizer):
 
 
 class RAdam(_Fused, torch.optim.RAdam):
-    __doc__ = f"""torch.optim.RAdam in one pass (`cmfast.ops.radam_ema_`), with its arguments and state.
+    __doc__ = f"""torch.optim.RAdam in one pass (`cmfast.ops.radam_ema_`), with its params, arguments and state.
 
     {_Fused.__doc__}
 
@@ -196,8 +196,8 @@ class RAdam(_Fused, torch.optim.RAdam):
 
 
 class Adam(_Fused, torch.optim.Adam):
-    __doc__ = f"""torch.optim.Adam in one pass (`cmfast.ops.adam_ema_`), with its arguments and state; AdamW with
-    `decoupled_weight_decay=True`.
+    __doc__ = f"""torch.optim.Adam in one pass (`cmfast.ops.adam_ema_`), with its params, arguments and state; AdamW
+    with `decoupled_weight_decay=True`.
 
     {_Fused.__doc__}
     """
@@ -256,7 +256,7 @@ def _sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError("a gradient is a partial sum: reduce it before the step")
     dims = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
-    return (tensor.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
+    return (tensor.device_mesh, dims) if dims else None  # type: ignore[attr-defined]  # a DTensor
 
 
 def _reduced(scalar: Tensor, sharding: tuple[Any, tuple[int, ...]] | None, *, squares: bool) -> Tensor:

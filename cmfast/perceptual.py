@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from cmfast.ops import _check
 from cmfast.ops.lpips import lpips_input, lpips_layer, value_range_of
 
 #: A state dict, or the path of a file that torch.load reads one from.
-Weights: TypeAlias = Mapping[str, Tensor] | str | os.PathLike
+Weights: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
 
 #: What the trunk can be asked to compute in; float64 comes with `.double()`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,11 @@ _TRUNKS = {
 
 
 def unit_images(image: Tensor, *, resize: bool = True, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """What the losses of consistency models compare: [0, 1], 224 x 224 (bilinear) where narrower than 256 before."""
+    """What the losses of consistency models compare: [B, C, 224, 224] in [0, 1] where the image [B, C, H, W] was
+    narrower than 256 (bilinear), else of its size.
+
+    resize: False leaves the size. value_range: what stands for black and for full intensity.
+    """
     low, high = value_range
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     size = _resized(image) if resize else None
@@ -145,7 +149,7 @@ class LPIPS(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LPIPS":
         """What `.to()` and its kin do to the weights, and the default dtype of a GPU."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
         if self.dtype is None and self.heads.is_cuda and self._trunk_dtype == torch.float32:
             self.trunk.to(torch.bfloat16)
         return self
@@ -153,6 +157,17 @@ class LPIPS(nn.Module):
     @property
     def _trunk_dtype(self) -> torch.dtype:
         return next(self.trunk.buffers()).dtype
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(
+            self,
+            x: Tensor,
+            target: Tensor,
+            *,
+            resize: bool = True,
+            value_range: tuple[float, float] = (-1.0, 1.0),
+        ) -> Tensor: ...
 
     def forward(
         self,
@@ -245,7 +260,8 @@ def _make_trunk(net: str, pooling: str, weights: Weights | None, pretrained: boo
             if isinstance(layer, nn.MaxPool2d):
                 trunk[i] = nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
     _parameters_to_buffers(trunk)
-    return trunk.to(memory_format=torch.channels_last)
+    in_channels_last: nn.Sequential = trunk.to(memory_format=torch.channels_last)
+    return in_channels_last
 
 
 def _make_heads(net: str, weights: Weights | None, pretrained: bool) -> Tensor:
@@ -293,7 +309,10 @@ def _read(name: str, weights: Weights) -> Mapping[str, Tensor]:
 def _download(weights: Any) -> Mapping[str, Tensor]:
     """The state dict of `weights`, a member of one of torchvision's enumerations."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        state: Mapping[str, Tensor] = weights.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
+        return state
     except (OSError, RuntimeError) as error:
         cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
         raise RuntimeError(

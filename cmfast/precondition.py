@@ -39,17 +39,20 @@ class Preconditioner:
 
     @classmethod
     def consistency(cls, sigma_data: float = 0.5, sigma_min: float = 0.002) -> Preconditioner:
-        """The identity at sigma_min: a consistency model."""
+        """The identity at sigma_min: a consistency model. sigma_data: standard deviation of the data."""
         return cls(sigma_data, sigma_min)
 
     @classmethod
     def edm(cls, sigma_data: float = 0.5) -> Preconditioner:
-        """The identity at 0: a diffusion model, such as a teacher."""
+        """The identity at 0: a diffusion model, such as a teacher. sigma_data: standard deviation of the data."""
         return cls(sigma_data, 0.0)
 
     @classmethod
     def by_name(cls, name: str, *, sigma_data: float = 0.5, sigma_min: float = 0.002) -> Preconditioner:
-        """`"consistency"` or `"edm"`; ValueError for anything else."""
+        """`consistency` or `edm` by its name; sigma_min is for the first.
+
+        Raises: ValueError: another name; the message lists the known ones.
+        """
         if name == "consistency":
             return cls.consistency(sigma_data, sigma_min)
         if name == "edm":

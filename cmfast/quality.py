@@ -5,6 +5,7 @@ Everything is seeded, runs on a CPU in minutes, and can be repeated with `python
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +32,18 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.trunk(images)
+        """Of images [B, 1, 32, 32] in [-1, 1]: [B, 64]."""
+        found: Tensor = self.trunk(images)
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images))
+        """Logits [B, 10] of images [B, 1, 32, 32] in [-1, 1]."""
+        scores: Tensor = self.head(self.trunk(images))
+        return scores
 
 
 def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 0) -> DigitClassifier:
-    """A classifier of the training digits, shifted by up to two pixels; evaluation mode."""
+    """A classifier of the training digits, shifted by up to two pixels, after so many epochs; evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitClassifier().train()
@@ -60,13 +65,13 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features [N, D]: Heusel et al. 2017."""
-    x, y = x.double().numpy(), y.double().numpy()  # type: ignore[assignment]
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets x and y of features [N, D]: Heusel et al. 2017."""
+    a, b = x.double().numpy(), y.double().numpy()
+    cov_x, cov_y = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The trace of the square root of a product is the sum of the roots of its eigenvalues, real and not negative
     # but for rounding.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_x @ cov_y).real, 0, None)).sum()
-    mean = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(mean + np.trace(cov_x) + np.trace(cov_y) - 2 * roots)
 
 
@@ -84,7 +89,7 @@ def coverage(real: Tensor, made: Tensor, *, k: int = 3) -> tuple[float, float]:
 def nearest_distance(images: Tensor, training: Tensor) -> float:
     """The median pixel distance (root mean square, data range 2) of images to their nearest training image."""
     distances = torch.cdist(images.flatten(1), training.flatten(1)).min(1).values
-    return distances.median().item() / images[0].numel() ** 0.5
+    return float(distances.median()) / math.sqrt(images[0].numel())
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ class Quality:
 def measure(
     classifier: DigitClassifier, images: Tensor, labels: Tensor, training: data.ImageData, *, seed: int = 0
 ) -> Quality:
-    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]."""
+    """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]: by a classifier, beside training
+    digits."""
     features = torch.cat([classifier.features(part) for part in images.split(500)])
     real = torch.cat([classifier.features(part) for part in training.images.split(500)])
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()
@@ -119,7 +125,10 @@ def measure(
 
 
 def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """n samples as float images in [-1, 1], from their 8-bit pixels, and their labels."""
+    """n samples of a sampler as float images [n, C, H, W] in [-1, 1], from their 8-bit pixels, and their labels [n].
+
+    Raises: ValueError: the model has no classes.
+    """
     pixels = sampler.sample(n, seed=seed, progress=False)
     labels = sampler.labels(n, seed=seed)
     if labels is None:
@@ -128,7 +137,8 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000, seed: int = 0) -> str:
-    """A Markdown table: real held-out digits, one and two steps of the model, 18 Heun steps of the teacher."""
+    """A Markdown table of num images each: real held-out digits, one and two steps of the model, 18 Heun steps of the
+    teacher."""
     training, held_out = data.mnist()
     assert held_out.labels is not None
     classifier = train_classifier(training)

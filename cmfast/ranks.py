@@ -33,8 +33,9 @@ class Ranks:
         if self.size == 1:
             return work()
         failure: Exception | None = None
+        made: list[Result] = []
         try:
-            result = work()
+            made.append(work())
         except Exception as error:
             failure = error
         failed = torch.tensor([int(failure is not None)])
@@ -49,7 +50,7 @@ class Ranks:
             if message is not None:
                 # What fails on the first rank mostly fails on all, as it would in one process.
                 raise RankError(f"rank {rank}: {message}" if rank else message) from failure
-        return result
+        return made[0]
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks of a tensor on the CPU, on each."""

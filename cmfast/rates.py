@@ -22,7 +22,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Constant(Rate):
-    """The same at every update.
+    """The same rate at every update. Raises: ValueError: not from 0 to 1.
 
     >>> str(Constant(0.9999))
     '0.9999'
@@ -35,7 +35,8 @@ class Constant(Rate):
             raise ValueError(f"a rate must be from 0 to 1, got {self.rate}")
 
     @property
-    def constant(self) -> float:  # type: ignore[override]
+    def constant(self) -> float:  # type: ignore[override]  # read alone
+        """The rate."""
         return self.rate
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -47,10 +48,12 @@ class Constant(Rate):
 
 @dataclass(frozen=True)
 class HalfLife(Rate):
-    """0.5^(batch / halflife): what is `halflife` images ago weighs half. Karras et al. 2022, appendix F.2.
+    """0.5^(batch / halflife): what is `halflife` images ago weighs half. Karras et al. 2022, appendix F.
 
     halflife   in images; in steps where `batch`, the images of a step, is 1
     rampup     the half-life is at most this part of the images seen before; 0.05 there
+
+    Raises: ValueError: one that is not positive.
 
     >>> HalfLife(500)(torch.tensor(1)) ** 500
     tensor(0.5000, dtype=torch.float64)
@@ -65,7 +68,8 @@ class HalfLife(Rate):
             raise ValueError(f"halflife, batch and rampup must be positive, got {self}")
 
     @property
-    def constant(self) -> float | None:  # type: ignore[override]
+    def constant(self) -> float | None:  # type: ignore[override]  # read alone
+        """The rate, where it does not ramp up."""
         return 0.5 ** (self.batch / self.halflife) if self.rampup is None else None
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -88,12 +92,14 @@ class PowerFunction(Rate):
     std is the width of what is remembered, as a part of the training so far: give it (0.05, 0.1), or gamma (16.97,
     6.94).
 
+    Raises: ValueError: both or neither of them, or one out of range.
+
     >>> round(PowerFunction(std=0.1).gamma, 2), round(PowerFunction(gamma=16.97).std, 4)
     (6.94, 0.05)
     """
 
-    std: float = None  # type: ignore[assignment]
-    gamma: float = None  # type: ignore[assignment]
+    std: float = None  # type: ignore[assignment]  # set below
+    gamma: float = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
         if (self.std is None) == (self.gamma is None):
@@ -132,7 +138,8 @@ class WarmUp(Rate):
 
 @dataclass
 class Given(Rate):
-    """Set from outside, as mu(N(k)) of a curriculum: `rate.set_(value)`, a number or a scalar on the device.
+    """Set from outside, as mu(N(k)) of a curriculum: `rate.set_(value)`, a number or a scalar on the device. start: the
+    first.
 
     >>> rate = Given(0.9)
     >>> rate.set_(0.95)
@@ -147,7 +154,7 @@ class Given(Rate):
         self.value = torch.tensor(self.start, dtype=torch.float64)
 
     def set_(self, rate: float | Tensor) -> None:
-        """The rate of the updates that follow. Neither kind waits for the device."""
+        """The rate of the updates that follow: a number, or a scalar. Neither kind waits for the device."""
         if isinstance(rate, Tensor):
             self.value.copy_(rate)
         else:
@@ -195,7 +202,7 @@ _KINDS = "known: 0.9999, halflife:IMAGES[,batch=N][,rampup=PART], power:STD, war
 
 
 def _std_of(gamma: float) -> float:
-    """sigma_rel of Karras et al. 2023, eq. 126."""
+    """sigma_rel of Karras et al. 2023, eq. 123."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 

@@ -103,7 +103,8 @@ def objective(settings: Mapping[str, Any]) -> Objective:
     fields.pop("name", None)
     if hasattr(kind, "total_steps"):
         fields.setdefault("total_steps", settings["options"]["steps"])
-    return config.make(kind, fields, f"the objective of {settings['recipe']}")
+    made: Objective = config.make(kind, fields, f"the objective of {settings['recipe']}")
+    return made
 
 
 def trainer(

@@ -45,7 +45,7 @@ class Runner:
         self.model = model
         self.startup = 0.0
         self._cuda_graph, self._host_work = cuda_graph, host_work
-        self._options = {"optimize": optimize, "compile": compile, "dtype": dtype}
+        self._options: dict[str, Any] = {"optimize": optimize, "compile": compile, "dtype": dtype}
         self._programs = ProgramCache(cache_size)
         self._space: Any = None
         #: Why capturing this model failed.
@@ -130,7 +130,7 @@ class Runner:
     def _prepare(self) -> None:
         start = time.perf_counter()
         with self._evaluating(), torch.inference_mode(False):
-            self._prepared = prepare(self.model, **self._options)  # type: ignore[arg-type]
+            self._prepared = prepare(self.model, **self._options)
         self.startup += time.perf_counter() - start
 
     def _refresh_derived(self, *, force: bool) -> None:

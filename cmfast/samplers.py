@@ -77,7 +77,8 @@ def _steps(count: int, progress: bool) -> Iterable[int]:
         return range(count)
     from tqdm.auto import trange
 
-    return trange(count)
+    bar: Iterable[int] = trange(count)
+    return bar
 
 
 def _report(
@@ -96,7 +97,11 @@ def _report(
 
 
 def sample_onestep(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
-    """D(x, sigmas[0]): one network call. x = sigmas[0] noise, [B, C, H, W]. Options: as `sample_multistep`."""
+    """D(x, sigmas[0]): one network call. x = sigmas[0] noise, [B, C, H, W]. Options: as in `sample_multistep`.
+
+    >>> sample_onestep(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0]).shape
+    torch.Size([2, 1, 8, 8])
+    """
     return sample_multistep(model, x, _floats(sigmas, least=1)[:1], **options)
 
 
@@ -118,11 +123,20 @@ def sample_multistep(
 ) -> Tensor:
     """Song et al. 2023, algorithm 1: denoise, add noise of the next level, denoise again.
 
-    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels at which the model is evaluated.
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels at which the model is evaluated, in data units.
+        labels: int64 [B], of a class-conditional model.
+        noise_fn: x -> standard normal noise like x, called between two steps.
+        clip_denoised: clamp D to [-1, 1].
         end_sigma: add noise of this level to the result too, sqrt(end_sigma^2 - sigma_min^2); the original always
         does (with a level of sigma_min that adds nothing, but draws). None: do not.
         pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; needs end_sigma=None.
         first: the network's input at (x, sigmas[0]) and its c_noise, if known.
+        progress: show a bar. callback: called after each step with a dict of what it made.
+
+    Raises: ValueError: levels that do not descend, or pixels with an end_sigma.
+
+    >>> sample_multistep(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.382]).shape
+    torch.Size([2, 1, 8, 8])
     """
     if pixels is not None and end_sigma is not None:
         raise ValueError("pixels are made of the last D: leave end_sigma out")
@@ -161,7 +175,14 @@ def sample_euler(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler steps of the probability-flow ODE from sigmas[0] to sigmas[-1]: first order, n - 1 network calls."""
+    """Euler steps of the probability-flow ODE from sigmas[0] to sigmas[-1]: first order, n - 1 network calls.
+
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: n levels that fall, in data units; the rest as in
+        `sample_multistep`.
+
+    >>> sample_euler(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.0, 0.0]).shape
+    torch.Size([2, 1, 8, 8])
+    """
     evaluate = _evaluator(model, labels, clip_denoised)
     levels = _floats(sigmas, least=2)
     sigma = _on_device(levels, x)
@@ -174,7 +195,10 @@ def sample_euler(
 
 
 def sample_progdist(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
-    """Euler steps that stop at the last positive level: how progressively distilled models are sampled."""
+    """Euler steps that stop at the last positive level: how progressively distilled models are sampled.
+
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels, in data units; options: as in `sample_euler`.
+    """
     levels = _floats(sigmas, least=2)
     return sample_euler(model, x, levels[:-1] if levels[-1] == 0 else levels, **options)
 
@@ -245,18 +269,22 @@ def _second_order(
 def sample_heun(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
     """Karras et al. 2022, algorithm 2: Heun's method with churn; 2 n - 3 network calls for n levels ending in 0.
 
-    Args: x [B, C, H, W] = sigmas[0] noise; labels; noise_fn; clip_denoised;
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: levels that fall, in data units; labels int64 [B]; options:
+        noise_fn, clip_denoised, progress, callback: as in `sample_multistep`;
         s_churn, s_tmin, s_tmax, s_noise: noise raised at each step by min(s_churn / steps, sqrt(2) - 1) between
         the levels s_tmin and s_tmax, with noise scaled by s_noise;
         draw_unused: draw noise at every step, also where none is added, as the original does (generators stay in
-        step with it); progress; callback.
+        step with it).
+
+    >>> sample_heun(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.0, 0.0]).shape
+    torch.Size([2, 1, 8, 8])
     """
     return _second_order(model, x, sigmas, midpoint=False, **options)
 
 
 @torch.no_grad()
 def sample_dpm(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tensor:
-    """DPM-Solver-2 with churn: the slope at the midpoint of a rho = 3 schedule. Arguments as `sample_heun`."""
+    """DPM-Solver-2 with churn: the slope at the midpoint of a rho = 3 schedule. Arguments as in `sample_heun`."""
     return _second_order(model, x, sigmas, midpoint=True, **options)
 
 
@@ -274,7 +302,11 @@ def sample_euler_ancestral(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling: an Euler step down to sigma_down, then noise of sigma_up, which lands at the next level."""
+    """Ancestral sampling: an Euler step down to sigma_down, then noise of sigma_up, which lands at the next level.
+
+    Args: x [B, C, H, W] = sigmas[0] noise; sigmas: levels that fall, in data units; draw_unused: as in `sample_heun`;
+        the rest as in `sample_multistep`.
+    """
     evaluate = _evaluator(model, labels, clip_denoised)
     levels = _floats(sigmas, least=2)
     pairs = [schedules.ancestral_levels(a, b) for a, b in zip(levels, levels[1:], strict=False)]
@@ -303,6 +335,7 @@ def sample_midpoint_ancestral(
     """Midpoint steps of size h = 1 / len(ts) along dx/dt = slope(x, t): x + h slope(x + h/2 slope(x, t), t + h/2).
 
     As in the original, `slope` gives a derivative, not a denoised batch, and the steps are equal whatever ts holds.
+    x [B, C, H, W]; progress and callback as in `sample_multistep`.
     """
     levels = ts.tolist() if isinstance(ts, Tensor) else [float(t) for t in ts]
     h = 1 / len(levels)
@@ -343,7 +376,7 @@ def sampler_sigmas(
     """The noise levels of a sampler from exactly one of `steps`, `sigmas`, `ts` (default: steps=1, 18 for solvers).
 
     For `multistep`: the levels of the model's evaluations: `steps=2` is [80, 1.382], which is `ts=(0, 22, 39)` of
-    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0.
+    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0. sigma_min, sigma_max, rho: of the grid.
 
     Raises: ValueError: an unknown sampler, more than one of the three, or levels that make no schedule.
 
@@ -396,10 +429,11 @@ def sample(
 ) -> Tensor:
     """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels.
 
-    Args: noise: a tensor, or an `ops.Draw` for images of `image_shape` (C, H, W) in float32; sampler: one of
-        `SAMPLERS`; sigmas: its noise levels (default: those of `sampler_sigmas(sampler)`); labels int64 [B] if
-        class-conditional; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the
-        sampler's own.
+    Args: model: a `Denoiser`, or D(x, sigma[, labels]); noise: a tensor, or an `ops.Draw` for images of `image_shape`
+        (C, H, W) in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default: those of
+        `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every
+        step; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the sampler's.
+    Raises: ValueError: an unknown sampler, levels that do not fit it, or a draw without an image_shape.
 
     >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")
     >>> images.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ def karras_sigma(
         # The ends exactly, so that a level can be compared with sigma_min.
         if fraction in (0, 1):
             return sigma_min if fraction else sigma_max
-    return (high + fraction * (low - high)) ** rho
+    level: Tensor | float = (high + fraction * (low - high)) ** rho
+    return level
 
 
 def karras_sigmas(
@@ -63,6 +64,8 @@ def karras_sigmas(
     """`num_scales` levels from sigma_max down to sigma_min, and 0 if `append_zero`: [N + 1] or [N].
 
     Raises: ValueError: num_scales below 1.
+
+    dtype, device: of the result. sigma_min, sigma_max and rho shape the grid.
 
     >>> karras_sigmas(3).tolist()
     [80.0, 2.5152..., 0.002..., 0.0]
@@ -86,6 +89,8 @@ def multistep_sigmas(
     increasing: bool = True,
 ) -> list[float]:
     """Noise levels of grid indices `ts`, as openai/consistency_models names the steps of multistep sampling.
+
+    sigma_min, sigma_max, rho: of the grid, in data units.
 
     Raises: ValueError: an index that is not on the grid of num_scales levels, fewer than two, or with `increasing`
         indices that do not increase (the original takes any).
@@ -113,7 +118,7 @@ def nearest_ts(
     rho: float = RHO,
 ) -> tuple[int, ...]:
     """The indices of the grid of num_scales levels nearest to `sigmas`, and where sampling ends: of `multistep_sigmas`
-    the inverse. Nearest in sigma^(1/rho), in which the grid is even.
+    the inverse. Nearest in sigma^(1/rho), in which the grid from sigma_max to sigma_min is even.
 
     Raises: ValueError: a level that is negative, or NaN.
 
@@ -133,8 +138,8 @@ def step_sigmas(
 ) -> list[float]:
     """The levels at which multistep sampling in `steps` network calls evaluates the model.
 
-    On the original's grid of 40 levels: index 0 for one step; 0 and 22 for two (Song et al. 2023 found it by search
-    on ImageNet-64); evenly spaced indices, i 39 / steps rounded, for more.
+    On the original's grid of 40 levels (sigma_min, sigma_max, rho): index 0 for one step; 0 and 22 for two (Song et al.
+    2023 found it by search on ImageNet-64); evenly spaced indices, i 39 / steps rounded, for more.
 
     Raises: ValueError: steps not from 1 to 39.
 
@@ -152,13 +157,13 @@ def ancestral_levels(sigma: _Level, next_sigma: _Level) -> tuple[_Level, _Level]
 
     With r = next_sigma / sigma, at most 1: next_sigma r and next_sigma sqrt(1 - r^2). Numbers or tensors.
     """
-    ratio = next_sigma / sigma
+    ratio: Any = next_sigma / sigma
     ratio = ratio.clamp(max=1) if isinstance(ratio, Tensor) else min(ratio, 1.0)
     return next_sigma * ratio, next_sigma * (1 - ratio**2) ** 0.5
 
 
 def lognormal_sigmas(noise: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """exp(mean + std noise): the training noise levels of Karras et al. 2022, from standard normals."""
+    """exp(mean + std noise): the training noise levels of Karras et al. 2022, table 1, from standard normals [B]."""
     return torch.exp(mean + std * noise)
 
 
@@ -177,7 +182,13 @@ def ema_and_scales(
     - 1) + 1. `adaptive`/`progressive`: the same N and mu(k) = exp(s0 ln mu0 / (N - 1)). `fixed`/`progdist`: scales
     halve every distill_steps_per_iter steps, with twice as long for the last two stages, and the target never moves.
 
+    target_ema_mode, scale_mode: the pair before the colon. start_ema is mu0, start_scales s0, end_scales s1,
+    total_steps K.
+
     Raises: ValueError: another pair of modes; the message lists the known ones.
+
+    >>> ema_and_scales("adaptive", 0.95, "progressive", 2, 150, 1000, 0)(0)
+    (0.95, 2)
     """
     modes = (target_ema_mode, scale_mode)
     known = [("fixed", "fixed"), ("fixed", "progressive"), ("adaptive", "progressive"), ("fixed", "progdist")]
@@ -190,12 +201,12 @@ def ema_and_scales(
         return max(math.ceil(math.sqrt(growth + start_scales**2) - 1), 1)
 
     def progdist(step: int) -> int:
-        scales = max(start_scales // 2 ** int(step // distill_steps_per_iter), 2)
+        scales = max(start_scales // (1 << int(step // distill_steps_per_iter)), 2)
         if scales > 2:
             return scales
         # Two scales, then one, each held for twice the stage length from the step at which two is reached.
         late = max(step - distill_steps_per_iter * (math.log2(start_scales) - 1), 0)
-        return max(2 // 2 ** int(late // (distill_steps_per_iter * 2)), 1)
+        return max(2 // (1 << int(late // (distill_steps_per_iter * 2))), 1)
 
     def at_step(step: int) -> tuple[float, int]:
         if modes == ("fixed", "fixed"):

@@ -5,6 +5,7 @@ they are.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,10 @@ class UNetModel(nn.Module):
 
     Raises:
         ValueError: widths that are not multiples of 32, heads that do not divide them, `dims` not 1, 2 or 3.
+
+    >>> network = UNetModel(8, 3, 32, 3, 1, attention_resolutions=[2], channel_mult=(1, 2), num_classes=10)
+    >>> network(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.tensor([3, 7])).shape
+    torch.Size([2, 3, 8, 8])
     """
 
     #: All of its dropout is `dropout.Dropout`.
@@ -123,7 +128,7 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        def res_block(channels: int, out_channels: int, **updown) -> ResBlock:
+        def res_block(channels: int, out_channels: int, **updown: bool) -> ResBlock:
             return ResBlock(
                 channels,
                 emb_channels,
@@ -211,6 +216,10 @@ class UNetModel(nn.Module):
         """`convert_torso(torch.float32)`."""
         return self.convert_torso(torch.float32)
 
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor: ...
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Apply the network.
 
@@ -236,13 +245,15 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(_weight_dtype(self.out))).to(x.dtype)
+        output: Tensor = self.out(h.to(_weight_dtype(self.out)))
+        return output.to(x.dtype)
 
     def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """What residual blocks are given of timesteps [B] and labels [B]: [B, 4 model_channels]."""
+        """What residual blocks are given of timesteps [B] and labels y int64 [B]: [B, 4 model_channels]."""
         weights_dtype = _weight_dtype(self.time_embed)
         embedding_dtype = torch.float64 if weights_dtype == torch.float64 else torch.float32
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype))
+        waves = timestep_embedding(timesteps, self.model_channels, embedding_dtype).to(weights_dtype)
+        emb: Tensor = self.time_embed(waves)
         return emb if y is None else emb + self.label_emb(y)
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:

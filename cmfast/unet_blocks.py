@@ -19,8 +19,8 @@ _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
-    """A 1-d, 2-d or 3-d convolution."""
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A convolution of `dims` dimensions, 1, 2 or 3; args, kwargs: as of `nn.Conv2d`."""
     return _CONVS[dims](*args, **kwargs)
 
 
@@ -65,6 +65,7 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(NUM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] normalised, in its dtype."""
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -77,14 +78,18 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the embedding to the children that take one."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # with an embedding
+        """x [B, C, ...] through the sequence, with emb [B, E]."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`."""
+    """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`.
+
+    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2):
         super().__init__()
@@ -94,12 +99,16 @@ class Upsample(nn.Module):
         self.use_conv = use_conv
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] at twice the resolution."""
         x = F.interpolate(x, scale_factor=self.scale_factor, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
 class Downsample(nn.Module):
-    """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution or by averaging."""
+    """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution (`use_conv`) or by averaging.
+
+    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2):
         super().__init__()
@@ -110,7 +119,9 @@ class Downsample(nn.Module):
             self.op = _AVERAGE_POOLS[dims](stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        """x [B, C, ...] at half the resolution."""
+        h: Tensor = self.op(x)
+        return h
 
 
 class ResBlock(TimestepBlock):
@@ -119,6 +130,8 @@ class ResBlock(TimestepBlock):
     x [B, C, ...], emb [B, E]  →  [B, out_channels, ...] in the dtype of the convolutions; the spatial size is
     doubled by `up`, halved by `down`. With `use_scale_shift_norm` the embedding scales and shifts the second
     normalisation, else it is added before it. `use_checkpoint` recomputes the block in the backward pass.
+
+    channels: of x. emb_channels: E. dropout: probability of the second half's. dims: spatial dimensions, 1, 2 or 3.
     """
 
     def __init__(
@@ -157,12 +170,14 @@ class ResBlock(TimestepBlock):
         self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block's output for x [B, C, ...] and emb [B, E]."""
         if self.use_checkpoint and torch.is_grad_enabled():
             # Keeping the generator's state stalls the device: only where it must draw a dropout mask again.
             drop: Any = self.out_layers[2]
             generated = self.training and float(drop.p) > 0 and not getattr(drop, "counts", False)
             forward = dropouts.kept(self._forward)
-            return checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
+            h: Tensor = checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
+            return h
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -181,14 +196,16 @@ class ResBlock(TimestepBlock):
             h = out_norm(h) * (1 + scale) + shift
         else:
             h = out_norm(h + emb_out)
-        h = out_conv(drop(out_act(h)))
-        return self.skip_connection(x) + h
+        made: Tensor = self.skip_connection(x) + out_conv(drop(out_act(h)))
+        return made
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with a residual connection. [B, C, ...] → the same.
 
-    The projection's channels are ordered (q k v, heads, d) as in the published checkpoints.
+    The projection's channels are ordered (q k v, heads, d) as in the published checkpoints. num_heads counts where
+    num_head_channels, the width of a head, is -1; dims: spatial dimensions, 1, 2 or 3; use_checkpoint: recompute the
+    block in the backward pass.
 
     Raises:
         ValueError: the channels cannot be divided into heads.
@@ -219,6 +236,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_(conv_nd(dims, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] with what its positions say to each other."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x)
@@ -231,4 +249,5 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.num_heads, channels // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, S, d]
         h = h.transpose(2, 3).reshape(batch, channels, *spatial)
-        return x + self.proj_out(h)
+        made: Tensor = self.proj_out(h)
+        return x + made

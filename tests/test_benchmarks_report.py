@@ -121,6 +121,27 @@ def test_tables(folder, capsys):
     assert "README.md" in capsys.readouterr().out
 
 
+def test_what_a_setting_is_worth(results):
+    """Two rows of one run that differ in it, per image; of a trial's own pair where a run has several."""
+    rows = results[0]["rows"]
+    rows += [
+        row("cmfast", 22.0, 1.0, name="batch 1, multistep, 2 steps"), {**row("cmfast_compile", 5.0, 0.5), "trial": 7},
+        {**row("cmfast", 16.0, name="batch 4, multistep, 1 step"), "batch": 4},
+    ]  # fmt: skip
+    table = "\n".join(report.choices(results))
+    assert "| two steps for one | imagenet64, batch 1, multistep, 1 step | 10.0 | 22.0 | 2.20 |" in table
+    assert "| batch 4 for 1 | imagenet64, batch 1, multistep, 1 step | 10.0 | 4 | 0.40 |" in table
+    assert "| `compile=True` | imagenet64, batch 1, multistep, 1 step | 10.0 | 8 | 0.80 |" in table
+    assert "bfloat16" not in table and table.count("multistep") == 3
+
+
+def test_who_beats_it_where(results):
+    assert report.losses(results)[2:] == [
+        "| sampling | plain PyTorch under `torch.compile` | 1 of 1 | 0.90 | 0.90 "
+        "| imagenet64, batch 1, multistep, 1 step | 10.0 | 9 |"
+    ]
+
+
 def test_latency_against_batch(results, tmp_path):
     pytest.importorskip("matplotlib")
     from cmfast.benchmarks import plots
@@ -143,11 +164,11 @@ def test_the_tables_of_this_repository():
     """Each is what the files in benchmarks/results say: `make report` writes them."""
     devices = report.load(ROOT / "benchmarks" / "results")
     found = 0
-    for path in (ROOT / "README.md", report.RESULTS):
+    for path in report.FILES:
         text = path.read_text(encoding="utf-8")
         found += len(report.BLOCK.findall(text))
         assert report.written(text, devices) == text, f"{path.name}: run `make report`"
-    assert found >= 3
+    assert found >= 9
 
 
 def test_every_number_of_a_result_is_in_a_table(results):

@@ -11,8 +11,8 @@ import pytest
 import cmfast
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/mathematics.md", "docs/migration.md", "docs/kernels.md")
-LINKED = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+PAGES = ("docs/mathematics.md", "docs/migration.md", "docs/kernels.md", "docs/performance.md", "CHANGELOG.md")
+LINKED = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINKED.append(ROOT / "benchmarks" / "README.md")
 
 #: Modules that pages call by their own name. `cm` is the original's package, here `cmfast.compat.openai`.
@@ -201,8 +201,9 @@ def test_code_compiles():
     assert blocks(text) and not faults_of_code(text)
 
 
-def test_calls_fit():
-    assert not faults_of_calls(page("docs/migration.md"))
+@pytest.mark.parametrize("name", ["docs/migration.md", "docs/performance.md"])
+def test_calls_fit(name):
+    assert not faults_of_calls(page(name))
 
 
 def test_excerpts_are_those_of_the_files():
@@ -257,3 +258,47 @@ def test_the_checks_themselves(check, text, fault):
 )
 def test_the_check_of_links_itself(text, fault):
     assert faults_of_links(ROOT / "README.md", text) == ([] if fault is None else [fault])
+
+
+#: A number with what it counts: times, shares, rates, sizes.
+MEASURED = re.compile(r"(?<![\w.])\d[\d.,]*\s*(?:ms|µs|s|%|x|×|GB|MB|images|times|percent|per cent)(?![\w-])")
+
+
+def faults_of_numbers(text):
+    """Numbers of a performance page that no file of results makes, and rows of what is derived that are not those of
+    benchmarks/README.md."""
+    ours = re.sub(r"<!-- benchmarks: \w+ -->.*?<!-- /benchmarks -->", "", FENCE.sub("", text), flags=re.S)
+    derived = re.search(r"^Derived, not measured:(?:.+\n)+\n((?:\|.*\n)+)", ours, re.M)
+    rows = derived[1].splitlines() if derived else []
+    known = page("benchmarks/README.md").splitlines()
+    found = [f"not in benchmarks/README.md: {row}" for row in rows if row not in known]
+    rest = ours.replace(derived[1], "") if derived else ours
+    return found + MEASURED.findall(rest)
+
+
+def test_numbers_of_performance_are_those_of_the_results():
+    text = page("docs/performance.md")
+    assert text.count("<!-- benchmarks: ") >= 6 and "Derived, not measured:" in text
+    assert not faults_of_numbers(text)
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("It takes 12.5 ms.", "12.5 ms"),
+        ("That is 3x as fast", "3x"),
+        ("half, 50% of it", "50%"),
+        ("<!-- benchmarks: a -->\n12 ms\n<!-- /benchmarks -->\nwords 3x3, 224x224, `steps=2`, 2n", None),
+        ("Derived, not measured: x\n\n| a | 1 ms |\n", "not in benchmarks/README.md: | a | 1 ms |"),
+    ],
+)
+def test_the_check_of_numbers_itself(text, fault):
+    assert faults_of_numbers(text) == ([] if fault is None else [fault])
+
+
+def test_the_changelog_is_of_this_version():
+    """Its newest entry is what is here, each entry has a date or is not released yet, and README leads to it."""
+    entries = re.findall(r"^## \[([\w.]+)\] - (.+)$", page("CHANGELOG.md"), re.M)
+    assert entries and entries[0][0] == cmfast.__version__
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d|Unreleased", date) for _, date in entries)
+    assert {"CHANGELOG.md", "docs/performance.md"} <= set(LINK.findall(page("README.md")))

@@ -229,6 +229,8 @@ def test_no_file_mentions_a_path_of_some_machine():
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
+    """An sdist or a wheel of a source tree, with the build backend that pip would use."""
+    out.mkdir(exist_ok=True)
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -236,8 +238,14 @@ def build(kind: str, source: Path, out: Path) -> Path:
     return built
 
 
+def extract(sdist: Path, folder: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
 def test_wheel_from_sdist(tmp_path):
-    """checkout -> sdist -> wheel, with the build backend that pip would use."""
+    """checkout -> sdist -> wheel. tests/test_wheel.py installs them."""
     pytest.importorskip("setuptools", minversion="77")
     checkout = tmp_path / "checkout"
     for path in repository_files():
@@ -247,9 +255,7 @@ def test_wheel_from_sdist(tmp_path):
             target.write_bytes((ROOT / path).read_bytes())
 
     sdist = build("sdist", checkout, tmp_path)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    wheel = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path)
+    wheel = build("wheel", extract(sdist, tmp_path), tmp_path)
 
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"cmfast", f"cmfast-{cmfast.__version__}.dist-info"}

@@ -37,7 +37,7 @@ def test_half_life_that_ramps_up():
 
 
 def test_power_function():
-    """The average is one over the whole past, weighted by t^gamma: Karras et al. 2023, eq. 120."""
+    """The average is one over the whole past, weighted by t^gamma: Karras et al. 2023, eq. 121."""
     rate = PowerFunction(gamma=6.94)
     check(rate, lambda t: (1 - 1 / t) ** 7.94)
     weights = torch.zeros(2000, dtype=torch.float64)

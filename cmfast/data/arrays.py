@@ -27,7 +27,7 @@ FINGERPRINT_IMAGES = 64
 
 @dataclass(frozen=True)
 class ImageData(Dataset):
-    """Images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None.
+    """images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None. flip: as of `Dataset`.
 
     Raises: ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative or has no image.
     """
@@ -59,15 +59,18 @@ class ImageData(Dataset):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     @cached_property
-    def num_classes(self) -> int | None:  # type: ignore[override]
+    def num_classes(self) -> int | None:
+        """Labels are below it; None without labels."""
         return None if self.labels is None else int(self.labels.max()) + 1 if len(self) else 0
 
     @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
+        """Tells these images from others, in one line that can be read."""
         rows = torch.linspace(0, len(self) - 1, min(len(self), FINGERPRINT_IMAGES)).long()
         digest = hashlib.sha256(self.images[rows].contiguous().numpy().tobytes())
         if self.labels is not None:

@@ -36,7 +36,7 @@ def decode(path: Path, by: str) -> Tensor:
         return _by_pillow(path)
     from torchvision.io import ImageReadMode, decode_image
 
-    image = decode_image(torch.from_numpy(content), ImageReadMode.RGB)
+    image: Tensor = decode_image(torch.from_numpy(content), ImageReadMode.RGB)
     return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 

@@ -25,7 +25,8 @@ NAMED = 5
 class FolderData(Dataset):
     """The images in a folder and its subfolders, in the order of their names, as uint8.
 
-    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. Arguments as of `open_data`.
+    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. path is the folder;
+    image_size, channels, flip, labelled: as of `open_data`.
 
     classes     the names of the labels, sorted, or None. Labels are the subfolders, if every image is in one and, for
                 `labelled=None`, there are two or more; without subfolders and with `labelled=True`, what stands before
@@ -65,14 +66,17 @@ class FolderData(Dataset):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         return self._reader.shape
 
     @property
     def num_classes(self) -> int | None:
+        """Labels are below it; None without labels."""
         return None if self.classes is None else len(self.classes)
 
     @property
     def fingerprint(self) -> str:
+        """Tells these images from others, in one line that can be read."""
         labels = "without labels" if self.classes is None else f"of {self.num_classes} classes"
         decoder = self._reader.decoder
         return f"{len(self)} images uint8 {list(self.image_shape)} {labels}, read by {decoder}, {self._digest}"
@@ -137,7 +141,7 @@ class FolderData(Dataset):
                 warnings.warn(message, stacklevel=3)
 
 
-class _Reader(torch.utils.data.Dataset):
+class _Reader(torch.utils.data.Dataset[Any]):
     """Draws to batches: what each worker process holds a copy of."""
 
     def __init__(

@@ -94,7 +94,8 @@ class Dataset(ABC):
         Epochs are permutations strung together, so that a batch may straddle two and every image is seen equally
         often. A step takes `world_size * batch_size` images, of which `rank` gets the rank-th part. What it gets
         depends neither on `workers`, the processes that read ahead, nor on where a run was interrupted. Images in
-        memory need no workers and start none; closing the iterator ends those of the others.
+        memory need no workers and start none; closing the iterator ends those of the others. `pin_memory`: in
+        page-locked memory.
 
         Raises: ValueError: no images, or a number that is too small.
         """

@@ -195,7 +195,7 @@ def fast_unet2d(model: Any, dtype: torch.dtype | None, pack: bool = True) -> Any
 def _fast_class(base: Any) -> Any:
     """A subclass of UNet2DModel with the fast pass. It keeps the base's name: configurations are saved under it."""
 
-    class Fast(base):  # type: ignore[misc]
+    class Fast(base):  # type: ignore[misc]  # known at run time
         def forward(
             self,
             sample: Tensor,
@@ -216,23 +216,25 @@ def _fast_class(base: Any) -> Any:
 
         def refresh(self, force: bool = False) -> bool:
             """As `cmfast.fast.FastUNet.refresh`."""
-            return self._fast.refresh(force)
+            return bool(self._fast.refresh(force))
 
         @property
         def input_dtype(self) -> torch.dtype:
             """As `cmfast.fast.FastUNet.input_dtype`."""
-            return self._fast.dtype or self.dtype
+            dtype: torch.dtype = self._fast.dtype or self.dtype
+            return dtype
 
         input_format = torch.channels_last
 
         def compile_parts(self) -> bool:
             """As `cmfast.fast.FastUNet.compile_parts`."""
-            return self._fast.compile_parts()
+            return bool(self._fast.compile_parts())
 
         @property
         def refusal(self) -> str | None:
             """As `cmfast.fast.FastUNet.refusal`."""
-            return self._fast.refusal
+            reason: str | None = self._fast.refusal
+            return reason
 
     Fast.__name__ = Fast.__qualname__ = base.__name__
     return Fast
@@ -244,7 +246,7 @@ def _embed(model: Any, sample: Tensor, timestep: Tensor | float | int, class_lab
         timestep = torch.full((1,), timestep, dtype=torch.float32, device=sample.device)
     timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
     dtype = model.time_embedding.linear_1.weight.dtype
-    emb = model.time_embedding(model.time_proj(timesteps).to(dtype))
+    emb: Tensor = model.time_embedding(model.time_proj(timesteps).to(dtype))
     if model.class_embedding is None:
         if class_labels is not None:
             raise ValueError("class_labels were given to a model without class embedding: leave them out")
@@ -253,4 +255,5 @@ def _embed(model: Any, sample: Tensor, timestep: Tensor | float | int, class_lab
         raise ValueError("class_labels are missing and the model is class-conditional")
     if model.config.class_embed_type == "timestep":
         class_labels = model.time_proj(class_labels).to(dtype)
-    return emb + model.class_embedding(class_labels).to(dtype)
+    emb = emb + model.class_embedding(class_labels).to(dtype)
+    return emb

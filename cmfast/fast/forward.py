@@ -216,9 +216,9 @@ class Forward:
         """
         if self.packed:
             return self._packed(h, modules, residual, spare)
-        weight = self.weights.joined(tuple(m.weight for m in modules), self.live)  # type: ignore[misc]
+        weight = self.weights.joined(tuple(m.weight for m in modules), self.live)  # type: ignore[misc]  # linear or 1x1
         if bias is None:
-            bias = self.weights.joined(tuple(m.bias for m in modules), self.live)  # type: ignore[misc]
+            bias = self.weights.joined(tuple(m.bias for m in modules), self.live)  # type: ignore[misc]  # linear or 1x1
         out = F.linear(h.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         return out if residual is None else out + residual
 
@@ -227,14 +227,17 @@ class Forward:
     ) -> Tensor:
         """oneDNN's convolution with weights in its own layout; the residual is added in the same pass."""
         weight = self.weights.packed(modules, h.shape)
-        bias = self.weights.joined(tuple(m.bias for m in modules), False)  # type: ignore[misc]
+        bias = self.weights.joined(tuple(m.bias for m in modules), False)  # type: ignore[misc]  # linear or 1x1
         options = *geometry(modules[0]), 1
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *options, "none", [], "")
         add: tuple[Any, ...] = "add", 1.0, None, [], None
-        if spare:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, h, weight, bias, *options, *add)
-        return torch.ops.mkldnn._convolution_pointwise.binary(h, residual, weight, bias, *options, *add)
+        made: Tensor
+        if residual is None:
+            made = torch.ops.mkldnn._convolution_pointwise(h, weight, bias, *options, "none", [], "")
+        elif spare:
+            made = torch.ops.mkldnn._convolution_pointwise_.binary(residual, h, weight, bias, *options, *add)
+        else:
+            made = torch.ops.mkldnn._convolution_pointwise.binary(h, residual, weight, bias, *options, *add)
+        return made
 
     def _plain(self, parameter: Any) -> Tensor:
         return self.weights.plain(parameter, self.live)
@@ -257,7 +260,8 @@ class Forward:
 
         def again(x: Tensor, *emb: Tensor) -> Tensor:
             self._draw = draw
-            return function(layer, Sum(x), *emb).settle()
+            total: Sum = function(layer, Sum(x), *emb)
+            return total.settle()
 
         return Sum(checkpoint(again, h.settle(), *emb, use_reentrant=False, preserve_rng_state=False))
 

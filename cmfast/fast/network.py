@@ -40,7 +40,7 @@ class FastPass:
         return {"model": self._model, "make_plan": self._make_plan, "dtype": self.dtype, "pack": self._pack}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]  # set up anew
 
     @property
     def serves(self) -> bool:
@@ -51,7 +51,7 @@ class FastPass:
     def refusal(self) -> str | None:
         """Why the network's own pass serves now; None if the fast one does."""
         self._look()
-        return self._reason or self._watch.hooked(root=False)  # type: ignore[union-attr]
+        return self._reason or self._watch.hooked(root=False)  # type: ignore[union-attr]  # _look made it
 
     def _look(self) -> bool:
         """Make the plan anew, of the modules as they are, if they changed; whether they did."""
@@ -110,7 +110,7 @@ def _serves(number: int) -> bool:
 
 # Called, not traced, and its answer taken for a constant: what `torch.compiler.assume_constant_result` does, without
 # its import of Dynamo. It takes constants alone, hence the number.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

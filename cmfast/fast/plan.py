@@ -100,7 +100,7 @@ def exact(module: object, kind: type | tuple[type, ...], where: str) -> Any:
 
 def convolution(module: object, where: str, *, size: int, stride: int = 1) -> nn.Conv2d:
     """A plain 2-d convolution that keeps the resolution, or divides it by `stride`."""
-    conv = exact(module, nn.Conv2d, where)
+    conv: nn.Conv2d = exact(module, nn.Conv2d, where)
     settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     expected = ((size, size), (stride, stride), (size // 2, size // 2), (1, 1), 1, "zeros")
     if settings != expected or conv.bias is None:
@@ -110,7 +110,7 @@ def convolution(module: object, where: str, *, size: int, stride: int = 1) -> nn
 
 def group_norm(module: object, where: str, kind: type = nn.GroupNorm) -> nn.GroupNorm:
     """A GroupNorm with weight and bias."""
-    norm = exact(module, kind, where)
+    norm: nn.GroupNorm = exact(module, kind, where)
     if norm.weight is None or norm.bias is None:
         raise Refused(f"{where} has no weight and bias")
     return norm

@@ -50,13 +50,21 @@ class Weights:
         """The sum of vectors [O]."""
         if len(parameters) == 1:
             return self.plain(parameters[0], live)
-        return self._made("summed", parameters, lambda *vectors: self._cast(sum(vectors)), live)  # type: ignore[arg-type]
+
+        def total(first: Tensor, *others: Tensor) -> Tensor:
+            for other in others:
+                first = first + other
+            return self._cast(first)
+
+        return self._made("summed", parameters, total, live)
 
     def packed(self, convs: tuple[nn.Module, ...], shape: torch.Size) -> Tensor:
         """The weight of a convolution as oneDNN wants it for inputs of `shape`; of several 1x1, or linear, joined."""
         def pack(*weights: Tensor) -> Tensor:
             joined = torch.cat([w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in weights])
-            return torch.ops.mkldnn._reorder_convolution_weight(self._cast(joined), *geometry(convs[0]), 1, list(shape))
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            packed: Tensor = reorder(self._cast(joined), *geometry(convs[0]), 1, list(shape))
+            return packed
 
         weights: Any = tuple(c.weight for c in convs)
         return self._made("packed", weights, pack, False, tuple(shape))

@@ -8,16 +8,17 @@ is taken here and why.
 
 from cmfast.ops._dispatch import BACKENDS, FUSED, SMALL, backend, current_backend, explain
 from cmfast.ops.averages import ema_update_
-from cmfast.ops.draw import Below, Drawn, Grid, Levels, LogNormal, draw_levels, draw_pair
+from cmfast.ops.draw import Drawn, draw_levels, draw_pair
 from cmfast.ops.dropout import dropout
 from cmfast.ops.group_norm import group_norm_silu
 from cmfast.ops.images import to_uint8
-from cmfast.ops.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
+from cmfast.ops.losses import consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.ops.lpips import lpips_input, lpips_layer
-from cmfast.ops.noise import Draw, add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
+from cmfast.ops.noise import add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
 from cmfast.ops.optimizer import adam_ema_, grad_norm, radam_ema_
 from cmfast.ops.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.ops.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
+from cmfast.reference import WEIGHTINGS, Below, Draw, Grid, Levels, LogNormal
 
 __all__ = [
     "BACKENDS",

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Forward = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 def fused(
     forward: Forward,
     backward: Callable[..., Any],
-    reference: Forward,
+    reference: Callable[..., Result],
     *inputs: Any,
     keep: int = 0,
     c_noise: tuple[int, ...] = (),
     **options: Any,
-) -> Any:
+) -> Result:
     """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
 
     `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
@@ -30,8 +31,9 @@ def fused(
         results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
     else:
         results = _tuple(forward(*inputs, **options))
-    returned = results[: len(results) - keep]
-    return returned[0] if len(returned) == 1 else returned
+    returned: Any = results[: len(results) - keep]
+    made: Result = returned[0] if len(returned) == 1 else returned
+    return made
 
 
 def _tuple(result: Any) -> tuple[Tensor, ...]:

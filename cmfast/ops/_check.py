@@ -49,7 +49,7 @@ def has_values(x: Tensor) -> bool:
     inside `unread`."""
     if not _reading.allowed or torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
         return False
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 
@@ -73,7 +73,7 @@ def input_format(x: Tensor, dtype: object, memory_format: object) -> None:
     """What a network input is asked to be: a floating dtype or None, a memory format for x or None."""
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be {_DTYPE_NAMES}, or None, got {dtype}")
-    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)  # type: ignore[call-overload]
+    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)  # type: ignore[call-overload]  # any object may come
     if memory_format not in (None, torch.contiguous_format) and dims is None:
         raise ValueError(f"memory_format must be contiguous_format, channels_last or None, got {memory_format}")
     if dims is not None and x.ndim != dims:
@@ -102,7 +102,7 @@ def noise_like(noise: object, x: Tensor, x_name: str) -> None:
     """A floating tensor of the shape and device of x, or a `Draw` of as many samples there."""
     if not isinstance(noise, Draw):
         float_tensor("noise", noise)
-        same_shape(**{x_name: x, "noise": noise})  # type: ignore[arg-type]
+        same_shape(**{x_name: x, "noise": noise})  # type: ignore[arg-type]  # checked above
         return
     draw_for("noise", noise, x, x_name)
 

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from cmfast import reference
 from cmfast.ops import _inplace, _multi
 from cmfast.reference import Draw
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "triton", "reference")
 #: The operations that have a kernel.
@@ -81,7 +82,7 @@ def current_backend() -> str:
 
 # What `torch.compiler.assume_constant_result` does, without its import of Dynamo: asked while a region is traced, which
 # keeps the backend it was compiled under. Dynamo before PyTorch 2.14 cannot trace a ContextVar.
-current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _transform_refusal() -> str | None:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
         return "torch.func transforms go through the reference path"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation goes through the reference path"
@@ -198,13 +199,13 @@ def use_kernel(
     return reason is None
 
 
-def plain(name: str, *inputs: Any) -> Callable[..., Any]:
-    """What serves operation `name` in plain PyTorch for these inputs: a form that writes in place where it fits.
+def plain(function: Function, *inputs: Any) -> Function:
+    """What serves an operation of the reference for these inputs: itself, or a form that writes in place where it fits.
 
     That is on the CPU, in float32 (GroupNorm: or bfloat16), for more than a few elements (GroupNorm: for any), and
     where no graph is recorded or the form knows its gradients.
     """
-    function = getattr(reference, name)
+    name = function.__name__
     least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
     if inputs[0].numel() < least or current_backend() != "auto" or torch.compiler.is_compiling():
         return function
@@ -218,19 +219,19 @@ def plain(name: str, *inputs: Any) -> Callable[..., Any]:
             return function
     if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
         return function
-    return _inplace.FORMS[name]
+    return cast(Function, _inplace.FORMS[name])
 
 
-def plain_list(name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
     """The same for an operation on lists of tensors: its form for the CPU, where all are float32."""
     first = tensors[0]
     if first.device.type != "cpu" or current_backend() != "auto" or torch.compiler.is_compiling():
-        return getattr(reference, name)
+        return function
     if set(map(attrgetter("dtype"), tensors)) != {torch.float32}:
-        return getattr(reference, name)
+        return function
     if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
-        return getattr(reference, name)
-    return _multi.FORMS[name]
+        return function
+    return cast(Function, _multi.FORMS[function.__name__])
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:

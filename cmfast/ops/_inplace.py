@@ -170,8 +170,8 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str, huber
 
 def consistency_loss(*inputs: Any, **options: Any) -> Tensor:
     if _records(*inputs):
-        functions = _consistency_loss_fwd, _consistency_loss_bwd, reference.consistency_loss
-        return fused(*functions, *inputs, keep=2, **options)
+        kernels = _consistency_loss_fwd, _consistency_loss_bwd
+        return fused(*kernels, reference.consistency_loss, *inputs, keep=2, **options)
     sizes = options["norm"], options["huber_c"]
     return _distance_in(_difference(*inputs, options=options), *sizes) * _weight(inputs, options)
 
@@ -207,8 +207,9 @@ def _weight(inputs: tuple[Any, ...], options: _Sizes) -> Tensor:
     """The weights of a consistency loss: given, or of its noise levels."""
     _, _, sigma, _, weight, *_ = inputs
     if isinstance(weight, str):
-        return reference.loss_weight(sigma.to(torch.float32), weight, sigma_data=options["weight_sigma_data"])
-    return weight
+        weight = reference.loss_weight(sigma.to(torch.float32), weight, sigma_data=options["weight_sigma_data"])
+    made: Tensor = weight
+    return made
 
 
 def _distance_in(delta: Tensor, norm: str, huber_c: float) -> Tensor:

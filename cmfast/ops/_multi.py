@@ -29,7 +29,7 @@ def ema_update_(
 
 
 def grad_norm(gradients: Tensors, *, grad_scale: Tensor | None = None) -> Tensor:
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm if grad_scale is None else norm / grad_scale.reshape(())
 
 

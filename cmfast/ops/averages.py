@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cmfast import reference
 from cmfast.ops import _lists
 from cmfast.ops._dispatch import plain_list, use_kernel
 
@@ -48,7 +49,7 @@ def ema_update_(
         return
     with torch.no_grad():
         if not use_kernel("ema_update_", *_lists.kinds(parameters, *written), levels=False):
-            form = plain_list("ema_update_", _lists.kinds(parameters, *groups))
+            form = plain_list(reference.ema_update_, _lists.kinds(parameters, *groups))
             form(list(parameters), groups, rates, copies=duplicates)
             return
         from cmfast.kernels import averages as kernels
@@ -69,7 +70,10 @@ def check_averages(
 
 
 def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:
-    """A tensor [K] on the device. Numbers are filled in there: a copy from the host would wait for it."""
+    """`rates` as a tensor [count] on the device. Numbers are filled in there: a copy from the host would wait for it.
+
+    Raises: ValueError: not so many, on another device, or of an integer dtype.
+    """
     if not isinstance(rates, Tensor):
         numbers = [torch.full((), float(rate), dtype=torch.float64, device=device) for rate in rates]
         rates = torch.stack(numbers) if numbers else torch.empty(0, device=device)

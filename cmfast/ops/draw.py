@@ -52,6 +52,7 @@ def draw_levels(draw: Draw, levels: Levels, *, dtype: torch.dtype = torch.float3
     """Noise levels [B] of the samples of a draw, from (seed, index[b], draw number) alone: those of `draw_pair`.
 
     sigma; next_sigma, of a `Grid` and of a `LogNormal` with a level below; the level between, of a grid of stride 2.
+    All in `dtype`, in data units.
 
     Raises: TypeError, ValueError: an argument of the wrong type, shape or device; the message names it.
 
@@ -80,7 +81,8 @@ def draw_pair(
     Everything follows from (draw.seed, draw.index[b], draw.draw): the noise is that of `normal` under this draw, the
     levels are those of `draw_levels`. On a GPU it is one launch, which nothing on the host takes part in.
 
-    Args: x_start [B, ...]; pair: False leaves out the second point; the others as in `add_noise`.
+    Args: x_start [B, ...]; pair: False leaves out the second point; sigma_data, dtype and memory_format of the network
+        inputs as in `add_noise`.
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> drawn = draw_pair(torch.zeros(2, 3, 8, 8), Draw(0, torch.arange(2)), Grid(torch.tensor([80.0, 2.0, 0.002])))

@@ -84,13 +84,13 @@ def group_norm_silu(
     if not use_kernel("group_norm_silu", *tensors, draw, levels=False):
         names = ("scale", "shift", "x_bias", "residual", "draw")
         options |= dict(zip(names, (*tensors[3:], draw)))
-        return plain("group_norm_silu", *tensors)(x, num_groups, weight, bias, **options)
+        return plain(reference.group_norm_silu, *tensors)(x, num_groups, weight, bias, **options)
     options["num_groups"] = num_groups
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        results = _GroupNormSilu.apply(options, *(draw or (None,) * 3), *tensors)
+        results: tuple[Tensor, ...] = _GroupNormSilu.apply(options, *(draw or (None,) * 3), *tensors)
     else:
         results = _forward(options, draw, *tensors)
-    return results[0] if residual is None else results[:2]
+    return results[0] if residual is None else (results[0], results[1])
 
 
 def _forward(options: dict[str, Any], draw: Draw | None, *tensors: Any) -> tuple[Tensor, ...]:

@@ -19,7 +19,12 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
 
     `snr`, `snr+1`, `karras` = snr + 1 / sigma_data^2 (Karras et al. 2022), `truncated-snr` = max(snr, 1), `uniform`.
 
-    Raises: ValueError: unknown weighting, where the message lists the known ones; sigma_data is not positive.
+    Raises: TypeError: sigma is no floating tensor. ValueError: unknown weighting, where the
+    message lists the known ones; sigma_data is not positive.
+
+    >>> import torch
+    >>> loss_weight(torch.tensor([0.5, 2.0]), "snr+1")
+    tensor([5.0000, 1.2500])
     """
     _check.float_tensor("sigma", sigma, min_ndim=0)
     _check.choice("weighting", weighting, WEIGHTINGS)
@@ -28,7 +33,14 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
 
 
 def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
-    """`loss_weight` from the signal-to-noise ratio 1 / sigma^2; shape and dtype of `snr`."""
+    """`loss_weight` from the signal-to-noise ratio 1 / sigma^2; shape and dtype of `snr`.
+
+    Raises: as of `loss_weight`, for its weighting and sigma_data.
+
+    >>> import torch
+    >>> snr_weight(torch.tensor([0.25, 4.0]), "truncated-snr")
+    tensor([1., 4.])
+    """
     _check.float_tensor("snr", snr, min_ndim=0)
     _check.choice("weighting", weighting, WEIGHTINGS)
     _check.positive("sigma_data", sigma_data)
@@ -53,7 +65,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
     """Per sample [B]: weight times the mean of |x - y| (`l1`) or (x - y)^2 (`l2`), or times the pseudo-Huber
     distance sqrt(||x - y||^2 + c^2) - c of the whole sample vector (`huber`), float32 or wider.
 
-    Args: x, target [B, ...]; weight scalar or [B].
+    Args: x, target [B, ...]; weight scalar or [B]; norm: `l1`, `l2` or `huber`, whose c is huber_c.
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> import torch
@@ -71,7 +83,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
         from cmfast.kernels.losses import weighted_loss_bwd, weighted_loss_fwd
 
         return fused(weighted_loss_fwd, weighted_loss_bwd, reference.weighted_loss, *inputs, keep=1, **options)
-    return plain("weighted_loss", *inputs)(*inputs, **options)
+    return plain(reference.weighted_loss, *inputs)(*inputs, **options)
 
 
 def consistency_loss(
@@ -132,4 +144,4 @@ def consistency_loss(
         from cmfast.kernels.losses import consistency_loss_bwd, consistency_loss_fwd
 
         return fused(consistency_loss_fwd, consistency_loss_bwd, reference.consistency_loss, *inputs, keep=1, **options)
-    return plain("consistency_loss", *inputs)(*inputs, **options)
+    return plain(reference.consistency_loss, *inputs)(*inputs, **options)

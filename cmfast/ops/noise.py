@@ -49,7 +49,9 @@ def normal(
 
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
-    """One integer in [0, high) per sample, int64 [B], from (seed, index[b], draw) alone.
+    """One integer in [0, high) per sample, int64 [B], from (seed, index[b], draw) alone. index [B]: as in `normal`.
+
+    Raises: TypeError: an index, seed or draw that is no integer. ValueError: high not from 1 to 2**31.
 
     >>> uniform_int(0, torch.arange(4), 10).shape
     torch.Size([4])
@@ -75,7 +77,7 @@ def init_noise(
     """x_T = sigma noise [B, ...], the first network input in `dtype`, and c_noise [B].
 
     Args: noise [B, ...], or a `Draw` of samples of `shape` in `state_dtype` (default float32); sigma scalar or [B];
-        memory_format: of the network input (default: as the state lies).
+        dtype, memory_format: of the network input (default: as the state lies); sigma_data: None for D itself.
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x, model_input, c_noise = init_noise(Draw(0, torch.arange(2)), torch.tensor(80.0), shape=(3, 8, 8))
@@ -138,6 +140,8 @@ def add_noise(
     `input_sigma`: the level of x_t where that is not sigma, because x_start was noisy already. In consistency training
     the Euler step is this op too: D is x_start, so that the next point is x_start + sigma' noise with the same noise.
 
+    Args: x_start [B, ...]; noise like it, or a `Draw` of as many samples; sigma, input_sigma scalar or [B], in data
+        units; sigma_data, dtype, memory_format: of the network input, as in `init_noise`.
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x_t, model_input, c_noise = add_noise(torch.zeros(2, 3, 8, 8), Draw(0, torch.arange(2)), torch.tensor(1.0))
@@ -153,7 +157,7 @@ def add_noise(
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
         return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
-    return plain("add_noise", *inputs)(*inputs, **options)
+    return plain(reference.add_noise, *inputs)(*inputs, **options)
 
 
 def add_noise_pair(
@@ -168,6 +172,10 @@ def add_noise_pair(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """`add_noise` at sigma and at next_sigma with one draw: both points of a pair on one trajectory.
 
+    Returns (x_t, network input, c_noise) of either. Arguments as in `add_noise`; next_sigma scalar or [B].
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
     >>> (x_t, *_), (x_t2, *_) = add_noise_pair(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.tensor(2.0),
     ...                                        torch.tensor(1.0))
     >>> x_t.max().item(), x_t2.max().item()
@@ -181,7 +189,7 @@ def add_noise_pair(
         from cmfast.kernels.noise import add_noise_pair_bwd, add_noise_pair_fwd
 
         pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
-        six = fused(*pair, *inputs, c_noise=(2, 5), **options)
+        six: Any = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
         six = reference.add_noise_pair(*inputs, **options)
     return six[:3], six[3:]
@@ -205,6 +213,10 @@ def renoise(
     Returns x' in the dtype of x_t, the next network input in `dtype` (default: that of model_output, and laid out as
     it), c_noise [B].
 
+    Args: model_output F [B, ...]; x_t [B, ...]; sigma, next_sigma scalar or [B], in data units; noise like x_t, or a
+        `Draw`; sigma_min: where no noise is left; boundary: where D is the identity; clip: clamp D to [-1, 1].
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
     >>> x = torch.ones(1, 3, 8, 8)
     >>> renoise(x, x, torch.tensor(0.002), torch.tensor(0.002), Draw(0, torch.tensor([0])))[0].unique()
     tensor([1.])
@@ -226,4 +238,4 @@ def renoise(
         from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
-    return plain("renoise", *inputs)(*inputs, **options)
+    return plain(reference.renoise, *inputs)(*inputs, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmfast import reference
 from cmfast.ops import _lists
 from cmfast.ops._dispatch import plain_list, use_kernel
 from cmfast.ops.averages import as_rates, check_averages
@@ -34,8 +35,9 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
             from cmfast.kernels import optimizer as kernels
 
             with _lists.alike([list(gradients)], []) as ((dense,), _):
-                return kernels.grad_norm(dense, grad_scale=grad_scale)
-        return plain_list("grad_norm", gradients)(list(gradients), grad_scale=grad_scale)
+                norm: Tensor = kernels.grad_norm(dense, grad_scale=grad_scale)
+                return norm
+        return plain_list(reference.grad_norm, gradients)(list(gradients), grad_scale=grad_scale)
 
 
 def radam_ema_(
@@ -111,7 +113,7 @@ def adam_ema_(
     copies: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of Adam (Kingma & Ba 2015) as torch.optim.Adam takes it, or AdamW with `decoupled_weight_decay`; all
-    else as in `radam_ema_`.
+    else, arguments and errors included, as in `radam_ema_`.
 
     >>> weight, step = torch.ones(2), torch.zeros(())
     >>> adam_ema_([weight], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], step, lr=0.25)
@@ -169,8 +171,9 @@ def _step(
     written = [p, m, v, *groups, *([] if copies is None else [options["copies"]])]
     with torch.no_grad():
         if not use_kernel(name, *_lists.kinds(g, *written), levels=False):
-            form = plain_list(name, _lists.kinds(p, g, m, v, *groups))
-            return form(p, g, m, v, step, groups, rates, **options)
+            form = plain_list(getattr(reference, name), _lists.kinds(p, g, m, v, *groups))
+            skipped: Tensor = form(p, g, m, v, step, groups, rates, **options)
+            return skipped
         from cmfast.kernels import optimizer as kernels
 
         with _lists.alike(written, [g]) as ((p, m, v, *others), (g,)):

@@ -34,7 +34,13 @@ def scalings(
 
 
 def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
-    """The time the network is given, 250 ln(sigma + 1e-44); shape of `sigma`."""
+    """The time the network is given, 250 ln(sigma + 1e-44); shape of `sigma`. With sigma_data=None sigma itself.
+
+    Raises: TypeError: sigma is not a floating tensor.
+
+    >>> c_noise(torch.tensor([1.0, 80.0]))
+    tensor([   0.0000, 1095.5066])
+    """
     _check.float_tensor("sigma", sigma, min_ndim=0)
     return reference.c_noise(sigma, sigma_data=sigma_data)
 
@@ -49,7 +55,8 @@ def scale_input(
 ) -> tuple[Tensor, Tensor]:
     """The network's input c_in(sigma) x, [B, ...] in `dtype` (default: that of x), and c_noise [B].
 
-    Args: x [B, ...] state; sigma scalar or [B], in data units; memory_format: of the input (default: as x lies).
+    Args: x [B, ...] state; sigma scalar or [B], in data units; sigma_data: None for a network that is D itself;
+        memory_format: of the input (default: as x lies).
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> model_input, c_noise = scale_input(torch.full((1, 3, 8, 8), 80.0), torch.tensor([80.0]))
@@ -97,7 +104,8 @@ def denoise(
 ) -> Tensor:
     """D = c_skip(sigma) x_t + c_out(sigma) F: Song et al. 2023, eq. 5. [B, ...] in the dtype of x_t.
 
-    Args: model_output F [B, ...]; x_t [B, ...]; sigma scalar or [B]; clip: clamp D to [-1, 1].
+    Args: model_output F [B, ...]; x_t [B, ...]; sigma scalar or [B], in data units; sigma_data, boundary: as in
+        `scalings`; clip: clamp D to [-1, 1].
     Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x = torch.randn(2, 3, 8, 8)
@@ -110,7 +118,7 @@ def denoise(
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
         return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
-    return plain("denoise", model_output, x_t, sigma)(model_output, x_t, sigma, **options)
+    return plain(reference.denoise, model_output, x_t, sigma)(model_output, x_t, sigma, **options)
 
 
 def denoise_to_uint8(
@@ -122,7 +130,10 @@ def denoise_to_uint8(
     boundary: float = 0.002,
     rounding: str = "trunc",
 ) -> Tensor:
-    """`denoise`, clamped, as pixels: uint8 [B, H, W, C] from [B, C, H, W]. `rounding` as in `to_uint8`.
+    """`denoise`, clamped, as pixels: uint8 [B, H, W, C] from [B, C, H, W]. `rounding` as in `to_uint8`; the rest as in
+    `denoise`.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range, or an unknown rounding.
 
     >>> x = torch.full((1, 3, 2, 2), 0.5)
     >>> denoise_to_uint8(torch.zeros_like(x), x, torch.tensor(0.002)).unique().tolist()

@@ -28,9 +28,11 @@ def euler_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' = x_t + (x_t - D) / sigma (sigma' - sigma): Karras et al. 2022, algorithm 1 without its correction.
 
-    Args: model_output, x_t [B, ...]; sigma > 0 and finite, next_sigma >= 0, scalars or [B]; clip: clamp D to [-1, 1].
+    Args: model_output, x_t [B, ...]; sigma > 0 and finite, next_sigma >= 0, scalars or [B], in data units; sigma_data,
+        boundary: as in `scalings`; clip: clamp D to [-1, 1].
     Returns x' in the dtype of x_t, the network input at (x', sigma') in `dtype` (default: that of model_output),
     and c_noise [B].
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
 
     >>> x, model_input, c_noise = euler_step(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.tensor(1.0),
     ...                                      torch.tensor(0.0))
@@ -46,7 +48,7 @@ def euler_step(
         from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
 
         return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, c_noise=(2,), **options)
-    return plain("euler_step", *inputs)(*inputs, **options)
+    return plain(reference.euler_step, *inputs)(*inputs, **options)
 
 
 def heun_predictor(
@@ -62,7 +64,15 @@ def heun_predictor(
 ) -> tuple[Tensor, Tensor]:
     """The network input at the Euler point of `next_sigma`, and c_noise [B]: the first half of a second-order step.
 
-    The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it.
+    The point itself is not returned: `heun_corrector` and `midpoint_corrector` recompute it. Arguments as in
+    `euler_step`.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x = torch.ones(1, 1, 2, 2)
+    >>> model_input, c_noise = heun_predictor(torch.zeros_like(x), x, torch.tensor(1.0), torch.tensor(0.5))
+    >>> model_input.shape, c_noise.shape
+    (torch.Size([1, 1, 2, 2]), torch.Size([1]))
     """
     check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
@@ -73,7 +83,7 @@ def heun_predictor(
         from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
 
         return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, c_noise=(1,), **options)
-    return plain("heun_predictor", *inputs)(*inputs, **options)
+    return plain(reference.heun_predictor, *inputs)(*inputs, **options)
 
 
 def heun_corrector(
@@ -90,7 +100,14 @@ def heun_corrector(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x'' = x_t + (d + d') / 2 (sigma' - sigma): Karras et al. 2022, algorithm 1; Euler where sigma' = 0.
 
-    `model_output_next` is the network's output at the input that `heun_predictor` gave. Returns as `euler_step`.
+    `model_output_next` is the network's output at the input that `heun_predictor` gave. The other arguments, and what
+    is returned, as in `euler_step`.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x = torch.ones(1, 1, 2, 2)
+    >>> heun_corrector(torch.zeros_like(x), torch.zeros_like(x), x, torch.tensor(1.0), torch.tensor(0.5))[0].shape
+    torch.Size([1, 1, 2, 2])
     """
     check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
@@ -103,7 +120,7 @@ def heun_corrector(
         from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
 
         return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, c_noise=(2,), **options)
-    return plain("heun_corrector", *inputs)(*inputs, **options)
+    return plain(reference.heun_corrector, *inputs)(*inputs, **options)
 
 
 def midpoint_corrector(
@@ -121,7 +138,14 @@ def midpoint_corrector(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x'' = x_t + d_mid (sigma' - sigma), the slope taken at the Euler point of `mid_sigma` > 0: DPM-Solver-2.
 
-    `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave.
+    `model_output_mid` is the network's output at the input that `heun_predictor(..., mid_sigma)` gave. The other
+    arguments, and what is returned, as in `euler_step`.
+
+    Raises: TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+
+    >>> x, zero = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    >>> midpoint_corrector(zero, zero, x, torch.tensor(1.0), torch.tensor(0.7), torch.tensor(0.5))[0].shape
+    torch.Size([1, 1, 2, 2])
     """
     check_step(model_output, x_t, sigma, sigma_data, boundary, divides=True)
     _check.input_format(x_t, dtype, None)
@@ -134,6 +158,6 @@ def midpoint_corrector(
     if use_kernel("midpoint_corrector", *inputs, dtypes=(dtype,)):
         from cmfast.kernels.solvers import midpoint_corrector_bwd, midpoint_corrector_fwd
 
-        functions = midpoint_corrector_fwd, midpoint_corrector_bwd, reference.midpoint_corrector
-        return fused(*functions, *inputs, c_noise=(2,), **options)
-    return plain("midpoint_corrector", *inputs)(*inputs, **options)
+        kernels = midpoint_corrector_fwd, midpoint_corrector_bwd
+        return fused(*kernels, reference.midpoint_corrector, *inputs, c_noise=(2,), **options)
+    return plain(reference.midpoint_corrector, *inputs)(*inputs, **options)

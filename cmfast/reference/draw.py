@@ -49,12 +49,13 @@ Levels = Grid | LogNormal
 
 
 def level_below(sigma: Tensor, below: Below) -> Tensor:
-    """r(sigma), of its shape and dtype."""
+    """r(sigma), of its shape and dtype, for the numbers of `below`."""
     return (sigma * (1 - _part(sigma, below))).clamp(min=0)
 
 
 def level_gap(sigma: Tensor, below: Below) -> Tensor:
-    """sigma - r(sigma) without the cancellation: positive also where the difference of the two numbers is 0."""
+    """sigma - r(sigma), with r of `below`, without the cancellation: positive also where the two are the same
+    number."""
     return (sigma * _part(sigma, below).clamp(max=1)).clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
@@ -63,7 +64,7 @@ def _part(sigma: Tensor, below: Below) -> Tensor:
 
 
 def draw_index(draw: Draw, grid: Grid) -> Tensor:
-    """The index of each sample's pair, int64 [B], from (draw.seed, draw.index[b], draw.draw) alone."""
+    """The index on `grid` of each sample's pair, int64 [B], from (draw.seed, draw.index[b], draw.draw) alone."""
     word = draw_words(draw.seed, draw.index, LEVEL_DRAW - draw.draw, 1)[0][:, 0]
     if grid.thresholds is None:
         return (word * grid.intervals) >> 32

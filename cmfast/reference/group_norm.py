@@ -55,7 +55,7 @@ def group_norm_silu(
 
 
 def dropout_mask(draw: Draw, shape: tuple[int, ...], dropout: float) -> Tensor:
-    """Which elements of a batch [B, C, ...] are kept, from (seed, sample index, draw, channel, pixel) alone.
+    """Which elements of a batch of shape [B, C, ...] are kept, from (seed, sample index, draw, channel, pixel) alone.
 
     Channel c of pixel r (row-major) is kept where word c % 4 of the counter with first word r ceil(C / 4) + c // 4 is
     round(dropout 2^32) or more: the four words of a counter lie along the channels.

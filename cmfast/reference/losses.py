@@ -35,7 +35,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
     """Per sample: weight times a distance of x and target [B, ...], in the accumulation dtype [B].
 
     `l1`, `l2`: the mean of |x - y| or (x - y)^2. `huber`: sqrt(||x - y||^2 + c^2) - c of the whole sample vector,
-    no mean (Song & Dhariwal 2023, eq. 7), with gradient zero at x = y when c = 0.
+    no mean (Song & Dhariwal 2023, section 3.3), with gradient zero at x = y when c = 0.
     """
     wide = compute_dtype(x, target)
     delta = (x.to(wide) - target.to(wide)).unsqueeze(-1).flatten(1)

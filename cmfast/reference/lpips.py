@@ -44,4 +44,5 @@ def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Te
 
 def _unit(features: Tensor) -> Tensor:
     # vector_norm, not the root of a sum of squares: at a pixel of zeros its gradient is zero, the root's NaN.
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS)
+    norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / (norm + EPS)

@@ -19,7 +19,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on four int64 tensors holding 32-bit words; four tensors of 32-bit words.
+    """Ten rounds of Philox4x32 on a counter of four int64 tensors holding 32-bit words; four tensors of such words.
 
     Products of two 32-bit words wrap in int64, but keep their low 64 bits: the two halves are then shifts and masks.
     """

@@ -57,7 +57,7 @@ def radam_ema_(
         return m / correction1 * torch.where(rho > 5, adaptive, 1.0)
 
     lists = parameters, gradients, exp_avgs, exp_avg_sqs
-    return _step(direction, lists, step, averages, rates, lr=lr, betas=betas, **options)  # type: ignore[arg-type]
+    return _step(direction, lists, step, averages, rates, lr=lr, betas=betas, **options)  # type: ignore[arg-type]  # options of _step
 
 
 def adam_ema_(
@@ -86,7 +86,7 @@ def adam_ema_(
         return m / correction1 / ((v / correction2).sqrt() + eps)
 
     lists = parameters, gradients, exp_avgs, exp_avg_sqs
-    return _step(direction, lists, step, averages, rates, lr=lr, betas=betas, **options)  # type: ignore[arg-type]
+    return _step(direction, lists, step, averages, rates, lr=lr, betas=betas, **options)  # type: ignore[arg-type]  # options of _step
 
 
 def _step(

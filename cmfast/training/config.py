@@ -42,6 +42,8 @@ class TrainOptions:
     sample_interval  steps between pictures of samples and of the loss (0: none)
     workers          processes that decode images
     on_nan           stop: a NaN loss ends the run with the weights before it. skip: its step does nothing
+
+    Raises: ValueError: an unknown name, or a number out of range; the message says which.
     """
 
     steps: int
@@ -140,7 +142,8 @@ def written(values: Mapping[str, Any]) -> str:
     """Settings as YAML."""
     import yaml
 
-    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[str, ...] = FREE) -> list[str]:

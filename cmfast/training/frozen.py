@@ -71,10 +71,13 @@ class Frozen(nn.Module):
 
     def _call(self, values: dict[str, Any]) -> Tensor:
         labels = () if "y" not in values else (values["y"],)
+        output: Tensor
         if "seed" not in values:
-            return self.network(values["x"], values["timesteps"], *labels)
+            output = self.network(values["x"], values["timesteps"], *labels)
+            return output
         with dropout.at(ops.Draw(values["seed"], values["index"], dropout.DROPOUT_DRAW)):
-            return self.network(values["x"], values["timesteps"], *labels)
+            output = self.network(values["x"], values["timesteps"], *labels)
+        return output
 
 
 def frozen(model: Denoiser) -> Denoiser:

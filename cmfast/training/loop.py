@@ -40,10 +40,22 @@ class Trainer:
 
     resume: go on from the newest checkpoint in `out`. The result is that of a run that was not interrupted: on a CPU
     the same bits. "auto": where there is one.
-    settings: what else `config.yaml` is to hold. The other arguments: as in `TrainStep`.
+    settings: what else `config.yaml` is to hold. tensorboard: write the log for it, too. data: what
+    `cmfast.data.open_data` gives. model, objective, options, teacher_model, lpips, group: as of `TrainStep`.
 
     Raises: ValueError: there are checkpoints in `out`, and no `resume`; or none to resume from; or they are of another
         configuration (the message names what differs); or model and data do not go together. FileNotFoundError.
+
+    >>> import tempfile
+    >>> from cmfast.objectives import EDM
+    >>> from cmfast.precondition import Preconditioner
+    >>> from cmfast.unet import UNetModel
+    >>> model = Denoiser(UNetModel(8, 1, 32, 1, 1, [], channel_mult=(1,)), Preconditioner.edm(), image_shape=(1, 8, 8))
+    >>> options = TrainOptions(steps=2, batch_size=2, learning_rate=1e-4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     average = Trainer(model, EDM(), ImageData(torch.zeros(4, 1, 8, 8)), options, folder).run(progress=False)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['checkpoints', 'config.yaml', 'log.jsonl', 'model.safetensors']
     """
 
     def __init__(
@@ -84,7 +96,7 @@ class Trainer:
         self._board = self._tensorboard() if tensorboard else None
 
     def run(self, *, progress: bool = True) -> Denoiser:
-        """Train to the last step; the first average, on the CPU.
+        """Train to the last step; the first average, on the CPU. progress: show a bar.
 
         Raises: NaNLoss: with `on_nan="stop"`; a checkpoint of the step before is there.
         """

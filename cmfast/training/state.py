@@ -67,7 +67,7 @@ class State:
         state = read(folder)
         _load(step.model, folder / MODEL)
         if step.objective.teacher_follows:
-            _load(step.teacher_model, folder / TEACHER)  # type: ignore[arg-type]
+            _load(step.teacher_model, folder / TEACHER)  # type: ignore[arg-type]  # a teacher that follows is there
         parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
         for i, values in state["optimizer"]["state"].items():
             state["optimizer"]["state"][i] = {k: distributed_like(v, parameters[i]) for k, v in values.items()}
@@ -83,7 +83,7 @@ class State:
         if state["step"]:
             step.stage = step.objective.stage(state["step"] - 1)
         self._restore(state["random"], step.device)
-        return state["step"]
+        return int(state["step"])
 
     def _copy(self, model: Denoiser) -> None:
         with torch.no_grad():
@@ -113,7 +113,8 @@ class State:
 
 def read(folder: Path) -> dict[str, Any]:
     """What `state.pt` of a checkpoint holds. Raises: CheckpointError: missing or damaged."""
-    return checkpoint.read_pickle(folder / STATE, map_location="cpu")
+    state: dict[str, Any] = checkpoint.read_pickle(folder / STATE, map_location="cpu")
+    return state
 
 
 def save_weights(model: Denoiser, path: Path | None) -> None:

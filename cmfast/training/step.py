@@ -40,7 +40,10 @@ class Reading(NamedTuple):
 
 
 class Pending:
-    """A reading on its way to the host, sent after `done` steps: `read` waits for it, on all processes together."""
+    """A reading on its way to the host, sent after `done` steps: `read` waits for it, on all processes together.
+
+    counts: steps that were skipped, the first bad one. values: loss, norm. group: whose mean is taken.
+    """
 
     def __init__(self, done: int, counts: Tensor, values: Tensor, group: Ranks) -> None:
         self.done, self.sent, self._group, self._event = done, time.perf_counter(), group, None
@@ -78,6 +81,15 @@ class TrainStep:
     `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings.
+
+    >>> from cmfast.objectives import EDM
+    >>> from cmfast.precondition import Preconditioner
+    >>> from cmfast.unet import UNetModel
+    >>> model = Denoiser(UNetModel(8, 1, 32, 1, 1, [], channel_mult=(1,)), Preconditioner.edm())
+    >>> step = TrainStep(model, EDM(), TrainOptions(steps=1, batch_size=2, learning_rate=1e-4))
+    >>> step(Batch(torch.zeros(2, 1, 8, 8), None, torch.arange(2)), 0)
+    >>> step.post(1).read().skipped
+    0
     """
 
     def __init__(
@@ -148,14 +160,15 @@ class TrainStep:
         if not renewed:
             return
         with torch.no_grad():
-            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)  # type: ignore[union-attr]
+            assert self.teacher_model is not None
+            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)
             for ours, students in pairs:
                 ours.copy_(students)
         self.averages = self._averages()
         self.optimizer = self._optimizer()
 
     def learning_rate(self, number: int) -> float:
-        """That of a step. A student of a progressive distillation starts over."""
+        """That of step `number`. A student of a progressive distillation starts over."""
         if not self.objective.teacher_follows:
             return self.options.rate_at(number)
         stage = self.objective.stage(number)

@@ -24,8 +24,8 @@ GRAPHS = [
      GRAPHED + "the_cache_has_a_bound"),
     ("use does not keep a program", "            self._programs.move_to_end(key)\n", "            pass\n",
      GRAPHED + "the_cache_has_a_bound"),
-    ("what broke a capture is not looked for", "                broken = error.__context__  # type",
-     "                broken = error  # type", GRAPHED + "a_broken_capture_names_the_module"),
+    ("what broke a capture is not looked for", "                broken = error.__context__",
+     "                broken = error", GRAPHED + "a_broken_capture_names_the_module"),
     ("a module that is left counts as running", "        running.pop()\n", "        pass\n",
      GRAPHED + "a_capture_that_breaks_outside_of_modules"),
 ]  # fmt: skip

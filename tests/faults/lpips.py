@@ -107,7 +107,7 @@ MODULE = [
     ("heads rounded too", "self.trunk.to(dtype)", "self.to(dtype)", T_MODULE + "dtype_is_that_of_the_trunk_alone"),
     ("images of the second half first", "maps[0].tensor_split(2)", "maps[0][::2], maps[0][1::2]",
      T_MODULE + "both_images_in_one_pass_where_no_graph_is_recorded"),
-    ("weights contiguous", "return trunk.to(memory_format=torch.channels_last)", "return trunk",
+    ("weights contiguous", "trunk.to(memory_format=torch.channels_last)", "trunk",
      T_MODULE + "dtype_is_that_of_the_trunk_alone"),
 ]  # fmt: skip
 

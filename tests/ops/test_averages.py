@@ -39,12 +39,12 @@ def test_layouts_here(layout):
 
 def test_the_form_for_the_cpu_serves_float32():
     x = torch.ones(4)
-    assert _dispatch.plain_list("ema_update_", [x, x]) is _multi.ema_update_
+    assert _dispatch.plain_list(reference.ema_update_, [x, x]) is _multi.ema_update_
     for other in (x.double(), x.bfloat16(), x.to("meta")):
-        assert _dispatch.plain_list("ema_update_", [other, other]) is reference.ema_update_
-    assert _dispatch.plain_list("ema_update_", [x, x.bfloat16()]) is reference.ema_update_
+        assert _dispatch.plain_list(reference.ema_update_, [other, other]) is reference.ema_update_
+    assert _dispatch.plain_list(reference.ema_update_, [x, x.bfloat16()]) is reference.ema_update_
     with cmfast.backend("reference"):
-        assert _dispatch.plain_list("ema_update_", [x]) is reference.ema_update_
+        assert _dispatch.plain_list(reference.ema_update_, [x]) is reference.ema_update_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -53,19 +53,19 @@ def test_large_batches_take_the_forms_that_write_in_place(name):
     form = _inplace.FORMS[name]
     reference = getattr(cmfast.reference, name)
     small = form if name in _inplace.ANY_SIZE else reference
-    assert _dispatch.plain(name, x) is form
-    assert _dispatch.plain(name, x[: _inplace.LEAST - 1]) is small
-    assert _dispatch.plain(name, x[:0]) is reference
-    assert _dispatch.plain(name, x.double()) is reference and _dispatch.plain(name, x.half()) is reference
-    assert _dispatch.plain(name, x.bfloat16()) is (form if name in _inplace.HALF else reference)
-    assert _dispatch.plain(name, x.to("meta")) is reference
+    assert _dispatch.plain(reference, x) is form
+    assert _dispatch.plain(reference, x[: _inplace.LEAST - 1]) is small
+    assert _dispatch.plain(reference, x[:0]) is reference
+    assert _dispatch.plain(reference, x.double()) is reference and _dispatch.plain(reference, x.half()) is reference
+    assert _dispatch.plain(reference, x.bfloat16()) is (form if name in _inplace.HALF else reference)
+    assert _dispatch.plain(reference, x.to("meta")) is reference
     with cmfast.backend("reference"):
-        assert _dispatch.plain(name, x) is reference
+        assert _dispatch.plain(reference, x) is reference
     x.requires_grad_()
-    assert _dispatch.plain(name, x) is (form if name in _inplace.DIFFERENTIABLE else reference)
-    assert _dispatch.plain(name, x[: _inplace.LEAST]) is small
+    assert _dispatch.plain(reference, x) is (form if name in _inplace.DIFFERENTIABLE else reference)
+    assert _dispatch.plain(reference, x[: _inplace.LEAST]) is small
     with torch.no_grad():
-        assert _dispatch.plain(name, x) is form
+        assert _dispatch.plain(reference, x) is form
 
 
 @each

@@ -57,7 +57,7 @@ def test_is_torch_optim(name, options, max_norm):
 @options
 @steps
 def test_what_auto_takes_here(name, options, step):
-    assert _dispatch.plain_list(name, [torch.ones(2)]) is _multi.FORMS[name]
+    assert _dispatch.plain_list(getattr(reference, name), [torch.ones(2)]) is _multi.FORMS[name]
     lists = make(step=step, lr=0.01, max_norm=2.0, grad_scale=torch.tensor(4.0), **options)
     # Of the other path, whose norm is its own.
     norm = ops.grad_norm(lists.gradients, grad_scale=torch.tensor(4.0))
@@ -141,7 +141,7 @@ def test_grad_norm(backend):
 def test_the_form_for_the_cpu_serves_float32():
     x = torch.ones(4)
     for name in OPTIMIZERS:
-        assert _dispatch.plain_list(name, [x, x.double()]) is getattr(reference, name)
+        assert _dispatch.plain_list(getattr(reference, name), [x, x.double()]) is getattr(reference, name)
     lists = make(torch.float64, averages=torch.float64, copies=None, step=7, lr=0.01)
     lists.take("radam_ema_", "auto")
     assert lists.parameters[0].dtype == torch.float64

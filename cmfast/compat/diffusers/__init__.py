@@ -69,15 +69,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOME)}")
-    try:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    except ImportError as error:
-        raise ImportError(f'{name} needs diffusers: pip install "cmfast[diffusers]"') from error
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker reads the imports above
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOME)}")
+        try:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        except ImportError as error:
+            raise ImportError(f'{name} needs diffusers: pip install "cmfast[diffusers]"') from error
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -140,7 +140,7 @@ def _image_size(sample_size: Any, image_size: int | None) -> int:
     sizes = {*sample_size} if isinstance(sample_size, list | tuple) else {sample_size}
     if len(sizes) > 1 or None in sizes:
         raise _refuse("sample_size", sample_size, "the size of a square, or image_size= to be given")
-    return sizes.pop()
+    return int(sizes.pop())
 
 
 def _multiple(width: int, base: int) -> float:
@@ -194,7 +194,7 @@ def config_to_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 def _head_dim(arguments: Mapping[str, Any], widths: list[int], attention: list[bool]) -> int | None:
     """The one width of all attention heads; None: one head per layer, however wide."""
     if arguments["num_head_channels"] != -1:
-        return arguments["num_head_channels"]
+        return int(arguments["num_head_channels"])
     heads, heads_up = arguments["num_heads"], arguments["num_heads_upsample"]
     heads_up = heads if heads_up == -1 else heads_up
     attended = [width for width, attends in zip(widths, attention) if attends]
@@ -202,5 +202,5 @@ def _head_dim(arguments: Mapping[str, Any], widths: list[int], attention: list[b
         return None
     dims = {width // heads for width in [*attended, widths[-1]]} | {width // heads_up for width in attended}
     if len(dims) == 1:
-        return dims.pop()
+        return int(dims.pop())
     raise _refuse("num_heads", heads, "heads of one width in all attention layers, as with num_head_channels")

@@ -94,7 +94,8 @@ def state_dict_from_diffusers(
 ) -> dict[str, Tensor]:
     """The state dict of a `UNetModel` from that of a UNet2DModel and its configuration.
 
-    Tensors keep dtype, device and bits; all but the joined q, k and v share memory with `state`.
+    Tensors keep dtype, device and bits; all but the joined q, k and v share memory with `state`. config, image_size: as
+    of `config_from_diffusers`.
 
     Raises: CheckpointError (a ValueError): see `config_from_diffusers`; or a tensor is missing, left over, or of
         another shape.
@@ -121,7 +122,7 @@ def state_dict_from_diffusers(
 def state_dict_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of a UNet2DModel from that of a `UNetModel` and its configuration.
 
-    Tensors keep dtype, device and bits, and share memory with `state`.
+    Tensors keep dtype, device and bits, and share memory with `state`. config: as of `config_to_diffusers`.
 
     Raises: CheckpointError (a ValueError): see `config_to_diffusers`; or weights that do not fit the configuration.
     """
@@ -140,15 +141,18 @@ def state_dict_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, An
 def unet_from_diffusers(unet: Any, *, image_size: int | None = None) -> UNetModel:
     """A `UNetModel` with the architecture and a copy of the weights of a UNet2DModel, on its device.
 
+    image_size: as of `config_from_diffusers`.
+
     Raises: TypeError: `unet` is no UNet2DModel. CheckpointError (a ValueError): see `state_dict_from_diffusers`.
     """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps
     if not isinstance(unet, unet_class()):
         raise TypeError(f"expected a UNet2DModel of diffusers, got a {type(unet).__name__}")
     state = state_dict_from_diffusers(unet.state_dict(), unet.config, image_size=image_size)
-    network = meta_network(config_from_diffusers(unet.config, image_size=image_size))
+    network: UNetModel = meta_network(config_from_diffusers(unet.config, image_size=image_size))
     network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return network.train(unet.training)
+    network.train(unet.training)
+    return network
 
 
 def unet_to_diffusers(network: UNetModel, *, dtype: torch.dtype | None = None) -> Any:

@@ -33,7 +33,9 @@ class UNet2DNetwork(nn.Module):
         self.image_shape = (unet.config.in_channels, height, width) if size else None
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.unet(x, timesteps, class_labels=y).sample
+        """F(x, timesteps, y), [B, C, H, W]."""
+        output: Tensor = self.unet(x, timesteps, class_labels=y).sample
+        return output
 
     def __getattr__(self, name: str) -> Any:
         """What an optimised network says of itself, such as `refresh`, is said of this one too."""
@@ -85,7 +87,7 @@ def _read_folder(folder: Path, UNet2DModel: Any) -> tuple[nn.Module, dict[str, A
         raise CheckpointError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
     if config.get("_class_name") != "UNet2DModel":
         raise CheckpointError(f"{unet_folder} holds a {config.get('_class_name')}, expected a UNet2DModel")
-    from diffusers.utils import is_accelerate_available
+    from diffusers.utils import is_accelerate_available  # type: ignore[attr-defined]  # exported at run time alone
 
     try:
         unet = UNet2DModel.from_pretrained(
@@ -100,7 +102,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 

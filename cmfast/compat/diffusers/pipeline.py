@@ -134,7 +134,7 @@ class _Accelerated(ConsistencyModelPipeline):
 
     def __reduce__(self) -> Any:
         # By name pickle would find diffusers' class.
-        plain = self._accelerated_from.__new__(self._accelerated_from)  # type: ignore[attr-defined]
+        plain = self._accelerated_from.__new__(self._accelerated_from)
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_engine", "_options")})
         return functools.partial(accelerate, **self._options), (plain,)
 
@@ -214,7 +214,7 @@ class _Accelerated(ConsistencyModelPipeline):
 
     def _whole(self, sample: Tensor, labels: Tensor | None, generator: Any, output_type: str | None) -> Tensor:
         """All steps at once, from the first sample: [B, C, H, W] in [-1, 1], or for PIL images uint8 [B, H, W, C]."""
-        levels = tuple(self.scheduler.sigmas[:-1].tolist())
+        levels: list[float] = self.scheduler.sigmas[:-1].tolist()
         draws = []
         if len(levels) > 1:
             s_noise = self.scheduler.config.s_noise
@@ -228,7 +228,7 @@ class _Accelerated(ConsistencyModelPipeline):
             labels = labels.reshape(1).repeat(sample.shape[0]) if labels.numel() == 1 else labels
         wide = torch.promote_types(sample.dtype, torch.float32)
         pixels = "nearest" if output_type == "pil" else None
-        sampler = self._ready().sampler(levels)
+        sampler = self._ready().sampler(tuple(levels))
         images = sampler.generate(sample.to(wide) / levels[0], labels, noise_fn=draws, pixels=pixels)
         return images if pixels else images.to(sample.dtype)
 

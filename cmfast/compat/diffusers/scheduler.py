@@ -62,7 +62,8 @@ class CMStochasticIterativeScheduler(_Base):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As diffusers' own, whose levels go to the device and back: here they stay, and only timesteps go there."""
+        """As diffusers' own, of num_inference_steps or timesteps, one of them. Its levels go to the device and back:
+        here they stay, and only timesteps go there."""
         super().set_timesteps(num_inference_steps, timesteps=timesteps)
         if device is not None:
             on_mps = torch.device(device).type == "mps"  # has no float64
@@ -91,7 +92,8 @@ class CMStochasticIterativeScheduler(_Base):
         return sigma if scale == 1 else math.sqrt(scale**2 * (sigma - low) * (sigma + low) + low**2)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The place of a timestep in the schedule: from where it lies in `timesteps`, else from its value.
+        """The place of a timestep in schedule_timesteps (`timesteps` if None): from where it lies there, else from its
+        value.
 
         Raises: IndexError: it is not there.
         """
@@ -107,9 +109,10 @@ class CMStochasticIterativeScheduler(_Base):
         return found[min(1, len(found) - 1)]  # the second of several, as diffusers has it
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """c_in sample, in its dtype: the network's input at this step."""
+        """c_in sample [B, C, H, W], in its dtype: the network's input at this timestep."""
         if self.step_index is None:
             self._init_step_index(timestep)
+        assert self.step_index is not None
         self.is_scale_input_called = True
         ready, self._next_input = self._next_input, None
         if ready is not None and ready[0] is sample and ready[1] == sample._version:
@@ -124,7 +127,8 @@ class CMStochasticIterativeScheduler(_Base):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """D(sample), and unless there is one timestep only, noise of the next level: as `diffusers` has it.
+        """D(sample) [B, C, H, W] from model_output, and unless there is one timestep only, noise of the next level: as
+        `diffusers` has it. generator: of the noise. return_dict: an object with `prev_sample`; else a tuple.
 
         Raises: ValueError: an integer timestep. IndexError: one that is not in `timesteps`, or a step too many.
         """
@@ -137,6 +141,7 @@ class CMStochasticIterativeScheduler(_Base):
             logger.warning("scale_model_input was not called before step: the network's input must be scaled by it")
         if self.step_index is None:
             self._init_step_index(timestep)
+        assert self.step_index is not None
         index, count = self.step_index, len(self._refresh())
         following = index + 1 if index + 1 < self.config.num_train_timesteps else count - 1
         if max(index, following) >= count:
@@ -168,7 +173,7 @@ class CMStochasticIterativeScheduler(_Base):
         return Output(prev_sample=previous) if return_dict else (previous,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """original_samples + sigma noise, with the sigma of each sample's timestep [B].
+        """original_samples + sigma noise [B, C, H, W], with the sigma of each sample's timestep, timesteps [B].
 
         A timestep that is not in the schedule is an IndexError, or on a GPU, where it is not read, gives NaN.
         """
@@ -192,6 +197,6 @@ CMStochasticIterativeScheduler.__module__ = _Base.__module__
 
 
 def _rebuild(config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:
-    scheduler = CMStochasticIterativeScheduler.from_config(config)
+    scheduler: CMStochasticIterativeScheduler = CMStochasticIterativeScheduler.from_config(config)
     scheduler.__dict__.update(state)
     return scheduler

@@ -16,7 +16,7 @@ NUM_TRAIN_TIMESTEPS = 40
 
 
 def default_timesteps(num_inference_steps: int, *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:
-    """The timesteps that diffusers takes for a number of steps: multiples of 40 // steps, not those of `steps` here.
+    """The timesteps that diffusers takes for num_inference_steps: multiples of 40 // steps, not those of `steps` here.
 
     Raises: ValueError: the number is not from 1 to num_train_timesteps.
 
@@ -31,6 +31,8 @@ def default_timesteps(num_inference_steps: int, *, num_train_timesteps: int = NU
 
 def ts_from_timesteps(timesteps: Sequence[int], *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> tuple[int, ...]:
     """The original's `ts`: the indices in the order of evaluation, and the last index, where sampling ends.
+
+    num_train_timesteps: levels of the scheduler's grid, 40 in all published models.
 
     Raises: ValueError: timesteps that do not descend, or are not on the grid.
 
@@ -66,7 +68,9 @@ def sigmas_from_timesteps(
     sigma_max: float = schedules.SIGMA_MAX,
     rho: float = schedules.RHO,
 ) -> list[float]:
-    """The noise levels at which the model is evaluated: `sigmas` of `cmfast.Sampler`.
+    """The noise levels of timesteps at which the model is evaluated, in data units: `sigmas` of `cmfast.Sampler`.
+
+    num_train_timesteps, sigma_min, sigma_max, rho: of the scheduler's grid.
 
     Raises: ValueError: see `ts_from_timesteps`.
 
@@ -86,7 +90,9 @@ def timesteps_from_sigmas(
     sigma_max: float = schedules.SIGMA_MAX,
     rho: float = schedules.RHO,
 ) -> list[int]:
-    """diffusers' timesteps for noise levels that lie on its grid, to three digits or better.
+    """diffusers' timesteps for noise levels (sigmas) that lie on its grid, to three digits or better.
+
+    num_train_timesteps, sigma_min, sigma_max, rho: of that grid.
 
     Raises: ValueError: a level that is not on the grid, with the nearest one that is; or levels that do not descend.
 

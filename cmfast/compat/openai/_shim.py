@@ -50,7 +50,7 @@ def set_defaults(function: Callable[..., Any], settings: Sequence[str]) -> None:
         if not separator or name not in defaults:
             raise ValueError(f"--set takes name=value, got {setting!r}; known names: {', '.join(defaults)}")
         defaults[name] = _parse(name, text, type(defaults[name]))
-    function.__defaults__ = tuple(defaults.values())  # type: ignore[attr-defined]
+    function.__defaults__ = tuple(defaults.values())
 
 
 def _parse(name: str, text: str, kind: type) -> Any:

@@ -68,7 +68,7 @@ class TrainLoop:
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr = lr
-        self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(rate) for rate in ema_rate.split(",")]
+        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",")]
         self.log_interval = log_interval
         self.save_interval = save_interval
         self.resume_checkpoint = resume_checkpoint
@@ -190,7 +190,7 @@ class TrainLoop:
             micro_cond = {key: value[part].to(device) for key, value in cond.items()}
             t, weights = self.schedule_sampler.sample(micro.shape[0], device)
             last = start + self.microbatch >= batch.shape[0]
-            with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():  # type: ignore[operator]
+            with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():  # type: ignore[operator]  # DDP's
                 losses = self._losses(micro, micro_cond, t)
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
@@ -205,7 +205,10 @@ class TrainLoop:
                 f"{type(self.schedule_sampler).__name__} draws numbers of timesteps, and EDM needs noise levels: "
                 "--schedule_sampler lognormal"
             )
-        return self.diffusion.training_losses(self.ddp_model, images, t, model_kwargs=model_kwargs)
+        losses: dict[str, Tensor] = self.diffusion.training_losses(
+            self.ddp_model, images, t, model_kwargs=model_kwargs
+        )
+        return losses
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):

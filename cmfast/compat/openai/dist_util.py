@@ -43,7 +43,8 @@ def setup_dist() -> None:
             f"-n {ranks} python`"
         )
     # A store inside the process: one process needs no port.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = getattr(dist, "HashStore")  # noqa: B009  exported at run time alone
+    dist.init_process_group(backend, store=store(), rank=0, world_size=1)
 
 
 def get_rank() -> int:
@@ -63,7 +64,7 @@ def dev() -> torch.device:
     return torch.device("cpu")
 
 
-def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
+def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """What `torch.save` wrote to a file: tensors and plain containers, never code. Every rank reads the file.
 
     Args: kwargs: of `torch.load`, such as map_location.

@@ -155,7 +155,7 @@ class MixedPrecisionTrainer:
         if use_fp16:
             self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
             self.master_params = list(make_master_params(self.param_groups_and_shapes))
-            model.convert_to_fp16()  # type: ignore[operator]
+            model.convert_to_fp16()  # type: ignore[operator]  # a UNetModel's
 
     def zero_grad(self) -> None:
         """Before the first `backward` of a step."""
@@ -219,7 +219,9 @@ class MixedPrecisionTrainer:
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all elements: of each tensor in float32, and of those in float64, which does not overflow."""
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().norm()
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    norm: Tensor = norms.double().norm()
+    return norm
 
 
 def check_overflow(value: float) -> bool:

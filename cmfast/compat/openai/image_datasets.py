@@ -61,7 +61,7 @@ def load_data(
     return _forever(DataLoader(dataset, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True))
 
 
-def _forever(loader: DataLoader) -> Iterator[Any]:
+def _forever(loader: DataLoader[Any]) -> Iterator[Any]:
     while True:
         yield from loader
 
@@ -89,7 +89,7 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
     return found
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Any]):
     """(image float32 [3, resolution, resolution] in [-1, 1], {"y": label} or {}) of every num_shards-th path."""
 
     def __init__(
@@ -126,7 +126,8 @@ class ImageDataset(Dataset):
 def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            converted: Image.Image = image.convert("RGB")
+            return converted
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 

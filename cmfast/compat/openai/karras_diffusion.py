@@ -67,7 +67,7 @@ def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Ten
 class _UnitLPIPS(LPIPS):
     """LPIPS of images in [0, 1] at their own size, on the device they are on."""
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]  # fewer arguments
         self.to(x.device)
         return super().forward(x, target, resize=False, value_range=(0.0, 1.0))
 

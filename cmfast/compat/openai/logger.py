@@ -26,6 +26,7 @@ class KVWriter:
     """A format that tables of numbers are written to."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table of numbers."""
         raise NotImplementedError
 
 
@@ -33,6 +34,7 @@ class SeqWriter:
     """A format that messages are written to."""
 
     def writeseq(self, seq: Iterable[str]) -> None:
+        """Write the parts of a message."""
         raise NotImplementedError
 
 
@@ -44,6 +46,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.file = open(filename_or_file, "w") if isinstance(filename_or_file, str) else filename_or_file
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table of two columns."""
         cells = [(_short(str(k)), _short(f"{float(v):<8.3g}" if _is_number(v) else str(v))) for k, v in kvs.items()]
         if not cells:
             return
@@ -54,10 +57,12 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.file.flush()
 
     def writeseq(self, seq: Iterable[str]) -> None:
+        """Write a line."""
         self.file.write(" ".join(seq) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file, if this opened it."""
         if self.own_file:
             self.file.close()
 
@@ -69,10 +74,12 @@ class JSONOutputFormat(KVWriter):
         self.file = open(filename, "w")
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a line."""
         self.file.write(json.dumps({k: float(v) if hasattr(v, "dtype") else v for k, v in kvs.items()}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
@@ -84,6 +91,7 @@ class CSVOutputFormat(KVWriter):
         self.keys: list[str] = []
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a row."""
         rows: list[Mapping[str, Any]] = [kvs]
         new = sorted(kvs.keys() - set(self.keys))
         if new:
@@ -99,6 +107,7 @@ class CSVOutputFormat(KVWriter):
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
@@ -113,12 +122,14 @@ class TensorBoardOutputFormat(KVWriter):
         self.writer, self.step = SummaryWriter(dir), 1
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a step."""
         for key, value in kvs.items():
             self.writer.add_scalar(key, float(value), self.step)
         self.writer.flush()
         self.step += 1
 
     def close(self) -> None:
+        """Flush and close the file."""
         self.writer.close()
 
 
@@ -169,13 +180,16 @@ class Logger:
         self.comm = comm
 
     def logkv(self, key: str, val: Any) -> None:
+        """Note a value of this iteration; the last one counts."""
         self.name2val[key] = val
 
     def logkv_mean(self, key: str, val: Any) -> None:
+        """Note a value of this iteration; the mean counts."""
         count = self.name2cnt[key] = self.name2cnt[key] + 1
         self.name2val[key] = (self.name2val[key] * (count - 1) + val) / count
 
     def dumpkvs(self) -> dict[str, Any]:
+        """Write the values of this iteration, forget them and return them."""
         values = dict(self.name2val)
         if self.comm is not None:
             values = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in values.items()})
@@ -188,21 +202,26 @@ class Logger:
         return values
 
     def log(self, *args: Any, level: int = INFO) -> None:
+        """Write a message, its parts separated by spaces."""
         if self.level <= level:
             for output in self.output_formats:
                 if isinstance(output, SeqWriter):
                     output.writeseq(map(str, args))
 
     def set_level(self, level: int) -> None:
+        """Messages below `level` are dropped."""
         self.level = level
 
     def set_comm(self, comm: Any) -> None:
+        """See the class."""
         self.comm = comm
 
     def get_dir(self) -> str | None:
+        """The folder of the files; None without."""
         return self.dir
 
     def close(self) -> None:
+        """Close the formats."""
         for output in self.output_formats:
             output.close()
 
@@ -322,18 +341,22 @@ def log(*args: Any, level: int = INFO) -> None:
 
 
 def debug(*args: Any) -> None:
+    """`log` at level DEBUG."""
     log(*args, level=DEBUG)
 
 
 def info(*args: Any) -> None:
+    """`log` at level INFO."""
     log(*args, level=INFO)
 
 
 def warn(*args: Any) -> None:
+    """`log` at level WARN."""
     log(*args, level=WARN)
 
 
 def error(*args: Any) -> None:
+    """`log` at level ERROR."""
     log(*args, level=ERROR)
 
 

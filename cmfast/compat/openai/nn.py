@@ -35,13 +35,15 @@ class GroupNorm32(nn.GroupNorm):
     """`torch.nn.GroupNorm` whose statistics never are 16-bit."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return unet_blocks.GroupNorm32.forward(self, input)  # type: ignore[arg-type]
+        """input [B, C, ...] normalised, in its dtype."""
+        return unet_blocks.GroupNorm32.forward(self, input)  # type: ignore[arg-type]  # its attributes are all it reads
 
 
 def _layer(kind: str, dims: int) -> type[nn.Module]:
     if dims not in (1, 2, 3):
         raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
-    return getattr(nn, f"{kind}{dims}d")
+    layer: type[nn.Module] = getattr(nn, f"{kind}{dims}d")
+    return layer
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:

@@ -54,6 +54,7 @@ class UniformSampler(ScheduleSampler):
         self._weights = np.ones([diffusion.num_timesteps])
 
     def weights(self) -> np.ndarray:
+        """Ones."""
         return self._weights
 
 
@@ -92,13 +93,17 @@ class LossSecondMomentResampler(LossAwareSampler):
         self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
 
     def weights(self) -> np.ndarray:
+        """Root mean squares of the losses seen, once there are enough."""
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
-        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights: np.ndarray = np.sqrt(np.mean(self._loss_history**2, axis=-1))
         weights /= np.sum(weights)
-        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        weights *= 1 - self.uniform_prob
+        weights += self.uniform_prob / len(weights)
+        return weights
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in losses of timesteps."""
         for t, loss in zip(ts, losses, strict=True):
             if self._loss_counts[t] < self.history_per_term:
                 self._loss_history[t, self._loss_counts[t]] = loss
@@ -126,7 +131,8 @@ class LogNormalSampler:
 
     def inv_cdf(self, x: Tensor) -> Tensor:
         """The level of log sigma below which a draw lies with probability x."""
-        return self.p_mean + self.p_std * torch.special.ndtri(x.double())
+        normal: Tensor = torch.special.ndtri(x.double())
+        return self.p_mean + self.p_std * normal
 
     def sample(self, bs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """(noise levels float32 [bs], weights of their losses, which are 1)."""

@@ -123,17 +123,17 @@ class CMTrainLoop(TrainLoop):
         """The target's parameters in the layout of the model's master parameters."""
         named = list(target_model.named_parameters())
         if self.use_fp16:
-            self.target_model_param_groups_and_shapes = get_param_groups_and_shapes(named)
+            self.target_model_param_groups_and_shapes: Any = get_param_groups_and_shapes(named)
             self.target_model_master_params = list(make_master_params(self.target_model_param_groups_and_shapes))
         else:
             self.target_model_param_groups_and_shapes = [([(name, p)], p.shape) for name, p in named]
             self.target_model_master_params = list(target_model.parameters())
 
     def _load_and_sync_target_parameters(self) -> None:
-        self._load_and_sync(self.target_model, self._beside_model("target_model"))  # type: ignore[arg-type]
+        self._load_and_sync(self.target_model, self._beside_model("target_model"))  # type: ignore[arg-type]  # there where it is called
 
     def _load_and_sync_teacher_parameters(self) -> None:
-        self._load_and_sync(self.teacher_model, self._beside_model("teacher_model"))  # type: ignore[arg-type]
+        self._load_and_sync(self.teacher_model, self._beside_model("teacher_model"))  # type: ignore[arg-type]  # there where it is called
 
     def _beside_model(self, name: str) -> str | None:
         """The file of another model that belongs to the checkpoint that is resumed, if it exists."""
@@ -143,6 +143,7 @@ class CMTrainLoop(TrainLoop):
         return _checkpoints.beside(checkpoint, os.path.basename(checkpoint).replace("model", name))
 
     def run_loop(self) -> None:
+        """Train to the last step, and save."""
         saved = None
         while self.step < self.lr_anneal_steps or self.global_step < self.total_training_steps:
             before = self.global_step
@@ -159,6 +160,7 @@ class CMTrainLoop(TrainLoop):
             self.save()
 
     def run_step(self, batch: Tensor, cond: Mapping[str, Tensor]) -> None:
+        """One step: batch [B, C, H, W], cond {"y": labels [B]} or {}."""
         if self.training_mode == "progdist":
             self.reset_training_for_progdist()
         self.forward_backward(batch, cond)
@@ -199,11 +201,12 @@ class CMTrainLoop(TrainLoop):
         self.lr_anneal_steps = self._stage_steps * (2 if scales <= 2 else 1)
 
     def _losses(self, images: Tensor, model_kwargs: dict[str, Tensor], t: Tensor) -> dict[str, Tensor]:
+        losses: dict[str, Tensor]
         _, num_scales = self.ema_scale_fn(self.global_step)
         if self.training_mode == "progdist":
             # The first teacher comes with its own scalings, a former student has the model's.
             first_stage = num_scales == self.ema_scale_fn(0)[1]
-            return self.diffusion.progdist_losses(
+            losses = self.diffusion.progdist_losses(
                 self.ddp_model,
                 images,
                 num_scales,
@@ -211,17 +214,21 @@ class CMTrainLoop(TrainLoop):
                 teacher_diffusion=self.teacher_diffusion if first_stage else self.diffusion,
                 model_kwargs=model_kwargs,
             )
+            return losses
         teacher: dict[str, Any] = {}
         if self.training_mode == "consistency_distillation":
             teacher = {"teacher_model": self.teacher_model, "teacher_diffusion": self.teacher_diffusion}
-        return self.diffusion.consistency_losses(
+        losses = self.diffusion.consistency_losses(
             self.ddp_model, images, num_scales, target_model=self.target_model, model_kwargs=model_kwargs, **teacher
         )
+        return losses
 
     def log_step(self) -> None:
+        """Log the numbers of the step and of samples."""
         self._log_step(self.global_step)
 
     def save(self) -> None:
+        """Write checkpoints of all models."""
         others = {"target_model": self.target_model}
         if self.training_mode == "progdist":
             others["teacher_model"] = self.teacher_model
