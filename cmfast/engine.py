@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
+from cmfast.ops import _check
 from cmfast.runner import Runner
 from cmfast.samplers import Sigmas, noise_range, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
@@ -235,7 +236,7 @@ class Sampler:
         called = callable(draws) or isinstance(noise, ops.Draw)
         generators = [_default_generator(noise.device)] if draws is None and isinstance(noise, Tensor) else []
         return self._runner.run(
-            ("generate", draws is None, pixels),
+            ("generate", draws is None, pixels, self._settings()),
             loop,
             values,
             Tensor.clone,
@@ -250,13 +251,17 @@ class Sampler:
         >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()
         tensor([0.5000])
         """
-        values: Values = {"x": x, "sigma": sigma if isinstance(sigma, Tensor) else float(sigma)}
+        number = not isinstance(sigma, Tensor)
+        values: Values = {"x": x, "sigma": float(sigma) if number else sigma}
         if labels is not None:
             values["labels"] = labels
 
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
-            x, sigma = values["x"], values["sigma"]
-            level = sigma if isinstance(sigma, Tensor) else torch.full((), sigma, device=x.device)
+            x, level = values["x"], values["sigma"]
+            if number:
+                wide = _check.sigma_dtype(x)
+                # In a graph it is a tensor already.
+                level = level.to(wide) if isinstance(level, Tensor) else x.new_full((), level, dtype=wide)
             evaluate = Evaluator(model, labels=values.get("labels")).settle(x.dtype)
             return evaluate.denoised(evaluate(*evaluate.scale_input(x, level)), x, level)
 
@@ -273,10 +278,13 @@ class Sampler:
 
     def _make(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
         """Make the pixels of samples `index`, uint8 [B, H, W, C], and give them to `take`."""
+        # A batch that fails has drawn nothing: whoever tries again gets its images.
+        state = self.noise.get_state() if isinstance(self.noise, torch.Generator) else None
         try:
             self._run_batch(index, seed, labels, take)
             return
-        except Exception as error:
+        except BaseException as error:
+            self._put_back(state)
             if not out_of_memory(error):
                 raise
             # Without its frames, which hold the tensors of the batch that was too large.
@@ -288,11 +296,16 @@ class Sampler:
             self._run_batch(range(size), seed, part, lambda images: images.sum().item())
 
         fits = largest_that_fits(run, len(index))
+        self._put_back(state)
         self._runner.forget()
         found = f"the largest that does is {fits}" if fits else "and not one image does"
         raise torch.OutOfMemoryError(
             f"batch_size={len(index)} does not fit into the memory of {self.device}: {found}"
         ) from failure
+
+    def _put_back(self, state: Tensor | None) -> None:
+        if isinstance(self.noise, torch.Generator) and state is not None:
+            self.noise.set_state(state)
 
     def _run_batch(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
         generator = self.noise if isinstance(self.noise, torch.Generator) else None
@@ -308,7 +321,14 @@ class Sampler:
             noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
             return self._loop(model, noise, values.get("labels"), drawn, "trunc")
 
-        self._runner.run("pixels", loop, values, take, generators=[] if generator is None else [generator])
+        generators = [] if generator is None else [generator]
+        self._runner.run(("pixels", self._settings()), loop, values, take, generators=generators)
+
+    def _settings(self) -> Hashable:
+        """What a graph holds of this sampler's own, which may be changed between two calls."""
+        plain = (bool, int, float, str)
+        options = ((name, v if isinstance(v, plain) else id(v)) for name, v in self.options.items())
+        return self.sampler, tuple(self.sigmas), self.image_shape, *options
 
 
 #: Options of samplers that are called on the host between two steps.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
 from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
-from cmfast.fast.weights import Weights
+from cmfast.fast.weights import Weights, making
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
 from cmfast.watch import Change, Watch
@@ -30,6 +30,8 @@ class FastPass:
         self._plan: Plan | None = None
         self._reason: str | None = None
         self._watch: Watch | None = None
+        #: Whether there is no plan of the modules as they are.
+        self._stale = True
         self._compiled = False
         #: By which it is found while Dynamo traces, where it cannot be looked at.
         self.number = next(_numbers)
@@ -55,17 +57,21 @@ class FastPass:
 
     def _look(self) -> bool:
         """Make the plan anew, of the modules as they are, if they changed; whether they did."""
-        if self._watch is None:
-            self._watch = Watch(self._model)
-        elif self._watch.change(values=False) is not Change.STRUCTURE:
-            return False
-        self._weights.clear()
-        try:
-            own_passes(self._model)
-            self._plan, self._reason = self._make_plan(self._model), None
-        except Refused as refused:
-            self._plan, self._reason = None, str(refused)
-        return True
+        with making:
+            if self._watch is None:
+                self._watch = Watch(self._model)
+            elif self._watch.change(values=False) is Change.STRUCTURE:
+                self._stale = True
+            if not self._stale:
+                return False
+            self._weights.clear()
+            try:
+                own_passes(self._model)
+                self._plan, self._reason = self._make_plan(self._model), None
+            except Refused as refused:
+                self._plan, self._reason = None, str(refused)
+            self._stale = False
+            return True
 
     def refresh(self, force: bool) -> bool:
         """As `FastUNet.refresh`."""

@@ -6,6 +6,7 @@ into the same memory where that is possible, so that a captured graph sees it as
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.fast import winograd
+from cmfast.watch import fork_safe, storage_of
 
 Make = Callable[..., Tensor]
+#: Held to see whether what was made is out of date, and while it is made: else another thread would take it half done.
+#: One for all networks, since Dynamo, which meets those that make weights of their own, makes no locks.
+making = fork_safe(threading.RLock())
 
 
 class Weights:
@@ -70,9 +75,10 @@ class Weights:
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
         replaced = False
-        for kept in self._kept.values():
-            if force or kept.signature != _signature(kept.parameters):
-                replaced |= kept.make_again()
+        with making:
+            for kept in self._kept.values():
+                if force or kept.outdated:
+                    replaced |= kept.make_again()
         return replaced
 
     def clear(self) -> None:
@@ -94,12 +100,13 @@ class Weights:
         if live:
             return make(*parameters)
         key = (kind, *map(id, parameters))
-        kept = self._kept.get(key)
-        if kept is None or kept.shape != shape:
-            kept = self._kept[key] = _Kept(parameters, make, shape)
-        elif kept.signature != _signature(parameters):
-            kept.make_again()
-        return kept.value
+        with making:
+            kept = self._kept.get(key)
+            if kept is None or kept.shape != shape:
+                kept = self._kept[key] = _Kept(parameters, make, shape)
+            elif kept.outdated:
+                kept.make_again()
+            return kept.value
 
 
 class _Kept:
@@ -107,7 +114,16 @@ class _Kept:
 
     def __init__(self, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> None:
         self.parameters, self._make, self.shape = parameters, make, shape
-        self.signature, self.value = _signature(parameters), self._made()
+        self._seen, self.value = self._look(), self._made()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        return _signature(self.parameters), list(map(storage_of, self.parameters))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether parameters have changed since."""
+        signature, storages = self._seen
+        return signature != _signature(self.parameters) or any(storage.expired() for storage in storages)
 
     def _made(self) -> Tensor:
         # Not tensors of inference mode, which could not be written to outside of it.
@@ -116,8 +132,9 @@ class _Kept:
 
     def make_again(self) -> bool:
         """Into the same memory if that fits; True if it did not."""
-        self.signature, made = _signature(self.parameters), self._made()
-        old = self.value
+        seen, made = self._look(), self._made()
+        # Not before it is made: if that fails, for want of memory, it is out of date still.
+        self._seen, old = seen, self.value
         fits = (made.shape, made.dtype, made.device, made.layout) == (old.shape, old.dtype, old.device, old.layout)
         if not fits or made.is_mkldnn:
             self.value = made

@@ -86,7 +86,7 @@ FAST_FORWARD = [
 FAST_WEIGHTS = [
     (
         "old weights",
-        "elif kept.signature != _signature(parameters):",
+        "elif kept.outdated:",
         "elif False:",
         _FAST + "changes_are_seen[model-None-changed_in_place]",
     ),
@@ -98,7 +98,7 @@ FAST_WEIGHTS = [
     ),
     ("weights for another shape", "kept is None or kept.shape != shape", "kept is None", _FAST + "another_batch_size"),
     ("new memory", "if not fits or made.is_mkldnn:", "if True:", _FAST + "refresh"),
-    ("force is nothing", "if force or kept.signature", "if kept.signature", _FAST + "refresh"),
+    ("force is nothing", "if force or kept.outdated", "if kept.outdated", _FAST + "refresh"),
     (
         "tensors of inference mode",
         "torch.inference_mode(False), torch.no_grad()",
