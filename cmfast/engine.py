@@ -45,7 +45,7 @@ class Sampler:
         noise: `counter`: it follows from (seed, index); or a generator on the model's device, drawn from in turn.
         optimize: `auto`: the network in fewer passes over memory where `cmfast.optimize` takes it; True: or an error.
         cache_size: how many shapes are kept ready; what was not used for longest goes.
-        options: the sampler's own, such as `clip_denoised` or `s_churn`.
+        options: the sampler's own, such as `clip_denoised` or `s_churn`; a `noise_fn` draws what is added in between.
 
     Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. RuntimeError: what
         was asked for with True cannot be had; the message says why.
@@ -159,6 +159,7 @@ class Sampler:
         self, starts: Sequence[int], n: int, labels: Tensor | None, *, seed: int = 0, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives."""
+        self._runner.check_process()
         device, size = self.device, self.batch_size
         padded = None
         if labels is not None and n:
@@ -309,6 +310,7 @@ class Sampler:
 
     def _run_batch(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
         generator = self.noise if isinstance(self.noise, torch.Generator) else None
+        own: NoiseFn | None = self.options.get("noise_fn")
         values: Values = {"index": index, "seed": seed}
         if labels is not None:
             values["labels"] = labels
@@ -316,10 +318,10 @@ class Sampler:
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
             if generator is None:
                 counter = CounterNoise(values["seed"], values["index"])
-                return self._loop(model, counter.next(), values.get("labels"), counter, "trunc")
+                return self._loop(model, counter.next(), values.get("labels"), own or counter, "trunc")
             drawn = _drawn_by(generator)
             noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
-            return self._loop(model, noise, values.get("labels"), drawn, "trunc")
+            return self._loop(model, noise, values.get("labels"), own or drawn, "trunc")
 
         generators = [] if generator is None else [generator]
         self._runner.run(("pixels", self._settings()), loop, values, take, generators=generators)

@@ -166,8 +166,7 @@ class Runner:
 
     def _update(self) -> None:
         """See what changed in the model, and make anew what that makes worthless."""
-        if self._forked:
-            _check_fork(self.device)
+        self.check_process()
         if self._watch is None:
             return
         change = max(self._due, self._watch.change(values=self._prepared.refresh is not None))
@@ -182,6 +181,21 @@ class Runner:
             self.forget()
         self._refresh_derived(force=False)
         self._due = Change.NOTHING
+
+    def check_process(self) -> None:
+        """RuntimeError in a forked process where PyTorch would fail by another name, or wait for ever."""
+        if not self._forked:
+            return
+        if self.device.type == "cuda":
+            raise RuntimeError(
+                "this process was forked from one that used the GPU, and CUDA does not work in it: start it by "
+                "'spawn' or 'forkserver' of multiprocessing, and give it the sampler"
+            )
+        if torch.get_num_threads() > 1:
+            raise RuntimeError(
+                f"this process was forked, and {torch.get_num_threads()} threads of PyTorch did not come along: call "
+                "torch.set_num_threads(1) in it, as workers of a DataLoader do, or start it by 'spawn'"
+            )
 
     def forget(self) -> None:
         """Let go of all programs, and of their memory."""
@@ -260,24 +274,13 @@ def _after_fork() -> None:
     """In a forked process: locks may be held, and changes be half followed, by threads that it does not have."""
     for runner in _runners:
         runner._lock, runner._due, runner._forked = threading.RLock(), Change.STRUCTURE, True
+        # A space has a lock as well. Those of a GPU are refused, and not to be touched.
+        if runner._space is not None and runner._space.device.type != "cuda":
+            runner._space = None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _check_fork(device: torch.device) -> None:
-    """RuntimeError where PyTorch would fail by another name, or wait for ever."""
-    if device.type == "cuda":
-        raise RuntimeError(
-            "this process was forked from one that used the GPU, and CUDA does not work in it: start it by 'spawn' or "
-            "'forkserver' of multiprocessing, and give it the sampler"
-        )
-    if torch.get_num_threads() > 1:
-        raise RuntimeError(
-            f"this process was forked, and {torch.get_num_threads()} threads of PyTorch did not come along: call "
-            "torch.set_num_threads(1) in it, as workers of a DataLoader do, or start it by 'spawn'"
-        )
 
 
 def _settings(device: torch.device) -> Hashable:
