@@ -106,7 +106,7 @@ def test_what_is_called_between_steps(how, emulated, monkeypatch):
     if how == "hook":
         handle = model.network.conv2.register_forward_hook(lambda *_: fail())
     if how == "progress":
-        monkeypatch.setattr("cmfast.engine._bar", lambda starts: map(lambda start: fail() or start, starts))
+        monkeypatch.setattr("cmfast.engine._bar", lambda starts: (fail() or start for start in starts))
     with pytest.raises(KeyboardInterrupt if how == "interrupt" else Failing):
         sampler.sample(4, progress=how == "progress")
     captures = emulated.captures
