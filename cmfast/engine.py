@@ -31,6 +31,8 @@ class Sampler:
     written in place are used as they are; replaced weights, modules or methods make it capture again; a model with
     hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
     The model is in evaluation mode for as long as a batch is started, and then in its own again.
+    Threads may share it. Copied, pickled or sent to another process it is a sampler of its own; in a forked process it
+    goes on where PyTorch can, and says so where not.
 
     Args:
         model: a `Denoiser`, or any D(x, sigma[, labels]).

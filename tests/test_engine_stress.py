@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cmfast
 from cmfast import Denoiser, Sampler, runner
 from cmfast.fast import plan, weights, winograd
+from cmfast.watch import Change, Watch
 from tests.golden_utils import small_unet
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -364,6 +365,17 @@ def test_memory_that_comes_back(dtype, graph, emulated):
         assert (conv.weight.data_ptr(), conv.weight._version) == (address, version)
         wanted = Sampler(copy.deepcopy(model), 2, **options).sample(2)
         assert torch.equal(sampler.sample(2), wanted) and not torch.equal(wanted, before)
+
+
+def test_swapped_weights_that_are_kept():
+    """Weights that somebody keeps, and puts back."""
+    model = toy()
+    watch, conv = Watch(model), model.network.conv1
+    kept = conv.weight.data
+    conv.weight.data = -kept
+    assert watch.change() is Change.STORAGE and watch.change() is Change.NOTHING
+    conv.weight.data = kept
+    assert watch.change() is Change.STORAGE and watch.change() is Change.NOTHING
 
 
 @pytest.mark.parametrize("name, value", [("sigmas", [80.0, 5.0]), ("sampler", "euler"), ("options", {"s_churn": 9.0})])
