@@ -22,7 +22,9 @@ from tests.toy import ToyNetwork
 
 
 def unet(**changes) -> Denoiser:
-    return Denoiser(small_unet(num_classes=5, **changes), image_shape=(3, 8, 8)).eval()
+    """Of one resolution: as small as an optimised network can be."""
+    network = small_unet(num_classes=5, channel_mult=[1], attention_resolutions=[1], **changes)
+    return Denoiser(network, image_shape=(3, 8, 8)).eval()
 
 
 def toy() -> Denoiser:
@@ -73,7 +75,7 @@ def samples(sampler: Sampler, i: int) -> None:
     sampler.sample(1 + i % 5, seed=i)
 
 
-LONG = [pytest.param(100, id="100"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
+LONG = [pytest.param(40, id="40"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("calls", LONG)
@@ -109,7 +111,7 @@ def test_kinds_of_calls_are_forgotten(monkeypatch):
     assert len(sampler._runner._ran) <= 8
 
 
-@pytest.mark.parametrize("count", [pytest.param(6, id="6"), pytest.param(500, id="500", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(6, id="6"), pytest.param(200, id="200", marks=pytest.mark.slow)])
 def test_samplers_that_are_thrown_away(count, counted):
     """What was made of weights goes with them."""
     model = unet()
@@ -163,7 +165,7 @@ def together(*functions) -> list:
     return results
 
 
-ROUNDS = [pytest.param(2, id="2"), pytest.param(300, id="300", marks=pytest.mark.slow)]
+ROUNDS = [pytest.param(2, id="2"), pytest.param(100, id="100", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
@@ -318,14 +320,14 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", [pytest.param(5, id="5"), pytest.param(600, id="600", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [pytest.param(5, id="5"), pytest.param(150, id="150", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_changes_in_any_order(dtype, graph, changes, emulated, counted):
     """One, two or three changes between two batches: images of a sampler made now, or its refusal."""
     # Forms that write in place read values on the host, which no graph allows.
     with cmfast.backend("reference" if graph else "auto"):
-        chosen, model = random.Random(changes), unet()
+        chosen, model = random.Random(8), unet()
         torch.manual_seed(0)
         options = {"steps": 2, "cuda_graph": graph, "dtype": dtype}
         sampler, same, refused = Sampler(model, 2, **options), [], 0
