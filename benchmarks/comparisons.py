@@ -8,6 +8,8 @@ from typing import Any
 
 #: A difference of the median ratio up to this is a tie.
 TIE = 0.03
+#: Two runs on a machine that others use as well should agree within this.
+AGREE = 0.15
 #: What cmfast is called where it is not called so: an operation inside a region that is compiled.
 OURS = ("cmfast", "auto")
 #: Not rivals: other ways of ours, and what measures a limit.
@@ -83,16 +85,21 @@ def counts(found: Sequence[Comparison]) -> str:
     return f"{wins} win{'s' * (wins != 1)}, {ties} tie{'s' * (ties != 1)}, {losses} loss{'es' * (losses != 1)}"
 
 
-def agreement(first: Sequence[Comparison], second: Sequence[Comparison]) -> list[tuple[float, Comparison, Comparison]]:
-    """The comparisons that two runs have both, and the larger median ratio of each as a multiple of the smaller, the
-    worst first: what a difference between runs must exceed on this machine."""
-    others = {(c.suite, c.case, c.rival): c for c in second}
-    found = []
-    for one in first:
-        other = others.get((one.suite, one.case, one.rival))
-        if other is not None:
-            found.append((max(one.p50, other.p50) / min(one.p50, other.p50), one, other))
-    return sorted(found, key=lambda pair: -pair[0])
+def agreed(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> str:
+    """How far the median ratios of two runs lie apart, the worst first: what a difference between runs must exceed.
+
+    Raises: ValueError: they have no comparison in common.
+    """
+    others = {(c.suite, c.case, c.rival): c.p50 for c in comparisons(second)}
+    pairs = [(c, others[key]) for c in comparisons(first) if (key := (c.suite, c.case, c.rival)) in others]
+    if not pairs:
+        raise ValueError("the two runs have no case and rival in common")
+    found = sorted(((max(c.p50, p50) / min(c.p50, p50) - 1, c, p50) for c, p50 in pairs), key=lambda pair: -pair[0])
+    width = max(len(f"{c.suite} {c.case}") for c, _ in pairs)
+    lines = [f"{f'{c.suite} {c.case}':{width}}  {c.rival:22} {c.p50:7.3f} {p50:7.3f}  {apart:6.1%}"
+             for apart, c, p50 in found]  # fmt: skip
+    near = sum(apart <= AGREE for apart, _, _ in found)
+    return "\n".join([*lines, f"{near} of {len(found)} ratios within {AGREE:.0%}"])
 
 
 def missing(results: Iterable[dict[str, Any]]) -> list[str]:

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cmfast.benchmarks.comparisons import TIE, Comparison, agreement, case_of, comparisons, counts, milliseconds, missing
+from cmfast.benchmarks.comparisons import TIE, Comparison, agreed, case_of, comparisons, counts, milliseconds, missing
 from cmfast.benchmarks.home import HOME
 
 Results = list[dict[str, Any]]
 #: The same tables for every device: devices by folder, in the order of their names.
 Devices = dict[str, Results]
-#: Two runs of a machine that others use as well should agree within this.
-AGREE = 0.15
 #: Comparisons that README shows of each device; benchmarks/RESULTS.md has all.
 WORST = 12
 #: What providers are, in words.
@@ -224,24 +222,10 @@ def written(text: str, devices: Devices) -> str:
     return BLOCK.sub(lambda match: match[1] + block(match[2], devices) + match[3], text)
 
 
-def _of_folder(folder: Path) -> list[Comparison]:
+def _of_run(folder: Path) -> Results:
+    """The results in a folder; a whole run has a report of its steps as well."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return comparisons(one for one in found if "rows" in one)  # A whole run has a report of its steps as well.
-
-
-def agreed(first: Path, second: Path) -> str:
-    """How far the ratios of two runs lie apart, for a terminal.
-
-    Raises: ValueError: they have no comparison in common.
-    """
-    found = agreement(_of_folder(first), _of_folder(second))
-    if not found:
-        raise ValueError(f"{first} and {second}: results of no case and rival in common")
-    width = max(len(f"{one.suite} {one.case}") for _, one, _ in found)
-    lines = [f"{f'{one.suite} {one.case}':{width}}  {one.rival:22} {one.p50:7.3f} {other.p50:7.3f}  {apart - 1:6.1%}"
-             for apart, one, other in found]
-    near = sum(apart <= 1 + AGREE for apart, _, _ in found)
-    return "\n".join([*lines, f"{near} of {len(found)} ratios within {AGREE:.0%}"])
+    return [one for one in found if "rows" in one]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--agree", type=Path, nargs=2, metavar="FOLDER", help="print how far two runs lie apart")
     options = parser.parse_args(argv)
     if options.agree:
-        print(agreed(*options.agree))
+        print(agreed(*map(_of_run, options.agree)))
         return 0
     devices = load(options.results)
     wrong = []

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast.kernels.common import load_state, store_state
+from cmfast.kernels.common import lerp, load_state, store_state
 from cmfast.kernels.launch import BLOCK
 from cmfast.kernels.pointers import piece, tables, tensor_at
 
@@ -22,7 +22,7 @@ def average(
         # In the dtype of the rates: of a rate near 1, float32 has lost what matters.
         weight = (1.0 - tl.load(rates_ptr + k)).to(tl.float32)
         value = load_state(average_ptr, at, mask)
-        store_state(average_ptr, at, value + weight * (parameter - value), mask)
+        store_state(average_ptr, at, lerp(value, parameter, weight), mask)
 
 
 @triton.jit

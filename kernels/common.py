@@ -125,6 +125,13 @@ def through_clip(grad, value):
 
 
 @triton.jit
+def lerp(start, end, weight):
+    """start + weight (end - start), from weight 0.5 on from the other end, as torch.lerp: a weight of 1 gives `end`."""
+    step = end - start
+    return tl.where(weight < 0.5, start + weight * step, end - (1.0 - weight) * step)
+
+
+@triton.jit
 def natural_log(x):
     """ln x of positive normal float32 to 2 units in the last place (a minimax polynomial of log1p on [-1/3, 1/3]).
 

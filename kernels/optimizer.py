@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.averages import average
-from cmfast.kernels.common import load_state, store_state
+from cmfast.kernels.common import lerp, load_state, store_state
 from cmfast.kernels.launch import BLOCK, launch
 from cmfast.kernels.pointers import piece, tables, tensor_at
 
@@ -168,7 +168,7 @@ def _step_kernel(
     m = load_state(m_ptr, at, mask)
     v = load_state(v_ptr, at, mask)
     g = load_state(tensor_at(row_ptr, 3, GRADIENT, ALIGNED), at, mask) * tl.load(scalars_ptr + 1) + weight_decay * p
-    m = m + weight_1 * (g - m)
+    m = lerp(m, g, weight_1)
     v = beta_2 * v + weight_2 * g * g
     store_state(m_ptr, at, m, mask)
     store_state(v_ptr, at, v, mask)

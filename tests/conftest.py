@@ -1,14 +1,21 @@
-"""What tests counted or measured, at the end of pytest's report."""
+"""For all tests: the interpreter patches Triton once; what was counted or measured ends pytest's report."""
 
 import pytest
 
-KEY = "counted"
+from cmfast.ops import _dispatch
+
+if _dispatch.INTERPRETING:
+    from tests.interpreter import patch_once
+
+    patch_once()
+
+COUNTED = "counted"
 
 
 @pytest.fixture
 def counted(record_property):
     """Call it with a line of text."""
-    return lambda text: record_property(KEY, text)
+    return lambda text: record_property(COUNTED, text)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -18,7 +25,7 @@ def pytest_terminal_summary(terminalreporter):
         for report in reports
         if getattr(report, "when", None) == "call"
         for key, value in getattr(report, "user_properties", ())
-        if key == KEY
+        if key == COUNTED
     ]
     if lines:
         terminalreporter.section("counted")

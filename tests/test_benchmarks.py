@@ -67,6 +67,25 @@ def test_every_fused_operation_has_a_case():
     assert set(ops.FUSED) - called == {"ema_update_", "grad_norm", "radam_ema_", "adam_ema_"}
 
 
+@pytest.mark.parametrize("case, scale, right", [
+    ("renoise drawn", 1.0, True), ("renoise drawn", 3.0, False),
+    # Its noise levels are drawn too: any size is right, but no NaN.
+    ("draw_pair drawn", 1.0, True), ("draw_pair drawn", float("nan"), False),
+])  # fmt: skip
+def test_noise_of_another_generator(tmp_path, monkeypatch, case, scale, right):
+    def make(config):
+        plain = cases.operation(config, reference)
+        return lambda t: plain({**t, "noise": scale * torch.randn(len(t["index"]), *config.shape)})
+
+    monkeypatch.setitem(kernels.PROVIDERS, "inductor_randn", kernels.Provider(make, "reference", other_noise=True))
+    monkeypatch.setattr(kernels, "inductor_refusal", lambda device: None)
+    (config,) = (c for c in cases.smallest() if c.case == case)
+    monkeypatch.setattr(kernels, "configs", lambda *arguments: [config])
+    for _ in range(3 if right else 1):
+        status, result = recorded(tmp_path, "--providers", "reference,inductor_randn")
+        assert status == (not right) and len(result["rows"]) == 1 + right, result["failures"]
+
+
 @pytest.mark.parametrize("fault", ["a part in a thousand", "NaN", "one element", "a raised error", "dtype"])
 def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, fault, capsys):
     def make(config):
@@ -180,7 +199,8 @@ def test_bars(tmp_path):
         return {"p50_us": rival_us, "times_cmfast": dict.fromkeys(("p20", "p50", "p80"), rival_us / us)}
 
     row = {
-        "name": "one", "case": "denoise", "shape": [3, 64, 64], "batch": 64, "state_dtype": "float32", "model_dtype": "bfloat16",
+        "name": "one", "case": "denoise", "shape": [3, 64, 64], "batch": 64,
+        "state_dtype": "float32", "model_dtype": "bfloat16",
         "channels_last": False, "mode": "graph", "times_cmfast": None,
         "largest_tensor_bytes": 10, "percent_of_copy": 50.0, "p50_us": 1.0,
     }

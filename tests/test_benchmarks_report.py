@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmfast.benchmarks import report
-from cmfast.benchmarks.comparisons import comparisons, counts, text
+from cmfast.benchmarks.comparisons import agreed, comparisons, counts, text
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = {
@@ -69,21 +69,22 @@ def test_comparisons(results):
     assert "not started for lack of time: sampling: batch 64" in lines
 
 
-def test_agreement_of_two_runs(results, tmp_path):
+def test_agreement_of_two_runs(results, tmp_path, capsys):
     again = copy.deepcopy(results)
     again[0]["rows"][1]["times_cmfast"]["p50"] = 2.5
     again[0]["rows"][2]["times_cmfast"]["p50"] = 0.9
     again[1]["rows"].pop(1)
     for folder, run in (("a", results), ("b", again)):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "report.json").write_text('{"steps": []}')
         for one in run:
             (tmp_path / folder / f"{one['suite']}.json").write_text(json.dumps(one))
-    lines = report.agreed(tmp_path / "a", tmp_path / "b").splitlines()
+    assert report.main(["--agree", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert ["25.0%" in lines[0], "12.2%" in lines[1], "0.0%" in lines[2]] == [True] * 3
     assert "openai" in lines[0] and lines[-1] == "2 of 3 ratios within 15%"
-    (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no case and rival in common"):
-        report.agreed(tmp_path / "a", tmp_path / "none")
+        agreed(results, [])
 
 
 def test_a_missing_peer_is_no_win(results):

@@ -78,6 +78,8 @@ FAULTS = {
         ("kept for ever", "while len(_known) > KEPT:", "while False:", _TABLES),
     ],
     "kernels/averages.py": [
+        ("a rate of 0 rounds", "lerp(value, parameter, weight)", "value + weight * (parameter - value)",
+         _KERNEL + "a_rate_of_zero"),
         ("a weight from float32", "(1.0 - tl.load(rates_ptr + k)).to(tl.float32)",
          "1.0 - tl.load(rates_ptr + k).to(tl.float32)", _KERNEL + "a_rate_near_one"),
         ("one rate for all", "tl.load(rates_ptr + k)", "tl.load(rates_ptr)", _KERNEL + "number_of_averages[4]"),
@@ -94,7 +96,7 @@ FAULTS = {
          _AGREES.format(5, "plain", "radam_ema_")),
         ("another threshold", "adapts = rho > 5.0", "adapts = rho > 4.0", _AGREES.format(4, "plain", "radam_ema_")),
         ("Adam's eps unscaled", "eps = EPS * root", "eps = EPS", _AGREES.format(4, "other betas", "adam_ema_")),
-        ("decay with the gradient", "weight_1 * (g - m)", "weight_1 * (g - m - weight_decay * p)",
+        ("decay with the gradient", "lerp(m, g, weight_1)", "lerp(m, g - weight_decay * p, weight_1)",
          _AGREES.format(4, "decay", "adam_ema_")),
         ("no decay", "1.0 - lr * weight_decay if DECOUPLED else 1.0", "1.0",
          _AGREES.format(4, "decoupled decay", "radam_ema_")),

@@ -22,6 +22,10 @@ FAULTS = {
          "_compared(c for c in comparisons(results) if c.verdict != \"LOSS\"), \"\"",
          REPORT + "test_every_number_of_a_result_is_in_a_table"),
     ],
+    "benchmarks/kernels.py": [
+        ("noise of any size", "if value.numel() > FEW and not 0.9 < ratio < 1.1:", "if False:",
+         "tests/test_benchmarks.py::test_noise_of_another_generator"),
+    ],
     "benchmarks/timing.py": [
         ("ratios the other way round", "ratios = [other / one for other, one in zip(times, ours)]",
          "ratios = [one / other for other, one in zip(times, ours)]",

@@ -51,6 +51,15 @@ def test_rates_of_float32(device):
     check(lists, "triton")
 
 
+def test_a_rate_of_zero(device):
+    """The parameter itself, bit for bit, whatever the average was."""
+    parameter = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(device)
+    average = torch.full_like(parameter, 3e4)
+    with cmfast.backend("triton"):
+        ops.ema_update_([parameter], [[average]], [0.0])
+    assert torch.equal(average, parameter)
+
+
 def test_a_rate_near_one(device):
     """Of 1 - 0.9999, float32 has lost three digits."""
     average, one = torch.zeros(40, device=device), torch.ones(40, device=device)
