@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cmfast
 from cmfast import Denoiser, Sampler
+from cmfast.fast.network import _looking
 from tests.golden_utils import small_unet
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -238,14 +239,14 @@ def test_a_fork_while_a_thread_samples(graph, emulated):
 
 @forks
 @quietly
-def test_a_fork_while_weights_are_made():
-    """In the optimised network that two samplers share."""
+def test_a_fork_while_a_plan_is_made():
+    """Of an optimised network, in another thread."""
     fast = cmfast.optimize(unet(), torch.bfloat16)
     sampler = Sampler(fast, 2)
     wanted, inside, go_on = sampler.sample(2), threading.Event(), threading.Event()
 
     def hold():
-        with cmfast.fast.weights.making:
+        with _looking:
             inside.set()
             go_on.wait(0.3)
 

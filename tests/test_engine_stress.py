@@ -201,9 +201,10 @@ def test_threads(shared, rounds, eager_switching, counted, winograd_for_small_ne
 
 def test_a_first_look_in_two_threads(monkeypatch):
     """The second comes while the first makes its plan of the network."""
-    looking, arrived = threading.Event(), threading.Event()
+    looking, arrived, plans = threading.Event(), threading.Event(), []
 
     def slowly(model):
+        plans.append(model)
         looking.set()
         arrived.wait(0.3)
         return plan.of_unet(model)
@@ -220,6 +221,7 @@ def test_a_first_look_in_two_threads(monkeypatch):
             arrived.set()
 
     first, other = together(lambda: sampler.sample(2), second)
+    assert len(plans) == 1
     assert torch.equal(first, other) and (first.int() - alone.sample(2).int()).abs().max() <= 1
 
 

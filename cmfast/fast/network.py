@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
 from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
-from cmfast.fast.weights import Weights, making
+from cmfast.fast.weights import Weights
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
-from cmfast.watch import Change, Watch
+from cmfast.watch import Change, Watch, fork_safe
+
+#: Held while a plan is made, for which other threads wait. One for all networks, as Dynamo makes no locks.
+_looking = fork_safe(threading.RLock())
 
 
 class FastPass:
@@ -57,7 +61,7 @@ class FastPass:
 
     def _look(self) -> bool:
         """Make the plan anew, of the modules as they are, if they changed; whether they did."""
-        with making:
+        with _looking:
             if self._watch is None:
                 self._watch = Watch(self._model)
             elif self._watch.change(values=False) is Change.STRUCTURE:

@@ -6,7 +6,6 @@ into the same memory where that is possible, so that a captured graph sees it as
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.fast import winograd
-from cmfast.watch import fork_safe, storage_of
+from cmfast.watch import storage_of
 
 Make = Callable[..., Tensor]
-#: Held to see whether what was made is out of date, and while it is made: else another thread would take it half done.
-#: One for all networks, since Dynamo, which meets those that make weights of their own, makes no locks.
-making = fork_safe(threading.RLock())
 
 
 class Weights:
@@ -75,10 +71,10 @@ class Weights:
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
         replaced = False
-        with making:
-            for kept in self._kept.values():
-                if force or kept.outdated:
-                    replaced |= kept.make_again()
+        # A list, as another thread may be in its first pass.
+        for kept in list(self._kept.values()):
+            if force or kept.outdated:
+                replaced |= kept.make_again()
         return replaced
 
     def clear(self) -> None:
@@ -100,13 +96,12 @@ class Weights:
         if live:
             return make(*parameters)
         key = (kind, *map(id, parameters))
-        with making:
-            kept = self._kept.get(key)
-            if kept is None or kept.shape != shape:
-                kept = self._kept[key] = _Kept(parameters, make, shape)
-            elif kept.outdated:
-                kept.make_again()
-            return kept.value
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != shape:
+            kept = self._kept[key] = _Kept(parameters, make, shape)
+        elif kept.outdated:
+            kept.make_again()
+        return kept.value
 
 
 class _Kept:
@@ -132,15 +127,16 @@ class _Kept:
 
     def make_again(self) -> bool:
         """Into the same memory if that fits; True if it did not."""
-        seen, made = self._look(), self._made()
-        # Not before it is made: if that fails, for want of memory, it is out of date still.
-        self._seen, old = seen, self.value
+        seen, made, old = self._look(), self._made(), self.value
         fits = (made.shape, made.dtype, made.device, made.layout) == (old.shape, old.dtype, old.device, old.layout)
-        if not fits or made.is_mkldnn:
+        replaced = not fits or made.is_mkldnn
+        if replaced:
             self.value = made
-            return True
-        old.copy_(made)
-        return False
+        else:
+            old.copy_(made)
+        # Last, so that it is out of date to other threads until it is made, and after a failure, for want of memory.
+        self._seen = seen
+        return replaced
 
 
 def geometry(module: nn.Module) -> tuple[list[int], list[int], list[int]]:

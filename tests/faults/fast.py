@@ -85,16 +85,16 @@ FAST_FORWARD = [
 
 FAST_WEIGHTS = [
     (
-        "a weight half made",
-        "        with making:\n            kept = self._kept.get(key)\n",
-        "        if True:\n            kept = self._kept.get(key)\n",
-        "tests/test_engine_stress.py::test_a_weight_made_again_in_two_threads",
+        "a weight that could not be made counts as made",
+        "        seen, made, old = self._look(), self._made(), self.value\n",
+        "        self._seen = seen = self._look()\n        made, old = self._made(), self.value\n",
+        "tests/test_engine_failures.py::test_weights_that_cannot_be_made[eager]",
     ),
     (
-        "a weight that could not be made counts as made",
-        "        seen, made = self._look(), self._made()\n",
-        "        self._seen = seen = self._look()\n        made = self._made()\n",
-        "tests/test_engine_failures.py::test_weights_that_cannot_be_made[eager]",
+        "a weight half made counts as made",
+        "        seen, made, old = self._look(), self._made(), self.value\n",
+        "        self._seen = seen = self._look()\n        made, old = self._made(), self.value\n",
+        "tests/test_engine_stress.py::test_a_weight_made_again_in_two_threads",
     ),
     (
         "addresses come back",
@@ -115,7 +115,7 @@ FAST_WEIGHTS = [
         _FAST + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
     ),
     ("weights for another shape", "kept is None or kept.shape != shape", "kept is None", _FAST + "another_batch_size"),
-    ("new memory", "if not fits or made.is_mkldnn:", "if True:", _FAST + "refresh"),
+    ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _FAST + "refresh"),
     ("force is nothing", "if force or kept.outdated", "if kept.outdated", _FAST + "refresh"),
     (
         "tensors of inference mode",
@@ -179,7 +179,7 @@ FAST_NETWORK = [
     ("changes of structure", "is Change.STRUCTURE:", "is None:", _FAST + "a_lora_is_called"),
     (
         "a plan half made",
-        "        with making:\n            if self._watch is None:",
+        "        with _looking:\n            if self._watch is None:",
         "        if True:\n            if self._watch is None:",
         "tests/test_engine_stress.py::test_a_first_look_in_two_threads",
     ),
