@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
+from cmfast.ops import _check
 from cmfast.runner import Runner
 from cmfast.samplers import Sigmas, noise_range, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
@@ -30,6 +31,8 @@ class Sampler:
     written in place are used as they are; replaced weights, modules or methods make it capture again; a model with
     hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
     The model is in evaluation mode for as long as a batch is started, and then in its own again.
+    Threads may share it. Copied, pickled or sent to another process it is a sampler of its own; in a forked process it
+    goes on where PyTorch can, and says so where not.
 
     Args:
         model: a `Denoiser`, or any D(x, sigma[, labels]).
@@ -44,7 +47,7 @@ class Sampler:
         noise: `counter`: it follows from (seed, index); or a generator on the model's device, drawn from in turn.
         optimize: `auto`: the network in fewer passes over memory where `cmfast.optimize` takes it; True: or an error.
         cache_size: how many shapes are kept ready; what was not used for longest goes.
-        options: the sampler's own, such as `clip_denoised` or `s_churn`.
+        options: the sampler's own, such as `clip_denoised` or `s_churn`; a `noise_fn` draws what is added in between.
 
     Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. RuntimeError: what
         was asked for with True cannot be had; the message says why.
@@ -160,6 +163,7 @@ class Sampler:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Of the batches of `stream` those that begin at `starts`. labels: int64 [n], as `Sampler.labels` gives; seed
         and progress as of `sample`."""
+        self._runner.check_process()
         device, size = self.device, self.batch_size
         padded = None
         if labels is not None and n:
@@ -238,7 +242,7 @@ class Sampler:
         called = callable(draws) or isinstance(noise, ops.Draw)
         generators = [_default_generator(noise.device)] if draws is None and isinstance(noise, Tensor) else []
         return self._runner.run(
-            ("generate", draws is None, pixels),
+            ("generate", draws is None, pixels, self._settings()),
             loop,
             values,
             Tensor.clone,
@@ -254,13 +258,17 @@ class Sampler:
         >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()
         tensor([0.5000])
         """
-        values: Values = {"x": x, "sigma": sigma if isinstance(sigma, Tensor) else float(sigma)}
+        number = not isinstance(sigma, Tensor)
+        values: Values = {"x": x, "sigma": float(sigma) if number else sigma}
         if labels is not None:
             values["labels"] = labels
 
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
-            x, sigma = values["x"], values["sigma"]
-            level = sigma if isinstance(sigma, Tensor) else torch.full((), sigma, device=x.device)
+            x, level = values["x"], values["sigma"]
+            if number:
+                wide = _check.sigma_dtype(x)
+                # In a graph it is a tensor already.
+                level = level.to(wide) if isinstance(level, Tensor) else x.new_full((), level, dtype=wide)
             evaluate = Evaluator(model, labels=values.get("labels")).settle(x.dtype)
             return evaluate.denoised(evaluate(*evaluate.scale_input(x, level)), x, level)
 
@@ -277,10 +285,13 @@ class Sampler:
 
     def _make(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
         """Make the pixels of samples `index`, uint8 [B, H, W, C], and give them to `take`."""
+        # A batch that fails has drawn nothing: whoever tries again gets its images.
+        state = self.noise.get_state() if isinstance(self.noise, torch.Generator) else None
         try:
             self._run_batch(index, seed, labels, take)
             return
-        except Exception as error:
+        except BaseException as error:
+            self._put_back(state)
             if not out_of_memory(error):
                 raise
             # Without its frames, which hold the tensors of the batch that was too large.
@@ -292,14 +303,20 @@ class Sampler:
             self._run_batch(range(size), seed, part, lambda images: images.sum().item())
 
         fits = largest_that_fits(run, len(index))
+        self._put_back(state)
         self._runner.forget()
         found = f"the largest that does is {fits}" if fits else "and not one image does"
         raise torch.OutOfMemoryError(
             f"batch_size={len(index)} does not fit into the memory of {self.device}: {found}"
         ) from failure
 
+    def _put_back(self, state: Tensor | None) -> None:
+        if isinstance(self.noise, torch.Generator) and state is not None:
+            self.noise.set_state(state)
+
     def _run_batch(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
         generator = self.noise if isinstance(self.noise, torch.Generator) else None
+        own: NoiseFn | None = self.options.get("noise_fn")
         values: Values = {"index": index, "seed": seed}
         if labels is not None:
             values["labels"] = labels
@@ -307,12 +324,19 @@ class Sampler:
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
             if generator is None:
                 counter = CounterNoise(values["seed"], values["index"])
-                return self._loop(model, counter.next(), values.get("labels"), counter, "trunc")
+                return self._loop(model, counter.next(), values.get("labels"), own or counter, "trunc")
             drawn = _drawn_by(generator)
             noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
-            return self._loop(model, noise, values.get("labels"), drawn, "trunc")
+            return self._loop(model, noise, values.get("labels"), own or drawn, "trunc")
 
-        self._runner.run("pixels", loop, values, take, generators=[] if generator is None else [generator])
+        generators = [] if generator is None else [generator]
+        self._runner.run(("pixels", self._settings()), loop, values, take, generators=generators)
+
+    def _settings(self) -> Hashable:
+        """What a graph holds of this sampler's own, which may be changed between two calls."""
+        plain = (bool, int, float, str)
+        options = ((name, v if isinstance(v, plain) else id(v)) for name, v in self.options.items())
+        return self.sampler, tuple(self.sigmas), self.image_shape, *options
 
 
 #: Options of samplers that are called on the host between two steps.

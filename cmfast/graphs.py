@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cmfast.memory import out_of_memory
 from cmfast.samplers import keep_levels
-from cmfast.watch import name_of
+from cmfast.watch import fork_safe, name_of
 
 #: What a loop is given: tensors; numbers, which a graph reads from a scalar; ranges, as int64 [n].
 Value = Tensor | int | float | range
@@ -25,7 +25,7 @@ Loop = Callable[[dict[str, Any]], Tensor]
 #: Runs before a capture: kernels are compiled and chosen, and libraries take their workspaces.
 WARM_UPS = 2
 #: Only one capture at a time in a process: PyTorch's allocator knows no more.
-_capturing = threading.Lock()
+_capturing = fork_safe(threading.RLock())
 
 
 class GraphError(RuntimeError):
@@ -208,7 +208,7 @@ def _buffer(value: Value, device: torch.device) -> Tensor:
         return torch.empty_like(value)
     if isinstance(value, range):
         return torch.empty(len(value), dtype=torch.int64, device=device)
-    return torch.empty((), dtype=torch.int64 if isinstance(value, int) else torch.float32, device=device)
+    return torch.empty((), dtype=torch.int64 if isinstance(value, int) else torch.float64, device=device)
 
 
 def _signed(value: int) -> int:

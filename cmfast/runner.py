@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -22,6 +24,10 @@ from cmfast.watch import Change, Watch, evaluating
 Result = TypeVar("Result")
 #: From a model and values by name to a tensor.
 ModelLoop = Callable[[Any, dict[str, Any]], Tensor]
+
+
+#: Kinds of loops that a runner remembers to have run. Forgetting them costs a look at the model after a run.
+KINDS = 1024
 
 
 class Runner:
@@ -44,7 +50,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.startup = 0.0
-        self._cuda_graph, self._host_work = cuda_graph, host_work
+        self._cuda_graph, self._host_work, self._cache_size = cuda_graph, host_work, cache_size
         self._options: dict[str, Any] = {"optimize": optimize, "compile": compile, "dtype": dtype}
         self._programs = ProgramCache(cache_size)
         self._space: Any = None
@@ -54,11 +60,23 @@ class Runner:
         self._ran: set[Hashable] = set()
         self._levels: dict[Any, Tensor] = {}
         self._lock = threading.RLock()
+        #: The change that is to be followed: an update that fails leaves it to the next one.
+        self._due = Change.NOTHING
+        self._forked = False
+        _runners.add(self)
         self._watch = Watch(model) if isinstance(model, nn.Module) else None
         self._prepare()
         refusal = self._refusal()
         if refusal and cuda_graph is True:
             raise GraphError(f"cuda_graph=True cannot be had: {refusal}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: what was made of the model is made again."""
+        own = {"cuda_graph": self._cuda_graph, "cache_size": self._cache_size, "host_work": self._host_work}
+        return {"model": self.model, **own, **self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +122,7 @@ class Runner:
             # Hooks want to be called: then it is the model as given.
             model = self.model if self._hooked() else self._prepared.model
         device = self.device
-        key = name, graphs.kind(values), _settings(device)
+        key = name, graphs.kind(values), _settings(device), *map(id, generators)
         # Buffers and what is derived outlive a user's inference mode.
         with self._evaluating(), torch.no_grad():
             with self._lock:
@@ -148,17 +166,36 @@ class Runner:
 
     def _update(self) -> None:
         """See what changed in the model, and make anew what that makes worthless."""
+        self.check_process()
         if self._watch is None:
             return
-        change = self._watch.change(values=self._prepared.refresh is not None)
+        change = max(self._due, self._watch.change(values=self._prepared.refresh is not None))
+        if change is Change.NOTHING:
+            return
+        self._due = change
         if change is Change.STRUCTURE:
             self._prepare()
             self._ran.clear()
             self._broken = None
         if change in (Change.STORAGE, Change.STRUCTURE):
             self.forget()
-        if change is not Change.NOTHING:
-            self._refresh_derived(force=False)
+        self._refresh_derived(force=False)
+        self._due = Change.NOTHING
+
+    def check_process(self) -> None:
+        """RuntimeError in a forked process where PyTorch would fail by another name, or wait for ever."""
+        if not self._forked:
+            return
+        if self.device.type == "cuda":
+            raise RuntimeError(
+                "this process was forked from one that used the GPU, and CUDA does not work in it: start it by "
+                "'spawn' or 'forkserver' of multiprocessing, and give it the sampler"
+            )
+        if torch.get_num_threads() > 1:
+            raise RuntimeError(
+                f"this process was forked, and {torch.get_num_threads()} threads of PyTorch did not come along: call "
+                "torch.set_num_threads(1) in it, as workers of a DataLoader do, or start it by 'spawn'"
+            )
 
     def forget(self) -> None:
         """Let go of all programs, and of their memory."""
@@ -179,6 +216,8 @@ class Runner:
                 self.startup += time.perf_counter() - start
             if self._watch is not None:
                 self._watch.settle()
+            if len(self._ran) >= KINDS:
+                self._ran.clear()
             self._ran.add(key)
 
     # Graphs.
@@ -226,6 +265,22 @@ class Runner:
                 return None
             self._programs.put(key, program, self._space)
         return program
+
+
+_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked process: locks may be held, and changes be half followed, by threads that it does not have."""
+    for runner in _runners:
+        runner._lock, runner._due, runner._forked = threading.RLock(), Change.STRUCTURE, True
+        # A space has a lock as well. Those of a GPU are refused, and not to be touched.
+        if runner._space is not None and runner._space.device.type != "cuda":
+            runner._space = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _settings(device: torch.device) -> Hashable:

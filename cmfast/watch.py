@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
 #: Methods that a class or an object may bring anew, which changes what the model computes.
@@ -21,6 +23,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _MISSING = object()
 _training = attrgetter("training")
 _version = attrgetter("_version")
+_gone = StorageWeakRef.expired
+
+
+def fork_safe(lock: Any) -> Any:
+    """The lock, which no forked process finds taken by a thread that it does not have."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
 
 
 class Change(IntEnum):
@@ -81,6 +91,7 @@ class Watch:
         self._tensors = [x for x in tensors if type(x) in (Tensor, nn.Parameter, nn.Buffer)]
         self._kinds = [_kind(x) for x in self._tensors]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._storages = list(map(storage_of, self._tensors))
         # Tensors made in inference mode count no versions.
         self._counted = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self._counted else []
@@ -101,7 +112,7 @@ class Watch:
         if self._structure_changed():
             self._look()
             return Change.STRUCTURE
-        if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
+        if list(map(Tensor.data_ptr, self._tensors)) != self._pointers or any(map(_gone, self._storages)):
             cast = [_kind(x) for x in self._tensors] != self._kinds
             self._look_at_tensors()
             return Change.STRUCTURE if cast else Change.STORAGE
@@ -175,6 +186,12 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
+def storage_of(x: Tensor) -> StorageWeakRef:
+    """Says when the memory that x has now was given up: new memory may have its address, after a second swap of
+    `.data` even mostly has. It keeps nothing alive."""
+    return StorageWeakRef(x.untyped_storage())
+
+
 def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
@@ -192,7 +209,7 @@ def _same(now: object, then: object) -> bool:
 
 #: Modules in training mode that are held in evaluation mode, and how many hold them.
 _held: dict[nn.Module, int] = {}
-_held_lock = threading.Lock()
+_held_lock = fork_safe(threading.RLock())
 
 
 @contextmanager

@@ -1,6 +1,33 @@
+"""For all tests: the interpreter patches Triton once; what was counted or measured ends pytest's report."""
+
+import pytest
+
 from cmfast.ops import _dispatch
 
 if _dispatch.INTERPRETING:
     from tests.interpreter import patch_once
 
     patch_once()
+
+COUNTED = "counted"
+
+
+@pytest.fixture
+def counted(record_property):
+    """Call it with a line of text."""
+    return lambda text: record_property(COUNTED, text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    lines = [
+        (report.nodeid.split("/")[-1], value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for key, value in getattr(report, "user_properties", ())
+        if key == COUNTED
+    ]
+    if lines:
+        terminalreporter.section("counted")
+        for name, value in sorted(lines):
+            terminalreporter.write_line(f"{name}: {value}")

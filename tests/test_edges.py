@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import cmfast
-from cmfast import ops
+from cmfast import ema, ops
 from cmfast.ops import _inplace
 from cmfast.tolerances import FLOOR
+from tests.golden_utils import small_unet
 from tests.ops.cases import CASES, flat, inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -91,6 +94,40 @@ def test_levels_in_half_precision(dtype):
             assert torch.equal(value, high.float().to(dtype))
 
 
+@HALF
+@pytest.mark.parametrize("state", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.sigmas])
+def test_levels_given_in_half_precision(name, state, dtype):
+    """From 80 down: what they are is computed with, bit for bit, in the precision of the state and never in theirs."""
+    case = CASES[name]
+    states, _ = inputs(case, (2, 3, 4, 4))
+    states = {k: (80 * v if k in ("x", "x2") else v).to(state) for k, v in states.items()}
+    sigmas = {k: torch.full((2,), 80.0 * 0.8**i).to(dtype) for i, k in enumerate(case.sigmas)}
+    wide = torch.float64 if state == torch.float64 else torch.float32
+    with cmfast.backend("reference"):
+        given, same = case.call(states, sigmas), case.call(states, {k: v.to(wide) for k, v in sigmas.items()})
+    for a, b in zip(flat(given), flat(same), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) and a.isfinite().all()
+
+
+@HALF
+@pytest.mark.parametrize("scale", [1.0, 150.0])
+def test_a_network_in_half_precision_at_the_largest_noise(dtype, scale):
+    """D(x, 80), optimised or not: 150 deviations of noise are 12,000, in the range of float16."""
+    model = cmfast.Denoiser(small_unet(num_classes=5), image_shape=(3, 8, 8)).eval().requires_grad_(False)
+    x = 80 * scale * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    labels, exact = torch.tensor([1, 2]), None
+    wide = copy.deepcopy(model).double()
+    cast, fast = copy.deepcopy(model).to(dtype), cmfast.optimize(model, dtype)
+    for state in (torch.float32, dtype):
+        sigma = torch.full((2,), 80.0, dtype=state)
+        exact = wide(x.to(state).double(), sigma.double(), labels)
+        eager, ours = (m(x.to(state), sigma, labels).double() for m in (cast, fast))
+        assert ours.isfinite().all()
+        allowed = 2 * (eager - exact).abs().max() + FLOOR[dtype] * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
+
+
 #: Elements of a parameter, updates.
 WIDTH, UPDATES = 5, 100_000
 RATES = [0.9, 0.9999]
@@ -100,12 +137,12 @@ RATES = [0.9, 0.9999]
 PAIRS = {
     "float32": [(torch.float32, torch.float32)],
     "others": [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16),
-               (torch.float16, torch.float16)],
+               (torch.float16, torch.float16), (torch.float16, torch.float32), (torch.float64, torch.float64)],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["float32", pytest.param("others", marks=pytest.mark.slow)])
-def test_a_hundred_thousand_averages(name):
+def test_a_hundred_thousand_averages(name, counted):
     """Of parameters that move, against their sum in float64.
 
     An average a stands still within half a unit in the last place of a / (1 - rate) of its parameter: that bounds it.
@@ -123,4 +160,29 @@ def test_a_hundred_thousand_averages(name):
             exact = ((1 - rate) * rate**age) @ steps.double()
             error = ((average - exact).abs() / exact.abs()).max().item()
             bound = torch.finfo(dtype).eps / 2 / (1 - rate)
+            counted(f"{steps.dtype} parameters, {dtype} averages, rate {rate}: error {error:.1e} of {bound:.1e}")
             assert error <= min(1.1 * bound, 1.0), f"{dtype}, rate {rate}: {error:.2e} of {bound:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_hundred_thousand_updates_of_a_model_in_half_precision(dtype, counted):
+    """`ema.Averages` keeps them in float32, and its target is the average, rounded once."""
+    model = torch.nn.Linear(WIDTH, 1, bias=False).to(dtype).requires_grad_(False)
+    target = copy.deepcopy(model)
+    averages = ema.Averages(model, [str(rate) for rate in RATES], targets={1: target})
+    start = model.weight.double()
+    generator = torch.Generator().manual_seed(0)
+    path = (1 + 0.1 * torch.randn(UPDATES, 1, WIDTH, generator=generator)).to(dtype)
+    for value in path:
+        model.weight.copy_(value)
+        averages.update_()
+    age = torch.arange(UPDATES - 1, -1, -1, dtype=torch.float64)
+    for k, rate in enumerate(RATES):
+        exact = rate**UPDATES * start + ((1 - rate) * rate**age) @ path[:, 0].double()
+        (average,) = averages.tensors(k)
+        error = ((average - exact).abs() / exact.abs()).max().item()
+        bound = torch.finfo(torch.float32).eps / 2 / (1 - rate)
+        counted(f"rate {rate}: error {error:.1e} of {bound:.1e}")
+        assert average.dtype == torch.float32 and error <= 1.1 * bound
+    assert int(averages.step) == UPDATES and torch.equal(target.weight, averages.tensors(1)[0].to(dtype))

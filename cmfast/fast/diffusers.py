@@ -214,6 +214,10 @@ def _fast_class(base: Any) -> Any:
 
         forward.__doc__ = base.forward.__doc__
 
+        def __reduce__(self) -> Any:
+            # By name pickle would look here for diffusers' class.
+            return _of_class, (base,), self.__dict__
+
         def refresh(self, force: bool = False) -> bool:
             """As `cmfast.fast.FastUNet.refresh`."""
             return bool(self._fast.refresh(force))
@@ -238,6 +242,12 @@ def _fast_class(base: Any) -> Any:
 
     Fast.__name__ = Fast.__qualname__ = base.__name__
     return Fast
+
+
+def _of_class(base: Any) -> Any:
+    """A fast network of a class of diffusers, without its parts: what copies and files begin with."""
+    kind = _fast_class(base)
+    return kind.__new__(kind)
 
 
 def _embed(model: Any, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:

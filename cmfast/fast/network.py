@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,10 @@ from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
 from cmfast.fast.weights import Weights
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
-from cmfast.watch import Change, Watch
+from cmfast.watch import Change, Watch, fork_safe
+
+#: Held while a plan is made, for which other threads wait. One for all networks, as Dynamo makes no locks.
+_looking = fork_safe(threading.RLock())
 
 
 class FastPass:
@@ -30,6 +34,8 @@ class FastPass:
         self._plan: Plan | None = None
         self._reason: str | None = None
         self._watch: Watch | None = None
+        #: Whether there is no plan of the modules as they are.
+        self._stale = True
         self._compiled = False
         #: By which it is found while Dynamo traces, where it cannot be looked at.
         self.number = next(_numbers)
@@ -55,17 +61,21 @@ class FastPass:
 
     def _look(self) -> bool:
         """Make the plan anew, of the modules as they are, if they changed; whether they did."""
-        if self._watch is None:
-            self._watch = Watch(self._model)
-        elif self._watch.change(values=False) is not Change.STRUCTURE:
-            return False
-        self._weights.clear()
-        try:
-            own_passes(self._model)
-            self._plan, self._reason = self._make_plan(self._model), None
-        except Refused as refused:
-            self._plan, self._reason = None, str(refused)
-        return True
+        with _looking:
+            if self._watch is None:
+                self._watch = Watch(self._model)
+            elif self._watch.change(values=False) is Change.STRUCTURE:
+                self._stale = True
+            if not self._stale:
+                return False
+            self._weights.clear()
+            try:
+                own_passes(self._model)
+                self._plan, self._reason = self._make_plan(self._model), None
+            except Refused as refused:
+                self._plan, self._reason = None, str(refused)
+            self._stale = False
+            return True
 
     def refresh(self, force: bool) -> bool:
         """As `FastUNet.refresh`."""

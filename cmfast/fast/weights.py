@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.fast import winograd
+from cmfast.watch import storage_of
 
 Make = Callable[..., Tensor]
 
@@ -78,8 +79,9 @@ class Weights:
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
         replaced = False
-        for kept in self._kept.values():
-            if force or kept.signature != _signature(kept.parameters):
+        # A list, as another thread may be in its first pass.
+        for kept in list(self._kept.values()):
+            if force or kept.outdated:
                 replaced |= kept.make_again()
         return replaced
 
@@ -105,7 +107,7 @@ class Weights:
         kept = self._kept.get(key)
         if kept is None or kept.shape != shape:
             kept = self._kept[key] = _Kept(parameters, make, shape)
-        elif kept.signature != _signature(parameters):
+        elif kept.outdated:
             kept.make_again()
         return kept.value
 
@@ -115,7 +117,16 @@ class _Kept:
 
     def __init__(self, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> None:
         self.parameters, self._make, self.shape = parameters, make, shape
-        self.signature, self.value = _signature(parameters), self._made()
+        self._seen, self.value = self._look(), self._made()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        return _signature(self.parameters), list(map(storage_of, self.parameters))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether parameters have changed since."""
+        signature, storages = self._seen
+        return signature != _signature(self.parameters) or any(storage.expired() for storage in storages)
 
     def _made(self) -> Tensor:
         # Not tensors of inference mode, which could not be written to outside of it.
@@ -124,14 +135,16 @@ class _Kept:
 
     def make_again(self) -> bool:
         """Into the same memory if that fits; True if it did not."""
-        self.signature, made = _signature(self.parameters), self._made()
-        old = self.value
+        seen, made, old = self._look(), self._made(), self.value
         fits = (made.shape, made.dtype, made.device, made.layout) == (old.shape, old.dtype, old.device, old.layout)
-        if not fits or made.is_mkldnn:
+        replaced = not fits or made.is_mkldnn
+        if replaced:
             self.value = made
-            return True
-        old.copy_(made)
-        return False
+        else:
+            old.copy_(made)
+        # Last, so that it is out of date to other threads until it is made, and after a failure, for want of memory.
+        self._seen = seen
+        return replaced
 
 
 def geometry(module: nn.Module) -> tuple[list[int], list[int], list[int]]:

@@ -48,7 +48,7 @@ def fits(conv: nn.Conv2d, h: Tensor) -> bool:
 
 def transform(weight: Tensor) -> Tensor:
     """G g G' of a weight [K, C, 3, 3]: [16 K, C, 1, 1], the place in the tile before the channel."""
-    g = torch.tensor(_FILTER, dtype=torch.float64)
+    g = torch.tensor(_FILTER, dtype=torch.float64, device=weight.device)
     places = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g)
     return places.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
 
@@ -96,7 +96,7 @@ def convolve(
     for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
         edge.zero_()
     padded[:, 1:-1, 1:-1].copy_(h.permute(0, 2, 3, 1))
-    out = torch.empty(batch, height, width, outputs, dtype=h.dtype)
+    out = torch.empty(batch, height, width, outputs, dtype=h.dtype, device=h.device)
     added = None if residual is None else residual.permute(0, 2, 3, 1)
 
     samples, _, rows, _ = strip_shape(h.shape)
@@ -192,5 +192,6 @@ def _workspace(name: str, *shape: int) -> Tensor:
     buffer = _buffers.by_name.get(name)
     if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):
-            buffer = _buffers.by_name[name] = torch.empty(count)
+            # Said, as defaults may be others.
+            buffer = _buffers.by_name[name] = torch.empty(count, dtype=torch.float32, device="cpu")
     return buffer[:count].view(shape)

@@ -4,8 +4,13 @@
 GRAPHED = "tests/test_engine_graphs.py::test_"
 CHANGED = "tests/test_engine_changes.py::test_"
 COMPILED = "tests/test_engine_compile.py::test_"
+STRESS = "tests/test_engine_stress.py::test_"
+FAILED = "tests/test_engine_failures.py::test_"
+COPIED = "tests/test_engine_copies.py::test_"
 
 GRAPHS = [
+    ("numbers of float32", "isinstance(value, int) else torch.float64, device=device)",
+     "isinstance(value, int) else torch.float32, device=device)", STRESS + "levels_of_float64[True]"),
     ("numbers are filled in once", "elif value != self._filled.get(name):", "elif name not in self._filled:",
      GRAPHED + "a_graph_makes_the_same_bits[3]"),
     ("tensors are not filled in", "                buffer.copy_(value)\n", "                pass\n",
@@ -33,8 +38,8 @@ GRAPHS = [
 RUNNER = [
     ("moved weights are no reason to capture anew", "if change in (Change.STORAGE, Change.STRUCTURE):",
      "if change is Change.STRUCTURE:", CHANGED + "a_changed_model[graph-swap_storage]"),
-    ("derived weights stay as they were", "        if change is not Change.NOTHING:\n",
-     "        if change is Change.STORAGE:\n", CHANGED + "derived_weights[True-False]"),
+    ("derived weights stay as they were", "        self._refresh_derived(force=False)\n", "",
+     CHANGED + "derived_weights[True-False]"),
     ("graphs read derived weights that were replaced", "        if replaced:\n", "        if False:\n",
      CHANGED + "derived_weights[True-True]"),
     ("what a refresh writes counts as a change", "        self._watch.settle()\n        if replaced:",
@@ -57,11 +62,29 @@ RUNNER = [
      "                elif False:\n", GRAPHED + "generate_from_functions_and_draws_runs_eagerly"),
     ("a model in training mode", "with self._evaluating(), torch.no_grad():", "with torch.no_grad():",
      CHANGED + "a_changed_model[eager-train]"),
+    ("an update that failed is forgotten", "change = max(self._due, self._watch.change(",
+     "change = max(Change.NOTHING, self._watch.change(", FAILED + "what_cannot_be_had_any_more[dtype]"),
+    ("kinds of calls add up", "            if len(self._ran) >= KINDS:\n", "            if False:\n",
+     STRESS + "kinds_of_calls_are_forgotten"),
+    ("locks of another process's threads",
+     "runner._lock, runner._due, runner._forked = threading.RLock(),", "runner._due, runner._due, runner._forked = 0,",
+     COPIED + "a_fork_while_a_thread_samples[graph]"),
+    ("spaces of another process's threads", "            runner._space = None\n", "            pass\n",
+     COPIED + "a_fork_while_a_thread_samples[graph]"),
+    ("forked processes wait for threads", "        if torch.get_num_threads() > 1:\n", "        if False:\n",
+     COPIED + "what_a_forked_process_cannot_do[threads]"),
+    ("forked processes use the GPU", 'if self.device.type == "cuda":', "if False:",
+     COPIED + "what_a_forked_process_cannot_do[cuda]"),
+    ("a copy forgets its options", "**own, **self._options}", "**own}", COPIED + "samplers[bfloat16-deepcopy]"),
+    ("a graph of any generator", "_settings(device), *map(id, generators)", "_settings(device)",
+     STRESS + "another_generator"),
 ]  # fmt: skip
 
 WATCH = [
-    ("pointers are not compared", "if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:", "if False:",
-     CHANGED + "what_changed"),
+    ("addresses come back", " or any(map(_gone, self._storages)):", ":",
+     STRESS + "memory_that_comes_back[None-True]"),
+    ("pointers are not compared", "if list(map(Tensor.data_ptr, self._tensors)) != self._pointers or", "if",
+     STRESS + "swapped_weights_that_are_kept"),
     ("members are not compared",
      "if not all(map(is_, chain.from_iterable(map(dict.values, self._parts)), self._members)):", "if False:",
      CHANGED + "what_changed"),
@@ -100,6 +123,16 @@ MEMORY = [
 ]  # fmt: skip
 
 ENGINE = [
+    ("a graph of any settings", "return self.sampler, tuple(self.sigmas), self.image_shape, *options", "return ()",
+     STRESS + "settings_that_change[sigmas-value0]"),
+    ("levels of float32 for all", "wide = _check.sigma_dtype(x)", "wide = torch.float32",
+     STRESS + "levels_of_float64[True]"),
+    ("a batch that fails has drawn", "            self._put_back(state)\n            if not out_of_memory",
+     "            if not out_of_memory", FAILED + "a_network_that_fails[eager-generator]"),
+    ("the search for a size has drawn", "        self._put_back(state)\n        self._runner.forget()",
+     "        self._runner.forget()", FAILED + "a_batch_that_does_not_fit_draws_nothing"),
+    ("a noise_fn is passed over", 'values.get("labels"), own or counter,', 'values.get("labels"), counter,',
+     FAILED + "what_is_called_between_steps[noise_fn]"),
     ("the tail's labels", "labels[-1:].expand(-n % size)", "labels[:1].expand(0)",
      "tests/test_engine.py::test_tail_is_bit_equal_at_one_batch_size"),
     ("a batch is handed out at once", "if len(copies) > copies.ahead:", "if len(copies):",

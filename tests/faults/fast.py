@@ -85,8 +85,26 @@ FAST_FORWARD = [
 
 FAST_WEIGHTS = [
     (
+        "a weight that could not be made counts as made",
+        "        seen, made, old = self._look(), self._made(), self.value\n",
+        "        self._seen = seen = self._look()\n        made, old = self._made(), self.value\n",
+        "tests/test_engine_failures.py::test_weights_that_cannot_be_made[eager]",
+    ),
+    (
+        "a weight half made counts as made",
+        "        seen, made, old = self._look(), self._made(), self.value\n",
+        "        self._seen = seen = self._look()\n        made, old = self._made(), self.value\n",
+        "tests/test_engine_stress.py::test_a_weight_made_again_in_two_threads",
+    ),
+    (
+        "addresses come back",
+        " or any(storage.expired() for storage in storages)",
+        "",
+        "tests/test_engine_stress.py::test_memory_that_comes_back[torch.bfloat16-False]",
+    ),
+    (
         "old weights",
-        "elif kept.signature != _signature(parameters):",
+        "elif kept.outdated:",
         "elif False:",
         _FAST + "changes_are_seen[model-None-changed_in_place]",
     ),
@@ -97,8 +115,8 @@ FAST_WEIGHTS = [
         _FAST + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
     ),
     ("weights for another shape", "kept is None or kept.shape != shape", "kept is None", _FAST + "another_batch_size"),
-    ("new memory", "if not fits or made.is_mkldnn:", "if True:", _FAST + "refresh"),
-    ("force is nothing", "if force or kept.signature", "if kept.signature", _FAST + "refresh"),
+    ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _FAST + "refresh"),
+    ("force is nothing", "if force or kept.outdated", "if kept.outdated", _FAST + "refresh"),
     (
         "tensors of inference mode",
         "torch.inference_mode(False), torch.no_grad()",
@@ -114,6 +132,12 @@ FAST_WEIGHTS = [
 ]
 
 FAST_WINOGRAD = [
+    (
+        "memory in the default dtype",
+        'torch.empty(count, dtype=torch.float32, device="cpu")',
+        "torch.empty(count)",
+        "tests/test_engine_stress.py::test_defaults_of_others",
+    ),
     ("wrong sign", "(2, 1, -1), (1, 3, -1))", "(2, 1, 1), (1, 3, -1))", _WINOGRAD_STRIP),
     ("wrong filter", "(0.5, -0.5, 0.5)", "(0.5, 0.5, 0.5)", _WINOGRAD_STRIP),
     ("bias at another place", "(0, 0, 5, 10)", "(0, 0, 6, 9)", _WINOGRAD_STRIP),
@@ -152,7 +176,19 @@ FAST_NETWORK = [
         "return True",
         _FAST + "compiling_sees_what_changed_before",
     ),
-    ("changes of structure", "is not Change.STRUCTURE:", "is not None:", _FAST + "a_lora_is_called"),
+    ("changes of structure", "is Change.STRUCTURE:", "is None:", _FAST + "a_lora_is_called"),
+    (
+        "a plan half made",
+        "        with _looking:\n            if self._watch is None:",
+        "        if True:\n            if self._watch is None:",
+        "tests/test_engine_stress.py::test_a_first_look_in_two_threads",
+    ),
+    (
+        "a plan that could not be made counts as made",
+        "            self._weights.clear()\n",
+        "            self._weights.clear()\n            self._stale = False\n",
+        "tests/test_engine_failures.py::test_a_plan_that_cannot_be_made",
+    ),
     ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason", _FAST + "a_hook_is_called"),
     ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _FAST + "a_hook_is_called"),
     (
@@ -170,10 +206,20 @@ FAST_NETWORK = [
     ("float64 packed", "return dtype == torch.float32 and", "return", _FAST + "float64"),
 ]
 
+FAST_DIFFUSERS = [
+    (
+        "a class that pickle cannot find",
+        "return _of_class, (base,), self.__dict__",
+        "return object.__new__, (type(self),), self.__dict__",
+        "tests/test_engine_copies.py::test_optimised_networks[UNet2DModel-None-pickle]",
+    ),
+]
+
 FAULTS = {
     "cmfast/fast/plan.py": FAST_PLAN,
     "cmfast/fast/forward.py": FAST_FORWARD,
     "cmfast/fast/weights.py": FAST_WEIGHTS,
     "cmfast/fast/winograd.py": FAST_WINOGRAD,
     "cmfast/fast/network.py": FAST_NETWORK,
+    "cmfast/fast/diffusers.py": FAST_DIFFUSERS,
 }
