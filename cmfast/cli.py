@@ -110,7 +110,7 @@ def _sample(arguments: argparse.Namespace) -> None:
                 return
             images.save(path, pixels, labels)
     except (GraphError, RankError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
+        raise _as_told(error) from error
     by = f" by {group.size} processes" if group.size > 1 else ""
     print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")
 
@@ -235,12 +235,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from cmfast.training import Stopped
+
+    digits = arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config))
+    try:
+        (_train_mnist if digits else _train_recipe)(arguments)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped.text}; the same command goes on{'' if digits else ' with --resume'}")
+
+
+def _train_recipe(arguments: argparse.Namespace) -> None:
     from cmfast import recipes
     from cmfast.ranks import RankError, ranks
+    from cmfast.training import NaNLoss
 
-    if arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config)):
-        _train_mnist(arguments)
-        return
     settings = _train_settings(arguments)
     out = Path(arguments.out or f"runs/{settings.get('recipe')}")
     device = _device(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
@@ -252,11 +261,25 @@ def _train(arguments: argparse.Namespace) -> None:
                     tensorboard=arguments.tensorboard,
                 )  # fmt: skip
             )
-            run.run(progress=sys.stderr.isatty())
+            try:
+                run.run(progress=sys.stderr.isatty())
+            except (ValueError, OSError, ImportError) as error:
+                if group.rank and not isinstance(error, NaNLoss):  # here alone: the others only see that it is gone
+                    print(f"cmfast: error: rank {group.rank}: {error}", file=sys.stderr)
+                raise
             if group.rank == 0:
                 print(out / "model.safetensors")
     except RankError as error:
-        raise ValueError(str(error)) from error
+        raise _as_told(error) from error
+
+
+def _as_told(error: Exception) -> ValueError:
+    """For `main`, where the first process speaks; it may be what is gone."""
+    from cmfast.ranks import Lost
+
+    if isinstance(error, Lost) and os.environ.get("RANK", "0") != "0":
+        print(f"cmfast: error: {error}", file=sys.stderr)
+    return ValueError(str(error))
 
 
 def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference", "tolerances"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images"}
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "untrusted"}
     | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},

@@ -19,6 +19,9 @@ PARALLEL = ("ddp", "fsdp")
 #: What a resumed run may have otherwise: none of it changes what is learnt.
 FREE = ("log_interval", "save_interval", "sample_interval", "keep", "workers", "graphs", "paths", "skip_unreadable")
 
+#: Bytes of a file of settings, and values in it. A run's has 2,000 of them.
+LARGEST = 100_000
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -124,16 +127,42 @@ def make(kind: type, values: Mapping[str, Any], what: str) -> Any:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """A YAML file of settings. Raises: ValueError: not YAML, or not `name: value` lines; FileNotFoundError."""
+    """A YAML file of settings. Raises: ValueError: not YAML, or not `name: value` lines, or too large; OSError."""
     import yaml
 
+    with open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path} is no file of settings: it has more than {LARGEST:,} bytes")
+    loader = None
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(content.decode("utf-8"))
+        node = loader.get_single_node()
+        if _values(node) > LARGEST:
+            raise ValueError(f"its aliases stand for more than {LARGEST:,} values")
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, ArithmeticError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
     return values
+
+
+def _values(node: Any) -> int:
+    """How many values a YAML document stands for, up to `LARGEST` or so: a few aliases of aliases are more than memory
+    holds."""
+    left, seen = [node], 0
+    while left and seen <= LARGEST:
+        inner = left.pop()
+        children = inner.value if inner is not None and not isinstance(inner.value, str) else []
+        # Of a mapping, pairs.
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        left += flat
+        seen += len(flat)
+    return seen
 
 
 def written(values: Mapping[str, Any]) -> str:

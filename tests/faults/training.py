@@ -48,6 +48,10 @@ LOOP = [
     ("the state now, not before", "        self.done = step\n", "",
      _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
     ("more steps of a falling learning rate", 'if self.options.decay == "constant":', "if True:", _LOOP + "more_steps"),
+    ("a NaN is saved unseen", "        if self.step.unread:", "        if False:",
+     "tests/training/test_stop.py::test_a_nan_is_not_saved_unseen"),
+    ("what another has written is written over", "        if newest and newest[0][0] > self.done:", "        if False:",
+     "tests/training/test_lock.py::test_a_trainer_holds_it_while_it_runs"),
     ("an unlabelled data set for classes", "if model.num_classes is not None and data.num_classes is None:",
      "if False:",
      _LOOP + "data_that_does_not_fit[no labels]"),
@@ -59,6 +63,8 @@ CHECKPOINTS = [
     ("half a checkpoint left", "        shutil.rmtree(temporary, ignore_errors=True)\n        raise", "        raise",
      _LOOP + "a_full_disk_loses_nothing[state.pt]"),
     ("one more is kept", "saved(run)[:-keep]", "saved(run)[: -keep - 1]", _LOOP + "the_last_checkpoints_stay"),
+    ("links lead anywhere", "        if not target.is_relative_to(home):", "        if False:",
+     "tests/test_hostile_files.py::test_refused_and_not_run[run: state.pt is a link to elsewhere]"),
     ("what a killed process left stays", "        shutil.rmtree(left, ignore_errors=True)", "        pass",
      _LOOP + "left_by_a_killed_process"),
 ]  # fmt: skip
@@ -66,6 +72,8 @@ CHECKPOINTS = [
 STATE = [
     ("the optimizer starts anew", '        step.optimizer.load_state_dict(state["optimizer"])\n', "",
      _LOOP + "resumed_is_uninterrupted[edm-float32]"),
+    ("one number for a tensor", "        if got.shape != tensor.shape or", "        if False or",
+     "tests/test_hostile_files.py::test_refused_and_not_run[run: one number for a tensor]"),
     ("the scale starts anew", '            step.scaler.load_state_dict(state["scaler"])', "            pass",
      _LOOP + "resumed_is_uninterrupted[cd-float16]"),
     ("the teacher starts anew", "            _load(step.teacher_model, folder / TEACHER)", "            pass",
