@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmfast import checkpoint
 from cmfast.ops import _check
 from cmfast.ops.lpips import lpips_input, lpips_layer, value_range_of
 
@@ -104,9 +105,9 @@ class LPIPS(nn.Module):
 
     Raises:
         TypeError: a `dtype` that is none of these.
-        ValueError: unknown `net` or `pooling`, or weights that are those of another network.
+        ValueError: unknown `net` or `pooling`, weights that are those of another network, or a damaged file.
         ImportError: torchvision or lpips is missing: pip install "cmfast[lpips]".
-        RuntimeError: the trunk's weights could not be downloaded; the message says which file to put where.
+        OSError: the trunk's weights could not be downloaded; the message says which file to put where.
 
     >>> lpips = LPIPS("alex", pretrained=False)
     >>> x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -284,19 +285,28 @@ def _load(trunk: nn.Sequential, weights: Weights, model: str) -> None:
 
 def _read(name: str, weights: Weights) -> Mapping[str, Tensor]:
     if isinstance(weights, str | os.PathLike):
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = _read_file(name, Path(weights), "fetch it again")
     if not isinstance(weights, Mapping):
         raise TypeError(f"{name} must be a state dict or the path of one, got {type(weights).__name__}")
     return weights
 
 
+def _read_file(name: str, path: Path, advice: str) -> Any:
+    try:
+        return checkpoint.read_pickle(path, map_location="cpu")
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read ({error}): {advice}") from error
+
+
 def _download(weights: Any) -> Mapping[str, Tensor]:
     """The state dict of `weights`, a member of one of torchvision's enumerations."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if cached.is_file():  # its hash is looked at only when it is fetched
+        return _read_file("the trunk's weights", cached, "remove it, and it is downloaded again")
     try:
         return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
-        cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-        raise RuntimeError(
+        raise OSError(
             f"cannot download the weights of LPIPS's trunk ({error}). "
             f"Fetch {weights.url} on another machine and put it at {cached}, "
             f'or pass its path: LPIPS(..., trunk_weights="{cached.name}").'

@@ -94,6 +94,9 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
         value = settings["paths"].get(name, settings["data"].get(name))
         if value is not None and type(value) is not kind and not isinstance(value, os.PathLike):
             raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+    dropout = settings["dropout"]
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
+        raise ValueError(f"dropout must be from 0 to 1, or None, got {dropout!r:.80}")
     recipe = settings["recipe"]
     if not isinstance(recipe, str) or recipe not in PRESETS:
         raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(PRESETS)}, and mnist")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,12 +130,8 @@ def read_npz(path: Path) -> ImageData:
                 expected = f"images are in an array called {', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
                 raise ValueError(f"{expected}; this file has {', '.join(arrays.files[:9]) or 'none'}")
             labels_name = _find(arrays.files, LABEL_NAMES)
-            for name in filter(None, (images_name, labels_name)):
-                npz.member(arrays.zip, name)
-            images = _stored(path, images_name)
-            if images is None:
-                images = arrays[images_name]
-            labels = None if labels_name is None else arrays[labels_name]
+            images = _array(path, arrays, images_name)
+            labels = None if labels_name is None else _array(path, arrays, labels_name)
         return ImageData(_images(images, images_name), None if labels is None else _labels(labels, str(labels_name)))
     except Exception as error:  # a damaged archive leads its readers to whatever
         if isinstance(error, OSError) and error.errno is not None:
@@ -146,16 +143,15 @@ def _find(names: list[str], known: tuple[str, ...]) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def _stored(path: Path, name: str) -> np.ndarray | None:
-    """The array, mapped into memory, or None if it is compressed or not made of numbers.
+def _array(path: Path, arrays: Any, name: str) -> np.ndarray:
+    """An array of a .npz file: mapped into memory, or read if it is compressed.
 
     np.load maps .npy files alone; a member that is not compressed is one, at an offset in the .npz.
     """
-    with zipfile.ZipFile(path) as archive:
-        member = npz.member(archive, name)
+    member = npz.member(arrays.zip, name)
     info, shape, columns_first, dtype, header = member
     if not member.stored or 0 in shape:
-        return None
+        return arrays[name]
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # 30 bytes, of which the last say how long the name and the extra field are
         name_length, extra_length = struct.unpack("<HH", file.read(4))

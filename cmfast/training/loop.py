@@ -131,7 +131,7 @@ class Trainer:
                     self._pending = self.step.post(self.done)
                 last = self.done == options.steps
                 if last or self.done % options.save_interval == 0:
-                    self._report(bar)
+                    self._settle(bar)
                     self.save()
                 if options.sample_interval and (last or self.done % options.sample_interval == 0):
                     self._report(bar)
@@ -229,11 +229,15 @@ class Trainer:
             "memory_gb": round(memory(self.step.device) / 1e9, 3),
         }
 
-    def _end(self, bar: Any) -> None:
-        """What was asked for: a checkpoint, and no step more. A NaN shows before it is written."""
+    def _settle(self, bar: Any) -> None:
+        """Wait for the numbers of all steps so far: a NaN in one of them shows before a checkpoint is written."""
         if self.step.unread:
             self._pending = self.step.post(self.done)
         self._report(bar)
+
+    def _end(self, bar: Any) -> None:
+        """What was asked for: a checkpoint, and no step more."""
+        self._settle(bar)
         where = self.save()
         raise Stopped(f"stopped after step {self.done} of {self.options.steps}, which is in {where}")
 
@@ -243,7 +247,8 @@ class Trainer:
         where = self.save()
         raise NaNLoss(
             f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "
-            f"in {where}; a lower learning_rate or max_norm may help, and on_nan='skip' leaves such steps out"
+            f"in {where}: resumed from there, on_nan='skip' leaves such steps out. Resumed from an earlier checkpoint "
+            "(take that folder away), a lower learning_rate or max_norm may keep it finite"
         )
 
     def _draw(self) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cmfast import checkpoint
 from cmfast.denoiser import Denoiser
-from cmfast.ranks import Ranks
+from cmfast.memory import out_of_memory
+from cmfast.ranks import RankError, Ranks
 from cmfast.training.parallel import distributed_like, whole
 from cmfast.training.step import TrainStep
 from cmfast.unet import UNetModel
@@ -68,11 +69,12 @@ class State:
     def read(self, step: TrainStep, folder: Path) -> int:
         """Put a step into the state of a folder; how many steps were done. Raises: CheckpointError: it is damaged."""
         try:
-            return self._read(step, folder)
-        except checkpoint.CheckpointError:
-            raise
-        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
-                SafetensorError) as error:  # fmt: skip
+            with self.group.connected():
+                return self._read(step, folder)
+        except Exception as error:
+            # Of the last three a folder is no cause: it is not to be taken away for them.
+            if isinstance(error, (checkpoint.CheckpointError, RankError, PermissionError)) or out_of_memory(error):
+                raise
             raise checkpoint.CheckpointError(_damaged(folder, error)) from error
 
     def _read(self, step: TrainStep, folder: Path) -> int:

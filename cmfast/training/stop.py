@@ -64,6 +64,7 @@ class Stop:
         if self._answer is not None and (error is None or isinstance(error, Stopped)):
             self._answer()  # on its way to processes that end as well
         self._before = self._answer = None
+        self._asked = False  # a run that is begun again goes on
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # More than once where a scheduler signals every process of a job, and torchrun its own again.
