@@ -56,7 +56,6 @@ def test_the_step_at_hand_is_the_last(tmp_path):
     assert resumed.losses()[0] == [5, 10, 13, 15, 20]
 
 
-@pytest.mark.parametrize("at, steps", [(0, [1]), (9, [10]), (18, [10, 19])])
 def test_the_same_trainer_goes_on(tmp_path):
     run = trainer("edm", tmp_path, replace(OPTIONS, steps=4))
     stopped(run, 1)
@@ -64,6 +63,7 @@ def test_the_same_trainer_goes_on(tmp_path):
     assert run.done == 4 and (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("at, steps", [(0, [1]), (9, [10]), (18, [10, 19])])
 def test_any_step(tmp_path, at, steps):
     stopped(trainer("edm", tmp_path), at)
     assert [step for step, _ in checkpoints.saved(tmp_path)] == steps
