@@ -27,6 +27,16 @@ FAULTS = {
         ("a status that is no success", "super().__init__(0)", "super().__init__(1)",
          _STOP + "the_step_at_hand_is_the_last"),
     ],
+    "cmfast/cli.py": [
+        ("memory that runs out is a fault", "    if not out_of_memory(error):", "    if True:",
+         "tests/test_cli.py::test_memory_that_runs_out[demo-MemoryError]"),
+        ("every fault is the user's", "    if not out_of_memory(error):", "    if False:",
+         "tests/test_cli.py::test_faults_of_its_own_have_a_traceback"),
+    ],
+    "cmfast/perceptual.py": [
+        ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",
+         "tests/test_perceptual.py::test_damaged_weights_are_named_and_what_to_do[cached-0.5]"),
+    ],
     "cmfast/training/lock.py": [
         ("a lock that is shared", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", _LOCK + "the_second_is_refused"),
         ("children keep it", "    os.register_at_fork(after_in_child=_let_go)", "    pass",

@@ -1,6 +1,7 @@
 """What befalls a run from outside: processes that die, full disks, read-only folders, files that vanish."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from tests.training.test_loop import everything
 from tests.training.toys import OPTIONS, trainer, unet
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+# Of rank 1 it is as where that one fails, below: three imports of torch that show little more.
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_others(tmp_path, rank):
     """By an error that says so, within seconds and not at the end of some time limit."""
     data = pictures(tmp_path / "images")
@@ -26,8 +28,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path, rank):
     assert done.returncode != 0 and seconds < 60
     assert f"cmfast: error: rank {1 - rank} lost the connection to another: " in done.stderr, done.stderr[-3000:]
     assert [step for step, _ in checkpoints.saved(tmp_path / "run")] == [3]
-    done, _ = run(2, "nothing", "--resume", "--steps", 6, "--out", tmp_path / "run")
-    assert done.returncode == 0 and (tmp_path / "run" / "model.safetensors").exists(), done.stderr[-3000:]
+    resume = ["train", "--device", "cpu", "--resume", "--steps", "6", "--out", str(tmp_path / "run")]
+    assert cli.main(resume) == 0 and (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_process_that_fails_says_why(tmp_path):
@@ -51,7 +53,7 @@ def full(folder, room):
     """Go on with a run where no file may have more than `room` bytes; what was raised."""
     import resource
 
-    run = trainer("cd", folder, OPTIONS, resume=True)
+    run = trainer("edm", folder, OPTIONS, resume=True)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -60,12 +62,12 @@ def full(folder, room):
         print("refused", error)
 
 
-@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.999, "state"])
+@pytest.mark.parametrize("part", [0.5, "state"])
 def test_no_room(tmp_path, part):
     """As the kernel refuses it, in the middle of whichever file comes to be too large: an OSError, and what was there
     is there, and the run goes on from it."""
     pytest.importorskip("resource")
-    trainer("cd", tmp_path / "part", replace(OPTIONS, steps=10)).run(progress=False)
+    trainer("edm", tmp_path / "part", replace(OPTIONS, steps=10)).run(progress=False)
     (_, place), *_ = checkpoints.saved(tmp_path / "part")
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     # state.pt is the largest: above all others, so that it is the one that does not fit.
@@ -78,12 +80,20 @@ def test_no_room(tmp_path, part):
     assert str(tmp_path) in done.stdout or "File too large" in done.stdout
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert os.listdir(place.parent) == [place.name]
-    resumed = trainer("cd", tmp_path / "part", OPTIONS, resume=True)
+    resumed = trainer("edm", tmp_path / "part", OPTIONS, resume=True)
     assert resumed.done == 10
     resumed.run(progress=False)
-    whole = trainer("cd", tmp_path / "whole", OPTIONS)
+    whole = trainer("edm", tmp_path / "whole", OPTIONS)
     whole.run(progress=False)
     assert all(map(torch.equal, everything(resumed), everything(whole)))
+
+
+EACH = """
+import json, sys
+from cmfast import cli
+for arguments in json.loads(sys.argv[1]):
+    print(cli.main([*arguments, "--device", "cpu"]), flush=True)
+"""
 
 
 def obedient():
@@ -102,16 +112,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "locked", tmp_path / "run", tmp_path / "run" / "checkpoints"):
         folder.chmod(0o555)
     (tmp_path / "run" / ".lock").chmod(0o444)
+    commands = {
+        "locked/run": ["train", *short, "--out", str(tmp_path / "locked" / "run")],
+        "run/.lock": ["train", "--resume", "--steps", "2", "--out", str(tmp_path / "run")],
+        "x.png": ["sample", "--model", str(model), "--num", "1", "--out", str(tmp_path / "locked" / "x.png")],
+    }
     try:
-        for arguments, said in [
-            (["train", *short, "--out", str(tmp_path / "locked" / "run")], "locked/run"),
-            (["train", "--resume", "--steps", "2", "--out", str(tmp_path / "run")], "run/.lock"),
-            (["sample", "--model", str(model), "--num", "1", "--out", str(tmp_path / "locked" / "x.png")], "x.png"),
-        ]:
-            command = [sys.executable, "-m", "cmfast", *arguments, "--device", "cpu"]
-            done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=obedient)
-            assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-            assert "ermission" in done.stderr and said in done.stderr.splitlines()[-1]
+        command = [sys.executable, "-c", EACH, json.dumps(list(commands.values()))]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=obedient)
+        assert done.stdout.split() == ["2"] * 3, done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("cmfast: error: ")]
+        assert len(errors) == 3 and all("ermission" in error for error in errors)
+        assert all(where in error for where, error in zip(commands, errors))
     finally:
         for folder in (tmp_path / "locked", tmp_path / "run", tmp_path / "run" / "checkpoints"):
             folder.chmod(0o755)

@@ -73,8 +73,9 @@ class Nursery:
         with open(log, "w") as stderr:
             # Without a buffer: `select` would not see a line in it, and wait.
             self.process = subprocess.Popen(
-                command, env=ENVIRONMENT, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
-            )
+                command, env=ENVIRONMENT, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                start_new_session=True,
+            )  # fmt: skip
         assert self.process.stdout.readline() == b"ready\n", log.read_text()
 
     def run(self, seconds, line, until=lambda: True):
@@ -96,6 +97,7 @@ class Nursery:
         return self
 
     def __exit__(self, *_):
+        os.killpg(self.process.pid, signal.SIGKILL)  # with the child, where a test failed
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()

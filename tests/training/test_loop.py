@@ -1,12 +1,7 @@
 """The loop: interrupted anywhere, it ends in the bits of a run that was not; and nothing is ever lost."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -85,46 +80,6 @@ def test_a_foreign_networks_dropout_resumes(tmp_path):
     resumed = run("part", resume=True)
     resumed.run(progress=False)
     assert all(map(torch.equal, everything(resumed), everything(whole)))
-
-
-SCRIPT = """
-import sys, time
-from dataclasses import replace
-from tests.training.toys import OPTIONS, trainer
-from cmfast.training import checkpoints
-save = checkpoints._flush
-def slow(path):  # so that a kill often falls into the middle of a checkpoint
-    time.sleep(0.02)
-    save(path)
-checkpoints._flush = slow
-run = trainer("cd", sys.argv[1], replace(OPTIONS, save_interval=1, keep=2), resume="auto")
-print("from", run.done, flush=True)
-run.run(progress=False)
-print("done", flush=True)
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    """kill -9 five times, then to the end: the bits of a run that was left alone."""
-    options = replace(OPTIONS, save_interval=1, keep=2)
-    whole = trainer("cd", tmp_path / "whole", options)
-    whole.run(progress=False)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "part")]
-    kills = 0
-    for attempt in range(12):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline().startswith("from")
-            if kills < 5:
-                time.sleep(0.3 + 0.23 * attempt)
-                process.send_signal(signal.SIGKILL)
-            kills += 1
-            if process.stdout.read().strip() == "done":
-                break
-    resumed = trainer("cd", tmp_path / "part", options, resume=True)
-    assert kills > 1 and resumed.done == 20
-    assert all(map(torch.equal, everything(resumed), everything(whole)))
-    assert len(checkpoints.saved(tmp_path / "part")) == 2
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "state.pt", "average-0.9.safetensors"])

@@ -131,7 +131,7 @@ def test_what_is_refused(arguments, message, images, teacher, capsys):
 
 def test_numbers_as_yaml_has_them(tmp_path):
     """1e-4 without a dot is a text there, and rates of averages are numbers."""
-    text = "recipe: ict\noptions: {learning_rate: 1e-4, averages: [0.9, power:0.1], betas: [0.9, 1e-1], eps: 1}\n"
+    text = "recipe: ict\noptions: {learning_rate: 1e-4, averages: [0.9, power:0.1], eps: 1}\n"
     (tmp_path / "x.yaml").write_text(text + "objective: {huber_c: 1e-2}\n")
     settings = recipes.complete(config.read(tmp_path / "x.yaml"))
     assert settings["options"]["learning_rate"] == 1e-4 and settings["objective"]["huber_c"] == 0.01
