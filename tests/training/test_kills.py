@@ -50,6 +50,10 @@ def slow(path):  # so that most kills fall into the middle of a checkpoint
     time.sleep(0.004)
     flush(path)
 checkpoints._flush = slow
+# Made here once, since that imports 900 modules: a second and a half of each child otherwise. No step is done, which
+# would start threads.
+import tqdm.auto, yaml
+trainer("cd", sys.argv[1], OPTIONS)
 """,
     "work": 'trainer("cd", sys.argv[1], replace(OPTIONS, steps=int(line), save_interval=1, keep=2), '
     'resume="auto").run(progress=False)',
