@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmfast import checkpoint
 from cmfast.ops import _check
 from cmfast.ops.lpips import lpips_input, lpips_layer, value_range_of
 
@@ -292,10 +291,16 @@ def _read(name: str, weights: Weights) -> Mapping[str, Tensor]:
 
 
 def _read_file(name: str, path: Path, advice: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}")
     try:
-        return checkpoint.read_pickle(path, map_location="cpu")
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read ({error}): {advice}") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged pickle leads its reader to whatever
+        raise ValueError(
+            f"{name}: {path} is no file of weights, or is cut short or damaged ({type(error).__name__}): {advice}"
+        ) from error
 
 
 def _download(weights: Any) -> Mapping[str, Tensor]:

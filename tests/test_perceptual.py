@@ -406,8 +406,10 @@ def test_damaged_weights_are_named_and_what_to_do(tmp_path, monkeypatch, which, 
     name, advice = {"cached": ("the trunk's weights", "remove it, and it is downloaded again")}.get(
         which, (f"{which}_weights", "fetch it again")
     )
-    with pytest.raises(ValueError, match=f"^{name} cannot be read .*{path.name}.* {advice}$"):
+    with pytest.raises(ValueError, match=f"^{name}: {path} is no file of weights, .* damaged .*: {advice}$"):
         LPIPS("squeeze", **given[which])
+    with pytest.raises(FileNotFoundError, match="^trunk_weights: there is no file .*/nowhere.pth"):
+        LPIPS("squeeze", trunk_weights=tmp_path / "nowhere.pth")
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ CONFIG = [
     ("no way on from a NaN", '    "learning_rate", "max_norm", "on_nan",\n', "",
      _LOOP + "a_nan_loss_is_gone_on_from_as_the_message_says"),
     ("options of any kind", "        if not _is(given[name], hint):", "        if False:",
-     _RECIPES + "what_is_refused[options: steps must be a whole number, got 1.5]"),
+     _RECIPES + "what_is_refused[arguments14-options: steps must be a whole number, got 1.5]"),
     ("numbers without a dot are texts", "                given[name] = float(value)", "                pass",
      _RECIPES + "numbers_as_yaml_has_them"),
 ]  # fmt: skip
