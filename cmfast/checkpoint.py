@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cmfast import unet_config
+from cmfast import unet_config, untrusted
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import PRECONDITIONINGS, Preconditioner
 from cmfast.unet import UNetModel
@@ -32,7 +32,9 @@ NETWORK_KEYWORDS = tuple(inspect.signature(UNetModel).parameters)
 
 _HEADER_KEY = "cmfast"
 _VERSION = 1
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: The most that a header of safetensors may have.
+_HEADER_BYTES = 100_000_000
+_DTYPES = untrusted.DTYPES
 # Names of wrappers that add themselves in front of every tensor's name: DDP, torch.compile, Denoiser.
 _PREFIXES = ("module.", "_orig_mod.", "network.")
 
@@ -103,7 +105,11 @@ def load(
     else:
         network, settings = _read_file(Path(source), overrides)
     settings |= {name: overrides[name] for name in SCHEDULE_KEYWORDS if name in overrides}
-    denoiser = _build_denoiser(network, settings, preconditioning).eval()
+    try:
+        denoiser = _build_denoiser(network, settings, preconditioning).eval()
+    except ValueError as error:
+        what = source if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise CheckpointError(f"{what}: {error}") from error
     if device is not None:
         denoiser.to(device)
     return _cast(denoiser, dtype or settings.get("dtype"))
@@ -200,9 +206,11 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dic
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     arguments = {name: value for name, value in overrides.items() if name in NETWORK_KEYWORDS}
     try:
+        untrusted.check_tensors(tensors, path.stat().st_size)
         config = settings.pop("network", None) or unet_config.from_shapes(shapes)
+        untrusted.check_network(config, len(tensors))
         network = _build_network(config | arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -289,6 +297,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _first_bytes(path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is no regular file")  # to read a pipe is to wait
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
@@ -297,6 +307,9 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(start[:8], "little")
+    if length > _HEADER_BYTES:  # else it would be read first
+        raise CheckpointError(_damaged(path, "safetensors", start, f"a header of {length:,} bytes"))
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER_KEY)
@@ -310,10 +323,12 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
         version = settings["version"]
         if version > _VERSION:
             raise CheckpointError(f"{path} has format {version}, this cmfast reads up to {_VERSION}: update it")
-        settings["network"] = dict(settings["network"])
+        untrusted.check_settings(settings)
         if "dtype" in settings:
-            settings["dtype"] = getattr(torch, settings["dtype"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            settings["dtype"] = {str(dtype): dtype for dtype in _DTYPES}[f"torch.{settings['dtype']}"]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its {_HEADER_KEY!r} header is damaged ({error!r})") from error
     return tensors, settings
 
@@ -325,9 +340,17 @@ def read_pickle(path: Path, **options: Any) -> Any:
     Raises: FileNotFoundError; CheckpointError: empty, damaged, or with pickled Python objects in it.
     """
     start = _first_bytes(path)
+    zipped = zipfile.is_zipfile(path)
+    try:
+        if zipped:
+            untrusted.check_archive(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
     try:
         # mmap needs the format of PyTorch 1.6; with it, only what is used is read from the disk.
-        return torch.load(path, **{"mmap": zipfile.is_zipfile(path), **options, "weights_only": True})
+        return torch.load(path, **{"mmap": zipped, **options, "weights_only": True})
     except pickle.UnpicklingError as error:
         if not re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             # Torch's own text is about its security setting, which is not what is wrong here.
@@ -337,7 +360,7 @@ def read_pickle(path: Path, **options: Any) -> Any:
             "refused. If you trust the file, make one of weights alone from it: torch.save(torch.load(path, "
             "weights_only=False).state_dict(), 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle leads its reader to whatever
         raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
 
 
@@ -347,7 +370,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    others = [str(k)[:80] for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if others:
         raise CheckpointError(
             f"{path} is not a state dict: {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} no tensor"

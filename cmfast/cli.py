@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cmfast import __version__
 
@@ -28,13 +28,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
-            print(f"cmfast: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        message = _for_users(error)
+        if message is None:
+            raise
+        if _speaks(error):
+            print(f"cmfast: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cmfast: interrupted", file=sys.stderr)
         return 130
+
+
+def _for_users(error: Exception) -> str | None:
+    """What an error says, where it is no fault of cmfast's own: an argument, a file, what is missing on this machine,
+    or memory that ran out."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return str(error)
+    from cmfast.errors import Unavailable
+    from cmfast.memory import out_of_memory
+    from cmfast.ranks import RankError
+
+    if isinstance(error, (RankError, Unavailable)):
+        return str(error)
+    if not out_of_memory(error):
+        return None
+    said = str(error) or type(error).__name__
+    # `Sampler` names the batch that fits.
+    return said if "does not fit into" in said else f"memory ran out; a smaller batch or microbatch takes less: {said}"
+
+
+def _speaks(error: Exception) -> bool:
+    """Of the processes that torchrun starts, the first one; but it may be what is gone."""
+    from cmfast.ranks import Lost
+
+    return os.environ.get("RANK", "0") == "0" or isinstance(error, Lost)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,31 +121,25 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    import torch
-
     from cmfast import images, sharding
-    from cmfast.graphs import GraphError
-    from cmfast.ranks import RankError, ranks
+    from cmfast.ranks import ranks
 
     if arguments.num < 1:
         raise ValueError(f"--num must be 1 or more, got {arguments.num}")
     num, seed, classes = arguments.num, arguments.seed, arguments.classes
     if classes is not None:
         classes = [classes[i % len(classes)] for i in range(num)]
-    try:
-        with ranks() as group:
-            path = group.together(lambda: images.check_output(arguments.out))
-            sampler = group.together(lambda: _sampler(arguments, group.local_rank if group.size > 1 else None))
-            labels = group.together(lambda: sampler.labels(num, seed=seed, classes=classes))
-            start = time.perf_counter()
-            bar = sys.stderr.isatty()
-            pixels = sharding.sample(sampler, num, group, labels=labels, seed=seed, progress=bar)
-            seconds = time.perf_counter() - start
-            if pixels is None:
-                return
-            images.save(path, pixels, labels)
-    except (GraphError, RankError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
+    with ranks() as group:
+        path = group.together(lambda: images.check_output(arguments.out))
+        sampler = group.together(lambda: _sampler(arguments, group.local_rank if group.size > 1 else None))
+        labels = group.together(lambda: sampler.labels(num, seed=seed, classes=classes))
+        start = time.perf_counter()
+        bar = sys.stderr.isatty()
+        pixels = sharding.sample(sampler, num, group, labels=labels, seed=seed, progress=bar)
+        seconds = time.perf_counter() - start
+        if pixels is None:
+            return
+        images.save(path, pixels, labels)
     by = f" by {group.size} processes" if group.size > 1 else ""
     print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")
 
@@ -242,28 +264,39 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from cmfast.training import Stopped
+
+    digits = arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config))
+    try:
+        (_train_mnist if digits else _train_recipe)(arguments)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped.text}; the same command goes on{'' if digits else ' with --resume'}")
+
+
+def _train_recipe(arguments: argparse.Namespace) -> None:
     from cmfast import recipes
     from cmfast.ranks import RankError, ranks
+    from cmfast.training import NaNLoss
 
-    if arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config)):
-        _train_mnist(arguments)
-        return
     settings = _train_settings(arguments)
     out = Path(arguments.out or f"runs/{settings.get('recipe')}")
     device = _device(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
-    try:
-        with ranks(tensors_on=device.type) as group:
-            run = group.together(
-                lambda: recipes.trainer(
-                    settings, out, device=device, group=group, resume=arguments.resume,
-                    tensorboard=arguments.tensorboard,
-                )  # fmt: skip
+    with ranks(tensors_on=device.type) as group:
+        run = group.together(
+            lambda: recipes.trainer(
+                settings, out, device=device, group=group, resume=arguments.resume, tensorboard=arguments.tensorboard
             )
+        )
+        try:
             run.run(progress=sys.stderr.isatty())
-            if group.rank == 0:
-                print(out / "model.safetensors")
-    except RankError as error:
-        raise ValueError(str(error)) from error
+        except Exception as error:
+            # Here alone: the others only see that this process is gone. A NaN all of them see, and a RankError.
+            if group.rank and _for_users(error) is not None and not isinstance(error, (NaNLoss, RankError)):
+                print(f"cmfast: error: rank {group.rank}: {_for_users(error)}", file=sys.stderr)
+            raise
+        if group.rank == 0:
+            print(out / "model.safetensors")
 
 
 def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
@@ -289,11 +322,10 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
             given[f"paths.{name}"] = getattr(arguments, name)
     for name, value in [*given.items(), *arguments.overrides]:
         outer, dot, inner = name.partition(".")
-        if dot:
-            part: Any = settings.setdefault(outer, {})
-            part[inner] = value
-        else:
+        if not dot:
             settings[name] = value
+        elif isinstance(part := settings.setdefault(outer, {}), dict):  # else `recipes.complete` says what is wrong
+            part[inner] = value
     if settings.get("recipe") is None:
         raise ValueError("--recipe is missing: cd, ct, pd, ict, ect, edm or mnist")
     return settings
@@ -328,7 +360,10 @@ def _quality(arguments: argparse.Namespace) -> None:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -336,7 +371,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def _override(text: str) -> tuple[str, object]:

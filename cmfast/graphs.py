@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmfast.errors import Unavailable
 from cmfast.memory import out_of_memory
 from cmfast.samplers import keep_levels
 from cmfast.watch import fork_safe, name_of
@@ -28,7 +29,7 @@ WARM_UPS = 2
 _capturing = fork_safe(threading.RLock())
 
 
-class GraphError(RuntimeError):
+class GraphError(Unavailable):
     """A graph was asked for and cannot be had; the message says why."""
 
 

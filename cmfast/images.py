@@ -55,6 +55,8 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine may leave the new name with nothing in it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

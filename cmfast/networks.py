@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cmfast.denoiser import Denoiser
+from cmfast.errors import Unavailable
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import AttentionBlock, ResBlock
 
@@ -39,7 +40,7 @@ def prepare(model: Any, *, optimize: str | bool, compile: str, dtype: torch.dtyp
     """The fastest form of a model that the arguments allow.
 
     Raises: ValueError: a dtype that needs a network which cannot be had, or a network without blocks to compile.
-        RuntimeError: `optimize=True`, or a compiler, cannot be had; the message says why.
+        Unavailable: `optimize=True`, or a compiler, cannot be had; the message says why.
     """
     prepared, reason = _optimised(model, optimize, dtype, compile)
     _check_dtype(model, dtype, reason)
@@ -79,7 +80,7 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
     else:
         model, reason = _fast(model, dtype)
     if reason and optimize != "auto":
-        raise RuntimeError(f"optimize=True cannot be had: {reason}")
+        raise Unavailable(f"optimize=True cannot be had: {reason}")
     return model, reason
 
 
@@ -132,11 +133,11 @@ def _compiled(model: Any, compile: str) -> Any:
 
 
 def _check_compiler(model: Any) -> None:
-    """RuntimeError if what torch.compile needs is not installed."""
+    """Raises: Unavailable: what torch.compile needs is not installed."""
     on_gpu = isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters())
     variable, names = ("CC", ("gcc", "clang", "cc")) if on_gpu else ("CXX", ("g++", "clang++", "c++", "cl"))
     if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
-        raise RuntimeError(
+        raise Unavailable(
             f"torch.compile needs a {'C' if on_gpu else 'C++'} compiler, and none of {', '.join(names)} is found: "
             f"install one (Debian, Ubuntu: apt-get install g++), name it in {variable}, or leave compile out"
         )

@@ -108,9 +108,9 @@ class LPIPS(nn.Module):
 
     Raises:
         TypeError: a `dtype` that is none of these.
-        ValueError: unknown `net` or `pooling`, or weights that are those of another network.
+        ValueError: unknown `net` or `pooling`, weights that are those of another network, or a damaged file.
         ImportError: torchvision or lpips is missing: pip install "cmfast[lpips]".
-        RuntimeError: the trunk's weights could not be downloaded; the message says which file to put where.
+        OSError: the trunk's weights could not be downloaded; the message says which file to put where.
 
     >>> lpips = LPIPS("alex", pretrained=False)
     >>> x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -300,22 +300,37 @@ def _load(trunk: nn.Sequential, weights: Weights, model: str) -> None:
 
 def _read(name: str, weights: Weights) -> Mapping[str, Tensor]:
     if isinstance(weights, str | os.PathLike):
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = _read_file(name, Path(weights), "fetch it again")
     if not isinstance(weights, Mapping):
         raise TypeError(f"{name} must be a state dict or the path of one, got {type(weights).__name__}")
     return weights
 
 
+def _read_file(name: str, path: Path, advice: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged pickle leads its reader to whatever
+        raise ValueError(
+            f"{name}: {path} is no file of weights, or is cut short or damaged ({type(error).__name__}): {advice}"
+        ) from error
+
+
 def _download(weights: Any) -> Mapping[str, Tensor]:
     """The state dict of `weights`, a member of one of torchvision's enumerations."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if cached.is_file():  # its hash is looked at only when it is fetched
+        return _read_file("the trunk's weights", cached, "remove it, and it is downloaded again")
     try:
         state: Mapping[str, Tensor] = weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
         return state
     except (OSError, RuntimeError) as error:
-        cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-        raise RuntimeError(
+        raise OSError(
             f"cannot download the weights of LPIPS's trunk ({error}). "
             f"Fetch {weights.url} on another machine and put it at {cached}, "
             f'or pass its path: LPIPS(..., trunk_weights="{cached.name}").'

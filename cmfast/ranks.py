@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,9 +14,16 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+#: In what torch says when the other end of a connection is gone.
+_LOST = re.compile(r"gloo|nccl|connection|process ?group|broken pipe", re.IGNORECASE)
+
 
 class RankError(RuntimeError):
     """Something failed in one of the processes, and so in all; the message says where and what."""
+
+
+class Lost(RankError):
+    """A process is gone: its connection is. What it says itself, if anything, is in its own output."""
 
 
 class Ranks:
@@ -45,12 +53,35 @@ class Ranks:
             if failed.item():
                 dist.all_gather_object(messages, None if failure is None else _described(failure))
         except RuntimeError as error:
-            raise RankError(f"rank {self.rank} lost the connection to another: {error}") from (failure or error)
+            raise Lost(f"rank {self.rank} lost the connection to another: {error}") from (failure or error)
         for rank, message in enumerate(messages):
             if message is not None:
                 # What fails on the first rank mostly fails on all, as it would in one process.
                 raise RankError(f"rank {rank}: {message}" if rank else message) from failure
         return made[0]
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """What fails within because another process is gone, says so. Raises: Lost: in its place."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or isinstance(error, RankError) or not _LOST.search(str(error)):
+                raise
+            raise Lost(f"rank {self.rank} lost the connection to another: {error}") from error
+
+    def any(self, yes: bool) -> Callable[[], bool]:
+        """Whether `yes` on any rank: a question on its way; the function that comes back waits for the answer."""
+        if self.size == 1:
+            return lambda: yes
+        flag = torch.tensor([int(yes)])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(flag.item())
+
+        return answer
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks of a tensor on the CPU, on each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ SETTINGS: dict[str, Any] = {
     "objective": {},
     "options": {},
 }
+#: What is in the group `data`, where it is not None.
+_KINDS = {"image_size": int, "channels": int, "flip": bool, "labelled": bool, "skip_unreadable": bool}
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,20 +82,30 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"settings know no {name}; known: {', '.join(settings)}")
         if isinstance(settings[name], dict):
             known = settings[name]
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} is a group of settings, as in {name}.NAME, got {value!r:.80}")
             unknown = [key for key in value if known and key not in known]
             if unknown:
                 raise ValueError(f"{name} knows no {', '.join(unknown)}; known: {', '.join(known)}")
             known.update(value)
         else:
             settings[name] = value
+    for name, kind in {**dict.fromkeys(settings["paths"], str), **_KINDS}.items():
+        value = settings["paths"].get(name, settings["data"].get(name))
+        if value is not None and type(value) is not kind and not isinstance(value, os.PathLike):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+    dropout = settings["dropout"]
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
+        raise ValueError(f"dropout must be from 0 to 1, or None, got {dropout!r:.80}")
     recipe = settings["recipe"]
-    if recipe not in PRESETS:
+    if not isinstance(recipe, str) or recipe not in PRESETS:
         raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(PRESETS)}, and mnist")
     options = {"batch_size": BATCH_SIZE, **PRESETS[recipe], **settings["options"]}
     settings["options"] = config.plain(config.make(TrainOptions, options, "options"))
     settings["objective"] = config.plain(objective(settings))
-    if isinstance(settings["network"], str) and settings["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {settings['network']!r}; known: {', '.join(NETWORKS)}")
+    network = settings["network"]
+    if not isinstance(network, dict) and (not isinstance(network, str) or network not in NETWORKS):
+        raise ValueError(f"unknown network {network!r:.80}; known: {', '.join(NETWORKS)}")
     return settings
 
 
@@ -160,7 +173,10 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
             raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
         own = {"image_size": height, "in_channels": channels, "out_channels": channels}
-        unet = UNetModel(**{**fields, **own, "num_classes": images.num_classes})
+        try:
+            unet = UNetModel(**{**fields, **own, "num_classes": images.num_classes})
+        except TypeError as error:
+            raise ValueError(f"network: {error}") from error
         model = Denoiser(unet, image_shape=(channels, height, width))
     sigma_data = model.preconditioner.sigma_data
     model.preconditioner = Preconditioner.by_name(

@@ -221,8 +221,9 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
     last = layout(x) != CONTIGUOUS
     group = channels // num_groups
     units = (SECTOR // x.element_size(), 16 // x.element_size(), 4) if last else (4,)
-    # A slab's offsets have 32 bits.
-    slab = _slab(channels, group, units, WHOLE[int(backward)] // power_of_two(pixels)) if channels * pixels < 2**31 else 0
+    # A slab's offsets have 32 bits. Dynamo of torch 2.11 takes no bool as an index.
+    most = WHOLE[int(backward)] // power_of_two(pixels) if channels * pixels < 2**31 else 0
+    slab = _slab(channels, group, units, most)
     # Slabs of less than a sector read more than they use.
     if slab and (slab >= units[0] or batch * -(-channels // slab) <= ENOUGH):
         rows, block = power_of_two(pixels), max(4, power_of_two(slab))

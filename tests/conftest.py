@@ -1,6 +1,8 @@
-"""For all tests: the interpreter patches Triton once; what was counted or measured ends pytest's report."""
+"""For all tests: the interpreter patches Triton once; tests come before doctests; what was counted or measured ends
+pytest's report."""
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 from cmfast.ops import _dispatch
 
@@ -31,3 +33,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("counted")
         for name, value in sorted(lines):
             terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collect_file():
+    """Tests before doctests. The latter pass over a file that cannot be imported (--doctest-ignore-import-errors, for
+    modules of the package that need an extra) and leave half of it in sys.modules, which the former would take for the
+    file: its tests would be left out without a word."""
+    outcome = yield
+    outcome.force_result(sorted(outcome.get_result(), key=lambda each: isinstance(each, DoctestModule)))

@@ -88,6 +88,67 @@ def test_bad_arguments(checkpoint, tmp_path, monkeypatch, capsys, arguments, mes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--ts", "0,x", "argument --ts: expected whole numbers with commas between them, got '0,x'"),
+        ("--classes", "", "argument --classes: expected whole numbers with commas between them, got ''"),
+        ("--sigmas", "80;2", "argument --sigmas: expected numbers with commas between them, got '80;2'"),
+    ],
+)
+def test_lists_that_are_none(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_compiler(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    arguments = ["--device", "cpu", "--compile", "whole", "--out", str(tmp_path / "x.png")]
+    assert cli.main(["sample", "--model", checkpoint, *arguments]) == 2
+    assert "cmfast: error: torch.compile needs a C++ compiler" in capsys.readouterr().err
+
+
+@NO_GPU
+def test_a_backend_that_cannot_be_had(checkpoint, tmp_path, capsys):
+    with cmfast.backend("triton"):
+        assert cli.main(["sample", "--model", checkpoint, "--num", "1", "--out", str(tmp_path / "x.png")]) == 2
+    assert "backend 'triton' was asked for, but " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_memory_that_runs_out(tmp_path, monkeypatch, capsys, command, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("cmfast.training.Trainer.run", fail)
+    monkeypatch.setattr("cmfast.engine.Sampler.sample", fail)
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    train = ["--recipe", "edm", "--data", str(tmp_path / "images.npz"), "--network", "tiny", "--device", "cpu"]
+    assert cli.main([command, *(train if command == "train" else []), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cmfast: error: memory ran out; a smaller batch or microbatch takes less: ")
+    assert (str(error) or "MemoryError") in said
+
+
+def test_faults_of_its_own_have_a_traceback(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("cmfast.engine.Sampler.sample", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cli.main(["demo", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["sample", "--num", "x"], ["sample", "--set", "x"]], ids=str)
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

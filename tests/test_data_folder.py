@@ -278,3 +278,16 @@ def test_a_file_that_changes(tmp_path):
     write(tmp_path / "b.png", pixels(3, 4, 5))
     with pytest.raises(ValueError, match=r"b.png cannot be read: it is \[3, 4, 5\], the others \[3, 4, 4\]"):
         take(opened, 1)
+
+
+@pytest.mark.parametrize("by", ["torchvision", "Pillow"])
+def test_a_bomb_that_comes_later(tmp_path, by, monkeypatch):
+    """In place of an image that was looked at: the header is read again before it is decoded."""
+    pytest.importorskip(by if by == "torchvision" else "PIL")
+    write(tmp_path / "a.jpg", pixels(3, 4, 4))
+    opened = open_data(tmp_path)
+    opened._reader.decoder = by
+    write(tmp_path / "a.jpg", pixels(3, 40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="a.jpg cannot be read: .*1600 pixels. exceeds limit of 200 pixels"):
+        take(opened, 1, 1)

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own line and from the lines above it. Packages stand for all their modules.
 LEVELS = [
-    {"kernels", "reference", "tolerances"},
+    {"kernels", "reference", "tolerances", "errors"},
     {"ops"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images"}
+    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "untrusted"}
     | {"rates", "ema", "optim"} | {"watch", "dropout", "curricula"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
@@ -175,6 +175,16 @@ def run_python(code: str) -> dict:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_test_file_that_cannot_be_imported_is_an_error(tmp_path):
+    (tmp_path / "tests").mkdir()
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "tests" / "test_broken.py").write_text("from os import nothing\ndef test_it(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot import name 'nothing'" in done.stdout, done.stdout
 
 
 def test_import_costs_nothing():

@@ -379,7 +379,7 @@ def test_download_that_fails_says_what_to_do_and_that_works(tmp_path, monkeypatc
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(OSError) as error:
         LPIPS("squeeze")
     cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
@@ -390,6 +390,26 @@ def test_download_that_fails_says_what_to_do_and_that_works(tmp_path, monkeypatc
     torch.save(weights, cached)
     model = LPIPS("squeeze", head_weights=package_heads("squeeze"))
     assert torch.equal(model.trunk[0].weight, weights["features.0.weight"])
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5], ids=str)
+@pytest.mark.parametrize("which", ["trunk", "head", "cached"])
+def test_damaged_weights_are_named_and_what_to_do(tmp_path, monkeypatch, which, keep):
+    pytest.importorskip("torchvision", reason=EXTRA)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir()
+    torch.save(package_heads("squeeze"), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    given = {"trunk": {"trunk_weights": path}, "head": {"head_weights": path, "pretrained": False}, "cached": {}}
+    name, advice = {"cached": ("the trunk's weights", "remove it, and it is downloaded again")}.get(
+        which, (f"{which}_weights", "fetch it again")
+    )
+    with pytest.raises(ValueError, match=f"^{name}: {path} is no file of weights, .* damaged .*: {advice}$"):
+        LPIPS("squeeze", **given[which])
+    with pytest.raises(FileNotFoundError, match="^trunk_weights: there is no file .*/nowhere.pth"):
+        LPIPS("squeeze", trunk_weights=tmp_path / "nowhere.pth")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ DOC = ROOT / "docs" / "troubleshooting.md"
 VALUE = "…"
 #: Whose ValueErrors and RuntimeErrors, subclasses included, and warnings must all be there.
 COVERED = [
-    *(ROOT / "cmfast" / name for name in ("checkpoint.py", "engine.py", "graphs.py")),
+    *(ROOT / "cmfast" / name for name in ("checkpoint.py", "untrusted.py", "engine.py", "graphs.py")),
     *sorted((ROOT / "cmfast" / "training").glob("*.py")),
     *sorted((ROOT / "cmfast" / "data").glob("*.py")),
 ]
@@ -22,6 +22,9 @@ INTERNAL = {
     ("checkpoint.py", "…: …"): "puts the path before another message",
     ("training/config.py", "…: …"): "puts the group of settings before a message of Python's",
     ("data/arrays.py", "…: …"): "puts the path before another message",
+    ("training/state.py", "there is no … in …"): "a reason why a checkpoint is damaged",
+    ("training/state.py", "… in … is …, expected …"): "a reason why a checkpoint is damaged",
+    ("training/state.py", "… of parameter … is …, not …"): "a reason why a checkpoint is damaged",
 }
 #: Those that are neither built in nor defined in cmfast.
 OTHERS = {"OutOfMemoryError": "RuntimeError"}

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cmfast.data import npz
 from cmfast.data.stream import Batch, Dataset, Draw, mirrored
 
 #: What a .npz calls its images and its labels. The first are the names that numpy gives arrays without one.
 IMAGE_NAMES = ("arr_0", "images", "x", "data")
 LABEL_NAMES = ("arr_1", "labels", "y")
+
+#: Labels are below it: a network has weights for each class.
+MAX_CLASSES = 1_000_000
 
 #: So many images, evenly spread, are looked at to tell one data set from another.
 FINGERPRINT_IMAGES = 64
@@ -53,6 +57,10 @@ class ImageData(Dataset):
             raise ValueError(f"labels must be int64 [{len(images)}], one for each image, got {got}")
         if len(labels) and labels.min() < 0:
             raise ValueError(f"labels must be 0 or more, got {labels.min().item()} for image {labels.argmin().item()}")
+        if len(labels) and labels.max() >= MAX_CLASSES:
+            raise ValueError(
+                f"labels must be below {MAX_CLASSES:,}, got {labels.max().item()} for image {labels.argmax().item()}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,38 +131,30 @@ def read_npz(path: Path) -> ImageData:
             images_name = _find(arrays.files, IMAGE_NAMES)
             if images_name is None:
                 expected = f"images are in an array called {', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
-                raise ValueError(f"{expected}; this file has {', '.join(arrays.files) or 'none'}")
+                raise ValueError(f"{expected}; this file has {', '.join(arrays.files[:9]) or 'none'}")
             labels_name = _find(arrays.files, LABEL_NAMES)
-            images = _stored(path, images_name)
-            if images is None:
-                images = arrays[images_name]
-            labels = None if labels_name is None else arrays[labels_name]
+            images = _array(path, arrays, images_name)
+            labels = None if labels_name is None else _array(path, arrays, labels_name)
         return ImageData(_images(images, images_name), None if labels is None else _labels(labels, str(labels_name)))
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged archive leads its readers to whatever
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def _find(names: list[str], known: tuple[str, ...]) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def _stored(path: Path, name: str) -> np.ndarray | None:
-    """The array, mapped into memory, or None if it is compressed or not made of numbers.
+def _array(path: Path, arrays: Any, name: str) -> np.ndarray:
+    """An array of a .npz file: mapped into memory, or read if it is compressed.
 
     np.load maps .npy files alone; a member that is not compressed is one, at an offset in the .npz.
     """
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{name}.npy")
-        with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            if info.compress_type != zipfile.ZIP_STORED or version > (2, 0):
-                return None
-            formats = np.lib.format
-            read_header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
-            shape, columns_first, dtype = read_header(member)
-            header = member.tell()
-    if dtype.hasobject or 0 in shape:
-        return None
+    member = npz.member(arrays.zip, name)
+    info, shape, columns_first, dtype, header = member
+    if not member.stored or 0 in shape:
+        return arrays[name]
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # 30 bytes, of which the last say how long the name and the extra field are
         name_length, extra_length = struct.unpack("<HH", file.read(4))
@@ -167,7 +167,7 @@ def _images(array: np.ndarray, name: str) -> Tensor:
     """[N, H, W, C] as the tensor [N, C, H, W] of the same memory."""
     if array.ndim == 3:
         array = array[..., None]
-    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape[1:]:
         raise ValueError(f"{name} must be [N, H, W] or [N, H, W, C] with 1 or 3 channels C, got {list(array.shape)}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8, or floating point in [-1, 1], got {array.dtype}")

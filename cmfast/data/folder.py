@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ NAMED = 5
 class FolderData(Dataset):
     """The images in a folder and its subfolders, in the order of their names, as uint8.
 
-    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. path is the folder;
-    image_size, channels, flip, labelled: as of `open_data`.
+    Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. Links are followed, to files
+    and to folders, also out of this one: data sets are put together that way.
+    path is the folder; image_size, channels, flip, labelled: as of `open_data`.
 
     classes     the names of the labels, sorted, or None. Labels are the subfolders, if every image is in one and, for
                 `labelled=None`, there are two or more; without subfolders and with `labelled=True`, what stands before
@@ -36,7 +38,8 @@ class FolderData(Dataset):
     With `skip_unreadable`, the next file that can be read stands in for one that cannot. What comes at a position then
     still follows from the files alone, and a run that such a file ended resumes in the same order without it.
 
-    Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names.
+    Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names; a link that
+        leads back to a folder that it lies in.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class FolderData(Dataset):
             sampler=map(_by_value, draws),
             collate_fn=_unchanged,
             num_workers=workers,
+            worker_init_fn=_pass_over_one_sigterm,
             pin_memory=pin_memory,
             # A loader draws a seed for its workers, which need none: not from the generator that training draws from.
             generator=torch.Generator(),
@@ -190,6 +194,14 @@ def _by_value(draw: Draw) -> Any:
     return Draw(*arrays)
 
 
+def _pass_over_one_sigterm(worker: int) -> None:
+    """In a worker: where a whole job is told to end, it goes on, so that the run ends after its step and not within.
+
+    The run itself ends a worker by a message; by a signal only one that does not answer, and at exit again.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def _unchanged(item: Any) -> Any:
     return item
 
@@ -199,10 +211,21 @@ def _images_in(path: Path) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(path, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in subfolders:
+            _check_link(path, Path(folder, name))
         inside = Path(folder).relative_to(path)
         images = (name for name in files if name.lower().endswith(decode.SUFFIXES) and not name.startswith("."))
         names += [(inside / name).as_posix() for name in images]
     return sorted(names)
+
+
+def _check_link(top: Path, folder: Path) -> None:
+    """Raises: ValueError: a link to a folder that it lies in, through which its images would come again and again."""
+    if not folder.is_symlink():
+        return
+    above = [folder.parent, *folder.parent.parents]
+    if any(folder.samefile(each) for each in above[: above.index(top) + 1]):
+        raise ValueError(f"{folder} is a link to {os.path.realpath(folder)}, in which it lies itself: remove it")
 
 
 def _find_labels(path: Path, names: list[str], labelled: bool | None) -> tuple[list[str] | None, list[int] | None]:

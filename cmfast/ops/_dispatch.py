@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from cmfast.errors import Unavailable
 from cmfast.ops import _inplace, _multi
 from cmfast.reference import Draw
 
@@ -179,7 +180,7 @@ def use_kernel(
     """Whether operation `name` takes its kernel for these inputs, the first a tensor or a draw, and result dtypes.
 
     levels: as in `refusal`.
-    Raises: RuntimeError: `backend("triton")` was asked for and cannot be had; the message says why.
+    Raises: Unavailable: `backend("triton")` was asked for and cannot be had; the message says why.
     """
     chosen = current_backend()
     if chosen == "reference":
@@ -195,7 +196,7 @@ def use_kernel(
     tensors = [x for x in inputs if isinstance(x, Tensor)] + drawn
     reason = refusal(tensors, [dtype for dtype in dtypes if dtype is not None], levels)
     if reason is not None and chosen == "triton":
-        raise RuntimeError(f"{name}: backend 'triton' was asked for, but {reason}")
+        raise Unavailable(f"{name}: backend 'triton' was asked for, but {reason}")
     return reason is None
 
 

@@ -40,6 +40,18 @@ def newest(run: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def check_links(run: Path, found: Path) -> None:
+    """A checkpoint lies in its run, and so do its files. The run itself may be a link, as to a larger disk.
+
+    Raises: ValueError: something in it is a link to elsewhere, where others may write.
+    """
+    home = Path(os.path.realpath(run))
+    for path in (found, *sorted(found.iterdir())):
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(home):
+            raise ValueError(f"{path} is a link out of the run, to {target}: put the file itself there")
+
+
 def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int | None = None) -> Path:
     """The directory of a step, filled by `write`; then of all checkpoints the last `keep` stay.
 

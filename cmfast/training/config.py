@@ -6,9 +6,10 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 OPTIMIZERS = ("radam", "adam", "adamw")
 DECAYS = ("constant", "linear", "cosine")
@@ -16,8 +17,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 ON_NAN = ("stop", "skip")
 PARALLEL = ("ddp", "fsdp")
 
-#: What a resumed run may have otherwise: none of it changes what is learnt.
-FREE = ("log_interval", "save_interval", "sample_interval", "keep", "workers", "graphs", "paths", "skip_unreadable")
+#: What a resumed run may have otherwise. With the first three it goes on from a NaN, on the same data and with the same
+#: network and objective; the others change nothing of what is learnt.
+FREE = (
+    "learning_rate", "max_norm", "on_nan",
+    "log_interval", "save_interval", "sample_interval", "keep", "workers", "graphs", "paths", "skip_unreadable",
+)  # fmt: skip
+
+#: Bytes of a file of settings, and values in it. A run's has 2,000 of them.
+LARGEST = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class TrainOptions:
     warmup: int = 0
     decay: str = "constant"
     max_norm: float | None = None
-    averages: tuple[str, ...] = ("0.9999",)
+    averages: tuple[str | float, ...] = ("0.9999",)
     dtype: str = "float32"
     checkpointing: bool = False
     parallel: str = "ddp"
@@ -113,29 +121,87 @@ def plain(value: Any) -> Any:
 
 
 def make(kind: type, values: Mapping[str, Any], what: str) -> Any:
-    """A dataclass from plain values. Raises: ValueError: a name it does not know, or one that is missing."""
+    """A dataclass from plain values. Raises: ValueError: a name it does not know, or one that is missing, or a value of
+    another kind than its field's."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in values if name not in fields]
     if unknown:
         raise ValueError(f"{what} knows no {', '.join(unknown)}; known: {', '.join(fields)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    hints = get_type_hints(kind)
+    for name, value in given.items():
+        hint = hints[name]
+        if isinstance(value, str) and float in (hint, *get_args(hint)):  # YAML takes 1e-4 for a text
+            with suppress(ValueError):
+                given[name] = float(value)
+        if not _is(given[name], hint):
+            raise ValueError(f"{what}: {name} must be {_named(hint)}, got {given[name]!r:.80}")
     try:
         return kind(**given)
     except TypeError as error:
         raise ValueError(f"{what}: {error}") from error
 
 
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, or of a union of some, as fields of options and objectives have them."""
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        right = isinstance(value, tuple) and (... in arguments or len(value) == len(arguments))
+        return right and all(_is(each, arguments[0]) for each in value)
+    if arguments:
+        return any(_is(value, each) for each in arguments)
+    if hint is float:
+        hint = float | int
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _named(hint: Any) -> str:
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        return f"a list{'' if ... in arguments else f' of {len(arguments)}'}, each {_named(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_named, arguments))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+    return names[hint]
+
+
 def read(path: Path | str) -> dict[str, Any]:
-    """A YAML file of settings. Raises: ValueError: not YAML, or not `name: value` lines; FileNotFoundError."""
+    """A YAML file of settings. Raises: ValueError: not YAML, or not `name: value` lines, or too large; OSError."""
     import yaml
 
+    with open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path} is no file of settings: it has more than {LARGEST:,} bytes")
+    loader = None
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(content.decode("utf-8"))
+        node = loader.get_single_node()
+        if _values(node) > LARGEST:
+            raise ValueError(f"its aliases stand for more than {LARGEST:,} values")
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, ArithmeticError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
     return values
+
+
+def _values(node: Any) -> int:
+    """How many values a YAML document stands for, up to `LARGEST` or so: a few aliases of aliases are more than memory
+    holds."""
+    left, seen = [node], 0
+    while left and seen <= LARGEST:
+        inner = left.pop()
+        children = inner.value if inner is not None and not isinstance(inner.value, str) else []
+        # Of a mapping, pairs.
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        left += flat
+        seen += len(flat)
+    return seen
 
 
 def written(values: Mapping[str, Any]) -> str:

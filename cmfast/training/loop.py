@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from cmfast.objectives import Objective
 from cmfast.ranks import Ranks
 from cmfast.training import checkpoints, config, pictures
 from cmfast.training.config import TrainOptions
+from cmfast.training.lock import Locked, locked
 from cmfast.training.state import State, read, save_weights
 from cmfast.training.step import Pending, Reading, TrainStep
+from cmfast.training.stop import Stop, Stopped
 
 LOG, SETTINGS, RESULT = "log.jsonl", "config.yaml", "model.safetensors"
 
@@ -37,6 +39,9 @@ class Trainer:
         checkpoints/step-…/  the state of the last `keep` steps that were saved (`cmfast.training.checkpoints`)
         samples/, loss.png   pictures, every `sample_interval`
         model.safetensors    the first average, once the last step is done
+        .lock                held while it runs, so that no other process writes there (`cmfast.training.lock`)
+
+    SIGTERM ends a run after the step at hand, with a checkpoint (`cmfast.training.stop`); so does `stop()`.
 
     resume: go on from the newest checkpoint in `out`. The result is that of a run that was not interrupted: on a CPU
     the same bits. "auto": where there is one.
@@ -86,6 +91,7 @@ class Trainer:
         }
         found = self._checkpoint(resume)
         self.state = State(model, self.group)
+        self._stop_asked = Stop(self.group)
         self.step = TrainStep(
             model, objective, options, teacher_model=teacher_model, lpips=lpips, group=self.group
         )
@@ -98,12 +104,22 @@ class Trainer:
     def run(self, *, progress: bool = True) -> Denoiser:
         """Train to the last step; the first average, on the CPU. progress: show a bar.
 
-        Raises: NaNLoss: with `on_nan="stop"`; a checkpoint of the step before is there.
+        Raises: NaNLoss: with `on_nan="stop"`; a checkpoint of the step before is there. Stopped: by SIGTERM or `stop`;
+            a checkpoint of the last step that was done is there. Locked: another process trains in `out`. OSError: the
+            folder cannot be written. RankError: of several processes one failed, or is gone.
         """
+        with ExitStack() as held, self.group.connected(), self._stop_asked:
+            self.group.together(lambda: self._begin(held))
+            return self._run(progress)
+
+    def stop(self) -> None:
+        """Have `run` end after the step at hand, as SIGTERM does: for the handler of another signal, or a thread."""
+        self._stop_asked.ask()
+
+    def _run(self, progress: bool) -> Denoiser:
         from tqdm.auto import tqdm
 
         options, group = self.options, self.group
-        self._begin()
         batches: Any = self.data.batches(
             options.batch_size // group.size,
             seed=options.seed,
@@ -127,11 +143,13 @@ class Trainer:
                     self._pending = self.step.post(self.done)
                 last = self.done == options.steps
                 if last or self.done % options.save_interval == 0:
-                    self._report(bar)
+                    self._settle(bar)
                     self.save()
                 if options.sample_interval and (last or self.done % options.sample_interval == 0):
                     self._report(bar)
                     self._draw()
+                if self._stop_asked.now() and not last:
+                    self._end(bar)
         return self._finish()
 
     def average(self, k: int = 0) -> Denoiser:
@@ -163,6 +181,7 @@ class Trainer:
             if resume is True:
                 raise FileNotFoundError(f"there is nothing to resume from in {checkpoints.folder(self.out)}")
             return None
+        checkpoints.check_links(self.out, found)
         saved, now = read(found)["settings"], config.plain(self.settings)
         if self.options.decay == "constant":  # then more steps are the same steps, and more
             saved["options"]["steps"] = now["options"]["steps"]
@@ -173,11 +192,17 @@ class Trainer:
             )
         return found
 
-    def _begin(self) -> None:
-        """The folder, the settings, and a log without the steps that will be done again."""
+    def _begin(self, held: ExitStack) -> None:
+        """The folder and its lock, the settings, and a log without the steps that will be done again."""
         if self.group.rank:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(self.out))
+        newest = checkpoints.saved(self.out)[-1:]
+        if newest and newest[0][0] > self.done:
+            raise Locked(
+                f"another process has written {newest[0][1]} since this one looked, and this one is at step "
+                f"{self.done}: start again, with resume=True"
+            )
         replace(self.out / SETTINGS, config.written(self.settings))
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
         replace(self.out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
@@ -216,13 +241,26 @@ class Trainer:
             "memory_gb": round(memory(self.step.device) / 1e9, 3),
         }
 
+    def _settle(self, bar: Any) -> None:
+        """Wait for the numbers of all steps so far: a NaN in one of them shows before a checkpoint is written."""
+        if self.step.unread:
+            self._pending = self.step.post(self.done)
+        self._report(bar)
+
+    def _end(self, bar: Any) -> None:
+        """What was asked for: a checkpoint, and no step more."""
+        self._settle(bar)
+        where = self.save()
+        raise Stopped(f"stopped after step {self.done} of {self.options.steps}, which is in {where}")
+
     def _stop(self, step: int) -> None:
         """Keep the weights before a bad step, which no step since has changed, and say so."""
         self.done = step
         where = self.save()
         raise NaNLoss(
             f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "
-            f"in {where}; a lower learning_rate or max_norm may help, and on_nan='skip' leaves such steps out"
+            f"in {where}: resumed from there, on_nan='skip' leaves such steps out. Resumed from an earlier checkpoint "
+            "(take that folder away), a lower learning_rate or max_norm may keep it finite"
         )
 
     def _draw(self) -> None:

@@ -59,5 +59,10 @@ def plot_losses(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], pat
         if (values > 0).any():
             panel.set_yscale("log")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot.close(figure)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmfast import checkpoint
 from cmfast.denoiser import Denoiser
-from cmfast.ranks import Ranks
+from cmfast.memory import out_of_memory
+from cmfast.ranks import RankError, Ranks
 from cmfast.training.parallel import distributed_like, whole
 from cmfast.training.step import TrainStep
 from cmfast.unet import UNetModel
@@ -60,22 +63,37 @@ class State:
             "random": self._generators(step.device),
         }
         if folder is not None:
-            torch.save(state, folder / STATE)
+            with _as_oserror(folder / STATE):
+                torch.save(state, folder / STATE)
 
     def read(self, step: TrainStep, folder: Path) -> int:
         """Put a step into the state of a folder; how many steps were done. Raises: CheckpointError: it is damaged."""
+        try:
+            with self.group.connected():
+                return self._read(step, folder)
+        except Exception as error:
+            # Of the last three a folder is no cause: it is not to be taken away for them.
+            if isinstance(error, (checkpoint.CheckpointError, RankError, PermissionError)) or out_of_memory(error):
+                raise
+            raise checkpoint.CheckpointError(_damaged(folder, error)) from error
+
+    def _read(self, step: TrainStep, folder: Path) -> int:
         state = read(folder)
         _load(step.model, folder / MODEL)
         if step.objective.teacher_follows:
             _load(step.teacher_model, folder / TEACHER)  # type: ignore[arg-type]  # a teacher that follows is there
         parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
         for i, values in state["optimizer"]["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[i].shape:
+                    raise ValueError(f"{name} of parameter {i} is {list(value.shape)}, not {list(parameters[i].shape)}")
             state["optimizer"]["state"][i] = {k: distributed_like(v, parameters[i]) for k, v in values.items()}
         step.optimizer.load_state_dict(state["optimizer"])
         averages = []
         for k, name in enumerate(self.names(step)):
             tensors = {f"network.{key}": value for key, value in load_file(folder / name).items()}
             like = dict(zip(step.averages.names, step.averages.tensors(k)))
+            _check(tensors, like, folder / name)
             averages.append({key: distributed_like(tensors[key], value) for key, value in like.items()})
         step.averages.load_state_dict({**state["averages"], "averages": averages})
         if step.scaler is not None:
@@ -112,9 +130,26 @@ class State:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `state.pt` of a checkpoint holds. Raises: CheckpointError: missing or damaged."""
+    """What `state.pt` of a checkpoint holds. Raises: CheckpointError: damaged, or the state of another step;
+    FileNotFoundError."""
     state: dict[str, Any] = checkpoint.read_pickle(folder / STATE, map_location="cpu")
+    kinds = {"step": int, "settings": dict, "optimizer": dict, "averages": dict, "random": list}
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise checkpoint.CheckpointError(_damaged(folder, f"{STATE} has no {name}"))
+    if not isinstance(state["settings"].get("options"), dict):
+        raise checkpoint.CheckpointError(_damaged(folder, f"{STATE} has no options"))
+    if folder.name != f"step-{state['step']:08d}":
+        raise checkpoint.CheckpointError(_damaged(folder, f"{STATE} is of step {state['step']}"))
     return state
+
+
+def _damaged(folder: Path, error: Exception | str) -> str:
+    reason = repr(error) if isinstance(error, LookupError) else str(error) or type(error).__name__
+    return (
+        f"{folder} is damaged: {reason.splitlines()[0][:200]}. Take this folder away, and the run goes on from the "
+        "checkpoint before it"
+    )
 
 
 def save_weights(model: Denoiser, path: Path | None) -> None:
@@ -125,14 +160,36 @@ def save_weights(model: Denoiser, path: Path | None) -> None:
     if isinstance(network, UNetModel):
         checkpoint.save(model, path)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+        with _as_oserror(path):
+            save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+
+
+@contextmanager
+def _as_oserror(path: Path) -> Iterator[None]:
+    """What a writer that is no Python raises on a full disk is an OSError as well."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def _load(model: Denoiser, path: Path) -> None:
     tensors, network = load_file(path), cast(Any, model.network)
+    _check(tensors, network.state_dict(), path)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             tensor.copy_(distributed_like(tensors[name], tensor))
+
+
+def _check(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: ValueError: tensors that a copy would make fit, though they are others."""
+    for name, tensor in like.items():
+        if name not in tensors:
+            raise ValueError(f"there is no {name} in {path.name}")
+        got = tensors[name]
+        if got.shape != tensor.shape or got.is_floating_point() != tensor.is_floating_point():
+            found, wanted = (f"{x.dtype} {list(x.shape)}" for x in (got, tensor))
+            raise ValueError(f"{name} in {path.name} is {found}, expected {wanted}")
 
 
 def _mapped(function: Any, value: Any) -> Any:

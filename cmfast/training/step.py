@@ -174,6 +174,11 @@ class TrainStep:
         stage = self.objective.stage(number)
         return self.options.rate_at(number, stage.first_step, stage.steps or self.options.steps - stage.first_step)
 
+    @property
+    def unread(self) -> int:
+        """Steps since the last reading was sent."""
+        return self._steps
+
     def post(self, done: int) -> Pending:
         """Send the state of the run after `done` steps to the host, and start the next mean."""
         counts = torch.stack([self.optimizer.skipped.to(torch.int64).reshape(()), self._bad])

@@ -45,8 +45,10 @@ PIXELS = [
 DECODE = [
     ("16 bits are cut off at 255", '    if image.mode.startswith("I"):', '    if image.mode == "F":',
      FOLDER + "both_decoders_read_the_same[16 bits]"),
-    ("a GIF is torchvision's", 'PILLOWS = (b"BM", b"GIF")', 'PILLOWS = (b"BM",)',
+    ("a GIF is torchvision's", 'PILLOWS = (b"BM", b"GIF", ', 'PILLOWS = (b"BM", ',
      FOLDER + "both_decoders_read_the_same[GIF]"),
+    ("a PNG is torchvision's", ', b"\\x89PN")', ")",
+     "tests/test_hostile_files.py::test_refused_and_not_run[images: PNG with a byte changed]"),
     ("torchvision where it is not", 'if by == "Pillow" or content', "if content",
      FOLDER + "without_torchvision"),
 ]  # fmt: skip
@@ -74,6 +76,10 @@ READER = [
     ("one subfolder is a class", "(labelled or len(set(folders)) > 1)", "True", FOLDER + "labels"),
     ("sizes of files are no part of a fingerprint", "{name}\\0{size}\\0", "{name}\\0",
      FOLDER + "a_fingerprint_tells_folders_apart"),
+    ("folders again and again", "            _check_link(path, Path(folder, name))", "            pass",
+     "tests/test_hostile_files.py::test_refused_and_not_run[images: a link to the folder around it]"),
+    ("a worker ends when all are told to", "            worker_init_fn=_pass_over_one_sigterm,\n", "",
+     "tests/training/test_stop.py::test_the_command_line[stop all-1]"),
     ("images of several sizes", "elif one_size and this != size:", "elif False:", FOLDER + "sizes_and_channels"),
 ]  # fmt: skip
 

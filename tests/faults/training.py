@@ -48,6 +48,13 @@ LOOP = [
     ("the state now, not before", "        self.done = step\n", "",
      _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
     ("more steps of a falling learning rate", 'if self.options.decay == "constant":', "if True:", _LOOP + "more_steps"),
+    ("a checkpoint before the numbers of its steps", "                    self._settle(bar)\n",
+     "                    self._report(bar)\n",
+     _LOOP + "a_nan_between_two_readings_shows_before_a_checkpoint[a checkpoint]"),
+    ("a NaN is saved unseen", "        if self.step.unread:", "        if False:",
+     "tests/training/test_stop.py::test_a_nan_is_not_saved_unseen"),
+    ("what another has written is written over", "        if newest and newest[0][0] > self.done:", "        if False:",
+     "tests/training/test_lock.py::test_a_trainer_holds_it_while_it_runs"),
     ("an unlabelled data set for classes", "if model.num_classes is not None and data.num_classes is None:",
      "if False:",
      _LOOP + "data_that_does_not_fit[no labels]"),
@@ -55,17 +62,30 @@ LOOP = [
 
 CHECKPOINTS = [
     ("written in place", "temporary = home / f\"{_UNFINISHED}{step:08d}\"", "temporary = place",
-     _LOOP + "killed_at_any_moment"),
+     "tests/training/test_kills.py::test_killed_while_saving[5]"),
     ("half a checkpoint left", "        shutil.rmtree(temporary, ignore_errors=True)\n        raise", "        raise",
      _LOOP + "a_full_disk_loses_nothing[state.pt]"),
     ("one more is kept", "saved(run)[:-keep]", "saved(run)[: -keep - 1]", _LOOP + "the_last_checkpoints_stay"),
+    ("links lead anywhere", "        if not target.is_relative_to(home):", "        if False:",
+     "tests/test_hostile_files.py::test_refused_and_not_run[run: state.pt is a link to elsewhere]"),
     ("what a killed process left stays", "        shutil.rmtree(left, ignore_errors=True)", "        pass",
      _LOOP + "left_by_a_killed_process"),
+]  # fmt: skip
+
+CONFIG = [
+    ("no way on from a NaN", '    "learning_rate", "max_norm", "on_nan",\n', "",
+     _LOOP + "a_nan_loss_is_gone_on_from_as_the_message_says"),
+    ("options of any kind", "        if not _is(given[name], hint):", "        if False:",
+     _RECIPES + "what_is_refused[arguments14-options: steps must be a whole number, got 1.5]"),
+    ("numbers without a dot are texts", "                given[name] = float(value)", "                pass",
+     _RECIPES + "numbers_as_yaml_has_them"),
 ]  # fmt: skip
 
 STATE = [
     ("the optimizer starts anew", '        step.optimizer.load_state_dict(state["optimizer"])\n', "",
      _LOOP + "resumed_is_uninterrupted[edm-float32]"),
+    ("one number for a tensor", "        if got.shape != tensor.shape or", "        if False or",
+     "tests/test_hostile_files.py::test_refused_and_not_run[run: one number for a tensor]"),
     ("the scale starts anew", '            step.scaler.load_state_dict(state["scaler"])', "            pass",
      _LOOP + "resumed_is_uninterrupted[cd-float16]"),
     ("the teacher starts anew", "            _load(step.teacher_model, folder / TEACHER)", "            pass",
@@ -114,6 +134,7 @@ FAULTS = {
     "cmfast/training/step.py": STEP,
     "cmfast/training/loop.py": LOOP,
     "cmfast/training/checkpoints.py": CHECKPOINTS,
+    "cmfast/training/config.py": CONFIG,
     "cmfast/training/state.py": STATE,
     "cmfast/training/frozen.py": FROZEN,
     "cmfast/recipes.py": RECIPES,

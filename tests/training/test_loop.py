@@ -1,11 +1,7 @@
 """The loop: interrupted anywhere, it ends in the bits of a run that was not; and nothing is ever lost."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,7 +11,7 @@ from torch import nn
 import cmfast
 from cmfast.data import ImageData
 from cmfast.objectives import EDM
-from cmfast.training import NaNLoss, Trainer, checkpoints, loop, pictures
+from cmfast.training import NaNLoss, Trainer, checkpoints, config, loop, pictures
 from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, trainer, unet, weights
 
 
@@ -86,46 +82,6 @@ def test_a_foreign_networks_dropout_resumes(tmp_path):
     assert all(map(torch.equal, everything(resumed), everything(whole)))
 
 
-SCRIPT = """
-import sys, time
-from dataclasses import replace
-from tests.training.toys import OPTIONS, trainer
-from cmfast.training import checkpoints
-save = checkpoints._flush
-def slow(path):  # so that a kill often falls into the middle of a checkpoint
-    time.sleep(0.02)
-    save(path)
-checkpoints._flush = slow
-run = trainer("cd", sys.argv[1], replace(OPTIONS, save_interval=1, keep=2), resume="auto")
-print("from", run.done, flush=True)
-run.run(progress=False)
-print("done", flush=True)
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    """kill -9 five times, then to the end: the bits of a run that was left alone."""
-    options = replace(OPTIONS, save_interval=1, keep=2)
-    whole = trainer("cd", tmp_path / "whole", options)
-    whole.run(progress=False)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "part")]
-    kills = 0
-    for attempt in range(12):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline().startswith("from")
-            if kills < 5:
-                time.sleep(0.3 + 0.23 * attempt)
-                process.send_signal(signal.SIGKILL)
-            kills += 1
-            if process.stdout.read().strip() == "done":
-                break
-    resumed = trainer("cd", tmp_path / "part", options, resume=True)
-    assert kills > 1 and resumed.done == 20
-    assert all(map(torch.equal, everything(resumed), everything(whole)))
-    assert len(checkpoints.saved(tmp_path / "part")) == 2
-
-
 @pytest.mark.parametrize("part", ["model.safetensors", "state.pt", "average-0.9.safetensors"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, part):
     run = trainer("cd", tmp_path, replace(OPTIONS, steps=10))
@@ -179,8 +135,9 @@ def test_left_by_a_killed_process(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     trainer("cd", tmp_path, replace(OPTIONS, steps=2)).run(progress=False)
     with pytest.raises(ValueError, match=r"options\.seed: 0, now 1") as error:
-        trainer("cd", tmp_path, replace(OPTIONS, steps=2, seed=1, learning_rate=1.0, keep=9), resume=True)
-    assert "options.learning_rate: 0.003, now 1.0" in str(error.value) and "keep" not in str(error.value)
+        trainer("cd", tmp_path, replace(OPTIONS, steps=2, seed=1, eps=1.0, keep=9, max_norm=1.0), resume=True)
+    assert "options.eps: 1e-08, now 1.0" in str(error.value)
+    assert "keep" not in str(error.value) and "max_norm" not in str(error.value)
     with pytest.raises(ValueError, match=r"objective\.start_scales: 6, now 7"):
         trainer(replace(OBJECTIVES["cd"], start_scales=7), tmp_path, replace(OPTIONS, steps=2), resume=True)
     other = ImageData(DATA.images.flip(0), DATA.labels)
@@ -236,6 +193,36 @@ def test_a_nan_loss_stops_with_a_checkpoint_of_the_step_before(tmp_path):
     assert resumed.done == 7
     resumed.run(progress=False)
     assert all(map(torch.equal, everything(resumed), everything(whole)))
+
+
+def test_a_nan_loss_is_gone_on_from_as_the_message_says(tmp_path):
+    """The step is left out; or an earlier checkpoint goes on with other options, which are those that act."""
+    options = replace(OPTIONS, save_interval=5)
+    with pytest.raises(NaNLoss, match=r"step-00000007: resumed from there, on_nan='skip' .* lower learning_rate"):
+        exploding(tmp_path, 7, options).run(progress=False)
+    shutil.copytree(tmp_path, tmp_path / "other")
+    # Its network counts calls from the start of the process.
+    skipping = exploding(tmp_path, 0, replace(options, on_nan="skip"), resume=True)
+    skipping.run(progress=False)
+    assert [line["skipped"] for line in pictures.read_log(tmp_path / loop.LOG)] == [0, 1, 1, 1]
+    assert config.read(tmp_path / loop.SETTINGS)["options"]["on_nan"] == "skip"
+
+    (place,) = (path for step, path in checkpoints.saved(tmp_path / "other") if step == 7)
+    shutil.rmtree(place)
+    lower = replace(options, learning_rate=1e-4, max_norm=1e-3)
+    resumed = exploding(tmp_path / "other", None, lower, resume=True)
+    assert resumed.done == 5 and resumed.step.optimizer.max_norm == 1e-3
+    resumed.run(progress=False)
+    assert [line["learning_rate"] for line in pictures.read_log(tmp_path / "other" / loop.LOG)] == [3e-3, *[1e-4] * 3]
+
+
+@pytest.mark.parametrize("at, save_interval", [(6, 8), (18, 20)], ids=["a checkpoint", "the last step"])
+def test_a_nan_between_two_readings_shows_before_a_checkpoint(tmp_path, at, save_interval):
+    options = replace(OPTIONS, log_interval=11, save_interval=save_interval)
+    with pytest.raises(NaNLoss, match=f"the loss of step {at} "):
+        exploding(tmp_path, at, options).run(progress=False)
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [at]
+    assert not (tmp_path / loop.RESULT).exists()
 
 
 def test_a_nan_loss_can_be_left_out(tmp_path):

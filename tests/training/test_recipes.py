@@ -108,14 +108,34 @@ def test_settings_of_the_command_line(images, tmp_path):
         (["--resume"], "--resume needs --out"),
         (["--resume", "--out", "DATA"], "no run to resume"),
         (["--config", "DATA/missing.yaml"], "missing.yaml"),
+        (["--recipe", "edm", "--set", "options.steps=abc"], "options: steps must be a whole number, got 'abc'"),
+        (["--recipe", "edm", "--set", "options.steps=1.5"], "options: steps must be a whole number, got 1.5"),
+        (["--recipe", "edm", "--set", "options.graphs=1"], "options: graphs must be True or False, got 1"),
+        (["--recipe", "edm", "--set", "options.keep=all"], "options: keep must be a whole number or None, got 'all'"),
+        (["--recipe", "edm", "--set", "options.learning_rate=fast"], "learning_rate must be a number, got 'fast'"),
+        (["--recipe", "edm", "--set", "options.betas=(0.9,)"], "betas must be a list of 2, each a number, got (0.9,)"),
+        (["--recipe", "edm", "--set", "objective.std=wide"], "the objective of edm: std must be a number, got 'wide'"),
+        (["--recipe", "edm", "--set", "dropout=2"], "dropout must be from 0 to 1, or None, got 2"),
+        (["--config", "FLAT", "--data", "DATA"], "paths is a group of settings, as in paths.NAME, got 'images/'"),
+        (["--config", "FLAT", "--steps", "3"], "is a group of settings, as in "),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_is_refused(arguments, message, images, teacher, capsys):
-    places = {"UNLABELLED": images / "unlabelled.npz", "TEACHER": teacher}
+    (images / "flat.yaml").write_text("recipe: edm\npaths: images/\noptions:\n")
+    places = {"UNLABELLED": images / "unlabelled.npz", "TEACHER": teacher, "FLAT": images / "flat.yaml"}
     given = [str(places.get(a, a.replace("DATA", str(images / "classes")))) for a in arguments]
     assert train(*given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_as_yaml_has_them(tmp_path):
+    """1e-4 without a dot is a text there, and rates of averages are numbers."""
+    text = "recipe: ict\noptions: {learning_rate: 1e-4, averages: [0.9, power:0.1], eps: 1}\n"
+    (tmp_path / "x.yaml").write_text(text + "objective: {huber_c: 1e-2}\n")
+    settings = recipes.complete(config.read(tmp_path / "x.yaml"))
+    assert settings["options"]["learning_rate"] == 1e-4 and settings["objective"]["huber_c"] == 0.01
+    assert settings["options"]["averages"] == [0.9, "power:0.1"]
 
 
 def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):

@@ -66,12 +66,18 @@ def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict
             expected = "a path, a UNet2DModel of diffusers or a pipeline with one"
             raise TypeError(f"cannot load a {type(source).__name__}: expected {expected}")
 
+    if scheduler and "_class_name" not in scheduler:
+        raise CheckpointError(f"the scheduler of {source} does not say which it is: there is no _class_name")
     # Networks of other schedulers take other timesteps and predict something else.
     if scheduler and scheduler["_class_name"] != SCHEDULER:
         raise CheckpointError(
             f"the pipeline has a {scheduler['_class_name']}, expected the {SCHEDULER} of a consistency model"
         )
     settings: dict[str, Any] = {name: scheduler[name] for name in SCHEDULE_KEYWORDS if name in scheduler}
+    for name, value in settings.items():
+        if not isinstance(value, int | float):
+            where = source if isinstance(source, str | os.PathLike) else type(source).__name__
+            raise CheckpointError(f"{name} of the scheduler of {where} is {value!r:.80}, expected a number")
     if convert:
         from cmfast.compat.diffusers.convert import unet_from_diffusers  # which imports this module
 
@@ -87,25 +93,50 @@ def _read_folder(folder: Path, UNet2DModel: Any) -> tuple[nn.Module, dict[str, A
         raise CheckpointError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
     if config.get("_class_name") != "UNet2DModel":
         raise CheckpointError(f"{unet_folder} holds a {config.get('_class_name')}, expected a UNet2DModel")
+    _check_size(unet_folder, config)
     from diffusers.utils import is_accelerate_available  # type: ignore[attr-defined]  # exported at run time alone
 
     try:
         unet = UNet2DModel.from_pretrained(
             unet_folder, local_files_only=True, low_cpu_mem_usage=is_accelerate_available()
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{unet_folder} could not be loaded by diffusers: {error}") from error
+    except Exception as error:  # a damaged file leads its readers to whatever
+        raise CheckpointError(f"{unet_folder} could not be loaded by diffusers: {str(error)[:1000]}") from error
     return unet, _read_json(folder / "scheduler" / "scheduler_config.json") or {}
+
+
+def _check_size(folder: Path, config: dict[str, Any]) -> None:
+    """Raises: CheckpointError: the configuration is of a network with many more parameters than there are bytes of
+    weights, for which memory would be taken before they are read."""
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file())
+    try:
+        widths = [int(width) for width in config.get("block_out_channels", (224,))]
+        time = int(config.get("time_embedding_dim") or 4 * widths[0])
+        # Those of 3x3 convolutions between equal widths, and of what else a single number makes large.
+        least = 18 * (int(config.get("layers_per_block") or 1) * sum(width**2 for width in widths))
+        least += time**2 + widths[0] * 9 * (int(config.get("in_channels", 3)) + int(config.get("out_channels", 3)))
+        least += time * int(config.get("num_class_embeds") or 0)
+        if config.get("time_embedding_type") == "learned":
+            least += widths[0] * int(config.get("num_train_timesteps") or 0)
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
+    if least > max(size, 2**24):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of a network with {least:,} parameters or more, and there are {size:,} bytes "
+            "of weights beside it: fetch both again"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
-    except json.JSONDecodeError as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected names and values")
+    return values
 
 
 def unet_class() -> Any:

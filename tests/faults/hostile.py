@@ -1,0 +1,83 @@
+"""Runs that are stopped or met by another, and files that are broken or made to do harm."""
+
+_STOP = "tests/training/test_stop.py::test_"
+_LOCK = "tests/training/test_lock.py::test_"
+_FAULTS = "tests/training/test_faults.py::test_"
+_KILLS = "tests/training/test_kills.py::test_"
+
+
+def refused(kind: str) -> str:
+    return f"tests/test_hostile_files.py::test_refused_and_not_run[{kind}]"
+
+
+def bomb(kind: str) -> str:
+    return f"tests/test_hostile_files.py::test_bombs_take_no_memory[{kind}]"
+
+
+FAULTS = {
+    "cmfast/training/stop.py": [
+        ("SIGTERM kills", "                signal.signal(signal.SIGTERM, self._handle)", "                pass",
+         _STOP + "the_command_line[stop-0]"),
+        ("the handler stays", "            signal.signal(signal.SIGTERM, self._before)", "            pass",
+         _STOP + "the_step_at_hand_is_the_last"),
+        ("the handler that was there is forgotten", "            self._before(number, frame)", "            pass",
+         _STOP + "a_handler_that_was_there_is_called_too"),
+        ("each process by itself", "        if self._group.size == 1:", "        if True:",
+         _STOP + "one_of_two_processes_is_told"),
+        ("a status that is no success", "super().__init__(0)", "super().__init__(1)",
+         _STOP + "the_step_at_hand_is_the_last"),
+    ],
+    "cmfast/cli.py": [
+        ("memory that runs out is a fault", "    if not out_of_memory(error):", "    if True:",
+         "tests/test_cli.py::test_memory_that_runs_out[demo-MemoryError]"),
+        ("every fault is the user's", "    if not out_of_memory(error):", "    if False:",
+         "tests/test_cli.py::test_faults_of_its_own_have_a_traceback"),
+    ],
+    "cmfast/perceptual.py": [
+        ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",
+         "tests/test_perceptual.py::test_damaged_weights_are_named_and_what_to_do[cached-0.5]"),
+    ],
+    "cmfast/training/lock.py": [
+        ("a lock that is shared", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", _LOCK + "the_second_is_refused"),
+        ("children keep it", "    os.register_at_fork(after_in_child=_let_go)", "    pass",
+         _LOCK + "children_do_not_keep_it"),
+        ("a link is followed", 'getattr(os, "O_NOFOLLOW", 0)', "0", _LOCK + "the_file_is_no_link"),
+    ],
+    "cmfast/ranks.py": [
+        ("a connection that is lost is any error", "or not _LOST.search(str(error))", "or True",
+         _FAULTS + "a_process_that_dies_ends_the_others[0]"),
+    ],
+    "cmfast/images.py": [
+        ("written in place", 'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "temporary = path",
+         _KILLS + "killed_while_writing_pictures[5-x.npz]"),
+    ],
+    "cmfast/data/npz.py": [
+        ("any size of what is compressed", "size > max(FREE, RATIO * compressed)", "False",
+         bomb("npz: bomb of images")),
+        ("any header", "    if length > HEADER:", "    if False:", bomb("npz: bomb for a header")),
+        ("the header alone is believed", "size != there:", "False:", refused("npz: a header that claims less")),
+    ],
+    "cmfast/data/decode.py": [
+        ("torchvision before the header", "    _size(io.BytesIO(content.data))\n", "",
+         "tests/test_data_folder.py::test_a_bomb_that_comes_later[torchvision]"),
+        ("a pipe is waited for", "    if not path.is_file():", "    if not path.exists():", refused("images: a pipe")),
+    ],
+    "cmfast/untrusted.py": [
+        ("archives may be compressed", "info.compress_type != zipfile.ZIP_STORED or", "", refused("pt: compressed")),
+        ("more than the file", "    if total > size:", "    if False:", refused("pt: one number as a matrix")),
+        ("any dtype", "if tensor.dtype not in DTYPES:", "if False:", refused("pt: integer weights")),
+        ("any number of blocks", "    if blocks > tensors:", "    if False:",
+         bomb("safetensors: blocks without number")),
+    ],
+    "cmfast/checkpoint.py": [
+        ("pickles run", '"weights_only": True', '"weights_only": False', refused("pt: hostile pickle")),
+    ],
+    "cmfast/training/config.py": [
+        ("aliases are believed", "        if _values(node) > LARGEST:", "        if False:",
+         bomb("yaml: a million merges")),
+        ("objects are made", "yaml.SafeLoader(", "yaml.UnsafeLoader(", refused("yaml: a command")),
+    ],
+    "cmfast/compat/diffusers/network.py": [
+        ("any configuration", "    if least > max(size, 2**24):", "    if False:", bomb("diffusers: huge widths")),
+    ],
+}  # fmt: skip

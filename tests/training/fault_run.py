@@ -1,0 +1,34 @@
+"""A run by the command line in which something happens to one process at a step: what, rank, step, arguments."""
+
+import os
+import signal
+import sys
+
+import torch
+
+from cmfast import cli
+from cmfast.training import TrainStep
+
+
+def main(what: str, rank: str, at: str, *arguments: str) -> int:
+    torch.set_num_threads(1)
+    step = TrainStep.__call__
+
+    def faulty(self, batch, number):
+        if number == int(at) and os.environ.get("RANK", "0") == rank:
+            if what == "die":
+                os._exit(7)
+            if what == "fail":
+                raise ValueError("out of luck")
+            if what == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if what == "stop all":  # as a scheduler does: every process of the job, the workers that decode as well
+                os.killpg(0, signal.SIGTERM)
+        step(self, batch, number)
+
+    TrainStep.__call__ = faulty
+    return cli.main(["train", "--device", "cpu", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
