@@ -310,7 +310,8 @@ def _read_file(name: str, path: Path, advice: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle leads its reader to whatever
