@@ -310,8 +310,7 @@ def _read_file(name: str, path: Path, advice: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no file {path}")
     try:
-        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle leads its reader to whatever
@@ -324,9 +323,12 @@ def _download(weights: Any) -> Mapping[str, Tensor]:
     """The state dict of `weights`, a member of one of torchvision's enumerations."""
     cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if cached.is_file():  # its hash is looked at only when it is fetched
-        return _read_file("the trunk's weights", cached, "remove it, and it is downloaded again")
+        state: Mapping[str, Tensor] = _read_file(
+            "the trunk's weights", cached, "remove it, and it is downloaded again"
+        )
+        return state
     try:
-        state: Mapping[str, Tensor] = weights.get_state_dict(
+        state = weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
         return state

@@ -49,6 +49,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _take(handle: int, run: Path) -> None:
+    assert fcntl is not None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
