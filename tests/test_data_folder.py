@@ -280,6 +280,21 @@ def test_a_file_that_changes(tmp_path):
         take(opened, 1)
 
 
+def test_a_png_is_pillows(tmp_path, monkeypatch):
+    """torchvision ends the process over some that are damaged, which no test can look at from within."""
+    torchvision = pytest.importorskip("torchvision.io")
+
+    def fail(*arguments):
+        raise AssertionError("torchvision")
+
+    monkeypatch.setattr(torchvision, "decode_image", fail)
+    write(tmp_path / "a.png", pixels(3, 4, 4))
+    assert torch.equal(decode.decode(tmp_path / "a.png", "torchvision"), pixels(3, 4, 4))
+    write(tmp_path / "a.jpg", pixels(3, 4, 4))
+    with pytest.raises(AssertionError, match="torchvision"):
+        decode.decode(tmp_path / "a.jpg", "torchvision")
+
+
 @pytest.mark.parametrize("by", ["torchvision", "Pillow"])
 def test_a_bomb_that_comes_later(tmp_path, by, monkeypatch):
     """In place of an image that was looked at: the header is read again before it is decoded."""

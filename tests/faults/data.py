@@ -48,7 +48,7 @@ DECODE = [
     ("a GIF is torchvision's", 'PILLOWS = (b"BM", b"GIF", ', 'PILLOWS = (b"BM", ',
      FOLDER + "both_decoders_read_the_same[GIF]"),
     ("a PNG is torchvision's", ', b"\\x89PN")', ")",
-     "tests/test_hostile_files.py::test_refused_and_not_run[images: PNG with a byte changed]"),
+     FOLDER + "a_png_is_pillows"),
     ("torchvision where it is not", 'if by == "Pillow" or content', "if content",
      FOLDER + "without_torchvision"),
 ]  # fmt: skip
