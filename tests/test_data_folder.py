@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 
@@ -179,12 +180,18 @@ def test_workers_ranks_and_resumes_change_nothing(folder):
 
 
 def test_workers_that_are_spawned(folder):
-    """What a worker gets can be sent to a process that shares nothing."""
+    """What a worker gets can be sent to a process that shares nothing; nor has it the handler of a run for SIGTERM, and
+    does not end by the first."""
     opened = open_data(folder, flip=True)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        assert equal(take(opened, 3), take(opened, 3, workers=1))
+        batches = opened.batches(3, seed=5, workers=1)
+        found = [next(batches)]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGTERM)
+        found += itertools.islice(batches, 7)  # more than it makes ahead
+        assert equal(take(opened, 8), found)
     finally:
         multiprocessing.set_start_method(before, force=True)
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 
 import torch
 
@@ -25,7 +24,6 @@ def main(what: str, rank: str, at: str, *arguments: str) -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
             if what == "stop all":  # as a scheduler does: every process of the job, the workers that decode as well
                 os.killpg(0, signal.SIGTERM)
-                time.sleep(2)  # in which the end of a worker would be noticed, however busy the machine is
         step(self, batch, number)
 
     TrainStep.__call__ = faulty
