@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 
@@ -179,12 +180,18 @@ def test_workers_ranks_and_resumes_change_nothing(folder):
 
 
 def test_workers_that_are_spawned(folder):
-    """What a worker gets can be sent to a process that shares nothing."""
+    """What a worker gets can be sent to a process that shares nothing; nor has it the handler of a run for SIGTERM, and
+    does not end by the first."""
     opened = open_data(folder, flip=True)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        assert equal(take(opened, 3), take(opened, 3, workers=1))
+        batches = opened.batches(3, seed=5, workers=1)
+        found = [next(batches)]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGTERM)
+        found += itertools.islice(batches, 7)  # more than it makes ahead
+        assert equal(take(opened, 8), found)
     finally:
         multiprocessing.set_start_method(before, force=True)
 
@@ -278,6 +285,21 @@ def test_a_file_that_changes(tmp_path):
     write(tmp_path / "b.png", pixels(3, 4, 5))
     with pytest.raises(ValueError, match=r"b.png cannot be read: it is \[3, 4, 5\], the others \[3, 4, 4\]"):
         take(opened, 1)
+
+
+def test_a_png_is_pillows(tmp_path, monkeypatch):
+    """torchvision ends the process over some that are damaged, which no test can look at from within."""
+    torchvision = pytest.importorskip("torchvision.io")
+
+    def fail(*arguments):
+        raise AssertionError("torchvision")
+
+    monkeypatch.setattr(torchvision, "decode_image", fail)
+    write(tmp_path / "a.png", pixels(3, 4, 4))
+    assert torch.equal(decode.decode(tmp_path / "a.png", "torchvision"), pixels(3, 4, 4))
+    write(tmp_path / "a.jpg", pixels(3, 4, 4))
+    with pytest.raises(AssertionError, match="torchvision"):
+        decode.decode(tmp_path / "a.jpg", "torchvision")
 
 
 @pytest.mark.parametrize("by", ["torchvision", "Pillow"])

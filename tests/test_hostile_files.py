@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ statm = Path("/proc/self/statm")
 if statm.exists():  # so that what is not refused fills this process, and not the machine
     now = int(statm.read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 4 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+resource.setrlimit(resource.RLIMIT_CPU, (60, resource.getrlimit(resource.RLIMIT_CPU)[1]))  # and what never ends, ends
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 for number, name in enumerate(kinds):
     folder = Path(sys.argv[2], str(number))
@@ -46,6 +48,20 @@ for number, name in enumerate(kinds):
 """
 
 
+@pytest.fixture
+def an_end():
+    """To what waits for ever, as on a pipe."""
+
+    def late(number, frame):
+        raise AssertionError("no end after a minute")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def prepared(tmp_path, name):
     """The path of what was made, and of the canary."""
     if name.startswith("diffusers"):
@@ -55,7 +71,7 @@ def prepared(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in BOMBS])
-def test_refused_and_not_run(tmp_path, name):
+def test_refused_and_not_run(tmp_path, name, an_end):
     path, canary = prepared(tmp_path, name)
     with pytest.raises(KINDS[name].error) as caught:
         OPENERS[name.split(":")[0]](path)

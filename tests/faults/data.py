@@ -48,7 +48,7 @@ DECODE = [
     ("a GIF is torchvision's", 'PILLOWS = (b"BM", b"GIF", ', 'PILLOWS = (b"BM", ',
      FOLDER + "both_decoders_read_the_same[GIF]"),
     ("a PNG is torchvision's", ', b"\\x89PN")', ")",
-     "tests/test_hostile_files.py::test_refused_and_not_run[images: PNG with a byte changed]"),
+     FOLDER + "a_png_is_pillows"),
     ("torchvision where it is not", 'if by == "Pillow" or content', "if content",
      FOLDER + "without_torchvision"),
 ]  # fmt: skip
@@ -79,7 +79,7 @@ READER = [
     ("folders again and again", "            _check_link(path, Path(folder, name))", "            pass",
      "tests/test_hostile_files.py::test_refused_and_not_run[images: a link to the folder around it]"),
     ("a worker ends when all are told to", "            worker_init_fn=_pass_over_one_sigterm,\n", "",
-     "tests/training/test_stop.py::test_the_command_line[stop all-1]"),
+     FOLDER + "workers_that_are_spawned"),
     ("images of several sizes", "elif one_size and this != size:", "elif False:", FOLDER + "sizes_and_channels"),
 ]  # fmt: skip
 
