@@ -76,7 +76,7 @@ class Runner:
         return {"model": self.model, **own, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]  # as it was made
 
     @property
     def device(self) -> torch.device:

@@ -188,7 +188,7 @@ def ema_and_scales(
     Raises: ValueError: another pair of modes; the message lists the known ones.
 
     >>> ema_and_scales("adaptive", 0.95, "progressive", 2, 150, 1000, 0)(0)
-    (0.95, 2)
+    (0.9025, 2)
     """
     modes = (target_ema_mode, scale_mode)
     known = [("fixed", "fixed"), ("fixed", "progressive"), ("adaptive", "progressive"), ("fixed", "progdist")]

@@ -54,7 +54,7 @@ def member(archive: zipfile.ZipFile, name: str) -> Member:
     there = info.file_size - offset
     if min(shape, default=0) < 0 or size != there:
         raise ValueError(f"the header of {name} says {list(shape)} {dtype}, {size:,} bytes, and there are {there:,}")
-    whole = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]
+    whole = os.fstat(archive.fp.fileno()).st_size  # type: ignore[union-attr]  # an open archive has a file
     if info.compress_type == zipfile.ZIP_STORED:
         if info.file_size > whole:
             raise ValueError(f"{name} is said to have {info.file_size:,} bytes, and the file has {whole:,}")

@@ -60,7 +60,7 @@ class Trainer:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     average = Trainer(model, EDM(), ImageData(torch.zeros(4, 1, 8, 8)), options, folder).run(progress=False)
     ...     sorted(path.name for path in Path(folder).iterdir())
-    ['checkpoints', 'config.yaml', 'log.jsonl', 'model.safetensors']
+    ['.lock', 'checkpoints', 'config.yaml', 'log.jsonl', 'model.safetensors']
     """
 
     def __init__(

@@ -105,7 +105,15 @@ def test_another_thread_leaves_signals_alone(tmp_path):
     assert seen == [before] and run.done == 2
 
 
-def test_ctrl_c_ends_at_once(tmp_path):
+@pytest.fixture
+def python_hears_ctrl_c():
+    """Not so in a process that a shell has put into the background: SIGINT is ignored there."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_ends_at_once(tmp_path, python_hears_ctrl_c):
     """As before: no checkpoint; and nothing is left in the way of a resume."""
     run = trainer("edm", tmp_path)
     before = signal.getsignal(signal.SIGTERM)
