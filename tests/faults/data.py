@@ -29,7 +29,6 @@ ARRAYS = [
      MEMORY + "an_uncompressed_npz_is_not_read_at_once[C]"),
     ("columns first", 'order="F" if columns_first else "C"', 'order="C"',
      MEMORY + "an_uncompressed_npz_is_not_read_at_once[F]"),
-    ("pickles are loaded", "allow_pickle=False", "allow_pickle=True", MEMORY + "bad_npz[3]"),
     ("channels last", ".permute(0, 3, 1, 2)", ".permute(0, 3, 2, 1)", MEMORY + "npz[arr_0-savez]"),
 ]  # fmt: skip
 

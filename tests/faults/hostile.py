@@ -54,6 +54,8 @@ FAULTS = {
     "cmfast/data/npz.py": [
         ("any size of what is compressed", "size > max(FREE, RATIO * compressed)", "False",
          bomb("npz: bomb of images")),
+        # np.load(allow_pickle=False) behind it would refuse them too, in other words.
+        ("objects are left to numpy", "    if dtype.hasobject:", "    if False:", refused("npz: hostile pickle")),
         ("any header", "    if length > HEADER:", "    if False:", bomb("npz: bomb for a header")),
         ("the header alone is believed", "size != there:", "False:", refused("npz: a header that claims less")),
     ],
