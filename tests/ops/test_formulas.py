@@ -269,6 +269,12 @@ def test_what_is_no_shape_is_refused(shape):
             call()
 
 
+@pytest.mark.parametrize("pair", [-1, "yes", None])
+def test_a_pair_is_asked_for_by_true_or_false(pair):
+    with pytest.raises(TypeError, match="pair must be True or False, got"):
+        ops.draw_pair(X, ops.Draw(0, torch.arange(1)), ops.LogNormal(), pair=pair)
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="truncated-snr"):
         ops.loss_weight(torch.ones(1), "nope")
