@@ -323,14 +323,11 @@ def _download(weights: Any) -> Mapping[str, Tensor]:
     """The state dict of `weights`, a member of one of torchvision's enumerations."""
     cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if cached.is_file():  # its hash is looked at only when it is fetched
-        state: Mapping[str, Tensor] = _read_file(
-            "the trunk's weights", cached, "remove it, and it is downloaded again"
-        )
+        advice = "remove it, and it is downloaded again"
+        state: Mapping[str, Tensor] = _read_file("the trunk's weights", cached, advice)
         return state
     try:
-        state = weights.get_state_dict(
-            progress=True, check_hash=True, map_location="cpu", weights_only=True
-        )
+        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
         return state
     except (OSError, RuntimeError) as error:
         raise OSError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cmfast import graphs, ops
 from cmfast.denoiser import Denoiser
+from cmfast.errors import Unavailable
 from cmfast.graphs import GraphError, Program, ProgramCache, Values, run_eagerly
 from cmfast.networks import compiling, prepare
 from cmfast.watch import Change, Watch, evaluating
@@ -183,16 +184,16 @@ class Runner:
         self._due = Change.NOTHING
 
     def check_process(self) -> None:
-        """RuntimeError in a forked process where PyTorch would fail by another name, or wait for ever."""
+        """Raises: Unavailable: in a forked process where PyTorch would fail by another name, or wait for ever."""
         if not self._forked:
             return
         if self.device.type == "cuda":
-            raise RuntimeError(
+            raise Unavailable(
                 "this process was forked from one that used the GPU, and CUDA does not work in it: start it by "
                 "'spawn' or 'forkserver' of multiprocessing, and give it the sampler"
             )
         if torch.get_num_threads() > 1:
-            raise RuntimeError(
+            raise Unavailable(
                 f"this process was forked, and {torch.get_num_threads()} threads of PyTorch did not come along: call "
                 "torch.set_num_threads(1) in it, as workers of a DataLoader do, or start it by 'spawn'"
             )

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 LEAST = 95.0
-GPU = "runs on a GPU alone: tests/kernels and tests/test_engine_gpu.py do there"
 #: Why lines of a function ran in no test: by "file: function", in patterns as of files' names.
 REASONS: dict[str, str] = {}
 

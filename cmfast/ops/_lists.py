@@ -71,8 +71,7 @@ def one_dtype(name: str, lists: Sequence[Sequence[Tensor]]) -> None:
 def scalar(name: str, value: object, device: torch.device) -> None:
     """A tensor of one element on a device."""
     if not isinstance(value, Tensor):
-        kind = "a number or a tensor" if name == "lr" else "a tensor"
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(f"{name} must be one floating number, got {value.dtype} {list(value.shape)}")
     if value.device != device:

@@ -19,8 +19,8 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
 
     `snr`, `snr+1`, `karras` = snr + 1 / sigma_data^2 (Karras et al. 2022), `truncated-snr` = max(snr, 1), `uniform`.
 
-    Raises: TypeError: sigma is no floating tensor. ValueError: unknown weighting, where the
-    message lists the known ones; sigma_data is not positive.
+    Raises: TypeError: sigma is no floating tensor. ValueError: unknown weighting, where the message lists the known
+        ones; sigma_data is not positive.
 
     >>> import torch
     >>> loss_weight(torch.tensor([0.5, 2.0]), "snr+1")

@@ -148,10 +148,11 @@ def _step(
     _lists.one_dtype("moments", lists[2:])
     check_averages(like, averages, copies)
     _lists.scalar("step", step, device)
-    if not isinstance(options["lr"], float | int):
-        _lists.scalar("lr", options["lr"], device)
-    for kind in ("grad_scale", "found_inf", "grad_norm"):
-        if options[kind] is not None:
+    lr = options["lr"]
+    if not isinstance(lr, float | int | Tensor):
+        raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
+    for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
+        if options[kind] is not None and not (kind == "lr" and isinstance(lr, float | int)):
             _lists.scalar(kind, options[kind], device)
     beta1, beta2 = options["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and options["eps"] >= 0 and options["weight_decay"] >= 0):

@@ -65,5 +65,5 @@ def test_of_noise_levels(function):
 
 
 def test_nothing_is_registered_with_torch_library():
-    """The kernels are called through torch.autograd.Function alone: torch.library.opcheck has nothing to check."""
+    """The kernels are called through torch.autograd.Function alone; an operator that is registered needs opcheck."""
     assert not [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cmfast")]
