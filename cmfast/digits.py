@@ -15,9 +15,11 @@ from cmfast import checkpoint, data, losses, ops
 from cmfast.denoiser import Denoiser
 from cmfast.objectives import EDM, Objective, Stage
 from cmfast.precondition import Preconditioner
+from cmfast.ranks import Ranks
 from cmfast.samplers import Model
-from cmfast.training import Trainer, TrainOptions
+from cmfast.training import Stopped, Trainer, TrainOptions
 from cmfast.training.pictures import plot_losses
+from cmfast.training.stop import Stop
 from cmfast.unet import UNetModel
 
 _COMMON = TrainOptions(
@@ -127,8 +129,18 @@ def train_mnist(
     progress: bool = True,
 ) -> list[Path]:
     """All stages, each gone on with where `out` holds a part of it. Writes and returns `teacher.safetensors` and
-    `model.safetensors` (float16), and `loss.png`."""
-    out = Path(out)
+    `model.safetensors` (float16), and `loss.png`.
+
+    Raises: Stopped: by SIGTERM, after the step at hand; the same call goes on.
+    """
+    with Stop(Ranks()) as stop:
+        steps = {"edm": edm_steps, "shape": shape_steps, "cd": cd_steps, "guided": guided_steps}
+        return _train_stages(Path(out), steps, seed, device, progress, stop)
+
+
+def _train_stages(
+    out: Path, steps: dict[str, int], seed: int, device: torch.device | str, progress: bool, stop: Stop
+) -> list[Path]:
     training, _ = data.mnist()
     torch.manual_seed(seed)
     model = mnist_model().to(device)
@@ -137,7 +149,9 @@ def train_mnist(
     def stage(
         title: str, model: Denoiser, objective: Objective, options: TrainOptions, folder: str, teacher: Denoiser | None
     ) -> Denoiser:
-        options = replace(options, seed=seed + options.seed)
+        if stop.now():  # at the last step of the stage before, which ended it
+            raise Stopped(f"stopped before the stage {folder!r}; those before it are in {out}")
+        options = replace(options, steps=steps[folder], seed=seed + options.seed)
         trainer = Trainer(
             model.to(device), objective, training, options, out / folder, teacher_model=teacher, resume="auto"
         )
@@ -145,15 +159,12 @@ def train_mnist(
         curves[title] = trainer.losses()
         return copy.deepcopy(average).to(device)
 
-    options = replace(MNIST_EDM, steps=edm_steps)
-    model = stage("EDM pre-training", model, EDM(), options, "edm", None)
-    options = replace(MNIST_SHAPE, steps=shape_steps)
-    teacher = stage("at higher noise levels", model, EDM(mean=0.0), options, "shape", None)
-    objective, options = DigitDistillation(cd_steps), replace(MNIST_CD, steps=cd_steps)
-    student = stage("distillation", as_consistency_model(teacher), objective, options, "cd", teacher)
-    objective = DigitDistillation(guided_steps, (MNIST_SCALES[1], MNIST_SCALES[1]), MNIST_GUIDANCE)
-    options = replace(MNIST_GUIDED, steps=guided_steps)
-    student = stage("guided distillation", student, objective, options, "guided", teacher)
+    model = stage("EDM pre-training", model, EDM(), MNIST_EDM, "edm", None)
+    teacher = stage("at higher noise levels", model, EDM(mean=0.0), MNIST_SHAPE, "shape", None)
+    objective = DigitDistillation(steps["cd"])
+    student = stage("distillation", as_consistency_model(teacher), objective, MNIST_CD, "cd", teacher)
+    objective = DigitDistillation(steps["guided"], (MNIST_SCALES[1], MNIST_SCALES[1]), MNIST_GUIDANCE)
+    student = stage("guided distillation", student, objective, MNIST_GUIDED, "guided", teacher)
 
     paths = [out / "teacher.safetensors", out / "model.safetensors", out / "loss.png"]
     for each, path in zip((teacher, student), paths):

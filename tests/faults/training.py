@@ -4,6 +4,7 @@ _STEP = "tests/training/test_step.py::test_"
 _LOOP = "tests/training/test_loop.py::test_"
 _FROZEN = "tests/training/test_frozen.py::test_"
 _RECIPES = "tests/training/test_recipes.py::test_"
+_DIGITS = "tests/training/test_digits.py::test_"
 
 STEP = [
     ("the loss read at every step", "        self._note(total, number)\n",
@@ -127,7 +128,11 @@ WATCH = [
 
 DIGITS = [
     ("the same class pushed away from", "steps = 1 + ops.uniform_int", "steps = ops.uniform_int",
-     _RECIPES + "guidance_pushes_away_from_another_class"),
+     _DIGITS + "guidance_pushes_away_from_another_class"),
+    ("a stop at the end of a stage is forgotten", "if stop.now():", "if False:",
+     _DIGITS + "stages_stopped_between_two"),
+    ("a student without its boundary condition", "as_consistency_model(teacher), objective", "teacher, objective",
+     _DIGITS + "stages_stopped_between_two"),
 ]  # fmt: skip
 
 FAULTS = {

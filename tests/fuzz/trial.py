@@ -20,8 +20,9 @@ from tests.ops.matrix import upstream
 WRITTEN = ("exp_avgs", "exp_avg_sqs", "parameters", "averages", "copies", "step")
 #: From here on float32 is near its end, which ratios of levels may reach before what they multiply does.
 LARGE = 1e30
-#: How often inputs are moved by a rounding, each time in other directions: where samples have few elements, few
-#: directions may all be harmless to one of them.
+#: How often inputs are moved by a rounding, each time in other directions. Where samples have few elements, few
+#: directions may all be harmless to one of them, and so may the roundings in between that the reference happens to do:
+#: there it computes from neighbouring inputs, too.
 MOVES, MOVES_OF_FEW, FEW = 4, 16, 8
 #: Leaves that all samples share: of their gradients, which are sums over the batch, no row is a sample.
 SHARED = ("weight", "bias", "mean", "std")
@@ -92,16 +93,22 @@ class Trial:
 
     def moved(self, seed: int) -> Trial:
         """In float64, of inputs that lie one rounding of float32 away: what no float32 computation need tell apart."""
+        return self._moved(seed, (torch.float32, torch.bfloat16, torch.float16), INPUT_ROUNDING, torch.float64).double()
+
+    def neighbour(self, seed: int) -> Trial:
+        """In its dtypes, of the float32 numbers beside those of the inputs: another draw of the roundings within."""
+        return self._moved(seed, (torch.float32,), 2 * INPUT_ROUNDING, torch.float32)
+
+    def _moved(self, seed: int, which: tuple[torch.dtype, ...], by: float, dtype: torch.dtype) -> Trial:
         generator = torch.Generator().manual_seed(seed)
 
         def move(x: Tensor) -> Tensor:
-            if not x.is_floating_point() or x.dtype == torch.float64 or x.device.type != "cpu":
-                return _double(x)
+            if x.dtype not in which or x.device.type != "cpu":
+                return x
             sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-            return x.double() * (1 + sign * INPUT_ROUNDING)
+            return (x.double() * (1 + sign * by)).to(dtype)
 
-        arguments = {k: v if k == "step" else tree(v, move) for k, v in self.arguments.items()}
-        return replace(self, arguments=arguments).double()
+        return replace(self, arguments={k: v if k == "step" else tree(v, move) for k, v in self.arguments.items()})
 
     def run(self, backend: str) -> Outcome:
         """Results, with what was written in place; or the error, if it is one of those that are promised."""
@@ -150,27 +157,33 @@ def check(trial: Trial, backend: str) -> str:
     if isinstance(eager, Refusal) or isinstance(fast, Refusal):
         assert fast == eager, f"{backend}: {fast}, reference: {eager}"
         return "refused"
-    moves = range(MOVES_OF_FEW if trial.row < FEW else MOVES)
-    exact, moved = trial.double().run("reference"), [trial.moved(seed).run("reference") for seed in moves]
+    few = trial.row < FEW
+    moved = [trial.moved(seed) for seed in range(MOVES_OF_FEW if few else MOVES)]
+    neighbours = [trial.neighbour(seed) for seed in range(MOVES_OF_FEW if few else 0)]
+    exact = trial.double().run("reference")
     assert not isinstance(exact, Refusal), exact
     compare(
-        fast, eager, exact, [m for m in moved if not isinstance(m, Refusal)], "result",
+        fast, [eager, *_answers(neighbours)], exact, _answers(moved), "result",
         _LEVELS_FLOOR if isinstance(trial.arguments.get("levels"), ops.LogNormal) else 0.0, _least(trial),
     )  # fmt: skip
     if not trial.leaves:
         return "values"
-    paths = (
-        trial.gradients(backend), trial.gradients("reference"), trial.double().gradients("reference"),
-        *(trial.moved(seed).gradients("reference") for seed in moves),
-    )  # fmt: skip
-    for name, value, low, high, *others in zip(trial.leaves, *paths, strict=True):
+    runs = (trial.double(), trial, *neighbours, *moved)
+    paths = (trial.gradients(backend), *(run.gradients("reference") for run in runs))
+    for name, value, high, low, *others in zip(trial.leaves, *paths, strict=True):
         if low is None or high is None:
             assert value is None or not value.any(), f"gradient of {name}"
         else:
             assert value is not None, f"gradient of {name}"
-            every = [[x[None] if name in SHARED else x] for x in (value, low, high, *others)]
-            compare(*every[:3], every[3:], f"gradient of {name}")
+            fast, exact, *rest = [[x[None] if name in SHARED else x] for x in (value, high, low, *others)]
+            compare(fast, rest[: 1 + len(neighbours)], exact, rest[1 + len(neighbours) :], f"gradient of {name}")
     return "gradients"
+
+
+def _answers(trials: list[Trial]) -> list[list[Tensor]]:
+    """What the reference makes of them, but for those that it refuses."""
+    outcomes = [trial.run("reference") for trial in trials]
+    return [outcome for outcome in outcomes if not isinstance(outcome, Refusal)]
 
 
 #: Of levels exp(mean + std z): what a kernel's normal is off by (tests/kernels/test_noise.py), at 6 deviations.
@@ -187,17 +200,19 @@ def _least(trial: Trial) -> float:
 
 
 def compare(
-    fast: list[Tensor], eager: list[Tensor], exact: list[Tensor], moved: list[list[Tensor]], what: str,
+    fast: list[Tensor], eager: list[list[Tensor]], exact: list[Tensor], moved: list[list[Tensor]], what: str,
     floor: float = 0.0, least: float = 0.0,
-) -> None:
-    """error(fast) <= 2 error(eager) + 4 error(exact of moved inputs) + floor, sample by sample; 8 where it is small.
+) -> None:  # fmt: skip
+    """error(fast) <= 2 error(eager) + 4 error(exact of moved inputs) + floor, sample by sample.
+
+    eager: of the call, then of its neighbours.
 
     Where the reference overflows, or has no number, so does the path, unless it is right; beyond LARGE it may overflow
     first. What comes later in a result is made of what comes before, as rounded there: the floor is that of the widest
     rounding so far.
     """
-    assert len(fast) == len(eager) == len(exact)
-    for i, (value, low, high, *others) in enumerate(zip(fast, eager, exact, *moved)):
+    assert len(fast) == len(eager[0]) == len(exact)
+    for i, (value, high, low, *others) in enumerate(zip(fast, exact, *eager, *moved)):
         where = f"{what} {i}"
         assert value.shape == low.shape and value.dtype == low.dtype, where
         if value.is_meta:
@@ -207,8 +222,11 @@ def compare(
             continue
         floor = max(floor, (KERNEL_FLOOR | {torch.float64: FLOOR[torch.float64]})[value.dtype])
         if value.numel():
-            rows = map(_rows, (value, low, high, *others))
-            _compare(*rows, floor=floor, least=least, dtype=value.dtype, where=where)
+            rows = [_rows(x) for x in others]
+            _compare(
+                _rows(value), _rows(low), _rows(high), rows[: len(eager) - 1], rows[len(eager) - 1 :],
+                floor=floor, least=least, dtype=value.dtype, where=where,
+            )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -217,22 +235,22 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _compare(
-    value: Tensor, low: Tensor, high: Tensor, *moved: Tensor, floor: float, least: float, dtype: torch.dtype, where: str
-) -> None:
+    value: Tensor, low: Tensor, high: Tensor, neighbours: list[Tensor], moved: list[Tensor], *,
+    floor: float, least: float, dtype: torch.dtype, where: str,
+) -> None:  # fmt: skip
     # What overflows in the dtype of the result is infinite there.
     high_low = high.to(dtype).double()
     finite = high_low.isfinite() & low.isfinite()
 
-    def error(x: Tensor) -> Tensor:
-        return torch.where(high_low.isfinite() & x.isfinite(), x - high, 0.0).abs().amax(1, keepdim=True)
+    def error(runs: list[Tensor]) -> Tensor:
+        errors = [torch.where(high_low.isfinite() & x.isfinite(), x - high, 0.0).abs() for x in runs]
+        return torch.cat([torch.zeros_like(high), *errors], 1).amax(1, keepdim=True)
 
     size = torch.where(high_low.isfinite(), high, 0.0).abs().amax(1, keepdim=True)
-    spread = torch.cat([torch.zeros_like(size), *map(error, moved)], 1).amax(1, keepdim=True)
     smallest = torch.finfo(dtype).smallest_normal
     # Triton's interpreter makes other numbers of bfloat16's subnormal ones; a GPU shifts bits.
     least += 2 * smallest if INTERPRETING and dtype == torch.bfloat16 else smallest * torch.finfo(dtype).eps
-    # What few elements do when moved says less of what roundings in between do to the worst of a thousand samples.
-    allowed = 2 * error(low) + (4 if value.shape[1] >= FEW else 8) * spread + floor * size + least
+    allowed = 2 * error([low, *neighbours]) + 4 * error(moved) + floor * size + least
     close = ((value - high_low).abs() <= allowed) | ((value - high).abs() <= allowed)
     lost = ~value.isfinite() & (~finite | (high.abs() > LARGE))
     # There the reference sets no measure of its own. Of a step from a level near 0 x - D cancels, and what is left is

@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import cmfast
 from cmfast import cli, recipes
-from cmfast.data import ImageData
-from cmfast.digits import DigitDistillation, as_consistency_model, guided, mnist_model
 from cmfast.objectives import OBJECTIVES
-from cmfast.ops import Draw
-from cmfast.training import Trainer, TrainOptions, config
+from cmfast.training import config
 from tests.training.toys import unet, weights
 
 
@@ -145,35 +141,3 @@ def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):
     run = recipes.trainer(settings, tmp_path)
     assert run.step.lpips.net == "alex"
     run.run(progress=False)
-
-
-def test_the_digits_recipe_distils(tmp_path):
-    """The recipe's own network and objectives, a few steps of each stage."""
-    torch.manual_seed(0)
-    digits = ImageData(torch.rand(16, 1, 32, 32) * 2 - 1, torch.arange(16) % 10)
-    options = TrainOptions(steps=2, batch_size=4, learning_rate=1e-3, averages=("0.5",))
-    edm = Trainer(mnist_model(), OBJECTIVES["edm"](), digits, options, tmp_path / "edm").run(progress=False)
-    student = as_consistency_model(edm)
-    assert student.preconditioner.name == "consistency" and edm.preconditioner.name == "edm"
-    assert sum(p.numel() for p in student.parameters()) <= 2_000_000
-    before = weights(edm)
-    objective = DigitDistillation(2, guidance=0.4)
-    run = Trainer(student, objective, digits, options, tmp_path / "cd", teacher_model=edm)
-    average = run.run(progress=False)
-    assert torch.equal(weights(edm), before) and not torch.equal(weights(average), before)
-
-
-def test_guidance_pushes_away_from_another_class():
-    """Toy D that is the label: right + weight (right - wrong), with wrong never the same class."""
-
-    class ByLabel(nn.Module):
-        num_classes = 7
-
-        def forward(self, x, sigma, labels=None):
-            return labels.to(x.dtype)[:, None, None, None].expand_as(x)
-
-    labels = torch.arange(7).repeat(20)
-    x = torch.zeros(140, 1, 2, 2)
-    out = guided(ByLabel(), 0.5, Draw(0, torch.arange(140)))(x, torch.ones(140), labels)[:, 0, 0, 0]
-    wrong = labels - (out - labels) / 0.5
-    assert (wrong != labels).all() and set(wrong.tolist()) == set(range(7))
