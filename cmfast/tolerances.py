@@ -18,10 +18,10 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.
 #: rounding of numbers as large as the image is wide: measured 4.5e-6 from 64 to 224 pixels.
 RESIZED = 1e-5
 
-#: The same floors for kernels, as a part of the largest value. Half precision: one unit in the last place, since
-#: Triton's interpreter cuts off where a GPU rounds. float32: four, since coefficients are computed in another order.
+#: The same floors for kernels, as a part of the largest value. Half precision: half a unit in the last place, and what
+#: float32 adds. float32: four units, since coefficients are computed in another order.
 #: Of a sum whose terms cancel (the gradient of a bias before a normalisation), as a part of the sum of their sizes.
-KERNEL_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+KERNEL_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2**-8 + 5e-7, torch.float16: 2**-11 + 5e-7}
 
 #: Against diffusers in float32, networks and loops of up to 40 steps: the same formulas in another order, and timesteps
 #: that are float64 there. Ours measures up to 3.7e-6.

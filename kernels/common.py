@@ -89,6 +89,14 @@ def skip_and_out(sigma, sigma_data, boundary, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def per_level(value, change, level):
+    """value * change / level with one division for all elements. 0 stays 0 beside a level so near to 0 that the ratio
+    is infinite: such levels are multiplied first, and the value by as much, which is exact."""
+    up = tl.where(level < 2.0**-64, 2.0**64, 1.0)
+    return value * up * tl.div_rn(change, level * up)
+
+
+@triton.jit
 def clamp(value):
     """To [-1, 1]; NaN stays NaN, as in torch.clamp."""
     return tl.where(value < -1.0, -1.0, tl.where(value > 1.0, 1.0, value))

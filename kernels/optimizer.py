@@ -45,14 +45,14 @@ def _norm_kernel(
 
 @triton.jit
 def _norm_fold_kernel(norm_ptr, partial_ptr, scale_ptr, parts, HAS_SCALE: tl.constexpr, PARTS: tl.constexpr):
-    """sqrt(sum of the parts), divided by the scale if HAS_SCALE
+    """sqrt(sum of the parts), divided by the size of the scale if HAS_SCALE
     norm_ptr  []  float32, out    partial_ptr  [parts]  float32    scale_ptr  []  float32
     Grid (1,). Traffic: 4 bytes per part. Accumulates in float32.
     """
     part = tl.arange(0, PARTS)
     norm = tl.sqrt_rn(tl.sum(tl.load(partial_ptr + part, mask=part < parts, other=0.0)))
     if HAS_SCALE:
-        norm = tl.div_rn(norm, tl.load(scale_ptr).to(tl.float32))
+        norm = tl.div_rn(norm, tl.abs(tl.load(scale_ptr).to(tl.float32)))
     tl.store(norm_ptr, norm)
 
 

@@ -18,6 +18,7 @@ from cmfast.kernels.common import (
     load_level,
     load_state,
     load_unclipped,
+    per_level,
     skip_and_out,
     store_noise_level,
     store_state,
@@ -48,7 +49,8 @@ def _euler_step_fwd_kernel(
     level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     # d (sigma' - sigma) = (x - D) (sigma' - sigma) / sigma
-    value = state + (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)) * tl.div_rn(next_level - level, level)
+    e = state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)
+    value = state + per_level(e, next_level - level, level)
     if WITH_STATE:
         store_state(x_next_ptr, at, value, mask)
     store_state(model_input_ptr, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
@@ -74,15 +76,15 @@ def _euler_step_bwd_kernel(
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_in = input_scale(next_level, sigma_data, PLAIN)
     g = load_grad(grad_next_ptr, grad_input_ptr, at, model_at, mask, c_in, HAS_STATE, HAS_INPUT)
-    ratio = tl.div_rn(next_level - level, level)
-    g_denoised = -ratio * g
+    g_e = per_level(g, next_level - level, level)
+    g_denoised = -g_e
     if CLIP:
         value = load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
         g_denoised = through_clip(g_denoised, value)
     if NEED_OUTPUT:
         store_state(grad_output_ptr, model_at, c_out * g_denoised, mask)
     if NEED_X:
-        store_state(grad_x_ptr, at, g + ratio * g + c_skip * g_denoised, mask)
+        store_state(grad_x_ptr, at, g + g_e + c_skip * g_denoised, mask)
 
 
 def euler_step_fwd(
@@ -173,13 +175,13 @@ def _corrector_fwd_kernel(
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
     e = state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)
-    state_2 = state + e * tl.div_rn(level_2 - level, level)
+    state_2 = state + per_level(e, level_2 - level, level)
     e_2 = state_2 - denoised(f_2, state_2, c_skip_2, c_out_2, PLAIN, CLIP)
-    change_2 = e_2 * tl.div_rn(next_level - level, safe)
+    change_2 = per_level(e_2, next_level - level, safe)
     if MIDPOINT:
         value = state + change_2
     else:
-        change = e * tl.div_rn(next_level - level, level)
+        change = per_level(e, next_level - level, level)
         value = state + 0.5 * (change + tl.where(ends, change, change_2))
     store_state(x_next_ptr, at, value, mask)
     store_state(model_input_ptr, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)
@@ -212,22 +214,21 @@ def _corrector_bwd_kernel(
     c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
     c_skip_2, c_out_2 = skip_and_out(safe, sigma_data, boundary, PLAIN)
     # x' = x + (k r e + k_2 r_2 e_2), e = x - D, e_2 = x_2 - D_2, x_2 = x + r_mid e
-    ratio, ratio_2 = tl.div_rn(next_level - level, level), tl.div_rn(next_level - level, safe)
-    ratio_mid = tl.div_rn(level_2 - level, level)
+    g_e_2 = per_level(g, next_level - level, safe)
     if MIDPOINT:
-        g_e_2 = ratio_2 * g
         g_e = tl.zeros_like(g)
     else:
-        g_e_2 = tl.where(ends, 0.0, 0.5 * ratio_2) * g
-        g_e = tl.where(ends, 1.0, 0.5) * ratio * g
+        g_e_2 = tl.where(ends, 0.0, 0.5) * g_e_2
+        g_e = per_level(tl.where(ends, 1.0, 0.5) * g, next_level - level, level)
     g_denoised_2 = -g_e_2
     if CLIP:
         f, f_2 = load_state(model_output_ptr, model_at, mask), load_state(model_output_2_ptr, model_at, mask)
         state = load_state(x_t_ptr, at, mask)
-        state_2 = state + ratio_mid * (state - denoised(f, state, c_skip, c_out, PLAIN, CLIP))
+        e = state - denoised(f, state, c_skip, c_out, PLAIN, CLIP)
+        state_2 = state + per_level(e, level_2 - level, level)
         g_denoised_2 = through_clip(g_denoised_2, unclipped(f_2, state_2, c_skip_2, c_out_2, PLAIN))
     g_x_2 = g_e_2 + c_skip_2 * g_denoised_2
-    g_e += ratio_mid * g_x_2
+    g_e += per_level(g_x_2, level_2 - level, level)
     g_denoised = -g_e
     if CLIP:
         g_denoised = through_clip(g_denoised, unclipped(f, state, c_skip, c_out, PLAIN))

@@ -1,4 +1,4 @@
-"""For all tests: the interpreter patches Triton once; tests come before doctests; what was counted or measured ends
+"""For all tests: Triton's interpreter as it should be; tests come before doctests; what was counted or measured ends
 pytest's report."""
 
 import pytest
@@ -7,9 +7,9 @@ from _pytest.doctest import DoctestModule
 from cmfast.ops import _dispatch
 
 if _dispatch.INTERPRETING:
-    from tests.interpreter import patch_once
+    from tests.interpreter import patch
 
-    patch_once()
+    patch()
 
 COUNTED = "counted"
 

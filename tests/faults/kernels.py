@@ -18,6 +18,8 @@ from tests.faults.ids import (
 )
 
 COMMON = [
+    ("ratios of levels that overflow", "2.0**-64, 2.0**64, 1.0", "0.0, 2.0**64, 1.0",
+     T_EXACT + "test_steps_beside_the_smallest_levels[1e-44]"),
     ("offset from the boundary forgotten", "offset = sigma - boundary", "offset = sigma", T_BOUNDARY),
     (
         "c_out: root of the wrong sum",
@@ -237,27 +239,27 @@ RENOISE = [
 ]  # fmt: skip
 
 SOLVERS = [
-    ("step in the wrong direction", "PLAIN, CLIP)) * tl.div_rn(next_level - level, level)",
-     "PLAIN, CLIP)) * tl.div_rn(level - next_level, level)", kernel("euler_step")),
+    ("step in the wrong direction", "value = state + per_level(e, next_level - level, level)",
+     "value = state + per_level(e, level - next_level, level)", kernel("euler_step")),
     ("euler: c_in of the level before", "input_scale(next_level, sigma_data, PLAIN) * value",
      "input_scale(level, sigma_data, PLAIN) * value", kernel("euler_step"), 2, 1),
     ("heun: c_in of the level before", "input_scale(next_level, sigma_data, PLAIN) * value",
      "input_scale(level, sigma_data, PLAIN) * value", kernel("heun_corrector"), 2, 2),
-    ("euler: gradient of x without its slope's", "g + ratio * g + c_skip * g_denoised", "g + c_skip * g_denoised",
+    ("euler: gradient of x without its slope's", "g + g_e + c_skip * g_denoised", "g + c_skip * g_denoised",
      kernel("euler_step")),
     ("heun: no Euler step at the end", "tl.where(ends, change, change_2)", "change_2",
      kernel("heun_corrector end")),
-    ("heun: gradient of half a step at the end", "tl.where(ends, 1.0, 0.5) * ratio * g", "0.5 * ratio * g",
+    ("heun: gradient of half a step at the end", "tl.where(ends, 1.0, 0.5) * g", "0.5 * g",
      kernel("heun_corrector end")),
-    ("heun: a second slope's gradient at the end", "tl.where(ends, 0.0, 0.5 * ratio_2) * g", "0.5 * ratio_2 * g",
+    ("heun: a second slope's gradient at the end", "tl.where(ends, 0.0, 0.5) * g_e_2", "0.5 * g_e_2",
      kernel("heun_corrector end")),
     ("midpoint by the first slope", "value = state + change_2",
-     "value = state + e * tl.div_rn(next_level - level, level)", kernel("midpoint_corrector")),
+     "value = state + per_level(e, next_level - level, level)", kernel("midpoint_corrector")),
     ("second D of the first state", "denoised(f_2, state_2, c_skip_2", "denoised(f_2, state, c_skip_2",
      kernel("heun_corrector")),
-    ("second slope over the first level", "change_2 = e_2 * tl.div_rn(next_level - level, safe)",
-     "change_2 = e_2 * tl.div_rn(next_level - level, level)", kernel("heun_corrector")),
-    ("gradient through the second state without its step", "g_e += ratio_mid * g_x_2", "g_e += g_x_2",
+    ("second slope over the first level", "change_2 = per_level(e_2, next_level - level, safe)",
+     "change_2 = per_level(e_2, next_level - level, level)", kernel("heun_corrector")),
+    ("gradient through the second state without its step", "per_level(g_x_2, level_2 - level, level)", "g_x_2",
      kernel("heun_corrector")),
     ("clip of the second D by the first state", "unclipped(f_2, state_2,", "unclipped(f_2, state,",
      kernel("midpoint_corrector clipped")),

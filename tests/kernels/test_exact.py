@@ -59,6 +59,26 @@ def test_network_time_at_any_level(sigma, device):
     torch.testing.assert_close(value, expected, rtol=3e-7, atol=1e-4)
 
 
+@pytest.mark.parametrize("level", [1e-30, 1e-38, 1e-44])
+def test_steps_beside_the_smallest_levels(level, device):
+    """From them, and with a second slope there: the ratio of the levels may be infinite in float32, the step is not."""
+    x = torch.tensor([[1.0, -2.0, 1e-20], [0.0, 3.0, 0.0]], device=device)
+    # D is x, but for one element: there (x - D) / level is -1e6.
+    output, tiny, one = x.clone(), torch.tensor(level, device=device), torch.ones((), device=device)
+    output[1, 0] = 1e6 * level
+    inputs = output, 2 * output - x, x, tiny, one
+    for step in (
+        lambda f, f_2, x, tiny, one: ops.euler_step(f, x, tiny, one, sigma_data=None),
+        lambda f, f_2, x, tiny, one: ops.heun_corrector(f, f_2, x, one, tiny, sigma_data=None),
+        lambda f, f_2, x, tiny, one: ops.midpoint_corrector(f, f_2, x, tiny, one, one, sigma_data=None),
+    ):
+        with cmfast.backend("triton"):
+            value = step(*inputs)[0].cpu()
+        expected = step(*(t.cpu().double() for t in inputs))[0]
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+        assert abs(expected[1, 0]) > 1e5
+
+
 @pytest.mark.parametrize("rounding", ["trunc", "nearest"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last output"])
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 5, 5), (0, 3, 4, 4), (3, 4, 6)], ids=str)

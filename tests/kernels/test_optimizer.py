@@ -106,7 +106,9 @@ def test_norm(dtype, device):
     scale = torch.tensor(8.0, device=device)
     with cmfast.backend("triton"):
         torch.testing.assert_close(ops.grad_norm(gradients).double(), exact, rtol=1e-6, atol=0)
-        torch.testing.assert_close(ops.grad_norm(gradients, grad_scale=scale).double(), exact / 8, rtol=1e-6, atol=0)
+        for each in (scale, -scale):
+            scaled = ops.grad_norm(gradients, grad_scale=each)
+            torch.testing.assert_close(scaled.double(), exact / 8, rtol=1e-6, atol=0)
         assert ops.grad_norm([torch.zeros(0, device=device)]) == 0
         assert ops.grad_norm([*gradients, torch.tensor(math.inf, device=device, dtype=dtype)]).isinf()
         assert ops.grad_norm([*gradients, torch.tensor(math.nan, device=device, dtype=dtype)]).isnan()

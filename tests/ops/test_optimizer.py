@@ -132,8 +132,9 @@ def test_grad_norm(backend):
     exact = torch.cat([g.double().flatten() for g in gradients]).norm()
     with cmfast.backend(backend):
         torch.testing.assert_close(ops.grad_norm(gradients).double(), exact, rtol=1e-6, atol=0)
-        scaled = ops.grad_norm([g.half() * 8 for g in gradients], grad_scale=torch.tensor([8.0]))
-        torch.testing.assert_close(scaled.double(), exact, rtol=1e-3, atol=0)
+        for scale in (8.0, -8.0):
+            scaled = ops.grad_norm([g.half() * 8 for g in gradients], grad_scale=torch.tensor([scale]))
+            torch.testing.assert_close(scaled.double(), exact, rtol=1e-3, atol=0)
         assert ops.grad_norm([torch.tensor([3.0, math.inf]), torch.ones(3)]).isinf()
         assert ops.grad_norm([torch.zeros(0)]) == 0
 
