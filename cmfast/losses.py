@@ -85,7 +85,7 @@ def denoising_loss(
 def _drawing(draw: ops.Draw | None, x_start: Tensor, *instead: Tensor | None) -> ops.Draw:
     """The draw, or one of torch's generator; ValueError where something else is given that it would draw."""
     if any(given is not None for given in instead):
-        raise ValueError("noise or indices were given and would be drawn too: leave out them, or the draw")
+        raise ValueError("noise or indices were given and would be drawn too: leave them out, or leave out the draw")
     if draw is not None:
         return draw
     batch, device = x_start.shape[0], x_start.device

@@ -16,6 +16,9 @@ from cmfast.fast import winograd
 from cmfast.watch import storage_of
 
 Make = Callable[..., Tensor]
+#: Of one convolution: shapes of input whose layout is known, and layouts that are kept. On most machines all batch
+#: sizes have the same.
+SHAPES, LAYOUTS = 16, 2
 
 
 class Weights:
@@ -28,6 +31,8 @@ class Weights:
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
         self._kept: dict[Any, _Kept] = {}
+        #: Of convolutions, for shapes of input, of which many share what is kept.
+        self._packs: dict[Any, dict[tuple[int, ...], _Kept]] = {}
 
     def plain(self, parameter: Tensor, live: bool) -> Tensor:
         """The parameter in the dtype wanted; itself if it is in that dtype."""
@@ -68,19 +73,20 @@ class Weights:
             return packed
 
         weights: Any = tuple(c.weight for c in convs)
-        return self._made("packed", weights, pack, False, tuple(shape))
+        return self._laid_out("packed", weights, pack, tuple(shape))
 
     def winograd(self, conv: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Weight and bias of a 3x3 convolution for `winograd.convolve` of inputs of `shape`."""
         strip = winograd.strip_shape(shape)
-        weight = self._made("winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), False, strip)
+        weight = self._laid_out("winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), strip)
         return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(self._cast(b)), False)
 
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
         replaced = False
-        # A list, as another thread may be in its first pass.
-        for kept in list(self._kept.values()):
+        # Lists, as another thread may be in its first pass.
+        packs = [kept for shapes in list(self._packs.values()) for kept in list(shapes.values())]
+        for kept in dict.fromkeys([*self._kept.values(), *packs]):
             if force or kept.outdated:
                 replaced |= kept.make_again()
         return replaced
@@ -88,6 +94,11 @@ class Weights:
     def clear(self) -> None:
         """Forget everything that was made."""
         self._kept.clear()
+        self._packs.clear()
+
+    def kinds(self) -> set[str]:
+        """Names of what has been made."""
+        return {kind for kind, *_ in (*self._kept, *self._packs)}
 
     def _cast(self, parameter: Tensor) -> Tensor:
         return parameter if self.dtype is None else parameter.to(self.dtype)
@@ -98,26 +109,44 @@ class Weights:
     def _joined(self, *parameters: Tensor) -> Tensor:
         return torch.cat([self._cast(_matrix(parameter)) for parameter in parameters])
 
-    def _made(
-        self, kind: str, parameters: tuple[Tensor, ...], make: Make, live: bool, shape: tuple[int, ...] = ()
-    ) -> Tensor:
+    def _made(self, kind: str, parameters: tuple[Tensor, ...], make: Make, live: bool) -> Tensor:
         if live:
             return make(*parameters)
         key = (kind, *map(id, parameters))
         kept = self._kept.get(key)
-        if kept is None or kept.shape != shape:
-            kept = self._kept[key] = _Kept(parameters, make, shape)
-        elif kept.outdated:
-            kept.make_again()
-        return kept.value
+        if kept is None:
+            kept = self._kept[key] = _Kept(parameters, make)
+        return kept.current()
+
+    def _laid_out(self, kind: str, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> Tensor:
+        """A weight as oneDNN wants it for a shape of input, which only making it tells: once for each shape."""
+        packs = self._packs.setdefault((kind, *map(id, parameters)), {})
+        kept = packs.get(shape)
+        if kept is None:
+            kept, layouts = _Kept(parameters, make), list(dict.fromkeys(packs.values()))
+            layout = _layout(kept.value)
+            kept = next((other for other in layouts if _layout(other.value) == layout), kept)
+            if kept not in layouts and len(layouts) >= LAYOUTS:
+                for gone in [each for each, other in list(packs.items()) if other is layouts[0]]:
+                    packs.pop(gone, None)
+            if len(packs) >= SHAPES:
+                packs.pop(next(iter(list(packs))), None)
+            packs[shape] = kept
+        return kept.current()
 
 
 class _Kept:
     """A tensor made of parameters, and what these were then. It holds the parameters: their ids stay theirs."""
 
-    def __init__(self, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> None:
-        self.parameters, self._make, self.shape = parameters, make, shape
+    def __init__(self, parameters: tuple[Tensor, ...], make: Make) -> None:
+        self.parameters, self._make = parameters, make
         self._seen, self.value = self._look(), self._made()
+
+    def current(self) -> Tensor:
+        """The tensor, made again if it is out of date."""
+        if self.outdated:
+            self.make_again()
+        return self.value
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         return _signature(self.parameters), list(map(storage_of, self.parameters))
@@ -145,6 +174,12 @@ class _Kept:
         # Last, so that it is out of date to other threads until it is made, and after a failure, for want of memory.
         self._seen = seen
         return replaced
+
+
+def _layout(packed: Tensor) -> bytes:
+    """What oneDNN calls the memory descriptor."""
+    described: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+    return described.numpy().tobytes()
 
 
 def geometry(module: nn.Module) -> tuple[list[int], list[int], list[int]]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
-from cmfast.fast import FastUNet, Refused, optimize, refusal, winograd
+from cmfast.fast import FastUNet, Refused, optimize, refusal, weights, winograd
 from cmfast.tolerances import FAST_VALUE, FLOOR, GOLDEN_FULL_SIZE_FAST
 from cmfast.unet import UNetModel
 from tests.golden_utils import imagenet64_input, load, relative_error, small_unet, unet_arguments, unet_weights
@@ -442,17 +442,64 @@ def test_inference_mode():
             assert not torch.equal(fast(*args), first)
 
 
-def test_another_batch_size():
-    """Weights are laid out for one shape of input, and laid out anew for another."""
+@pytest.fixture
+def made(monkeypatch):
+    """Counts what is made of weights."""
+    count, make = [0], weights._Kept._made
+
+    def counting(self):
+        count[0] += 1
+        return make(self)
+
+    monkeypatch.setattr(weights._Kept, "_made", counting)
+    return count
+
+
+def packs_of(fast):
+    return fast._fast._weights._packs.values()
+
+
+def test_another_batch_size(made):
+    """A weight is laid out once for each shape of input, and kept once where their layouts are alike."""
     model = small_unet(model_channels=64).eval()
     fast = optimize(model)
-    for batch in (1, 4, 1, 3):
+    counts = []
+    for batch in (1, 4, 1, 3, 4, 3, 1):
         args = inputs(model, batch)
         with torch.no_grad():
             assert relative_error(fast(*args), model(*args)) < FAST_VALUE
-    packed = [entry for (kind, *_), entry in fast._fast._weights._kept.items() if kind == "packed"]
-    assert len(packed) == len({id(entry.parameters[0]) for entry in packed})
-    assert {entry.shape[0] for entry in packed} == {3}
+        counts.append(made[0])
+    assert counts[0] < counts[1] == counts[2] < counts[3] == counts[-1]
+    assert all(sorted(shape[0] for shape in shapes) == [1, 3, 4] for shapes in packs_of(fast))
+    alike = [len(set(shapes.values())) == len({weights._layout(kept.value) for kept in shapes.values()})
+             for shapes in packs_of(fast)]  # fmt: skip
+    assert alike and all(alike)
+
+
+def test_few_shapes_are_known(monkeypatch):
+    monkeypatch.setattr(weights, "SHAPES", 2)
+    fast = optimize(small_unet(model_channels=64).eval())
+    for batch in (1, 2, 3):
+        with torch.no_grad():
+            fast(*inputs(fast, batch))
+    assert all([shape[0] for shape in shapes] == [2, 3] for shapes in packs_of(fast))
+
+
+def test_layouts_that_differ_are_kept_apart(monkeypatch):
+    """Each serves its shapes; beyond the bounds the oldest is forgotten. Weights that change are seen in all."""
+    model = small_unet(model_channels=64).eval()
+    fast = optimize(model)
+    monkeypatch.setattr(weights, "_layout", id)
+    for batch, layouts in ((1, 1), (2, 2), (3, 2), (1, 2), (5, 2)):
+        with torch.no_grad():
+            fast(*inputs(model, batch))
+        assert {len(set(shapes.values())) for shapes in packs_of(fast)} == {layouts}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        for batch in (1, 5, 1):
+            args = inputs(model, batch)
+            assert relative_error(fast(*args), model(*args)) < FAST_VALUE
 
 
 def test_weights_that_are_not_kept_packed():
@@ -462,7 +509,7 @@ def test_weights_that_are_not_kept_packed():
     for each in (fast, copy.deepcopy(fast), optimize(fast, pack=False)):
         with torch.no_grad():
             assert relative_error(each(*args), model(*args)) < FAST_VALUE
-        assert not {"packed", "winograd"} & {kind for kind, *_ in each._fast._weights._kept}
+        assert not {"packed", "winograd"} & each._fast._weights.kinds()
     assert not fast.compile_parts()
 
 
@@ -471,7 +518,7 @@ def test_winograd_is_used():
     fast = optimize(model)
     with torch.no_grad():
         fast(*inputs(model))
-    kinds = {kind for kind, *_ in fast._fast._weights._kept}
+    kinds = fast._fast._weights.kinds()
     assert ("winograd" in kinds) == winograd.fits(nn.Conv2d(64, 64, 3, padding=1), torch.empty(1, 64, 4, 4))
 
 

@@ -104,8 +104,8 @@ FAST_WEIGHTS = [
     ),
     (
         "old weights",
-        "elif kept.outdated:",
-        "elif False:",
+        "        if self.outdated:\n            self.make_again()",
+        "",
         _FAST + "changes_are_seen[model-None-changed_in_place]",
     ),
     (
@@ -114,7 +114,14 @@ FAST_WEIGHTS = [
         "0",
         _FAST + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
     ),
-    ("weights for another shape", "kept is None or kept.shape != shape", "kept is None", _FAST + "another_batch_size"),
+    ("packed again at every other batch size", "packs[shape] = kept", "packs = {shape: kept}",
+     _FAST + "another_batch_size"),
+    ("a copy for each batch size", "if _layout(other.value) == layout", "if False", _FAST + "another_batch_size"),
+    ("the layout of another shape", "if _layout(other.value) == layout", "if True",
+     _FAST + "layouts_that_differ_are_kept_apart"),
+    ("all layouts kept", "if kept not in layouts and len(layouts) >= LAYOUTS:", "if False:",
+     _FAST + "layouts_that_differ_are_kept_apart"),
+    ("all shapes kept", "if len(packs) >= SHAPES:", "if False:", _FAST + "few_shapes_are_known"),
     ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _FAST + "refresh"),
     ("force is nothing", "if force or kept.outdated", "if kept.outdated", _FAST + "refresh"),
     (

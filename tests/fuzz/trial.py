@@ -19,10 +19,12 @@ from tests.ops.matrix import upstream
 WRITTEN = ("exp_avgs", "exp_avg_sqs", "parameters", "averages", "copies", "step")
 #: From here on float32 is near its end, which ratios of levels may reach before what they multiply does.
 LARGE = 1e30
-#: How often inputs are moved by a rounding, each time in other directions. Where samples have few elements, few
-#: directions may all be harmless to one of them, and so may the roundings in between that the reference happens to do:
-#: there it computes from neighbouring inputs, too.
+#: How often inputs are moved by a rounding, each time in other directions; and how many calls nearby have a say in what
+#: the reference is off by, as the roundings within one call may happen to be harmless. Where samples have few elements,
+#: few directions may all be.
 MOVES, MOVES_OF_FEW, FEW = 4, 16, 8
+#: How far away nearby is, in parts of each number.
+NEARBY = 0.01
 #: Leaves that all samples share: of their gradients, which are sums over the batch, no row is a sample.
 SHARED = ("weight", "bias", "mean", "std")
 
@@ -92,22 +94,30 @@ class Trial:
 
     def moved(self, seed: int) -> Trial:
         """In float64, of inputs that lie one rounding of float32 away: what no float32 computation need tell apart."""
-        return self._moved(seed, (torch.float32, torch.bfloat16, torch.float16), INPUT_ROUNDING, torch.float64).double()
-
-    def neighbour(self, seed: int) -> Trial:
-        """In its dtypes, of the float32 numbers beside those of the inputs: another draw of the roundings within."""
-        return self._moved(seed, (torch.float32,), 2 * INPUT_ROUNDING, torch.float32)
-
-    def _moved(self, seed: int, which: tuple[torch.dtype, ...], by: float, dtype: torch.dtype) -> Trial:
         generator = torch.Generator().manual_seed(seed)
 
         def move(x: Tensor) -> Tensor:
-            if x.dtype not in which or x.device.type != "cpu":
-                return x
             sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-            return (x.double() * (1 + sign * by)).to(dtype)
+            return x.double() * (1 + sign * INPUT_ROUNDING)
 
-        return replace(self, arguments={k: v if k == "step" else tree(v, move) for k, v in self.arguments.items()})
+        return self._moved(move).double()
+
+    def nearby(self, seed: int) -> Trial:
+        """Of other numbers in its dtypes: the same computation with other roundings within."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def move(x: Tensor) -> Tensor:
+            part = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            return (x.double() * (1 + part * NEARBY)).to(x.dtype)
+
+        return self._moved(move)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Trial:
+        def moved(x: Tensor) -> Tensor:
+            narrow = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == "cpu"
+            return move(x) if narrow else x
+
+        return replace(self, arguments={k: v if k == "step" else tree(v, moved) for k, v in self.arguments.items()})
 
     def run(self, backend: str) -> Outcome:
         """Results, with what was written in place; or the error, if it is one of those that are promised."""
@@ -156,26 +166,28 @@ def check(trial: Trial, backend: str) -> str:
     if isinstance(eager, Refusal) or isinstance(fast, Refusal):
         assert fast == eager, f"{backend}: {fast}, reference: {eager}"
         return "refused"
-    few = trial.row < FEW
-    moved = [trial.moved(seed) for seed in range(MOVES_OF_FEW if few else MOVES)]
-    neighbours = [trial.neighbour(seed) for seed in range(MOVES_OF_FEW if few else 0)]
+    seeds = range(MOVES_OF_FEW if trial.row < FEW else MOVES)
+    moved, nearby = [trial.moved(seed) for seed in seeds], [trial.nearby(seed) for seed in seeds]
     exact = trial.double().run("reference")
     assert not isinstance(exact, Refusal), exact
+    nearby = [each for each in nearby if not isinstance(each.run("reference"), Refusal)]
     compare(
-        fast, [eager, *_answers(neighbours)], exact, _answers(moved), "result",
+        fast, eager, exact, _answers(moved), [_answers([each, each.double()]) for each in nearby], "result",
         _LEVELS_FLOOR if isinstance(trial.arguments.get("levels"), ops.LogNormal) else 0.0, _least(trial),
     )  # fmt: skip
     if not trial.leaves:
         return "values"
-    runs = (trial.double(), trial, *neighbours, *moved)
+    pairs = [run for each in nearby for run in (each, each.double())]
+    runs = (trial, trial.double(), *pairs, *moved)
     paths = (trial.gradients(backend), *(run.gradients("reference") for run in runs))
-    for name, value, high, low, *others in zip(trial.leaves, *paths, strict=True):
+    for name, value, low, high, *others in zip(trial.leaves, *paths, strict=True):
         if low is None or high is None:
             assert value is None or not value.any(), f"gradient of {name}"
         else:
             assert value is not None, f"gradient of {name}"
-            fast, exact, *rest = [[x[None] if name in SHARED else x] for x in (value, high, low, *others)]
-            compare(fast, rest[: 1 + len(neighbours)], exact, rest[1 + len(neighbours) :], f"gradient of {name}")
+            every = [[x[None] if name in SHARED else x] for x in (value, low, high, *others)]
+            near = [every[i : i + 2] for i in range(3, 3 + len(pairs), 2)]
+            compare(*every[:3], every[3 + len(pairs) :], near, f"gradient of {name}")
     return "gradients"
 
 
@@ -199,19 +211,17 @@ def _least(trial: Trial) -> float:
 
 
 def compare(
-    fast: list[Tensor], eager: list[list[Tensor]], exact: list[Tensor], moved: list[list[Tensor]], what: str,
-    floor: float = 0.0, least: float = 0.0,
+    fast: list[Tensor], eager: list[Tensor], exact: list[Tensor], moved: list[list[Tensor]],
+    nearby: list[list[list[Tensor]]], what: str, floor: float = 0.0, least: float = 0.0,
 ) -> None:  # fmt: skip
     """error(fast) <= 2 error(eager) + 4 error(exact of moved inputs) + floor, sample by sample.
 
-    eager: of the call, then of its neighbours.
-
-    Where the reference overflows, or has no number, so does the path, unless it is right; beyond LARGE it may overflow
-    first. What comes later in a result is made of what comes before, as rounded there: the floor is that of the widest
-    rounding so far.
+    nearby: eager and exact of other calls; error(eager) is the largest. Where the reference overflows, or has no
+    number, so does the path, unless it is right; beyond LARGE it may overflow first. What comes later in a result is
+    made of what comes before, as rounded there: the floor is that of the widest rounding so far.
     """
-    assert len(fast) == len(eager[0]) == len(exact)
-    for i, (value, high, low, *others) in enumerate(zip(fast, exact, *eager, *moved)):
+    assert len(fast) == len(eager) == len(exact)
+    for i, (value, low, high) in enumerate(zip(fast, eager, exact)):
         where = f"{what} {i}"
         assert value.shape == low.shape and value.dtype == low.dtype, where
         if value.is_meta:
@@ -221,9 +231,10 @@ def compare(
             continue
         floor = max(floor, (KERNEL_FLOOR | {torch.float64: FLOOR[torch.float64]})[value.dtype])
         if value.numel():
-            rows = [_rows(x) for x in others]
+            errors = [_error(_rows(near[i]), _rows(far[i]), value.dtype) for near, far in nearby]
+            spread = [_error(_rows(x[i]), _rows(high), value.dtype) for x in moved]
             _compare(
-                _rows(value), _rows(low), _rows(high), rows[: len(eager) - 1], rows[len(eager) - 1 :],
+                _rows(value), _rows(low), _rows(high), errors, spread,
                 floor=floor, least=least, dtype=value.dtype, where=where,
             )  # fmt: skip
 
@@ -233,22 +244,24 @@ def _rows(x: Tensor) -> Tensor:
     return x.double().reshape(x.shape[0] if x.ndim else 1, -1)
 
 
+def _error(x: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest of each row [B, 1], of what is finite in both."""
+    finite = exact.to(dtype).isfinite() & x.isfinite()
+    return torch.where(finite, x - exact, 0.0).abs().amax(1, keepdim=True)
+
+
 def _compare(
-    value: Tensor, low: Tensor, high: Tensor, neighbours: list[Tensor], moved: list[Tensor], *,
+    value: Tensor, low: Tensor, high: Tensor, errors: list[Tensor], spread: list[Tensor], *,
     floor: float, least: float, dtype: torch.dtype, where: str,
 ) -> None:  # fmt: skip
     # What overflows in the dtype of the result is infinite there.
     high_low = high.to(dtype).double()
     finite = high_low.isfinite() & low.isfinite()
-
-    def error(runs: list[Tensor]) -> Tensor:
-        errors = [torch.where(high_low.isfinite() & x.isfinite(), x - high, 0.0).abs() for x in runs]
-        return torch.cat([torch.zeros_like(high), *errors], 1).amax(1, keepdim=True)
-
     size = torch.where(high_low.isfinite(), high, 0.0).abs().amax(1, keepdim=True)
-    smallest = torch.finfo(dtype).smallest_normal
-    least += smallest * torch.finfo(dtype).eps
-    allowed = 2 * error([low, *neighbours]) + 4 * error(moved) + floor * size + least
+    least += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    eager = torch.cat([_error(low, high, dtype), *errors], 1).amax(1, keepdim=True)
+    moved = torch.cat([torch.zeros_like(size), *spread], 1).amax(1, keepdim=True)
+    allowed = 2 * eager + 4 * moved + floor * size + least
     close = ((value - high_low).abs() <= allowed) | ((value - high).abs() <= allowed)
     lost = ~value.isfinite() & (~finite | (high.abs() > LARGE))
     # There the reference sets no measure of its own. Of a step from a level near 0 x - D cancels, and what is left is

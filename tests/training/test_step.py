@@ -92,10 +92,7 @@ def test_weights_that_change_are_not_packed():
     """A teacher's are, which stay as they are."""
     step = step_of("cd")
     run(step, 2)
-    kinds = {
-        name: {kind for kind, *_ in getattr(step, name).network._fast._weights._kept}
-        for name in ("student", "_target", "_teacher")
-    }
+    kinds = {name: getattr(step, name).network._fast._weights.kinds() for name in ("student", "_target", "_teacher")}
     assert "packed" in kinds["_teacher"] and "packed" not in kinds["_target"] | kinds["student"]
 
 
