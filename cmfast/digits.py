@@ -66,13 +66,13 @@ class DigitDistillation(Objective):
         return Stage(num_scales=self.scales[2 * step >= self.steps])
 
     def _loss(
-        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
-    ) -> dict[str, Tensor]:
-        teacher = others["teacher"]
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None,
+        *, teacher_model: Any = None, **others: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
         if self.guidance:
-            teacher = guided(teacher, self.guidance, draw)
-        options: dict[str, Any] = {"teacher_model": teacher, "draw": draw, "labels": labels, "loss_norm": "huber"}
-        return losses.consistency_loss(model, model, x_start, stage.levels, **options)
+            teacher_model = guided(teacher_model, self.guidance, draw)
+        options = {"teacher_model": teacher_model, "loss_norm": "huber"}
+        return losses.consistency_loss(model, model, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 def guided(teacher: Denoiser, weight: float, draw: ops.Draw) -> Callable[..., Tensor]:

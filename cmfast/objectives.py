@@ -83,13 +83,13 @@ class Objective:
             raise ValueError(f"{type(self).__name__} needs a target_model: give an average of the model, or itself")
         with _check.unread():
             return self._loss(
-                model, x_start, stage, draw, labels, target=target_model, teacher=teacher_model, lpips=lpips
+                model, x_start, stage, draw, labels, target_model=target_model, teacher_model=teacher_model, lpips=lpips
             )
 
     def _loss(
         self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
     ) -> dict[str, Tensor]:
-        """The terms; others: target, teacher and lpips, those that are not needed None."""
+        """The terms; others: target_model, teacher_model and lpips, None where they are not needed."""
         raise NotImplementedError
 
 
@@ -203,11 +203,11 @@ class ConsistencyDistillation(_Consistency):
         _check.choice("solver", self.solver, losses.SOLVERS)
 
     def _loss(
-        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
-    ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"solver": self.solver, "lpips": others["lpips"], **self._options()}
-        options["teacher_model"], target = others["teacher"], others["target"]
-        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None,
+        *, target_model: Any = None, **others: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        options = {"solver": self.solver, **others, **self._options()}
+        return losses.consistency_loss(model, target_model, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,11 @@ class ConsistencyTraining(_Consistency):
     total_steps: int = 800_000
 
     def _loss(
-        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
-    ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
-        target = others["target"]
-        return losses.consistency_loss(model, target, x_start, stage.levels, draw=draw, labels=labels, **options)
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None,
+        *, target_model: Any = None, lpips: Perceptual | None = None, **others: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        options = {"lpips": lpips, **self._options()}
+        return losses.consistency_loss(model, target_model, x_start, stage.levels, draw=draw, labels=labels, **options)
 
 
 @dataclass(frozen=True)
@@ -264,11 +264,12 @@ class ProgressiveDistillation(_OnGrid):
         return Stage(number, number * steps, steps, num_scales)
 
     def _loss(
-        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any
-    ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"lpips": others["lpips"], **self._options()}
+        self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None,
+        *, teacher_model: Any = None, lpips: Perceptual | None = None, **others: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        options = {"lpips": lpips, **self._options()}
         return losses.progressive_distillation_loss(
-            model, others["teacher"], x_start, stage.levels, draw=draw, labels=labels, **options
+            model, teacher_model, x_start, stage.levels, draw=draw, labels=labels, **options
         )
 
 

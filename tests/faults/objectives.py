@@ -60,8 +60,8 @@ LOSSES = [
 OBJECTIVES = [
     ("values are read in a step", "with _check.unread():", "with __import__('contextlib').nullcontext():",
      _T + "nothing_is_read_on_the_host[toy-cd]"),
-    ("the target for the teacher", 'model, others["teacher"], x_start, stage.levels',
-     'model, others["target"], x_start, stage.levels',
+    ("the target for the teacher", 'model, teacher_model, x_start, stage.levels',
+     'model, others["target_model"], x_start, stage.levels',
      _P + "progressive_distillation_distils"),
     ("halvings of powers of two alone", "(start // 3).bit_length()", "start.bit_length() - 2",
      _P + "halving_stages[3-10]"),
