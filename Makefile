@@ -32,7 +32,7 @@ help:
 	@echo "make coverage  the tests again, and the lines that none of them runs"
 	@echo "make lint    ruff, mypy and pyright"
 	@echo "make wheel   build wheel and sdist, install both in empty environments, use and test them there: minutes"
-	@echo "make mutants make faults, each of which must turn a test red: 5 to 10 minutes; MUTANTS_ARGS='--only TEXT' for some"
+	@echo "make mutants make faults, each of which must turn a test red: about an hour; MUTANTS_ARGS='--only TEXT' for some"
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
 	@echo "make report  the tables and plots of the results in benchmarks/results"

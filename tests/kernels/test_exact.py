@@ -74,7 +74,8 @@ def test_steps_beside_the_smallest_levels(level, device):
     ):
         with cmfast.backend("triton"):
             value = step(*inputs)[0].cpu()
-        expected = step(*(t.cpu().double() for t in inputs))[0]
+        with cmfast.backend("reference"):
+            expected = step(*(t.cpu().double() for t in inputs))[0]
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
         assert abs(expected[1, 0]) > 1e5
 
