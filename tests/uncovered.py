@@ -11,8 +11,40 @@ import sys
 from pathlib import Path
 
 LEAST = 95.0
+_GPU = "for tensors on a GPU: tests marked for one run it"
+_ABSENT = "for a library or a system that is not this one"
+_CHILD = "in a process that is killed, or forked and left by os._exit: nothing is written of it"
+_ELSE = "after every error that is known: no file or call is known that comes here"
 #: Why lines of a function ran in no test: by "file: function", in patterns as of files' names.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        ("cmfast/cli.py: _device", "cmfast/compat/openai/dist_util.py: *", "cmfast/data/stream.py: Batch.pin_memory",
+         "cmfast/dropout.py: Pairing._restore", "cmfast/engine.py: Sampler.__init__",
+         "cmfast/engine.py: _default_generator", "cmfast/graphs.py: *", "cmfast/info.py: _devices",
+         "cmfast/memory.py: _fits", "cmfast/noise.py: _IndexedGenerator._on", "cmfast/ops/_check.py: integer",
+         "cmfast/ops/_dispatch.py: *", "cmfast/ops/draw.py: _check_levels", "cmfast/ranks.py: ranks",
+         "cmfast/training/loop.py: memory", "cmfast/training/state.py: State._generators",
+         "cmfast/training/state.py: State._restore", "cmfast/training/step.py: Pending.*", "cmfast/transfer.py: *",
+         "kernels/launch.py: *", "kernels/pointers.py: *"),
+        _GPU,
+    ),
+    **dict.fromkeys(
+        ("cmfast/compat/openai/logger.py: TensorBoardOutputFormat.*", "cmfast/data/arrays.py: mnist",
+         "cmfast/data/npz.py: _memory", "cmfast/info.py: _versions", "cmfast/networks.py: _fast",
+         "cmfast/training/checkpoints.py: _flush", "cmfast/training/lock.py: module",
+         "cmfast/training/loop.py: Trainer._tensorboard", "cmfast/training/loop.py: Trainer._report",
+         "cmfast/training/pictures.py: plot_losses"),
+        _ABSENT,
+    ),
+    **dict.fromkeys(
+        ("cmfast/data/folder.py: _pass_over_one_sigterm", "cmfast/runner.py: Runner.check_process",
+         "cmfast/runner.py: _after_fork", "cmfast/training/lock.py: _let_go"),
+        _CHILD,
+    ),
+    "cmfast/images.py: check_output": "no permission: root, whom tests may run as, has every one",
+    "cmfast/perceptual.py: _download": "torchvision's download worked: tests load nothing from the network",
+    "cmfast/sharding.py: _Bar.*": "a bar of progress is for terminals",
+}  # fmt: skip
 
 
 def reason(where: str) -> str | None:
