@@ -1,13 +1,18 @@
 """Calls that are refused, each by a sentence that names the argument, what came and what was expected."""
 
+import errno
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from cmfast import cli, curricula, editing, exact, losses, ops, quality, recipes, samplers, untrusted
-from cmfast.compat.diffusers import steps
-from cmfast.training import config
+from cmfast import cli, curricula, editing, exact, losses, ops, quality, recipes, reference, samplers, untrusted
+from cmfast.checkpoint import CheckpointError
+from cmfast.compat.diffusers import network, steps
+from cmfast.compat.openai import image_datasets
+from cmfast.data import decode, npz, open_data
+from cmfast.training import config, lock, state
 from cmfast.unet_config import from_shapes
 
 X = torch.zeros(2, 3, 4, 4)
@@ -115,3 +120,59 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 def test_no_gpu(capsys):
     assert cli.main(["sample", "--num", "1", "--device", "cuda", "--out", "x.png"]) != 0
     assert "--device cuda: torch finds no GPU here; leave it out to run on the CPU" in capsys.readouterr().err
+
+
+def optimizer_step(**change):
+    lists = {name: [ONE] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}
+    ops.adam_ema_(**{**lists, "averages": [], "rates": torch.ones(0), "step": torch.zeros(()), "lr": 0.1, **change})
+
+
+def test_types_that_are_refused():
+    for call, message in (
+        (lambda: ops.grad_norm(ONE), "gradients must be a list of tensors"),
+        (lambda: ops.ema_update_(ONE, [[ONE]], torch.ones(1)), "parameters must be a list of tensors"),
+        (lambda: optimizer_step(parameters=ONE), "parameters must be a list of tensors"),
+        (lambda: reference.group_norm_silu(X, 1, torch.ones(3), torch.ones(3), dropout=0.5), "dropout needs a draw"),
+        (lambda: reference.snr_weight(ONE, "none"), "unknown weighting 'none'; known: "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_files_that_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read the image .*a.png"):
+        image_datasets._read(str(tmp_path / "a.png"))
+    monkeypatch.setattr(decode, "MAX_BYTES", 5)
+    with pytest.raises(ValueError, match="a file of 10 bytes, and no image has more than 5"):
+        decode._check_file(tmp_path / "a.png")
+    wide = {"block_out_channels": [2**14], "time_embedding_type": "learned", "num_train_timesteps": 1000}
+    with pytest.raises(CheckpointError, match="config.json is of a network with .*, and there are 0 bytes"):
+        network._check_size(tmp_path, wide)
+
+
+def test_compressed_arrays_that_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "zeros.npz"
+    np.savez_compressed(path, np.zeros((50, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(npz, "_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="takes 9,600 bytes, and this machine has 1,000: save it by np.savez"):
+        open_data(path)
+    monkeypatch.setattr(npz, "FREE", 100)
+    monkeypatch.setattr(npz, "RATIO", 2)
+    with pytest.raises(ValueError, match="would become 9,600 bytes from .*: no images do that"):
+        open_data(path)
+
+
+def test_what_a_writer_raises_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*x: no space"), state._as_oserror(tmp_path / "x"):
+        raise RuntimeError("no space\nleft")
+
+
+def test_a_lock_that_fails_for_another_reason(tmp_path, monkeypatch):
+    def fail(handle, operation):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        with lock.locked(tmp_path):
+            pass

@@ -25,9 +25,9 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
     >>> grad_norm([torch.full((3,), 2.0), torch.full((1,), 2.0)])
     tensor(4.)
     """
+    like = _lists.check_first("gradients", gradients)
     if not gradients:
         raise ValueError("gradients is empty: there is no norm, nor a device for it")
-    like = _lists.check_first("gradients", gradients)
     if grad_scale is not None:
         _lists.scalar("grad_scale", grad_scale, like.device)
     with torch.no_grad():
@@ -139,9 +139,9 @@ def _step(
 ) -> Tensor:
     parameters, gradients, *_ = lists
     copies, grad_scale = options["copies"], options["grad_scale"]
+    like = _lists.check_first("parameters", parameters)
     if not parameters:
         raise ValueError("parameters is empty: there is nothing to step")
-    like = _lists.check_first("parameters", parameters)
     device = like.device
     for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:]):
         _lists.check(kind, tensors, like)
