@@ -95,6 +95,11 @@ def test_one_graph(model):
     torch.testing.assert_close(compiled(X, torch.ones(3), Y), model(X, torch.ones(3), Y))
 
 
+def test_the_networks_time():
+    sigma = torch.tensor([0.002, 1.0, 80.0])
+    torch.testing.assert_close(Preconditioner.edm().c_noise(sigma), 250 * sigma.log())
+
+
 def test_preconditioner_by_name():
     options = {"sigma_data": 0.7, "sigma_min": 0.01}
     assert Preconditioner.by_name("consistency", **options) == Preconditioner(0.7, 0.01)

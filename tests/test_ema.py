@@ -83,6 +83,10 @@ def test_of_tensors_and_of_other_parameters():
     assert Averages(iter([("w", a)]), [0.5]).names == ["w"]
     with pytest.raises(ValueError, match="give the model"):
         averages.module(0)
+    model = nn.Linear(2, 1)
+    named = Averages(model.named_parameters(), [0.5])
+    duplicate = named.module(0, model)
+    assert duplicate is not model and torch.equal(duplicate.weight, model.weight)
 
 
 def test_rates_are_not_read_on_the_host_and_keep_their_memory():

@@ -40,6 +40,13 @@ def test_set_seed_starts_over():
     assert torch.equal(generator.randn_like(X), first) and generator.get_seed() == 1
 
 
+def test_torchs_generator_draws_integers():
+    torch.manual_seed(3)
+    drawn = noise.TorchGenerator().randint(0, 10, (5,))
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.randint(0, 10, (5,)))
+
+
 def test_dummy_is_torch():
     torch.manual_seed(0)
     drawn = noise.get_generator("dummy").randn_like(X)

@@ -476,6 +476,13 @@ def test_another_batch_size(made):
     assert alike and all(alike)
 
 
+def test_parts_of_what_is_refused_are_not_compiled():
+    model = small_unet(model_channels=64).eval()
+    fast = optimize(model)
+    model.out.append(nn.Identity())
+    assert fast.compile_parts() is False and fast.refusal == "out has 4 parts, expected 3"
+
+
 def test_few_shapes_are_known(monkeypatch):
     monkeypatch.setattr(weights, "SHAPES", 2)
     fast = optimize(small_unet(model_channels=64).eval())

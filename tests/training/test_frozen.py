@@ -56,6 +56,15 @@ def test_a_foreign_networks_dropout_is_not_captured(emulated):
     assert not torch.equal(network(x, 1.0), network(x, 1.0)) and len(network.network._programs) == 0
 
 
+def test_dropout_without_a_draw_is_not_captured(emulated):
+    """torch's generator decides: a program would drop the same again."""
+    network = frozen(denoiser(CD, unet(dropout=0.5).train()))
+    x, sigma, labels = torch.randn(3, 3, 8, 8), torch.ones(3), torch.arange(3)
+    with backend("reference"):
+        assert not torch.equal(network(x, sigma, labels), network(x, sigma, labels))
+    assert len(network.network._programs) == 0
+
+
 def test_what_breaks_the_capture_is_called_as_it_is(emulated):
     class Looks(nn.Module):
         def forward(self, x, t):
