@@ -18,12 +18,14 @@ def sample(
 
     Raises: RankError: a rank failed. With one process: what `Sampler.sample` raises.
     """
+    from tqdm.auto import tqdm
+
     size = sampler.batch_size
     channels, height, width = sampler.image_shape
     starts = range(0, n, size)
     mine = sampler.batches(starts[group.rank :: group.size], n, labels, seed=seed)
     images = torch.empty(n if group.rank == 0 else 0, height, width, channels, dtype=torch.uint8)
-    with _Bar(len(starts), progress and group.rank == 0) as bar:
+    with tqdm(total=len(starts), unit="batch", disable=not progress or group.rank != 0) as bar:
         for first in starts[:: group.size]:
             batch = group.together(lambda: next(mine, None))
             sent = torch.zeros(size, height, width, channels, dtype=torch.uint8)
@@ -32,27 +34,5 @@ def sample(
             for rank, part in enumerate(group.gather(sent)):
                 start = first + rank * size
                 images[start : start + size] = part[: max(n - start, 0)]
-            bar.advance(min(group.size, len(starts) - first // size))
+            bar.update(min(group.size, len(starts) - first // size))
     return images if group.rank == 0 else None
-
-
-class _Bar:
-    """A progress bar, or none."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self.bar = None
-        if shown:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, unit="batch")
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def advance(self, count: int) -> None:
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cmfast import Denoiser, Sampler, ops, samplers
+from cmfast import Denoiser, Sampler, ops, samplers, sharding
+from cmfast.ranks import Ranks
 from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.transfer import HostCopies
 from tests.golden_utils import relative_error
@@ -28,6 +29,20 @@ def test_batch_size_changes_nothing(model, options):
 def test_tail_is_bit_equal_at_one_batch_size(model):
     sampler = Sampler(model, 4, steps=2)
     assert torch.equal(sampler.sample(8, seed=0)[:5], sampler.sample(5, seed=0))
+
+
+def test_progress(model, capsys):
+    sampler = Sampler(model, 4, steps=2)
+
+    def shared(n, progress):
+        return sharding.sample(sampler, n, Ranks(), labels=sampler.labels(n), progress=progress)
+
+    for sample in (sampler.sample, shared):
+        assert torch.equal(sample(5, progress=True), sample(5, progress=False))
+        shown = capsys.readouterr().err
+        assert "2/2" in shown and "batch" in shown
+        sample(5, progress=False)
+        assert not capsys.readouterr().err
 
 
 def test_seed_matters(model):

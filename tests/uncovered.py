@@ -43,7 +43,6 @@ REASONS: dict[str, str] = {
     ),
     "cmfast/images.py: check_output": "no permission: root, whom tests may run as, has every one",
     "cmfast/perceptual.py: _download": "torchvision's download worked: tests load nothing from the network",
-    "cmfast/sharding.py: _Bar.*": "a bar of progress is for terminals",
 }  # fmt: skip
 
 
