@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cmfast.data import decode, open_data
+from cmfast.data.folder import _digest
 from tests.test_data import equal, pixels, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -313,3 +314,8 @@ def test_a_bomb_that_comes_later(tmp_path, by, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="a.jpg cannot be read: .*1600 pixels. exceeds limit of 200 pixels"):
         take(opened, 1, 1)
+
+
+def test_a_digest_with_a_link_to_nothing(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    assert _digest(tmp_path, ["a.png"]) != _digest(tmp_path, [])

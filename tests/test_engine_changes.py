@@ -347,3 +347,12 @@ def test_looking_costs_little():
         assert watch.change() is Change.NOTHING
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.01
+
+
+def test_tensors_of_inference_mode_count_no_writes():
+    """So every look says that values may have changed."""
+    with torch.inference_mode():
+        model = torch.nn.Linear(2, 2)
+    watch = Watch(model)
+    assert [watch.change(values=True) for _ in range(2)] == [Change.VALUES] * 2
+    assert watch.change(values=False) is Change.NOTHING

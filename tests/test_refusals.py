@@ -12,7 +12,8 @@ from cmfast.checkpoint import CheckpointError
 from cmfast.compat.diffusers import network, steps
 from cmfast.compat.openai import image_datasets
 from cmfast.data import decode, npz, open_data
-from cmfast.training import config, lock, state
+from cmfast.ranks import Ranks
+from cmfast.training import Trainer, TrainOptions, config, lock, state
 from cmfast.unet_config import from_shapes
 
 X = torch.zeros(2, 3, 4, 4)
@@ -176,3 +177,9 @@ def test_a_lock_that_fails_for_another_reason(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="input/output error"):
         with lock.locked(tmp_path):
             pass
+
+
+def test_a_batch_that_processes_cannot_share(tmp_path):
+    options = TrainOptions(steps=1, batch_size=6, learning_rate=1.0)
+    with pytest.raises(ValueError, match="batch_size=6 cannot be shared by 4 processes alike"):
+        Trainer(None, None, None, options, tmp_path, group=Ranks(0, 0, 4))

@@ -54,9 +54,6 @@ class Weights:
 
     def summed(self, parameters: tuple[Any, ...], live: bool) -> Tensor:
         """The sum of vectors [O]."""
-        if len(parameters) == 1:
-            return self.plain(parameters[0], live)
-
         def total(first: Tensor, *others: Tensor) -> Tensor:
             for other in others:
                 first = first + other

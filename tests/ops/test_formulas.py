@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import cmfast
 from cmfast import ops, reference
 from cmfast.ops import _inplace
 
@@ -284,3 +285,13 @@ def test_unknown_names_list_the_known():
         ops.to_uint8(torch.ones(1, 1, 1, 1), rounding="nope")
     with pytest.raises(ValueError, match="sigma_data"):
         ops.scalings(torch.ones(1), sigma_data=0.0)
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_the_plain_draw_of_a_pair(pair):
+    """`reference.draw_pair`, which benchmarks take for the baseline, is the operation."""
+    x, draw, levels = torch.randn(3, 2, 4, 4), ops.Draw(1, torch.arange(3)), ops.Grid(torch.tensor([80.0, 2.0, 0.002]))
+    with cmfast.backend("reference"):
+        drawn = ops.draw_pair(x, draw, levels, pair=pair)
+    flat = [*drawn.first, *(drawn.second or ()), drawn.sigma, drawn.next_sigma]
+    assert all(map(torch.equal, reference.draw_pair(x, draw, levels, pair=pair), flat))

@@ -76,6 +76,11 @@ def test_checkpointing_needs_blocks():
     network = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match="Conv2d has no blocks"):
         step_of(EDM(), replace(OPTIONS, checkpointing=True), network)
+    # diffusers' networks and transformers' have a switch of their own.
+    switched = []
+    network.enable_gradient_checkpointing = lambda: switched.append(True)
+    step_of(EDM(), replace(OPTIONS, checkpointing=True), network)
+    assert switched
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
