@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmfast import Sampler, cli, data, load, quality
+from cmfast import Denoiser, Sampler, cli, data, load, quality
 from cmfast.data import ImageData
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -70,3 +70,5 @@ def test_the_table_of_the_command_line(monkeypatch, capsys):
     assert cli.main(["quality", "--num", "100"]) == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == ["images", "---", "held-out digits", "1 step", "2 steps"]
+    table = quality.report(load(), Denoiser(lambda x, t, y: 0 * x, num_classes=10, image_shape=(1, 32, 32)), num=70)
+    assert "| teacher, 18 Heun steps (35 calls) |" in table

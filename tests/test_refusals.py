@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from cmfast import cli, curricula, editing, exact, losses, ops, quality, recipes, reference, samplers, untrusted
+from cmfast import (
+    checkpoint,
+    cli,
+    curricula,
+    editing,
+    exact,
+    losses,
+    ops,
+    quality,
+    recipes,
+    reference,
+    samplers,
+    untrusted,
+)
 from cmfast.checkpoint import CheckpointError
 from cmfast.compat.diffusers import network, steps
 from cmfast.compat.openai import image_datasets
@@ -183,3 +196,20 @@ def test_a_batch_that_processes_cannot_share(tmp_path):
     options = TrainOptions(steps=1, batch_size=6, learning_rate=1.0)
     with pytest.raises(ValueError, match="batch_size=6 cannot be shared by 4 processes alike"):
         Trainer(None, None, None, options, tmp_path, group=Ranks(0, 0, 4))
+
+
+def test_a_checkpoint_is_not_damaged_where_rights_are_missing(monkeypatch, tmp_path):
+    """So nobody is told to take it away."""
+    def denied(self, step, folder):
+        raise PermissionError("no rights")
+
+    monkeypatch.setattr(state.State, "_read", denied)
+    with pytest.raises(PermissionError, match="no rights"):
+        state.State(torch.nn.Identity(), Ranks()).read(None, tmp_path)
+
+
+def test_a_preconditioning_of_the_command_line(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(checkpoint, "load", lambda path, **options: seen.update(options) or torch.nn.Identity())
+    cli._load(SimpleNamespace(model="x.pt", device="cpu", preconditioning="edm"))
+    assert seen == {"preconditioning": "edm", "device": torch.device("cpu")}

@@ -3,10 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cmfast import Denoiser
+from cmfast.ema import Averages
 from cmfast.objectives import OBJECTIVES
+from cmfast.optim import Adam
+from cmfast.ranks import Ranks
 from cmfast.tolerances import STEP_VALUE
 from tests.objective_utils import X, loss, make, models
 
@@ -76,3 +81,23 @@ def _done(value):
     future = torch.futures.Future()
     future.set_result(value)
     return future
+
+
+def test_averages_of_a_distributed_model(process_group):
+    model = torch.nn.Linear(2, 1)
+    averages = Averages(DistributedDataParallel(model), [0.5])
+    assert averages.names == ["weight", "bias"]
+    averages.copy_to(DistributedDataParallel(model), 0)
+
+
+def test_a_partial_gradient_is_refused(process_group):
+    """Its parts are not yet added up over the ranks."""
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = torch.nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    with pytest.raises(RuntimeError, match="a gradient is a partial sum: reduce it before the step"):
+        Adam([parameter], lr=0.1, max_norm=1.0).step()
+
+
+def test_one_process_alone():
+    assert Ranks().any(True)() and not Ranks().any(False)()

@@ -2,12 +2,15 @@
 
 import argparse
 import csv
+import io
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from cmfast import compat
 from cmfast.checkpoint import CheckpointError
 from cmfast.compat.openai import dist_util, fp16_util, karras_diffusion, logger, script_util, unet
 from cmfast.compat.openai import nn as cm_nn
@@ -250,3 +253,17 @@ def test_setup_dist_refuses_mpiexec(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node 4"):
         dist_util.setup_dist()
+
+
+def test_files_of_a_logger(tmp_path):
+    table = io.StringIO()
+    logger.HumanOutputFormat(table).writekvs({})
+    assert table.getvalue() == ""
+    lines = logger.CSVOutputFormat(str(tmp_path / "a.csv"))
+    lines.writekvs({"a": 1})
+    lines.close()
+    assert lines.file.closed and (tmp_path / "a.csv").read_text() == "a\n1\n"
+
+
+def test_packages_are_found_by_name():
+    assert compat.__getattr__("openai") is sys.modules["cmfast.compat.openai"]

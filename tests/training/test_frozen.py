@@ -72,5 +72,6 @@ def test_what_breaks_the_capture_is_called_as_it_is(emulated):
 
     network = frozen(Denoiser(Looks()))
     x = torch.ones(2, 3, 8, 8)
-    assert torch.equal(network(x, 1.0), Denoiser(Looks())(x, 1.0))
-    assert "Looks" in network.network.refusal
+    for _ in range(2):  # the second time without a try
+        assert torch.equal(network(x, 1.0), Denoiser(Looks())(x, 1.0))
+        assert "Looks" in network.network.refusal
