@@ -179,7 +179,7 @@ def ema_and_scales(
     """step -> (EMA rate of the target, number of scales): the four schedules of Song et al. 2023, as coded.
 
     `fixed`/`fixed`: start_ema, start_scales. `fixed`/`progressive`: N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2)
-    - 1) + 1. `adaptive`/`progressive`: the same N and mu(k) = exp(s0 ln mu0 / (N - 1)). `fixed`/`progdist`: scales
+    - 1) + 1. `adaptive`/`progressive`: the same N and mu(k) = mu0^(s0 / (N - 1)). `fixed`/`progdist`: scales
     halve every distill_steps_per_iter steps, with twice as long for the last two stages, and the target never moves.
 
     target_ema_mode, scale_mode: the pair before the colon. start_ema is mu0, start_scales s0, end_scales s1,
@@ -214,7 +214,7 @@ def ema_and_scales(
         if modes == ("fixed", "progdist"):
             return 1.0, progdist(step)
         scales = progressive(step)
-        ema = start_ema if target_ema_mode == "fixed" else math.exp(start_scales * math.log(start_ema) / scales)
+        ema = start_ema if target_ema_mode == "fixed" else start_ema ** (start_scales / scales)
         return float(ema), scales + 1
 
     return at_step

@@ -69,6 +69,12 @@ def test_unknown_modes_list_the_known():
         schedules.ema_and_scales("adaptive", 0.9, "fixed", 2, 200, 1000, 100)
 
 
+def test_a_start_ema_of_zero_stays_zero():
+    """The default of the original's scripts: their logarithm of it is minus infinity, and the rate 0 at every step."""
+    at_step = schedules.ema_and_scales("adaptive", 0.0, "progressive", 2, 150, 1000, 100)
+    assert [at_step(step) for step in (0, 999)] == [(0.0, 2), (0.0, 151)]
+
+
 def test_progdist_halves_then_lingers():
     at_step = schedules.ema_and_scales("fixed", 0.0, "progdist", 16, 16, 10**6, 100)
     scales = [at_step(step)[1] for step in range(0, 1000, 100)]
