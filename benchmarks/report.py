@@ -97,34 +97,43 @@ def _times(row: dict[str, Any]) -> str:
 
 def sampling(results: Results) -> list[str]:
     """Images and forward passes: who takes how long."""
-    rows = [row for r in results if r["suite"] == "sampling" for row in r["rows"]]
     cells = [
         (
-            case_of(row), NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
+            case_of(row) + row["run"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
             "" if row["images_per_s"] is None else _number(row["images_per_s"]), _times(row),
             "" if row.get("percent_of_matrix") is None else f"{row['percent_of_matrix']:.0f}%",
         )
-        for row in _by_file(rows)
+        for row in _rows(results, "sampling")
     ]  # fmt: skip
     head = ("what", "by", "ms, p50", "images/s", "times as long as cmfast, p50 (p20 to p80)", "of the matrix rate")
     return _table(head, cells, 2)
 
 
-def _by_file(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of several files: trials are numbered in each, so what is measured comes first."""
-    return sorted(rows, key=lambda row: (row["network"], row["name"], row.get("mode") or "", milliseconds(row)))
+def _rows(results: Results, suite: str) -> list[dict[str, Any]]:
+    """Rows of a suite's files, those of a case by run and then by time. `run` says which where several timed a case:
+    only times of one run were taken in turn."""
+    runs: dict[str, list[int]] = {}
+    found = []
+    for number, result in enumerate(r for r in results if r["suite"] == suite):
+        for row in result["rows"]:
+            case = case_of(row)
+            timed_by = runs.setdefault(case, [])
+            if number not in timed_by:
+                timed_by.append(number)
+            found.append((row.get("network", ""), case, timed_by.index(number), milliseconds(row), row))
+    found.sort(key=lambda each: each[:-1])
+    return [row | {"run": f", run {run + 1}" if len(runs[case]) > 1 else ""} for _, case, run, _, row in found]
 
 
 def training(results: Results) -> list[str]:
     """Training steps."""
-    rows = [row for r in results if r["suite"] == "training" for row in r["rows"]]
     cells = [
         (
-            row["name"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
+            row["name"] + row["run"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
             _number(row["images_per_s"]), _times(row), _number(row["tflop_per_s"]),
             "" if not row.get("peak_bytes") else f"{row['peak_bytes'] / 1e9:.2f}",
         )
-        for row in _by_file(rows)
+        for row in _rows(results, "training")
     ]  # fmt: skip
     head = ("a step of", "by", "ms, p50", "images/s", "times as long as cmfast, p50 (p20 to p80)", "TFLOP/s", "peak GB")
     return _table(head, cells, 2)
@@ -132,24 +141,25 @@ def training(results: Results) -> list[str]:
 
 def parameters(results: Results) -> list[str]:
     """Averages and optimizers."""
-    rows = [row | {"network": ""} for r in results if r["suite"] == "parameters" for row in r["rows"]]
     cells = [
-        (row["name"], row["provider"], _number(milliseconds(row)), f"{row['percent_of_copy']:.0f}%", _times(row))
-        for row in _by_file(rows)
-    ]
+        (
+            row["name"] + row["run"], row["provider"], _number(milliseconds(row)), f"{row['percent_of_copy']:.0f}%",
+            _times(row),
+        )
+        for row in _rows(results, "parameters")
+    ]  # fmt: skip
     return _table(("what, parameters, averages", "by", "ms, p50", "of a copy", "times as long as cmfast"), cells, 2)
 
 
 def startup(results: Results) -> list[str]:
     """From nothing to the first images."""
-    rows = [row for r in results if r["suite"] == "startup" for row in r["rows"]]
     cells = [
         (
-            f"{row['network']}, batch {row['batch']}", NAMES.get(row["provider"], row["provider"]),
+            f"{row['network']}, batch {row['batch']}{row['run']}", NAMES.get(row["provider"], row["provider"]),
             _number(row["p50_ms"] / 1e3), _number(row["make_s"]), _number(row["call_s"]),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
         )
-        for row in _by_file(rows)
+        for row in _rows(results, "startup")
     ]  # fmt: skip
     head = ("network", "by", "s to the first images", "of which after imports", "s for the next", "peak GB")
     return _table(head, cells, 2)
@@ -212,10 +222,9 @@ def losses(results: Results) -> list[str]:
 
 def perceptual(results: Results) -> list[str]:
     """The LPIPS loss with its gradient."""
-    rows = [row | {"network": ""} for r in results if r["suite"] == "perceptual" for row in r["rows"]]
     cells = [
-        (row["name"], NAMES.get(row["provider"], row["provider"]), _number(milliseconds(row)), _times(row))
-        for row in _by_file(rows)
+        (row["name"] + row["run"], NAMES.get(row["provider"], row["provider"]), _number(milliseconds(row)), _times(row))
+        for row in _rows(results, "perceptual")
     ]
     return _table(("LPIPS, VGG-16, and its gradient", "by", "ms, p50", "times as long as cmfast"), cells, 2)
 
