@@ -117,6 +117,8 @@ FAULTS = {
          _STEP_KERNEL + "skipping[nan-adam_ema_]"),
         ("one block of several", "start + step * BLOCK", "start + 0 * step * BLOCK",
          _STEP_KERNEL + "norm_of_many_elements[8192-1]"),
+        ("a negative scale turns the norm round", "tl.abs(tl.load(scale_ptr).to(tl.float32))",
+         "tl.load(scale_ptr).to(tl.float32)", _STEP_KERNEL + "norm[torch.float32]"),
         ("the last table's sums alone", "first += table.programs", "first += 0",
          _STEP_KERNEL + "norm[torch.float32]"),
         ("moments of one another", "v_ptr = tensor_at(row_ptr, 2", "v_ptr = tensor_at(row_ptr, 1",
