@@ -241,13 +241,15 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     `triton`: the kernel. `in place`: PyTorch in fewer passes, most of them where no graph is recorded.
     `reference`: the rest.
 
+    Raises: ValueError: there is no such operation; the message lists those there are.
+
     >>> explain("scalings")
     ('reference', 'no kernel: a few numbers for each sample')
     """
     if name in SMALL:
         return "reference", "no kernel: a few numbers for each sample"
     if name not in FUSED:
-        return "reference", "no kernel yet"
+        raise ValueError(f"unknown operation {name!r}; known: {', '.join((*FUSED, *SMALL))}")
     chosen = current_backend()
     if chosen == "reference":
         return "reference", "backend 'reference' was chosen"

@@ -44,6 +44,11 @@ def test_unknown_backend():
         pass
 
 
+def test_an_operation_that_does_not_exist():
+    with pytest.raises(ValueError, match="unknown operation 'denoised'; known: scale_input, .* draw_levels"):
+        ops.explain("denoised")
+
+
 def run_with(backend: str, code: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "CMFAST_BACKEND": backend}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
