@@ -54,7 +54,7 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         #: Changes that runs of the model make to its attributes: its own bookkeeping, not settings.
-        self._own: set[tuple[int, str]] = set()
+        self._own: set[tuple[nn.Module, str]] = set()
         _see_fused_optimizers()
         self._look()
 
@@ -69,9 +69,11 @@ class Watch:
         self._members = list(chain.from_iterable(map(dict.values, self._parts)))
         self._hooks = [vars(module)[name] for module in self.modules for name in _HOOKS]
         # The attributes of torch's own modules are many and seldom written: only their number is looked at.
-        self._watched = [(i, o) for i, o in enumerate(objects) if not _is_torchs(self.modules[i])]
+        self._watched = [(module, vars(module)) for module in self.modules if not _is_torchs(module)]
         self._live = [attributes for _, attributes in self._watched]
         self._look_at_attributes()
+        present = set(self.modules)
+        self._own = {(module, name) for module, name in self._own if module in present}
         classes = sorted({type(module) for module in self.modules}, key=id)
         self._methods = [(cls, name) for cls in classes for name in _METHODS if hasattr(cls, name)]
         self._bodies = [getattr(cls, name) for cls, name in self._methods]
@@ -138,10 +140,10 @@ class Watch:
             return False
         return bool(self._attribute_changes() - self._own) or self._torchs_sizes() != self._torchs
 
-    def _attribute_changes(self) -> set[tuple[int, str]]:
+    def _attribute_changes(self) -> set[tuple[nn.Module, str]]:
         return {
-            (i, name)
-            for (i, now), then in zip(self._watched, self._saved)
+            (module, name)
+            for (module, now), then in zip(self._watched, self._saved)
             for name in (now.keys() | then.keys()) - {"training"}
             if not _same(now.get(name, _MISSING), then.get(name, _MISSING))
         }

@@ -201,6 +201,26 @@ def test_attributes_that_a_network_writes_itself_are_its_own(emulated):
     assert emulated.captures == 2
 
 
+def test_what_a_module_writes_stays_that_modules():
+    """A module that is put before it takes its place in the order, not its bookkeeping."""
+
+    class Counting(nn.Module):
+        calls = 0
+
+    model = nn.Sequential(Counting())
+    watch = Watch(model)
+    model[0].calls += 1
+    watch.settle()
+    model[0].calls += 1
+    assert watch.change() is Change.NOTHING
+    model.insert(0, Counting())
+    assert watch.change() is Change.STRUCTURE
+    model[1].calls += 1
+    assert watch.change() is Change.NOTHING
+    model[0].calls += 1  # which it has not written itself yet
+    assert watch.change() is Change.STRUCTURE
+
+
 class Derived(nn.Module):
     """A network with a weight of its own making, as an optimised one has."""
 
