@@ -69,8 +69,7 @@ class Denoiser(nn.Module):
     @property
     def input_format(self) -> torch.memory_format | None:
         """The layout the network wants its input in; None if it does not say."""
-        stated: torch.memory_format | None = _stated(self.network, "input_format")
-        return stated
+        return _stated(self.network, "input_format")
 
     @property
     def device(self) -> torch.device:
@@ -219,8 +218,7 @@ class Evaluator:
             self._check(self.labels, model_input.shape[0])
             self._check = None
         labels = () if self.labels is None else (self.labels,)
-        output: Tensor = self.model(model_input, c_noise, *labels)
-        return output
+        return self.model(model_input, c_noise, *labels)
 
     @property
     def input_options(self) -> dict[str, Any]:

@@ -358,5 +358,4 @@ def _default_generator(device: torch.device) -> torch.Generator:
 def _bar(starts: Sequence[int]) -> Iterable[int]:
     from tqdm.auto import tqdm
 
-    bar: Iterable[int] = tqdm(starts, unit="batch")
-    return bar
+    return tqdm(starts, unit="batch")

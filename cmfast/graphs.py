@@ -153,8 +153,7 @@ def _captured(
 ) -> tuple[Tensor, Callable[[], None]]:
     with _capturing, _no_collection():
         try:
-            captured: tuple[Tensor, Callable[[], None]] = space.capture(function, generators)
-            return captured
+            return space.capture(function, generators)
         except Exception as error:
             broken: BaseException = error
             if "capture" in str(error) and error.__context__ is not None:

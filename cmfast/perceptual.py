@@ -260,8 +260,7 @@ def _make_trunk(net: str, pooling: str, weights: Weights | None, pretrained: boo
             if isinstance(layer, nn.MaxPool2d):
                 trunk[i] = nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
     _parameters_to_buffers(trunk)
-    in_channels_last: nn.Sequential = trunk.to(memory_format=torch.channels_last)
-    return in_channels_last
+    return trunk.to(memory_format=torch.channels_last)
 
 
 def _make_heads(net: str, weights: Weights | None, pretrained: bool) -> Tensor:
@@ -324,11 +323,9 @@ def _download(weights: Any) -> Mapping[str, Tensor]:
     cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if cached.is_file():  # its hash is looked at only when it is fetched
         advice = "remove it, and it is downloaded again"
-        state: Mapping[str, Tensor] = _read_file("the trunk's weights", cached, advice)
-        return state
+        return _read_file("the trunk's weights", cached, advice)
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        return state
+        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"cannot download the weights of LPIPS's trunk ({error}). "

@@ -33,13 +33,11 @@ class DigitClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Of images [B, 1, 32, 32] in [-1, 1]: [B, 64]."""
-        found: Tensor = self.trunk(images)
-        return found
+        return self.trunk(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, 10] of images [B, 1, 32, 32] in [-1, 1]."""
-        scores: Tensor = self.head(self.trunk(images))
-        return scores
+        return self.head(self.trunk(images))
 
 
 def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 0) -> DigitClassifier:

@@ -116,8 +116,7 @@ def objective(settings: Mapping[str, Any]) -> Objective:
     fields.pop("name", None)
     if hasattr(kind, "total_steps"):
         fields.setdefault("total_steps", settings["options"]["steps"])
-    made: Objective = config.make(kind, fields, f"the objective of {settings['recipe']}")
-    return made
+    return config.make(kind, fields, f"the objective of {settings['recipe']}")
 
 
 def trainer(

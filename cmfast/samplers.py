@@ -77,8 +77,7 @@ def _steps(count: int, progress: bool) -> Iterable[int]:
         return range(count)
     from tqdm.auto import trange
 
-    bar: Iterable[int] = trange(count)
-    return bar
+    return trange(count)
 
 
 def _report(

@@ -47,8 +47,7 @@ def karras_sigma(
         # The ends exactly, so that a level can be compared with sigma_min.
         if fraction in (0, 1):
             return sigma_min if fraction else sigma_max
-    level: Tensor | float = (high + fraction * (low - high)) ** rho
-    return level
+    return (high + fraction * (low - high)) ** rho
 
 
 def karras_sigmas(

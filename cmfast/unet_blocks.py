@@ -120,8 +120,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, ...] at half the resolution."""
-        h: Tensor = self.op(x)
-        return h
+        return self.op(x)
 
 
 class ResBlock(TimestepBlock):
@@ -176,8 +175,7 @@ class ResBlock(TimestepBlock):
             drop: Any = self.out_layers[2]
             generated = self.training and float(drop.p) > 0 and not getattr(drop, "counts", False)
             forward = dropouts.kept(self._forward)
-            h: Tensor = checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
-            return h
+            return checkpoint(forward, x, emb, use_reentrant=False, preserve_rng_state=generated)
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -196,8 +194,7 @@ class ResBlock(TimestepBlock):
             h = out_norm(h) * (1 + scale) + shift
         else:
             h = out_norm(h + emb_out)
-        made: Tensor = self.skip_connection(x) + out_conv(drop(out_act(h)))
-        return made
+        return self.skip_connection(x) + out_conv(drop(out_act(h)))
 
 
 class AttentionBlock(nn.Module):

@@ -154,8 +154,7 @@ def _array(path: Path, arrays: Any, name: str) -> np.ndarray:
     member = npz.member(arrays.zip, name)
     info, shape, columns_first, dtype, header = member
     if not member.stored or 0 in shape:
-        whole: np.ndarray = arrays[name]
-        return whole
+        return arrays[name]
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # 30 bytes, of which the last say how long the name and the extra field are
         name_length, extra_length = struct.unpack("<HH", file.read(4))

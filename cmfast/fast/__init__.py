@@ -57,16 +57,14 @@ def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = Tr
         return fast_unet(model, dtype, pack)  # type: ignore[return-value]  # of the same class
     if diffusers.is_unet2d(model):
         _plan_of(model)
-        fast: Module = diffusers.fast_unet2d(model, dtype, pack)
-        return fast
+        return diffusers.fast_unet2d(model, dtype, pack)
     for name in ("network", "unet"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and isinstance(model, nn.Module):
             outer: Any = copy.copy(model)
             # A copy shares its table of parts with the original: this one's has another network in it.
             outer._modules = {**model._modules, name: optimize(inner, dtype, pack=pack)}
-            optimized: Module = outer
-            return optimized
+            return outer
     raise Refused(
         f"cannot optimize a {type(model).__name__}: expected a UNetModel, a diffusers.UNet2DModel, or a module with "
         "one of them as its network, such as a Denoiser"
@@ -82,8 +80,7 @@ def refusal(model: Any) -> str | None:
     try:
         if isinstance(model, UNetModel) or diffusers.is_unet2d(model):
             if hasattr(model, "_fast"):
-                reason: str | None = getattr(model, "refusal")  # noqa: B009  nn.Module's own says Tensor | Module
-                return reason
+                return getattr(model, "refusal")  # noqa: B009  nn.Module's own says Tensor | Module
             _plan_of(model)
             return Watch(model).hooked(root=False)
         for name in ("network", "unet"):

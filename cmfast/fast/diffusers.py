@@ -225,8 +225,7 @@ def _fast_class(base: Any) -> Any:
         @property
         def input_dtype(self) -> torch.dtype:
             """As `cmfast.fast.FastUNet.input_dtype`."""
-            dtype: torch.dtype = self._fast.dtype or self.dtype
-            return dtype
+            return self._fast.dtype or self.dtype
 
         input_format = torch.channels_last
 
@@ -237,8 +236,7 @@ def _fast_class(base: Any) -> Any:
         @property
         def refusal(self) -> str | None:
             """As `cmfast.fast.FastUNet.refusal`."""
-            reason: str | None = self._fast.refusal
-            return reason
+            return self._fast.refusal
 
     Fast.__name__ = Fast.__qualname__ = base.__name__
     return Fast

@@ -66,8 +66,7 @@ class Weights:
         def pack(*weights: Tensor) -> Tensor:
             joined = torch.cat([w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in weights])
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            packed: Tensor = reorder(self._cast(joined), *geometry(convs[0]), 1, list(shape))
-            return packed
+            return reorder(self._cast(joined), *geometry(convs[0]), 1, list(shape))
 
         weights: Any = tuple(c.weight for c in convs)
         return self._laid_out("packed", weights, pack, tuple(shape))

@@ -73,8 +73,7 @@ def _divisor(number: int, limit: int) -> int:
 def pack(weight: Tensor, strip: tuple[int, int, int, int]) -> Tensor:
     """The transformed weight as oneDNN wants it, for strips of that shape."""
     reorder = torch.ops.mkldnn._reorder_convolution_weight
-    packed: Tensor = reorder(transform(weight), [0, 0], [1, 1], [1, 1], 16, list(strip))
-    return packed
+    return reorder(transform(weight), [0, 0], [1, 1], [1, 1], 16, list(strip))
 
 
 def spread(bias: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ def fused(
     else:
         results = _tuple(forward(*inputs, **options))
     returned: Any = results[: len(results) - keep]
-    made: Result = returned[0] if len(returned) == 1 else returned
-    return made
+    return returned[0] if len(returned) == 1 else returned
 
 
 def _tuple(result: Any) -> tuple[Tensor, ...]:

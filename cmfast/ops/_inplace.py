@@ -208,8 +208,7 @@ def _weight(inputs: tuple[Any, ...], options: _Sizes) -> Tensor:
     _, _, sigma, _, weight, *_ = inputs
     if isinstance(weight, str):
         weight = reference.loss_weight(sigma.to(torch.float32), weight, sigma_data=options["weight_sigma_data"])
-    made: Tensor = weight
-    return made
+    return weight
 
 
 def _distance_in(delta: Tensor, norm: str, huber_c: float) -> Tensor:

@@ -32,8 +32,7 @@ def dropout(x: Tensor, p: float, draw: Draw) -> Tensor:
     if not use_kernel("dropout", x, draw, levels=False):
         return reference.dropout(x, p, draw)
     if torch.is_grad_enabled() and x.requires_grad:
-        dropped: Tensor = _Dropout.apply(x, p, *draw)
-        return dropped
+        return _Dropout.apply(x, p, *draw)
     return _forward(x, p, draw)
 
 

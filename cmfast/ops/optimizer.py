@@ -35,8 +35,7 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
             from cmfast.kernels import optimizer as kernels
 
             with _lists.alike([list(gradients)], []) as ((dense,), _):
-                norm: Tensor = kernels.grad_norm(dense, grad_scale=grad_scale)
-                return norm
+                return kernels.grad_norm(dense, grad_scale=grad_scale)
         return plain_list(reference.grad_norm, gradients)(list(gradients), grad_scale=grad_scale)
 
 
@@ -173,8 +172,7 @@ def _step(
     with torch.no_grad():
         if not use_kernel(name, *_lists.kinds(g, *written), levels=False):
             form = plain_list(getattr(reference, name), _lists.kinds(p, g, m, v, *groups))
-            skipped: Tensor = form(p, g, m, v, step, groups, rates, **options)
-            return skipped
+            return form(p, g, m, v, step, groups, rates, **options)
         from cmfast.kernels import optimizer as kernels
 
         with _lists.alike(written, [g]) as ((p, m, v, *others), (g,)):

@@ -208,8 +208,7 @@ def written(values: Mapping[str, Any]) -> str:
     """Settings as YAML."""
     import yaml
 
-    text: str = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
-    return text
+    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[str, ...] = FREE) -> list[str]:

@@ -34,8 +34,7 @@ class UNet2DNetwork(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """F(x, timesteps, y), [B, C, H, W]."""
-        output: Tensor = self.unet(x, timesteps, class_labels=y).sample
-        return output
+        return self.unet(x, timesteps, class_labels=y).sample
 
     def __getattr__(self, name: str) -> Any:
         """What an optimised network says of itself, such as `refresh`, is said of this one too."""

@@ -220,8 +220,7 @@ class MixedPrecisionTrainer:
 def _norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all elements: of each tensor in float32, and of those in float64, which does not overflow."""
     norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-    norm: Tensor = norms.double().norm()
-    return norm
+    return norms.double().norm()
 
 
 def check_overflow(value: float) -> bool:

@@ -126,8 +126,7 @@ class ImageDataset(Dataset[Any]):
 def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            converted: Image.Image = image.convert("RGB")
-            return converted
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 

@@ -42,8 +42,7 @@ class GroupNorm32(nn.GroupNorm):
 def _layer(kind: str, dims: int) -> type[nn.Module]:
     if dims not in (1, 2, 3):
         raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
-    layer: type[nn.Module] = getattr(nn, f"{kind}{dims}d")
-    return layer
+    return getattr(nn, f"{kind}{dims}d")
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
