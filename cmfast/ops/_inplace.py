@@ -341,7 +341,7 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
     batch, channels = x.shape[:2]
     sizes = batch, channels, x.numel() // (batch * channels), num_groups, eps
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes)
-    if bool((mean * rstd).abs().amax() > LARGE_MEAN):
+    if (mean * rstd).abs().max().item() > LARGE_MEAN:
         return torch.empty_like(x).copy_(torch.group_norm(x.contiguous(), num_groups, weight, bias, eps))
     return y
 

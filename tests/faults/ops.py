@@ -55,7 +55,7 @@ DISPATCH = [
 ]  # fmt: skip
 
 INPLACE = [
-    ("variances of PyTorch in channels_last trusted", "> LARGE_MEAN)", "> float(\"inf\"))",
+    ("variances of PyTorch in channels_last trusted", "> LARGE_MEAN:", "> float(\"inf\"):",
      "tests/ops/test_group_norm.py::test_large_means_in_channels_last"),
     ("the batch overwritten by a sum", "if records or total is x else total.add_(residual)", "if records else "
      "total.add_(residual)", "tests/ops/test_group_norm.py::test_nothing_that_was_given_changes[residual-contiguous]"),
