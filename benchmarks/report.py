@@ -99,7 +99,7 @@ def sampling(results: Results) -> list[str]:
     """Images and forward passes: who takes how long."""
     cells = [
         (
-            case_of(row) + row["run"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
+            row["case"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
             "" if row["images_per_s"] is None else _number(row["images_per_s"]), _times(row),
             "" if row.get("percent_of_matrix") is None else f"{row['percent_of_matrix']:.0f}%",
         )
@@ -110,26 +110,29 @@ def sampling(results: Results) -> list[str]:
 
 
 def _rows(results: Results, suite: str) -> list[dict[str, Any]]:
-    """Rows of a suite's files, those of a case by run and then by time. `run` says which where several timed a case:
-    only times of one run were taken in turn."""
-    runs: dict[str, list[int]] = {}
+    """Rows of a suite, those of a case by trial and then by time. `case` says which where it has several, in one run
+    or in more: only times of one trial were taken in turn."""
+    trials: dict[str, list[tuple[int, Any]]] = {}
     found = []
-    for number, result in enumerate(r for r in results if r["suite"] == suite):
+    for run, result in enumerate(r for r in results if r["suite"] == suite):
         for row in result["rows"]:
-            case = case_of(row)
-            timed_by = runs.setdefault(case, [])
-            if number not in timed_by:
-                timed_by.append(number)
-            found.append((row.get("network", ""), case, timed_by.index(number), milliseconds(row), row))
+            case, trial = case_of(row), (run, row.get("trial"))
+            of_case = trials.setdefault(case, [])
+            if trial not in of_case:
+                of_case.append(trial)
+            found.append((row.get("network", ""), case, of_case.index(trial), milliseconds(row), row))
     found.sort(key=lambda each: each[:-1])
-    return [row | {"run": f", run {run + 1}" if len(runs[case]) > 1 else ""} for _, case, run, _, row in found]
+    return [
+        row | {"case": f"{case}, trial {number + 1}" if len(trials[case]) > 1 else case}
+        for _, case, number, _, row in found
+    ]
 
 
 def training(results: Results) -> list[str]:
     """Training steps."""
     cells = [
         (
-            row["name"] + row["run"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
+            row["case"], NAMES.get(row["provider"], row["provider"]), _number(row["p50_ms"]),
             _number(row["images_per_s"]), _times(row), _number(row["tflop_per_s"]),
             "" if not row.get("peak_bytes") else f"{row['peak_bytes'] / 1e9:.2f}",
         )
@@ -142,12 +145,9 @@ def training(results: Results) -> list[str]:
 def parameters(results: Results) -> list[str]:
     """Averages and optimizers."""
     cells = [
-        (
-            row["name"] + row["run"], row["provider"], _number(milliseconds(row)), f"{row['percent_of_copy']:.0f}%",
-            _times(row),
-        )
+        (row["case"], row["provider"], _number(milliseconds(row)), f"{row['percent_of_copy']:.0f}%", _times(row))
         for row in _rows(results, "parameters")
-    ]  # fmt: skip
+    ]
     return _table(("what, parameters, averages", "by", "ms, p50", "of a copy", "times as long as cmfast"), cells, 2)
 
 
@@ -155,7 +155,7 @@ def startup(results: Results) -> list[str]:
     """From nothing to the first images."""
     cells = [
         (
-            f"{row['network']}, batch {row['batch']}{row['run']}", NAMES.get(row["provider"], row["provider"]),
+            f"{row['network']}, batch {row['batch']}", NAMES.get(row["provider"], row["provider"]),
             _number(row["p50_ms"] / 1e3), _number(row["make_s"]), _number(row["call_s"]),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
         )
@@ -223,7 +223,7 @@ def losses(results: Results) -> list[str]:
 def perceptual(results: Results) -> list[str]:
     """The LPIPS loss with its gradient."""
     cells = [
-        (row["name"] + row["run"], NAMES.get(row["provider"], row["provider"]), _number(milliseconds(row)), _times(row))
+        (row["case"], NAMES.get(row["provider"], row["provider"]), _number(milliseconds(row)), _times(row))
         for row in _rows(results, "perceptual")
     ]
     return _table(("LPIPS, VGG-16, and its gradient", "by", "ms, p50", "times as long as cmfast"), cells, 2)

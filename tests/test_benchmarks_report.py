@@ -69,14 +69,19 @@ def test_comparisons(results):
     assert "not started for lack of time: sampling: batch 64" in lines
 
 
-def test_runs_of_one_case_are_told_apart(results):
-    """Times of two runs do not compare: each run's rows stand together, and say whose they are."""
-    results.append(result("sampling", [row("cmfast", 15.0, 1.0), row("openai_compile", 30.0, 2.0)]))
+@pytest.mark.parametrize("same_run", [False, True])
+def test_trials_of_one_case_are_told_apart(results, same_run):
+    """Times of two trials do not compare: each one's rows stand together, and say whose they are."""
+    more = [row("cmfast", 15.0, 1.0, trial=1), row("openai_compile", 30.0, 2.0, trial=1)]
+    if same_run:
+        results[0]["rows"] += more
+    else:
+        results.append(result("sampling", [each | {"trial": 0} for each in more]))
     lines = [line.split(" | ")[:3] for line in report.sampling(results)[2:]]
     once = "imagenet64, batch 1, multistep, 1 step"
-    second = [[f"| {once}, run 2", "**cmfast**", "15.0"]]
-    second += [[f"| {once}, run 2", "openai/consistency_models under `torch.compile`", "30.0"]]
-    assert [line[0] for line in lines[:6]] == [f"| {once}, run 1"] * 6
+    second = [[f"| {once}, trial 2", "**cmfast**", "15.0"]]
+    second += [[f"| {once}, trial 2", "openai/consistency_models under `torch.compile`", "30.0"]]
+    assert [line[0] for line in lines[:6]] == [f"| {once}, trial 1"] * 6
     assert lines[6:] == [*second, ["| imagenet64, batch 4, multistep, 1 step", "openai/consistency_models", "20.0"]]
 
 

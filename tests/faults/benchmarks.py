@@ -21,8 +21,8 @@ FAULTS = {
         ("losses left out", "_compared(comparisons(results)), \"\"",
          "_compared(c for c in comparisons(results) if c.verdict != \"LOSS\"), \"\"",
          REPORT + "test_every_number_of_a_result_is_in_a_table"),
-        ("runs mixed up by time", "timed_by.index(number), milliseconds(row), row))", "0, milliseconds(row), row))",
-         REPORT + "test_runs_of_one_case_are_told_apart"),
+        ("trials mixed up by time", "of_case.index(trial), milliseconds(row), row))", "0, milliseconds(row), row))",
+         REPORT + "test_trials_of_one_case_are_told_apart[True]"),
     ],
     "benchmarks/kernels.py": [
         ("noise of any size", "if value.numel() > FEW and not 0.9 < ratio < 1.1:", "if False:",
