@@ -87,8 +87,9 @@ class FastPass:
         if self._plan is None:
             return False
         weight = self._plan.first.weight
-        on_cpu = self._pack and weight.device.type == "cpu" and _has_onednn(self.dtype or weight.dtype)
-        self._compiled = on_cpu and any(map(winograd.wide, self._plan.convolutions()))
+        dtype = self.dtype or weight.dtype
+        on_cpu = self._pack and weight.device.type == "cpu" and _has_onednn(dtype)
+        self._compiled = on_cpu and dtype == winograd.DTYPE and any(map(winograd.wide, self._plan.convolutions()))
         return self._compiled
 
     def run(self, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
@@ -124,7 +125,10 @@ _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark o
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    """Whether oneDNN does a CPU's convolutions in this dtype, and takes weights in its own layout."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FastUNet(UNetModel):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 #: Fewest channels, and multiplications of an ordinary convolution, that pay for the transforms.
 LEAST_CHANNELS = 128
 LEAST_WORK = 75_000_000
+#: What it is done in: bfloat16 has no digits to spare for the transforms.
+DTYPE = torch.float32
 #: What the number of channels must be divisible by: the widest vector.
 VECTOR = 16
 #: Elements of a strip's transformed input, at most, where a row of tiles is no more.
@@ -43,7 +45,7 @@ def wide(conv: nn.Conv2d) -> bool:
 def fits(conv: nn.Conv2d, h: Tensor) -> bool:
     """Whether the convolution of h [B, C, H, W] can be done so, and gains by it."""
     work = 9 * conv.in_channels * conv.out_channels * (h.numel() // h.shape[1])
-    return wide(conv) and work >= LEAST_WORK and not any(size % 2 for size in h.shape[2:])
+    return h.dtype == DTYPE and wide(conv) and work >= LEAST_WORK and not any(size % 2 for size in h.shape[2:])
 
 
 def transform(weight: Tensor) -> Tensor:

@@ -151,6 +151,12 @@ FAST_WINOGRAD = [
     ("no zeros around", "        edge.zero_()", "        edge.fill_(1.0)", _WINOGRAD_STRIP),
     ("residual of another strip", "added[place])", "added[:samples, : 2 * rows])", _WINOGRAD_STRIP),
     (
+        "bfloat16 transformed",
+        "return h.dtype == DTYPE and wide(conv)",
+        "return wide(conv)",
+        _FAST + "weights_are_packed_in_bfloat16[False]",
+    ),
+    (
         "odd sizes",
         "and not any(size % 2 for size in h.shape[2:])",
         "",
@@ -210,7 +216,19 @@ FAST_NETWORK = [
         "if False and torch.is_autocast_enabled",
         _FAST + "autocast_is_the_dtype[published]",
     ),
-    ("float64 packed", "return dtype == torch.float32 and", "return", _FAST + "float64"),
+    ("float64 packed", "return dtype == torch.float32 or (", "return True or (", _FAST + "float64"),
+    (
+        "bfloat16 is not packed",
+        " or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())",
+        "",
+        _FAST + "weights_are_packed_in_bfloat16[True]",
+    ),
+    (
+        "bfloat16 compiled in parts",
+        "on_cpu and dtype == winograd.DTYPE and any",
+        "on_cpu and any",
+        _FAST + "parts_are_compiled",
+    ),
 ]
 
 FAST_DIFFUSERS = [
