@@ -27,6 +27,7 @@ CHOICES = (
     Choice("batch 4 for 1", "sampling", ("batch 1,", "cmfast"), ("batch 4,", "cmfast")),
     Choice("batch 64 for 1", "sampling", ("batch 1,", "cmfast"), ("batch 64,", "cmfast")),
     Choice("`compile=True`", "sampling", ("", "cmfast"), ("", "cmfast_compile")),
+    Choice("bfloat16 for float32", "sampling", ("1 step", "cmfast"), ("1 step, bfloat16", "cmfast")),
     Choice("channels_last, plain PyTorch", "sampling", ("", "reference"), ("", "reference_channels_last")),
     Choice("weights packed, convolutions alone", "sampling", ("", "convolutions_unpacked"), ("", "convolutions")),
     Choice("bfloat16 for float32", "training", ("float32", "cmfast"), ("bfloat16", "cmfast")),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmfast import Denoiser, Sampler, ops, reference
-from cmfast.benchmarks import networks
+from cmfast.benchmarks import networks, timing
 from cmfast.benchmarks.convolutions import Convolutions
 from cmfast.benchmarks.original import Missing, original_unet
 
@@ -30,12 +30,16 @@ FORWARD = "forward"
 
 @dataclass(frozen=True)
 class Trial:
-    """Providers that are timed in turn, on one batch size and one way of sampling."""
+    """Providers that are timed in turn, on one batch size and one way of sampling.
+
+    dtype: of the network; none: float32 on a CPU, bfloat16 on a GPU.
+    """
 
     batch: int
     providers: tuple[str, ...]
     sampler: str = "multistep"
     steps: int = 1
+    dtype: str = ""
 
     def __str__(self) -> str:
         """
@@ -52,12 +56,12 @@ class Trial:
     @property
     def name(self) -> str:
         """
-        >>> Trial(1, (), sampler="forward").name
-        'batch 1, forward'
+        >>> Trial(1, (), sampler="forward").name, Trial(1, (), dtype="bfloat16").name
+        ('batch 1, forward', 'batch 1, multistep, 1 step, bfloat16')
         """
         plural = "" if self.steps == 1 else "s"
         steps = "" if self.sampler == FORWARD else f", {self.steps} step{plural}"
-        return f"batch {self.batch}, {self.sampler}{steps}"
+        return f"batch {self.batch}, {self.sampler}{steps}{self.dtype and ', ' + self.dtype}"
 
 
 class Models:
@@ -306,6 +310,8 @@ def trials(device_type: str, batches: list[int], compile: bool, quick: bool = Fa
     return [
         *(Trial(b, fast) for b in batches),
         *(Trial(b, slow) for b in batches if compile),
+        # The original computes in float32 or float16, which CPUs seldom have.
+        *(Trial(b, (*plain, "diffusers", "cmfast"), dtype="bfloat16") for b in batches if timing.cpu_has_bfloat16()),
         *(Trial(b, ("reference", "openai", "diffusers", "cmfast"), steps=2) for b in batches[:1]),
         *(Trial(b, ("reference", "openai", "cmfast"), sampler=FORWARD) for b in batches[:1]),
     ]

@@ -199,11 +199,15 @@ def start(
     """What the result says of itself; and what measures a trial."""
     name, dtype = options.network, torch.bfloat16 if device.type == "cuda" else torch.float32
     alive = {str(b): forward_peak(name, b, dtype) for b in sorted({t.batch for t in chosen})}
-    models = Models(name, device, dtype, options.openai)
     budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
 
+    @functools.lru_cache(maxsize=1)
+    def models(dtype: torch.dtype) -> Models:
+        return Models(name, device, dtype, options.openai)
+
     def measured(trial: Trial, number: int) -> runs.Found:
-        return measure(models, trial, number, budget_s=budget_s, rounds=options.rounds)
+        of_trial = getattr(torch, trial.dtype) if trial.dtype else dtype
+        return measure(models(of_trial), trial, number, budget_s=budget_s, rounds=options.rounds)
 
     return {"network": name, "weight_bytes": weight_bytes(name, dtype), "liveness_bytes": alive}, measured
 

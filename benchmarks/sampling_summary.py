@@ -7,7 +7,6 @@ from typing import Any
 
 from cmfast.benchmarks import runs
 from cmfast.benchmarks.comparisons import TIE
-from cmfast.benchmarks.providers import Trial
 
 Row = dict[str, Any]
 
@@ -29,10 +28,6 @@ def line(trial: Any, found: dict[str, Any]) -> str:
     return runs.found_line(
         trial, found, [f"{row['provider']} {row['mode']} {row['p50_ms']:.2f} ms" for row in found["rows"]]
     )
-
-
-def _where(row: Row) -> str:
-    return Trial(row["batch"], (), row["sampler"], row["steps"]).name
 
 
 def _one_step(rows: list[Row]) -> list[Row]:
@@ -67,7 +62,7 @@ def _against(
     if not found:
         return [f"not measured: {ours} {what}"]
     return [
-        f"{'met' if ratio <= most else 'MISSED'}: {ours} {what}: {show(ratio)} ({_where(row)}, {row['mode']})"
+        f"{'met' if ratio <= most else 'MISSED'}: {ours} {what}: {show(ratio)} ({row['name']}, {row['mode']})"
         for row, ratio in found
     ]
 
@@ -129,7 +124,7 @@ def _table(rows: list[Row]) -> list[str]:
     lines = []
     for number in dict.fromkeys(row["trial"] for row in rows):
         trial = [row for row in rows if row["trial"] == number]
-        lines += ["", f"{_where(trial[0]):32} mode         p20 ms    p50 ms    p80 ms  images/s  first call s  "
+        lines += ["", f"{trial[0]['name']:42} mode         p20 ms    p50 ms    p80 ms  images/s  first call s  "
                       "peak GB  kernels"]
         for row in sorted(trial, key=lambda row: (row["mode"], row["p50_ms"])):
             rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.2f}"

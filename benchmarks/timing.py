@@ -224,9 +224,17 @@ def times_of(times: list[float], ours: list[float] | None) -> dict[str, float] |
 def rates(device: torch.device, quick: bool = False) -> dict[str, Any]:
     """What the device can do at most, now: a large copy, and by dtype a large matrix product (CPU: a convolution)."""
     what = "matrix product" if device.type == "cuda" else "3x3 convolution"
-    dtypes = (torch.float16, torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
+    if device.type == "cuda":
+        dtypes: tuple[torch.dtype, ...] = torch.float16, torch.bfloat16, torch.float32
+    else:
+        dtypes = (torch.float32, *([torch.bfloat16] if cpu_has_bfloat16() else []))
     matrix = {str(dtype).removeprefix("torch."): _matrix_rate(device, dtype, quick) for dtype in dtypes}
     return {"copy": copy_bandwidth(device, quick), "what": what, "matrix": matrix}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU convolves in bfloat16 by oneDNN, and so in less time than in float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, Any]:

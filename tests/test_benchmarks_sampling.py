@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmfast.benchmarks import gpu, networks, providers, sampling, sampling_summary
+from cmfast.benchmarks import choices, gpu, networks, providers, sampling, sampling_summary, timing
 from cmfast.benchmarks.convolutions import Convolutions, convolutions_of
 from cmfast.benchmarks.liveness import Liveness, forward_peak, weight_bytes
 from cmfast.benchmarks.original import _stand_ins, original_unet
@@ -175,6 +175,20 @@ def test_two_steps(tmp_path, checkout, monkeypatch):
     assert status == 1 and "a pixel is off" in result["failures"][0]["reason"]
 
 
+@pytest.mark.skipif(not timing.cpu_has_bfloat16(), reason="this CPU has no convolutions in bfloat16 from oneDNN")
+def test_another_dtype(tmp_path, monkeypatch):
+    """A trial's own dtype is that of its networks, yardsticks and share of the matrix rate; its name says so."""
+    trials = [providers.Trial(2, ("reference", "cmfast"), dtype=dtype) for dtype in ("", "bfloat16")]
+    monkeypatch.setattr(sampling, "trials", lambda *arguments: trials)
+    status, result = recorded(tmp_path)
+    assert status == 0, result["failures"]
+    assert [row["dtype"] for row in result["rows"]] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert [row["name"].endswith(", bfloat16") for row in result["rows"]] == [False] * 2 + [True] * 2
+    assert all(row["percent_of_matrix"] for row in result["rows"])
+    (choice,) = [pair for pair in choices.pairs([result]) if pair[0].setting == "bfloat16 for float32"]
+    assert [each["trial"] for each in choice[1:]] == [0, 1]
+
+
 def test_time_limit_is_recorded(tmp_path):
     status, result = recorded(tmp_path, "--seconds", "0", "--compile", "--batches", "1,2")
     assert status == 0 and result["truncated"] and not result["rows"]
@@ -301,8 +315,9 @@ def test_stand_ins():
 
 def row(provider, batch=1, mode="latency", p50=1.0, trial=0, **more):
     return {
-        "trial": trial, "batch": batch, "sampler": "multistep", "steps": 1, "provider": provider, "mode": mode,
-        "p50_ms": p50, "times_cmfast": None, "images_per_s": 1e3 * batch / p50, **more,
+        "name": f"batch {batch}, multistep, 1 step", "trial": trial, "batch": batch, "sampler": "multistep", "steps": 1,
+        "provider": provider, "mode": mode, "p50_ms": p50, "times_cmfast": None, "images_per_s": 1e3 * batch / p50,
+        **more,
     }  # fmt: skip
 
 
