@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.benchmarks.comparisons import case_of, comparisons, milliseconds
+from cmfast.benchmarks.providers import Trial
 
 Results = list[dict[str, Any]]
 #: One colour for each provider in every plot.
@@ -60,8 +61,7 @@ def latency(figure: Any, results: Results) -> bool:
     lines: dict[str, dict[int, float]] = {}
     for result in results:
         for row in result["rows"] if result["suite"] == "sampling" and result["network"] == "imagenet64" else ():
-            one_step = (row["sampler"], row["steps"], row["mode"]) == ("multistep", 1, "latency")
-            one_step &= "bfloat16" not in row["name"]  # as another choice of dtype is
+            one_step = (row["name"], row["mode"]) == (Trial(row["batch"], ()).name, "latency")
             if one_step and row["provider"] in COLOURS:
                 line = lines.setdefault(row["provider"], {})
                 line[row["batch"]] = min(milliseconds(row), line.get(row["batch"], float("inf")))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cmfast import Denoiser, Sampler, ops, reference
-from cmfast.benchmarks import networks, timing
+from cmfast.benchmarks import networks
 from cmfast.benchmarks.convolutions import Convolutions
 from cmfast.benchmarks.original import Missing, original_unet
+from cmfast.fast.network import has_onednn
 
 #: What diffusers' documentation recommends for the most speed; it includes CUDA graphs on a GPU.
 MAX_AUTOTUNE = {"mode": "max-autotune", "dynamic": False}
@@ -311,7 +312,7 @@ def trials(device_type: str, batches: list[int], compile: bool, quick: bool = Fa
         *(Trial(b, fast) for b in batches),
         *(Trial(b, slow) for b in batches if compile),
         # The original computes in float32 or float16, which CPUs seldom have.
-        *(Trial(b, (*plain, "diffusers", "cmfast"), dtype="bfloat16") for b in batches if timing.cpu_has_bfloat16()),
+        *(Trial(b, (*plain, "diffusers", "cmfast"), dtype="bfloat16") for b in batches if has_onednn(torch.bfloat16)),
         *(Trial(b, ("reference", "openai", "diffusers", "cmfast"), steps=2) for b in batches[:1]),
         *(Trial(b, ("reference", "openai", "cmfast"), sampler=FORWARD) for b in batches[:1]),
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cmfast.benchmarks.cases import Case, Inputs, run
+from cmfast.fast.network import has_onednn
 
 #: Seconds that one slice, the calls of one provider between two clock readings, is made to last.
 SLICE_S = 2e-3
@@ -227,14 +228,9 @@ def rates(device: torch.device, quick: bool = False) -> dict[str, Any]:
     if device.type == "cuda":
         dtypes: tuple[torch.dtype, ...] = torch.float16, torch.bfloat16, torch.float32
     else:
-        dtypes = (torch.float32, *([torch.bfloat16] if cpu_has_bfloat16() else []))
+        dtypes = (torch.float32, *([torch.bfloat16] if has_onednn(torch.bfloat16) else []))
     matrix = {str(dtype).removeprefix("torch."): _matrix_rate(device, dtype, quick) for dtype in dtypes}
     return {"copy": copy_bandwidth(device, quick), "what": what, "matrix": matrix}
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU convolves in bfloat16 by oneDNN, and so in less time than in float32."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, Any]:

@@ -162,9 +162,16 @@ def test_latency_against_batch(results, tmp_path):
     pytest.importorskip("matplotlib")
     from cmfast.benchmarks import plots
 
+    name = "batch 4, multistep, 1 step"
     for provider in ("cmfast", "openai"):
-        results[0]["rows"].append(row(provider, 30.0) | {"batch": 4})
+        results[0]["rows"].append(row(provider, 30.0, name=name, batch=4))
+    # Of another dtype, and faster: no point of these lines.
+    results[0]["rows"].append(row("cmfast", 5.0, name=f"{name}, bfloat16", batch=4))
     assert tmp_path / "latency-slow.png" in plots.draw({"slow": results}, tmp_path)
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    assert plots.latency(figure, results)
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["cmfast"] == [10.0, 30.0]
 
 
 def test_what_is_no_result(folder):

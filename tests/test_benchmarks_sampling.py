@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmfast.benchmarks import choices, gpu, networks, providers, sampling, sampling_summary, timing
+from cmfast.benchmarks import choices, gpu, networks, providers, sampling, sampling_summary
 from cmfast.benchmarks.convolutions import Convolutions, convolutions_of
 from cmfast.benchmarks.liveness import Liveness, forward_peak, weight_bytes
 from cmfast.benchmarks.original import _stand_ins, original_unet
+from cmfast.fast.network import has_onednn
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -175,7 +176,7 @@ def test_two_steps(tmp_path, checkout, monkeypatch):
     assert status == 1 and "a pixel is off" in result["failures"][0]["reason"]
 
 
-@pytest.mark.skipif(not timing.cpu_has_bfloat16(), reason="this CPU has no convolutions in bfloat16 from oneDNN")
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="this CPU has no convolutions in bfloat16 from oneDNN")
 def test_another_dtype(tmp_path, monkeypatch):
     """A trial's own dtype is that of its networks, yardsticks and share of the matrix rate; its name says so."""
     trials = [providers.Trial(2, ("reference", "cmfast"), dtype=dtype) for dtype in ("", "bfloat16")]

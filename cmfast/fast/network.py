@@ -88,7 +88,7 @@ class FastPass:
             return False
         weight = self._plan.first.weight
         dtype = self.dtype or weight.dtype
-        on_cpu = self._pack and weight.device.type == "cpu" and _has_onednn(dtype)
+        on_cpu = self._pack and weight.device.type == "cpu" and has_onednn(dtype)
         self._compiled = on_cpu and dtype == winograd.DTYPE and any(map(winograd.wide, self._plan.convolutions()))
         return self._compiled
 
@@ -106,7 +106,7 @@ class FastPass:
             emb = embed()
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
             # Asked last of oneDNN, which Dynamo does not trace.
-            packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and _has_onednn(dtype)
+            packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and has_onednn(dtype)
             options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
             return Forward(self._plan, weights, dtype, **options)(x, emb)
 
@@ -124,11 +124,12 @@ def _serves(number: int) -> bool:
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
-def _has_onednn(dtype: torch.dtype) -> bool:
+def has_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN does a CPU's convolutions in this dtype, and takes weights in its own layout."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    there = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    if dtype == torch.bfloat16:
+        return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return there and dtype == torch.float32
 
 
 class FastUNet(UNetModel):

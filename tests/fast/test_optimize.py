@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast.fast import FastUNet, Refused, optimize, refusal, weights, winograd
+from cmfast.fast.network import has_onednn
 from cmfast.tolerances import FAST_VALUE, FLOOR, GOLDEN_FULL_SIZE_FAST
 from cmfast.unet import UNetModel
 from tests.golden_utils import imagenet64_input, load, relative_error, small_unet, unet_arguments, unet_weights
@@ -315,8 +316,7 @@ def test_changes_are_seen(change, dtype, side):
 
 
 def test_refresh():
-    """A write through `.data` shows no change; what is made again is in the memory it was in, unless it
-    is packed."""
+    """A write through `.data` shows no change; what is made again, not packed, is in the memory it was in."""
     model = small_unet(model_channels=64).eval()
     fast = optimize(model, torch.bfloat16, pack=False)
     args = inputs(model)
@@ -522,9 +522,7 @@ def test_weights_that_are_not_kept_packed():
     assert not fast.compile_parts()
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no convolutions in bfloat16 from oneDNN"
-)
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="this CPU has no convolutions in bfloat16 from oneDNN")
 @pytest.mark.parametrize("of_weights", [False, True])
 def test_weights_are_packed_in_bfloat16(of_weights):
     """Whether the weights are in it or not; Winograd's transforms are not for it. `test_outputs` has the numbers."""

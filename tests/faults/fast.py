@@ -216,11 +216,11 @@ FAST_NETWORK = [
         "if False and torch.is_autocast_enabled",
         _FAST + "autocast_is_the_dtype[published]",
     ),
-    ("float64 packed", "return dtype == torch.float32 or (", "return True or (", _FAST + "float64"),
+    ("float64 packed", "return there and dtype == torch.float32", "return there", _FAST + "float64"),
     (
         "bfloat16 is not packed",
-        " or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())",
-        "",
+        "return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())",
+        "return False",
         _FAST + "weights_are_packed_in_bfloat16[True]",
     ),
     (
