@@ -28,7 +28,7 @@ from cmfast.kernels.group_norm_tiles import (
     over_group,
     part_tile,
     room,
-    sigmoid,
+    sigmoid_and_rest,
     slab_tile,
     tile_jit,
     tile_offsets,
@@ -63,8 +63,8 @@ def _load_slopes(
         )
     if SILU:
         z = xhat * gain[None, :] + offset[None, :]
-        s = sigmoid(z)
-        dz *= s * (1.0 + z * (1.0 - s))
+        s, rest = sigmoid_and_rest(z)
+        dz *= s * (1.0 + z * rest)
     return dz, xhat
 
 

@@ -102,14 +102,24 @@ def load_affine(
 
 
 @triton.jit
-def sigmoid(z):
-    """1 / (1 + e^-z) to a few units in the last place: by the hardware's exponential, and three Newton steps to the
-    reciprocal, which have no slow path to branch to."""
-    d = 1.0 + tl.exp(-tl.maximum(z, -80.0))
+def sigmoid_and_rest(z):
+    """s = 1 / (1 + e^-z) and 1 - s = e^-z s, each to a few units in its last place: by the hardware's exponential, and
+    three Newton steps to the reciprocal, which have no slow path to branch to. Of a difference 1 - s with s near 1 only
+    roundings would be left, and SiLU's slope takes it times z."""
+    e = tl.exp(-tl.maximum(z, -80.0))
+    d = 1.0 + e
     r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     r = r * (2.0 - d * r)
     r = r * (2.0 - d * r)
-    return r * (2.0 - d * r)
+    r = r * (2.0 - d * r)
+    return r, e * r
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + e^-z)."""
+    s, _ = sigmoid_and_rest(z)
+    return s
 
 
 @triton.jit

@@ -322,7 +322,9 @@ NORM = [
 ]  # fmt: skip
 
 NORM_BWD = [
-    ("slope of SiLU without its second part", "dz *= s * (1.0 + z * (1.0 - s))", "dz *= s", norm("plain")),
+    ("slope of SiLU without its second part", "dz *= s * (1.0 + z * rest)", "dz *= s", norm("plain")),
+    ("1 - sigmoid as a difference", "z * rest)", "z * (1.0 - s))",
+     T_NORM + "test_slope_far_from_zero[one launch-30.0-contiguous]"),
     ("dropout forgotten in the backward pass", "    if DROPOUT:\n        dz *= kept(",
      "    if False:\n        dz *= kept(", norm("dropout")),
     ("gradient of the scale without the bias", "weight * s_2 + bias * s_1", "weight * s_2", norm("film")),

@@ -201,11 +201,21 @@ def test_a_residual_in_another_layout(way, device):
 
 
 @layouts
+@pytest.mark.parametrize("level", [-30.0, -8.0, 8.0, 11.0, 30.0])
+def test_slope_far_from_zero(level, last, way, device):
+    """There SiLU's slope is 0 or 1 but for z (1 - sigmoid(z)), of which a difference to 1 would leave roundings."""
+    norm = make(*ODD, "film", last=last, device=device)
+    check_path(Norm({**norm.tensors, "shift": norm.tensors["shift"] + level}, ODD[1], {}), "triton")
+
+
+@layouts
 def test_rows_of_a_projection_are_not_copied(last, way, launches, device):
     """Halves of a larger tensor, and rows that are one row: by their stride."""
     norm = make((3, 12, 4, 5), 2, "film", last=last, device=device)
-    projection = torch.randn(3, 100, device=device)
-    views = {"scale": projection[:, 7:19], "shift": torch.randn(1, 12, device=device).expand(3, 12)}
+    generator = torch.Generator().manual_seed(1)
+    projection = torch.randn(3, 100, generator=generator).to(device)
+    shift = torch.randn(1, 12, generator=generator).to(device)
+    views = {"scale": projection[:, 7:19], "shift": shift.expand(3, 12)}
     norm = Norm({**norm.tensors, **views}, 2, {})
     launches.clear()
     norm.run("triton")
