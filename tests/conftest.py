@@ -1,7 +1,12 @@
-"""For all tests: Triton's interpreter as it should be; tests come before doctests; what was counted or measured ends
-pytest's report."""
+"""For all tests: Triton's interpreter as it should be; a test draws the same wherever it runs; tests come before
+doctests; what was counted or measured ends pytest's report."""
 
+import random
+import zlib
+
+import numpy as np
 import pytest
+import torch
 from _pytest.doctest import DoctestModule
 
 from cmfast.ops import _dispatch
@@ -12,6 +17,15 @@ if _dispatch.INTERPRETING:
     patch()
 
 COUNTED = "counted"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Generators of the process by the test's name, so that its numbers do not hang on what ran before it."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture

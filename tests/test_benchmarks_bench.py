@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmfast import cli
-from cmfast.benchmarks import bench, profile, providers, startup, steps, timing
+from cmfast.benchmarks import bench, profile, providers, report, startup, steps, timing
 from cmfast.benchmarks.suites import SUITES
 
 RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
@@ -124,6 +124,25 @@ def test_gaps():
     assert found["idle_us"] == 9 and [gap["us"] for gap in found["gaps"]] == [7, 2]
     assert found["gaps"][1] == {"us": 2, "after": "a", "before": "c"}
     assert found["kernels"][0] == {"name": "a", "calls": 2, "us": 11, "share": 0.7857}
+
+
+def test_rows_say_of_which_trial_they_are(tmp_path, monkeypatch, capsys):
+    """cmfast is in each of several trials of one case, and only those of one trial were taken in turn."""
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    trials = [startup.Trial("tiny", 1, (name, "cmfast")) for name in ("reference", "openai")]
+    monkeypatch.setattr(startup, "child", lambda trial, *rest: {
+        "first_images_s": 1.0, "import_s": 0.9, "make_s": 0.1, "call_s": 0.05, "dtype": "float32",
+        "peak_bytes": None, "weight_bytes": 8, "note": None,
+    })  # fmt: skip
+    suite = dataclasses.replace(startup.SUITE, trials=lambda *arguments: trials)
+    assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--rounds", "1"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [(row["trial"], row["provider"]) for row in result["rows"]] == [
+        (0, "reference"), (0, "cmfast"), (1, "openai"), (1, "cmfast"),
+    ]  # fmt: skip
+    cases = [line.split("|")[1].strip() for line in report.startup([result])[2:]]
+    assert sorted(cases) == [f"tiny, batch 1, first images, trial {n}" for n in (1, 1, 2, 2)]
 
 
 def test_what_would_be_cut_off_is_not_started(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,8 @@ import torch
 import cmfast
 from cmfast.fast import Refused, optimize, refusal
 from cmfast.tolerances import FLOOR
-from tests.fast.test_optimize import Lora, changed_in_place, check
+from tests.fast.networks import check
+from tests.fast.test_changes import Lora, changed_in_place
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -4,7 +4,7 @@ import torch
 
 from cmfast import ops
 from cmfast.fast import optimize
-from tests.fast.test_optimize import inputs
+from tests.fast.networks import inputs
 from tests.golden_utils import small_unet
 
 

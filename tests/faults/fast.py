@@ -2,6 +2,8 @@
 
 
 _FAST = "tests/fast/test_optimize.py::test_"
+_CHANGES = "tests/fast/test_changes.py::test_"
+_PACKING = "tests/fast/test_packing.py::test_"
 _WINOGRAD_STRIP = "tests/fast/test_winograd.py::test_every_strip[(3, 64, 6, 10)-strip5000]"
 _FAST_OUTPUT = _FAST + "outputs[{}-8-torch.float32]"
 
@@ -17,7 +19,7 @@ FAST_PLAN = [
         "a subclass passes",
         "if type(module) not in kinds:",
         "if not isinstance(module, kinds):",
-        _FAST + "a_parametrised_weight_is_used",
+        _CHANGES + "a_parametrised_weight_is_used",
     ),
     ("parts with a pass of their own", 'if "forward" in vars(module):', 'if "pass" in vars(module):', _FAST + "errors"),
     ("down for up", 'return Resample("up", conv)', 'return Resample("down", conv)', _FAST_OUTPUT.format("resampling")),
@@ -49,14 +51,15 @@ FAST_FORWARD = [
         '"eps": 10 * norm.eps',
         "tests/fast/test_diffusers.py::test_outputs[other groups-torch.float32]",
     ),
-    ("dropout in evaluation", "return dropout.training and dropout.p > 0", "return dropout.p > 0", _FAST + "dropout"),
+    ("dropout in evaluation", "return dropout.training and dropout.p > 0", "return dropout.p > 0",
+     _CHANGES + "dropout"),
     (
         "one mask for all",
         "self._draw._replace(draw=self._draw.draw + 1)",
         "self._draw._replace(draw=0)",
         "tests/fast/test_masks.py::test_masks_differ_from_layer_to_layer",
     ),
-    ("another mask when recomputing", "            self._draw = draw\n", "            pass\n", _FAST + "dropout"),
+    ("another mask when recomputing", "            self._draw = draw\n", "            pass\n", _CHANGES + "dropout"),
     (
         "bias twice",
         "return Sum(self.convolve(h, conv, bias=False), residual",
@@ -106,35 +109,35 @@ FAST_WEIGHTS = [
         "old weights",
         "        if self.outdated:\n            self.make_again()",
         "",
-        _FAST + "changes_are_seen[model-None-changed_in_place]",
+        _CHANGES + "changes_are_seen[model-None-changed_in_place]",
     ),
     (
         "versions are not looked at",
         "0 if p.is_inference() else p._version",
         "0",
-        _FAST + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
+        _CHANGES + "changes_are_seen[model-torch.bfloat16-changed_in_place]",
     ),
     ("packed again at every other batch size", "packs[shape] = kept", "packs = {shape: kept}",
-     _FAST + "another_batch_size"),
-    ("a copy for each batch size", "if _layout(other.value) == layout", "if False", _FAST + "another_batch_size"),
+     _PACKING + "another_batch_size"),
+    ("a copy for each batch size", "if _layout(other.value) == layout", "if False", _PACKING + "another_batch_size"),
     ("the layout of another shape", "if _layout(other.value) == layout", "if True",
-     _FAST + "layouts_that_differ_are_kept_apart"),
+     _PACKING + "layouts_that_differ_are_kept_apart"),
     ("all layouts kept", "if kept not in layouts and len(layouts) >= LAYOUTS:", "if False:",
-     _FAST + "layouts_that_differ_are_kept_apart"),
-    ("all shapes kept", "if len(packs) >= SHAPES:", "if False:", _FAST + "few_shapes_are_known"),
-    ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _FAST + "refresh"),
-    ("force is nothing", "if force or kept.outdated", "if kept.outdated", _FAST + "refresh"),
+     _PACKING + "layouts_that_differ_are_kept_apart"),
+    ("all shapes kept", "if len(packs) >= SHAPES:", "if False:", _PACKING + "few_shapes_are_known"),
+    ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _CHANGES + "refresh"),
+    ("force is nothing", "if force or kept.outdated", "if kept.outdated", _CHANGES + "refresh"),
     (
         "tensors of inference mode",
         "torch.inference_mode(False), torch.no_grad()",
         "torch.no_grad()",
-        _FAST + "inference_mode",
+        _CHANGES + "inference_mode",
     ),
     (
         "a copy for nothing",
         "and parameter.is_contiguous(memory_format=torch.channels_last):",
         "and False:",
-        _FAST + "weights_of_the_right_kind_are_not_copied",
+        _PACKING + "weights_of_the_right_kind_are_not_copied",
     ),
 ]
 
@@ -154,7 +157,7 @@ FAST_WINOGRAD = [
         "bfloat16 transformed",
         "return h.dtype == DTYPE and wide(conv)",
         "return wide(conv)",
-        _FAST + "weights_are_packed_in_bfloat16[False]",
+        _PACKING + "weights_are_packed_in_bfloat16[False]",
     ),
     (
         "odd sizes",
@@ -189,7 +192,7 @@ FAST_NETWORK = [
         "return True",
         _FAST + "compiling_sees_what_changed_before",
     ),
-    ("changes of structure", "is Change.STRUCTURE:", "is None:", _FAST + "a_lora_is_called"),
+    ("changes of structure", "is Change.STRUCTURE:", "is None:", _CHANGES + "a_lora_is_called"),
     (
         "a plan half made",
         "        with _looking:\n            if self._watch is None:",
@@ -202,8 +205,9 @@ FAST_NETWORK = [
         "            self._weights.clear()\n            self._stale = False\n",
         "tests/test_engine_failures.py::test_a_plan_that_cannot_be_made",
     ),
-    ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason", _FAST + "a_hook_is_called"),
-    ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _FAST + "a_hook_is_called"),
+    ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason",
+     _CHANGES + "a_hook_is_called"),
+    ("its own hooks count", "hooked(root=False)  # type", "hooked()  # type", _CHANGES + "a_hook_is_called"),
     (
         "packed where gradients flow",
         "packed = not (waits or differentiable)",
@@ -221,13 +225,13 @@ FAST_NETWORK = [
         "bfloat16 is not packed",
         "return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())",
         "return False",
-        _FAST + "weights_are_packed_in_bfloat16[True]",
+        _PACKING + "weights_are_packed_in_bfloat16[True]",
     ),
     (
         "bfloat16 compiled in parts",
         "on_cpu and dtype == winograd.DTYPE and any",
         "on_cpu and any",
-        _FAST + "parts_are_compiled",
+        _PACKING + "parts_are_compiled",
     ),
 ]
 

@@ -12,7 +12,7 @@ from cmfast.fast import optimize
 from cmfast.ops import _dispatch
 from cmfast.tolerances import FLOOR
 from cmfast.unet import UNetModel
-from tests.fast.test_optimize import check, inputs, run
+from tests.fast.networks import check, inputs, run
 from tests.golden_utils import load, small_unet, unet_arguments
 
 CASES = {
