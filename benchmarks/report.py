@@ -155,13 +155,13 @@ def startup(results: Results) -> list[str]:
     """From nothing to the first images."""
     cells = [
         (
-            f"{row['network']}, batch {row['batch']}", NAMES.get(row["provider"], row["provider"]),
+            row["case"], NAMES.get(row["provider"], row["provider"]),
             _number(row["p50_ms"] / 1e3), _number(row["make_s"]), _number(row["call_s"]),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
         )
         for row in _rows(results, "startup")
     ]  # fmt: skip
-    head = ("network", "by", "s to the first images", "of which after imports", "s for the next", "peak GB")
+    head = ("case", "by", "s to the first images", "of which after imports", "s for the next", "peak GB")
     return _table(head, cells, 2)
 
 

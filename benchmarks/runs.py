@@ -36,7 +36,7 @@ class Trial(Protocol):
         """Who does it."""
 
 
-#: Measures a trial, given its number.
+#: Measures a trial, given its number, which its rows get here.
 Measure = Callable[[Any, int], Found]
 
 
@@ -159,7 +159,7 @@ class Suite:
                     record.write()
                     raise  # The device is lost to this process.
             longest = max(longest, time.perf_counter() - start)
-            result["rows"] += [rated({"name": trial.name, **row}, result["rates"][0]) for row in found["rows"]]
+            result["rows"] += [rated({"name": trial.name, "trial": i, **row}, result["rates"][0]) for row in found["rows"]]
             result["failures"] += found["failures"]
             result["missing"] |= found["missing"]
             record.write()

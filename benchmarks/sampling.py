@@ -111,7 +111,7 @@ def slices(contenders: list[Contender], device: torch.device) -> dict[str, Calla
     return found
 
 
-def measure(models: Models, trial: Trial, number: int, *, budget_s: float, rounds: int) -> dict[str, Any]:
+def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> dict[str, Any]:
     """Rows, failures and missing providers of one trial."""
     # Each trial is compiled anew, and Dynamo gives up after a few versions of one function.
     torch._dynamo.reset()
@@ -144,7 +144,6 @@ def measure(models: Models, trial: Trial, number: int, *, budget_s: float, round
         statistics = timing.statistics_ms(times)
         alone = name.startswith("convolutions")
         found["rows"].append({
-            "trial": number,
             "network": models.name,
             "batch": trial.batch,
             "sampler": trial.sampler,
@@ -207,7 +206,7 @@ def start(
 
     def measured(trial: Trial, number: int) -> runs.Found:
         of_trial = getattr(torch, trial.dtype) if trial.dtype else dtype
-        return measure(models(of_trial), trial, number, budget_s=budget_s, rounds=options.rounds)
+        return measure(models(of_trial), trial, budget_s=budget_s, rounds=options.rounds)
 
     return {"network": name, "weight_bytes": weight_bytes(name, dtype), "liveness_bytes": alive}, measured
 

@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.network}, batch {self.batch}, from the start of a process to the first images"
+        return f"{self.network}, batch {self.batch}, first images"
 
     def __str__(self) -> str:
         return f"{self.name}: {', '.join(self.providers)}"

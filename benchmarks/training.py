@@ -88,7 +88,7 @@ def slices(contenders: list[Contender], device: torch.device) -> dict[str, Calla
     return found
 
 
-def measure(gate: Gate, trial: Trial, number: int, *, budget_s: float, rounds: int) -> runs.Found:
+def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.Found:
     """Rows, failures and missing providers of one trial."""
     # Each trial is compiled anew, and Dynamo gives up after a few versions of one function.
     torch._dynamo.reset()
@@ -126,7 +126,6 @@ def measure(gate: Gate, trial: Trial, number: int, *, budget_s: float, rounds: i
             continue
         statistics = timing.statistics_ms(times)
         row = {
-            "trial": number,
             **{field: getattr(trial, field) for field in ("network", "batch", "recipe", "loss_norm", "dtype")},
             "provider": contender.name,
             **statistics,
@@ -171,7 +170,7 @@ def start(
             kept[trial.setting] = Gate(Start(trial, device, options.openai))
         gate = kept[trial.setting]
         gate.start.trial = trial
-        return measure(gate, trial, number, budget_s=budget_s, rounds=options.rounds)
+        return measure(gate, trial, budget_s=budget_s, rounds=options.rounds)
 
     return {}, measured
 
