@@ -159,7 +159,8 @@ class Suite:
                     record.write()
                     raise  # The device is lost to this process.
             longest = max(longest, time.perf_counter() - start)
-            result["rows"] += [rated({"name": trial.name, "trial": i, **row}, result["rates"][0]) for row in found["rows"]]
+            known = {"name": trial.name, "trial": i}
+            result["rows"] += [rated(known | row, result["rates"][0]) for row in found["rows"]]
             result["failures"] += found["failures"]
             result["missing"] |= found["missing"]
             record.write()
