@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmfast import checkpoint, data, losses, ops
 from cmfast.denoiser import Denoiser
+from cmfast.noise import OTHERS_DRAW
 from cmfast.objectives import EDM, Objective, Stage
 from cmfast.precondition import Preconditioner
 from cmfast.ranks import Ranks
@@ -44,8 +45,6 @@ MNIST_GUIDANCE = 0.4
 #: Levels of the grid that the distillation steps along, in its first half and in its second: few first, because
 #: what the student learns at low noise has fewer levels to climb.
 MNIST_SCALES = (9, 17)
-#: The draw number of the other classes that guidance pushes away from.
-_OTHERS_DRAW = 0xFFFFFFFD
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def guided(teacher: Denoiser, weight: float, draw: ops.Draw) -> Callable[..., Te
     but a class that is not y has the same mean over draws up to the share of y.
     """
     classes = teacher.num_classes or 2
-    steps = 1 + ops.uniform_int(draw.seed, draw.index, classes - 1, draw=_OTHERS_DRAW)
+    steps = 1 + ops.uniform_int(draw.seed, draw.index, classes - 1, draw=OTHERS_DRAW)
 
     def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         others = (labels + steps) % classes

@@ -18,6 +18,9 @@ NoiseFn = Callable[[Tensor], Tensor]
 #: training count down from `cmfast.reference.LEVEL_DRAW`, and dropout's layers up from `cmfast.dropout.DROPOUT_DRAW`.
 LABEL_DRAW = 0xFFFFFFFF
 FLIP_DRAW = 0xFFFFFFFE
+#: The order of a training set in an epoch, which is the index; and the other class that guidance pushes away from.
+ORDER_DRAW = 0xC0000000
+OTHERS_DRAW = 0xC0000001
 
 
 class CounterNoise:

@@ -13,7 +13,7 @@ from cmfast import data, images, ops
 from cmfast.data import ImageData, open_data, to_unit
 from cmfast.data.arrays import _array, read_npz
 from cmfast.data.pixels import fit, fit_all
-from cmfast.noise import FLIP_DRAW
+from cmfast.noise import FLIP_DRAW, ORDER_DRAW
 from cmfast.tolerances import FLOOR
 
 
@@ -43,7 +43,8 @@ def test_order(size, batch_size):
         assert [len(part) for part in batch] == [batch_size] * 3
         for i in range(batch_size):
             position = step * batch_size + i
-            generator = torch.Generator().manual_seed((5 << 32) + position // size)
+            word = ops.uniform_int(5, torch.tensor([position // size]), 2**31, draw=ORDER_DRAW)
+            generator = torch.Generator().manual_seed(int(word))
             row = torch.randperm(size, generator=generator)[position % size]
             assert batch.index[i] == position and batch.labels[i] == row
             assert torch.equal(batch.images[i], source.images[row])
@@ -78,6 +79,13 @@ def test_flips_follow_from_the_position():
             assert torch.equal(image, expected.flip(2) if flip else expected)
         mirrored += int(flips.sum())
     assert 40 < mirrored < 80  # of 120
+
+
+def test_order_follows_from_the_whole_seed_and_the_epoch():
+    plain = ImageData(torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1))
+    orders = {tuple(batch.images.flatten().tolist())
+              for seed in (0, 1, 2, 2**32, 2**63, -1) for batch in take(plain, 3, 12, seed=seed)}  # fmt: skip
+    assert len(orders) == 18 and {tuple(sorted(order)) for order in orders} == {tuple(range(12))}
 
 
 def test_seeds_and_generators():

@@ -302,3 +302,14 @@ def test_the_changelog_is_of_this_version():
     assert entries and entries[0][0] == cmfast.__version__
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d|Unreleased", date) for _, date in entries)
     assert {"CHANGELOG.md", "docs/performance.md"} <= set(LINK.findall(page("README.md")))
+
+
+def test_draw_numbers_are_shared_out():
+    """Each use has words of its own, and stands in the table."""
+    text = (ROOT / "docs/mathematics.md").read_text()
+    numbers: dict[str, str] = {}
+    for path in sorted((ROOT / "cmfast").rglob("*.py")):
+        for name, number in re.findall(r"^(\w*DRAW) = (\w+)", path.read_text(), re.M):
+            assert numbers.setdefault(number, name) == name, f"{number} is {numbers[number]} and {name}"
+            assert re.search(rf"^\| {number}\b.*`cmfast\.[a-z.]*{name}`", text, re.M), f"{name} is not in the table"
+    assert len(numbers) >= 6

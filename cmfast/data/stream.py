@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops
-from cmfast.noise import FLIP_DRAW
+from cmfast.noise import FLIP_DRAW, ORDER_DRAW
 
 
 class Batch(NamedTuple):
@@ -124,7 +124,9 @@ def _draws(size: int, batch_size: int, start: int, stride: int, seed: int, flip:
         while position < start + batch_size:
             if position // size != epoch:
                 epoch = position // size
-                generator = torch.Generator().manual_seed(((seed << 32) + epoch) % 2**64)
+                # PyTorch's generator takes 32 bits of a seed: a word of both, as neither fits beside the other.
+                word = ops.uniform_int(seed, torch.tensor([epoch]), 2**31, draw=ORDER_DRAW)
+                generator = torch.Generator().manual_seed(int(word))
                 order = torch.randperm(size, generator=generator)
             offset = position % size
             rows.append(order[offset : offset + start + batch_size - position])
