@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmfast.benchmarks.cases import Case, Inputs, run
 from cmfast.fast.network import has_onednn
+from cmfast.graphs import CudaSpace
 
 #: Seconds that one slice, the calls of one provider between two clock readings, is made to last.
 SLICE_S = 2e-3
@@ -84,7 +85,7 @@ class Contender:
         self.case, self.function, self.context, self.sets = case, function, context, sets
         self.kept: list[list[Tensor] | None] = [None] * len(sets)
         self.position = 0
-        self.graph: Any = None
+        self.replay: Any = None
         self.graph_calls = 0
 
     def once(self, t: Inputs) -> list[Tensor]:
@@ -107,17 +108,18 @@ class Contender:
             for t in self.sets[:2]:
                 run(self.case, self.function, t)
         torch.cuda.current_stream().wait_stream(stream)
-        graph, self.graph_calls = torch.cuda.CUDAGraph(), min(most, len(self.sets))
-        with self.context(), torch.cuda.graph(graph):
-            self.kept = [run(self.case, self.function, t) for t in self.sets[: self.graph_calls]]
-        self.graph = graph
+        self.graph_calls = min(most, len(self.sets))
+        with self.context():
+            self.kept, self.replay = CudaSpace(torch.device("cuda", torch.cuda.current_device())).capture(
+                lambda: [run(self.case, self.function, t) for t in self.sets[: self.graph_calls]]
+            )
 
     def replays(self, count: int) -> None:
         for _ in range(count):
-            self.graph.replay()
+            self.replay()
 
     def release(self) -> None:
-        self.kept, self.graph, self.sets = [], None, []
+        self.kept, self.replay, self.sets = [], None, []
 
 
 def peak_bytes(contender: Contender, device: torch.device) -> int | None:

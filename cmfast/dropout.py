@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast import ops
+from cmfast.ops._dispatch import keeping_backend
 
 #: The draw number of a network's first layer that drops; the next layers count up. Noise counts up from 0, too.
 DROPOUT_DRAW = 0x80000000
@@ -115,8 +116,9 @@ def number(network: nn.Module) -> None:
 
 
 def kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that draws as now whenever it is called, for activations that the backward pass makes again."""
-    draw = _now.draw
+    """A function that draws as now whenever it is called, and on the backend of now, for activations that the backward
+    pass makes again."""
+    draw, function = _now.draw, keeping_backend(function)
     # Of what is compiled, the backward pass takes the draw that the forward pass was given.
     if draw is None or torch.compiler.is_compiling():
         return function

@@ -60,7 +60,7 @@ class Averages:
         self.schedules = [parse_rate(rate) for rate in rates]
         #: Updates so far, int64 on the device.
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._rates = torch.tensor([rate.constant or 0.0 for rate in self.schedules], dtype=torch.float64)
+        self._rates = torch.tensor([rate.constant or 0.0 for rate in self.schedules], dtype=torch.float64, device="cpu")
         self._rates = self._rates.to(self.device)
         for rate in self.schedules:
             if isinstance(rate, Given):

@@ -145,7 +145,8 @@ class Sampler:
         """
         channels, height, width = self.image_shape
         batches = [images for images, _ in self.stream(n, seed=seed, classes=classes, progress=progress)]
-        return torch.cat(batches) if batches else torch.empty(0, height, width, channels, dtype=torch.uint8)
+        nothing = torch.empty(0, height, width, channels, dtype=torch.uint8, device="cpu")
+        return torch.cat(batches) if batches else nothing
 
     def stream(
         self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
@@ -198,7 +199,7 @@ class Sampler:
                 raise ValueError("classes were given to an unconditional model: leave them out")
             return None
         if classes is None:
-            return counter_labels(seed, torch.arange(n), self.num_classes)
+            return counter_labels(seed, torch.arange(n, device="cpu"), self.num_classes)
         labels = torch.as_tensor(classes, dtype=torch.int64, device="cpu")
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,):

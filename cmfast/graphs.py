@@ -6,8 +6,8 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,14 @@ Values = dict[str, Value]
 #: A loop, from its tensors and numbers to its result.
 Loop = Callable[[dict[str, Any]], Tensor]
 
+T = TypeVar("T")
+
 #: Runs before a capture: kernels are compiled and chosen, and libraries take their workspaces.
 WARM_UPS = 2
 #: Only one capture at a time in a process: PyTorch's allocator knows no more.
 _capturing = fork_safe(threading.RLock())
+#: Graphs whose capture broke: PyTorch's allocators still know them by their addresses.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 class GraphError(Unavailable):
@@ -65,8 +69,8 @@ class CudaSpace:
         current.wait_stream(self.stream)
 
     def capture(
-        self, function: Callable[[], Tensor], generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, Callable[[], None]]:
+        self, function: Callable[[], T], generators: Sequence[torch.Generator] = ()
+    ) -> tuple[T, Callable[[], None]]:
         """The result, which every replay overwrites, and what replays."""
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
@@ -75,10 +79,29 @@ class CudaSpace:
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function()
+        except BaseException:
+            torch.cuda.set_stream(current)
+            _broken.append(graph)
+            self._mend(generators)
+            raise
         finally:
             # A capture that fails leaves its stream the current one.
             torch.cuda.set_stream(current)
         return result, graph.replay
+
+    def _mend(self, generators: Sequence[torch.Generator]) -> None:
+        """After a capture that broke: PyTorch ends the stream's part of it and then raises, so that its allocators and
+        generators go on as if in a capture, in which nothing can be captured, no memory be given back, and no number be
+        drawn. The first is ended here, the pool left alone, and a whole capture brings the generators back."""
+        with suppress(RuntimeError):  # It was ended, as what broke was no part of CUDA's.
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        place = torch.empty(1, device=self.device)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            place.zero_()
 
     def drain(self) -> None:
         """Wait until nothing runs: before graphs are thrown away."""

@@ -289,7 +289,9 @@ def _settings(device: torch.device) -> Hashable:
     return (
         device,
         ops.current_backend(),
-        torch.get_float32_matmul_precision(),
+        # What both of PyTorch's ways to allow TF32 set; the older of its questions fails where the newer way was taken.
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
     )

@@ -46,7 +46,7 @@ class _Copy:
     def __init__(self, x: Tensor, stream: torch.cuda.Stream | None) -> None:
         self.staged, self.stream = torch.empty_like(x), stream
         if stream is not None:
-            self.pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self.arrived = torch.cuda.Event()
             # Else this memory could be given away while the copy still reads it.
             self.staged.record_stream(stream)

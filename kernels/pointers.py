@@ -87,16 +87,24 @@ def tables(lists: list[list[Tensor]], block: int) -> list[Table]:
         block, len(lists), flat[0].device, tuple(map(Tensor.data_ptr, flat)), tuple(map(Tensor.numel, lists[0])),
         tuple(map(_dtype, flat)),
     )  # fmt: skip
+    capturing = _capturing(flat[0].device)
     found = _known.get(key)
-    if found is None:
-        found = _known[key] = list(_built(lists, block))
-        while len(_known) > KEPT:
-            _known.popitem(last=False)
-    else:
+    if found is not None:
         _known.move_to_end(key)
-    if flat[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    else:
+        found = list(_built(lists, block))
+        # In a capture the upload is only noted: until a replay there is nothing in such a table for other calls.
+        if not capturing:
+            _known[key] = found
+            while len(_known) > KEPT:
+                _known.popitem(last=False)
+    if capturing:
         _captured.append(found)
     return found
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _built(lists: list[list[Tensor]], block: int) -> Iterator[Table]:
@@ -111,10 +119,12 @@ def _built(lists: list[list[Tensor]], block: int) -> Iterator[Table]:
             rest = [address + whole * dtype.itemsize for address, dtype in zip(addresses, dtypes)]
             pieces.setdefault((dtypes, False), []).append([count - whole, *rest])
     for (dtypes, aligned), rows in pieces.items():
-        blocks = torch.tensor([-(-row[0] // block) for row in rows])
+        blocks = torch.tensor([-(-row[0] // block) for row in rows], device="cpu")
         first = (blocks.cumsum(0) - blocks).tolist()
-        table = torch.tensor([[count, start, *addresses] for (count, *addresses), start in zip(rows, first)])
-        owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(blocks)
+        table = torch.tensor(
+            [[count, start, *addresses] for (count, *addresses), start in zip(rows, first)], device="cpu"
+        )
+        owners = torch.arange(len(rows), dtype=torch.int32, device="cpu").repeat_interleave(blocks)
         uploads = [_upload(x, lists[0][0].device) for x in (table, owners)]
         (there, here), (owners_there, owners_here) = uploads
         yield Table(there, owners_there, dtypes, aligned, (here, owners_here))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmfast
-from cmfast import Denoiser, Sampler, ops, samplers
+from cmfast import Denoiser, Sampler, graphs, ops, samplers
 from cmfast.engine import DRAWING
 from cmfast.graphs import CudaSpace, GraphError, ProgramCache
 from cmfast.noise import CounterNoise
@@ -291,9 +291,24 @@ def test_how_a_real_space_calls_torch(monkeypatch):
             space.stream,
             "thread_local",
         )
+        # What broke is ended, what its pool and generators are left with is put right, and nothing else is captured.
+        pools = iter(["fresh pool"])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        ended = lambda *arguments: calls.append(("end", *arguments))  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+        monkeypatch.setattr(torch, "empty", lambda *sizes, device: Noted("place"))
+        monkeypatch.setattr(graphs, "_broken", [])
+        before = len(calls)
         with pytest.raises(KeyError):
-            space.capture(lambda: {}["x"], [])
-        assert calls[-1] == ("set_stream", "user")
+            space.capture(lambda: {}["x"], [Noted("generator")])
+        assert calls[-1] == ("set_stream", "user") and space.pool == "fresh pool" and len(graphs._broken) == 1
+        mended = calls[before:]
+        mended = mended[mended.index(("end", 0, "pool")):]
+        assert [call for call in mended if call[0] == "graph"] == [
+            ("graph", "cudagraph", "fresh pool", space.stream, "thread_local")
+        ]
+        assert ("cudagraph.register_generator_state", "generator") in mended and ("place.zero_",) in mended
     assert calls.index(("user.wait_event", "event")) < ready and ("event.record", "user") in calls[-3:]
 
 

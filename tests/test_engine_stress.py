@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import cmfast
 from cmfast import Denoiser, Sampler, runner
+from cmfast.data import ImageData
 from cmfast.fast import plan, weights, winograd
 from cmfast.watch import Change, Watch
 from tests.golden_utils import small_unet
@@ -435,3 +436,27 @@ def test_defaults_of_others(winograd_for_small_networks):
         with torch.device("meta"):
             winograd._buffers.by_name.clear()
             assert torch.equal(cmfast.optimize(model)(*args), wanted)
+
+
+@pytest.mark.parametrize("graph", [False, "auto"])
+def test_sampling_and_data_on_the_device_they_are_told(graph, emulated):
+    wanted = Sampler(toy(), 2, steps=2, cuda_graph=graph).sample(3, seed=1)
+    source = ImageData(torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1), torch.arange(12))
+    batch = next(source.batches(5, seed=2))
+    model = toy()
+    with torch.device("meta"):
+        assert torch.equal(Sampler(model, 2, steps=2, cuda_graph=graph).sample(3, seed=1), wanted)
+        assert Sampler(model, 2).sample(0).device.type == "cpu"
+        again = next(source.batches(5, seed=2))
+    assert all(torch.equal(a, b) for a, b in zip(again, batch, strict=True))
+
+
+def test_tf32_by_its_new_name():
+    """PyTorch refuses to answer by the old name then."""
+    sampler = Sampler(toy(), 2)
+    wanted, before = sampler.sample(2), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert torch.equal(sampler.sample(2), wanted)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -109,7 +109,7 @@ def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1
     images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
     targets = torch.as_tensor(labels, dtype=torch.int64)
-    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    held_out = torch.zeros(len(targets), dtype=torch.bool, device="cpu")
     for label in range(10):
         held_out[torch.nonzero(targets == label)[:, 0].flip(0)[:held_out_per_class]] = True
     return (

@@ -159,7 +159,7 @@ class _Reader(torch.utils.data.Dataset[Any]):
     ) -> None:
         # One array: a list of a million strings would be copied into every worker as it counts its references.
         self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = None if labels is None else torch.tensor(labels)
+        self.labels = None if labels is None else torch.tensor(labels, device="cpu")
         self.path, self.shape, self.image_size = path, shape, image_size
         self.tries = len(names) if skip_unreadable else 1
         self.decoder = decode.decoder()
@@ -185,7 +185,7 @@ class _Reader(torch.utils.data.Dataset[Any]):
             except Exception as error:
                 # As a value: an error that a worker raises comes with its traceback in the message.
                 unreadable.append((name, decode.reason(error)))
-        return torch.zeros(self.shape, dtype=torch.uint8), row
+        return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), row
 
 
 def _by_value(draw: Draw) -> Any:

@@ -118,20 +118,20 @@ class Dataset(ABC):
 
 def _draws(size: int, batch_size: int, start: int, stride: int, seed: int, flip: bool) -> Iterator[Draw]:
     """`batch_size` positions from `start` on, then as many `stride` further, and so on."""
-    epoch, order = -1, torch.empty(0, dtype=torch.int64)
+    epoch, order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         position, rows = start, []
         while position < start + batch_size:
             if position // size != epoch:
                 epoch = position // size
                 # PyTorch's generator takes 32 bits of a seed: a word of both, as neither fits beside the other.
-                word = ops.uniform_int(seed, torch.tensor([epoch]), 2**31, draw=ORDER_DRAW)
-                generator = torch.Generator().manual_seed(int(word))
-                order = torch.randperm(size, generator=generator)
+                word = ops.uniform_int(seed, torch.tensor([epoch], device="cpu"), 2**31, draw=ORDER_DRAW)
+                generator = torch.Generator("cpu").manual_seed(int(word))
+                order = torch.randperm(size, generator=generator, device="cpu")
             offset = position % size
             rows.append(order[offset : offset + start + batch_size - position])
             position += len(rows[-1])
-        index = torch.arange(start, position)
+        index = torch.arange(start, position, device="cpu")
         # Drawn from the position, which no worker, rank or interruption changes.
         flips = ops.uniform_int(seed, index, 2, draw=FLIP_DRAW).bool() if flip else None
         yield Draw(torch.cat(rows), index, flips)

@@ -20,6 +20,7 @@ from cmfast.dropout import current
 from cmfast.fast import winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
+from cmfast.ops._dispatch import keeping_backend
 
 
 class Sum:
@@ -263,6 +264,7 @@ class Forward:
             total: Sum = function(layer, Sum(x), *emb)
             return total.settle()
 
+        again = keeping_backend(again)
         return Sum(checkpoint(again, h.settle(), *emb, use_reentrant=False, preserve_rng_state=False))
 
 

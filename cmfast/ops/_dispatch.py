@@ -107,6 +107,21 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def keeping_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes the backend of now whenever it is called: also in a backward pass that makes activations
+    again, which has a thread of its own on a GPU."""
+    # A compiled region keeps its backend by itself.
+    if torch.compiler.is_compiling() or _chosen.get() is None:
+        return function
+    name = current_backend()
+
+    def again(*arguments: Any) -> Any:
+        with backend(name):
+            return function(*arguments)
+
+    return again
+
+
 def device_refusal(device: torch.device) -> str | None:
     """Why no kernel runs on a device; None if one does."""
     if not HAS_TRITON:

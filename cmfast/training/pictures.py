@@ -50,7 +50,7 @@ def plot_losses(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], pat
     figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), squeeze=False)
     for panel, (title, (steps, losses)) in zip(panels[0], curves.items()):
         window = max(1, len(losses) // 50)
-        values = torch.tensor(losses)
+        values = torch.tensor(losses, device="cpu")
         panel.plot(steps, values, linewidth=0.5, alpha=0.4)
         if len(values):
             means = values.unfold(0, window, 1).mean(1)

@@ -50,7 +50,8 @@ class Pending:
         self._counts, self._values = (self._sent(x) for x in (counts, values))
         if counts.is_cuda:
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The current stream of its device, which need not be the current device.
+            self._event.record(torch.cuda.current_stream(counts.device))
 
     def read(self) -> Reading:
         """The numbers."""

@@ -1,12 +1,14 @@
 """An optimised network is the network it is made of, with its weights, hooks and parts as they are now."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import cmfast
+from cmfast import dropout, ops
 from cmfast.fast import FastUNet, Refused, optimize, refusal
 from cmfast.tolerances import FAST_VALUE, FLOOR
 from cmfast.unet import UNetModel
@@ -221,3 +223,32 @@ def test_inference_mode():
             assert torch.equal(fast(*args), optimize(copy.deepcopy(model), torch.bfloat16)(*args))
         with torch.inference_mode():
             assert not torch.equal(fast(*args), first)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "optimised"])
+def test_activations_made_again_keep_the_backend(fast, monkeypatch):
+    """The backward pass of a GPU has a thread of its own, to which the block around the forward pass means nothing."""
+    network = small_unet(use_checkpoint=True, dropout=0.5).train()
+    model, seen = optimize(network) if fast else network, []
+    call = ops.group_norm_silu if fast else ops.dropout
+
+    def spy(*arguments, **options):
+        seen.append(ops.current_backend())
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(ops, call.__name__, spy)
+    errors = []
+
+    def backward():
+        try:
+            loss.backward()
+        except Exception as error:
+            errors.append(error)
+
+    with cmfast.backend("reference"), dropout.paired(ops.Draw(0, torch.arange(2))):
+        loss = model(*inputs(network, 2)).square().mean()
+        forward = len(seen)
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert not errors and forward and len(seen) > forward and set(seen) == {"reference"}

@@ -75,6 +75,10 @@ FAULTS = {
         ("tables for other sizes", "tuple(map(Tensor.numel, lists[0])),", "", _TABLES),
         ("one table for all dtypes", "pieces.setdefault((dtypes, True)", "pieces.setdefault((dtypes[:1], True)",
          _KERNEL + "mixed_dtypes"),
+        ("tables of a capture for all", "if not capturing:", "if True:",
+         _KERNEL + "tables_made_in_a_capture_serve_it_alone"),
+        ("tables where tensors are made by default", 'dtype=torch.int32, device="cpu")', "dtype=torch.int32)",
+         _KERNEL + "the_default_device_is_nobodys_business"),
         ("kept for ever", "while len(_known) > KEPT:", "while False:", _TABLES),
     ],
     "kernels/averages.py": [

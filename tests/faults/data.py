@@ -4,7 +4,7 @@ MEMORY = "tests/test_data.py::test_"
 FOLDER = "tests/test_data_folder.py::test_"
 
 STREAM = [
-    ("one order for every epoch", "torch.tensor([epoch])", "torch.tensor([0])", MEMORY + "order[7-3]"),
+    ("one order for every epoch", "torch.tensor([epoch]", "torch.tensor([0]", MEMORY + "order[7-3]"),
     ("one order for every seed", "uniform_int(seed, torch.tensor", "uniform_int(0, torch.tensor",
      MEMORY + "order_follows_from_the_whole_seed_and_the_epoch"),
     ("an epoch ends early", "order[offset : offset + start + batch_size - position]",

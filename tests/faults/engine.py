@@ -9,6 +9,11 @@ FAILED = "tests/test_engine_failures.py::test_"
 COPIED = "tests/test_engine_copies.py::test_"
 
 GRAPHS = [
+    ("a broken capture goes on for PyTorch", "            self._mend(generators)\n", "",
+     GRAPHED + "how_a_real_space_calls_torch"),
+    ("the pool of a broken capture is used again",
+     "        self.pool = torch.cuda.graph_pool_handle()\n        graph =", "        graph =",
+     GRAPHED + "how_a_real_space_calls_torch"),
     ("numbers of float32", "isinstance(value, int) else torch.float64, device=device)",
      "isinstance(value, int) else torch.float32, device=device)", STRESS + "levels_of_float64[True]"),
     ("numbers are filled in once", "elif value != self._filled.get(name):", "elif name not in self._filled:",
@@ -36,6 +41,8 @@ GRAPHS = [
 ]  # fmt: skip
 
 RUNNER = [
+    ("TF32 asked by its old name", "        torch.backends.cuda.matmul.fp32_precision,\n",
+     "        torch.get_float32_matmul_precision(),\n", STRESS + "tf32_by_its_new_name"),
     ("moved weights are no reason to capture anew", "if change in (Change.STORAGE, Change.STRUCTURE):",
      "if change is Change.STRUCTURE:", CHANGED + "a_changed_model[graph-swap_storage]"),
     ("derived weights stay as they were", "        self._refresh_derived(force=False)\n", "",

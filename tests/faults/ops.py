@@ -41,6 +41,9 @@ AUTOGRAD = [
 ]  # fmt: skip
 
 DISPATCH = [
+    ("a backward pass has a backend of its own",
+     "if torch.compiler.is_compiling() or _chosen.get() is None:", "if True:",
+     "tests/fast/test_changes.py::test_activations_made_again_keep_the_backend[optimised]"),
     ("backend not put back", "_chosen.reset(token)", "pass", T_DISPATCH + "test_backend_nests_and_ends"),
     ("kernels take float64", "KERNEL_DTYPES = (torch.float32,", "KERNEL_DTYPES = (torch.float64, torch.float32,",
      T_DISPATCH + "test_reasons"),

@@ -111,6 +111,31 @@ def test_tables_are_kept_and_made_anew(device):
     assert len(pointers._known) == pointers.KEPT
 
 
+def test_tables_made_in_a_capture_serve_it_alone(device, monkeypatch):
+    """Their upload is only noted: before the graph has run there is nothing in them."""
+    monkeypatch.setattr(pointers, "_known", type(pointers._known)())
+    monkeypatch.setattr(pointers, "_captured", [])
+    lists = [[torch.zeros(40, device=device)]]
+    monkeypatch.setattr(pointers, "_capturing", lambda device: True)
+    first = pointers.tables(lists, 16)
+    assert not pointers._known and pointers._captured == [first]
+    monkeypatch.setattr(pointers, "_capturing", lambda device: False)
+    second = pointers.tables(lists, 16)
+    assert second is not first and pointers.tables(lists, 16) is second and len(pointers._captured) == 1
+    # One that was uploaded before is there, and must stay.
+    monkeypatch.setattr(pointers, "_capturing", lambda device: True)
+    assert pointers.tables(lists, 16) is second and pointers._captured[1] is second
+
+
+@pytest.mark.unguarded  # The guard's memory is on the CPU whatever is asked for.
+def test_the_default_device_is_nobodys_business(device, monkeypatch):
+    monkeypatch.setattr(pointers, "_known", type(pointers._known)())
+    lists = [[torch.ones(40, device=device)]]
+    with torch.device("meta"):
+        found = pointers.tables(lists, 16)
+    assert {x.device.type for table in found for x in table[:2]} == {lists[0][0].device.type}
+
+
 def test_a_view_of_the_same_memory(device):
     """Same address, size and dtype, in another order: element by element all the same."""
     weight, average = torch.arange(12.0, device=device).view(3, 4), torch.zeros(4, 3, device=device)

@@ -89,10 +89,19 @@ def _pair(s, v, dtype=None):
     return ops.add_noise_pair(s["x"], noise, v["sigma"], v["next"], dtype=dtype)
 
 
+#: By device and stride: one that exists is no copy from the host, which a graph could not capture.
+_grids: dict[tuple[torch.device, int], ops.Grid] = {}
+
+
 def grid(device, stride: int = 1) -> ops.Grid:
     """Five levels, of which a draw takes neighbours, some oftener than others; or ends and middles of two intervals."""
-    thresholds = torch.tensor([2**29, 2**31, 2**32 - 2**28], device=device) if stride == 1 else None
-    return ops.Grid(torch.tensor([9.0, 4.0, 2.0, 0.5, 0.002], device=device), stride, thresholds)
+    made = None if torch.compiler.is_compiling() else _grids.get((device, stride))
+    if made is None:
+        thresholds = torch.tensor([2**29, 2**31, 2**32 - 2**28], device=device) if stride == 1 else None
+        made = ops.Grid(torch.tensor([9.0, 4.0, 2.0, 0.5, 0.002], device=device), stride, thresholds)
+        if type(made.table) is torch.Tensor and not torch.compiler.is_compiling():
+            _grids[device, stride] = made
+    return made
 
 
 def _drawn(levels: ops.Levels | None = None, stride: int = 1) -> Callable:
