@@ -120,7 +120,7 @@ def renoise_fwd(
         _renoise_fwd_kernel, x_next, model_input, c_noise, model_output, x_t, *source.pointers, *tiles.levels,
         **source.options, sigma_min=float(sigma_min), **scaling(sigma_data, boundary), CLIP=clip,
     )
-    return x_next, model_input, c_noise.expand(x_t.shape[0])
+    return x_next, model_input, c_noise
 
 
 def renoise_bwd(
