@@ -9,6 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
+def as_float32(value):
+    """A float argument as float32. Inductor passes Python's floats as float64, which spreads to all they meet."""
+    return tl.cast(value, tl.float32)
+
+
+@triton.jit
 def place(planes, blocks):
     """This program's row, plane and block of pixels, all int64. Programs walk planes first, then blocks, then rows."""
     program = tl.program_id(0)
@@ -72,6 +78,7 @@ def input_scale(sigma, sigma_data, PLAIN: tl.constexpr):
     if PLAIN:
         return tl.zeros_like(sigma) + 1.0
     else:
+        sigma_data = as_float32(sigma_data)
         return tl.div_rn(1.0, tl.sqrt_rn(sigma * sigma + sigma_data * sigma_data))
 
 
@@ -81,6 +88,7 @@ def skip_and_out(sigma, sigma_data, boundary, PLAIN: tl.constexpr):
     if PLAIN:
         return tl.zeros_like(sigma), tl.zeros_like(sigma) + 1.0
     else:
+        sigma_data, boundary = as_float32(sigma_data), as_float32(boundary)
         variance = sigma_data * sigma_data
         offset = sigma - boundary
         c_skip = tl.div_rn(variance, offset * offset + variance)

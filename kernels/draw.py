@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast.kernels.common import input_scale, load_state, store_noise_level, store_state, tile_offsets
+from cmfast.kernels.common import as_float32, input_scale, load_state, store_noise_level, store_state, tile_offsets
 from cmfast.kernels.group_norm_tiles import sigmoid
 from cmfast.kernels.launch import dense, empty, outputs, plan, scaling
 from cmfast.kernels.normal import Noise, _counter
@@ -66,9 +66,10 @@ def _draw_levels(
         return tl.load(at).to(tl.float32), tl.load(at + STRIDE).to(tl.float32), tl.load(at + STRIDE // 2).to(tl.float32)
     else:
         z, _ = box_muller(w, w_2)
-        sigma = _exponential(mean + std * z)
+        sigma = _exponential(as_float32(mean) + as_float32(std) * z)
         below = sigma
         if LEVELS == _BELOW:
+            factor, k, b = as_float32(factor), as_float32(k), as_float32(b)
             below = tl.maximum(sigma * (1.0 - factor * (1.0 + k * sigmoid(-b * sigma))), 0.0)
         return sigma, below, sigma
 

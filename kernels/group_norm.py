@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast.kernels.common import load_state, store_state
+from cmfast.kernels.common import as_float32, load_state, store_state
 from cmfast.kernels.group_norm_tiles import (
     beside,
     cut,
@@ -88,7 +88,7 @@ def _group_norm_whole_kernel(
     value -= rest[None, :]
     squares = tl.sum(tl.where(mask, value * value, 0.0), 0)
     variance = tl.div_rn(over_group(squares, GROUP, GROUPS, CHANNELS), count)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + as_float32(eps)))
     moments = moments_ptr + (row * (C // GROUP) + channel // GROUP) * 2
     leads = live & (tl.arange(0, CHANNELS) % GROUP == 0)
     tl.store(moments, center + rest, mask=leads)
@@ -172,9 +172,9 @@ def _group_norm_fold_kernel(
         mean -= center
         rest += tl.sum(mean * count)
         squares += tl.sum(load_state(partial_ptr, at + channels + (start + k)[None, :], mask) + mean * mean * count)
-    total = (pixels * GROUP).to(tl.float32)
+    total = tl.cast(pixels * GROUP, tl.float32)
     mean = tl.div_rn(rest, total)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares - mean * rest, total) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares - mean * rest, total) + as_float32(eps)))
     moments = moments_ptr + (row * groups + group) * 2
     tl.store(moments, center + mean)
     tl.store(moments + 1, rstd)

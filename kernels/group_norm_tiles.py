@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast.kernels.common import load_state
+from cmfast.kernels.common import as_float32, load_state
 from cmfast.kernels.launch import CONTIGUOUS, launch, layout
 from cmfast.kernels.normal import _counter, _signed_word
 from cmfast.kernels.philox import load_word, words
@@ -135,7 +135,7 @@ def kept(
     group = pixel.to(tl.int64)[:, None] * ((channels + 3) // 4) + quad[None, :]
     a, b, c, d = words(index_ptr, row, group, seed, seed_high, draw, SEED_TENSOR, DRAW_TENSOR)
     word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, CHANNELS))
-    return tl.where(word >= load_word(least, False).to(tl.uint32), keep_scale, 0.0)
+    return tl.where(word >= load_word(least, False).to(tl.uint32), as_float32(keep_scale), 0.0)
 
 
 class Tensors(NamedTuple):

@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         return max(1, -(-self.pixels // (self.block * self.steps)))
 
     def level_out(self, like: Tensor) -> Tensor:
-        """Room for c_noise: [B], or [1] where there is one level for all."""
+        """Room for c_noise: [B], or [1] where there is one level for all, which is expanded to [B] later."""
         return torch.empty(self.batch if self.per_row else 1, dtype=torch.float32, device=like.device)
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:

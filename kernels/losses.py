@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import (
+    as_float32,
     load_level,
     load_state,
     load_unclipped,
@@ -59,6 +60,7 @@ def _weight(weight_ptr, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW
         elif WEIGHTING == _SNR_PLUS_1:
             return snr + 1.0
         elif WEIGHTING == _KARRAS:
+            weight_sigma_data = as_float32(weight_sigma_data)
             return snr + tl.div_rn(1.0, weight_sigma_data * weight_sigma_data)
         else:
             return tl.where(snr < 1.0, 1.0, snr)
@@ -71,12 +73,13 @@ def _finish(
 ):
     """The distance and the loss of a row from its sum."""
     if NORM == _HUBER:
+        huber_c = as_float32(huber_c)
         # sqrt(s + c^2) - c without the cancellation.
         root = tl.sqrt_rn(total + huber_c * huber_c) + huber_c
         safe = (root > 0.0) & (root < float("inf"))
         value = tl.where(safe, tl.div_rn(total, tl.where(safe, root, 1.0)), root)
     else:
-        value = tl.div_rn(total, elements)
+        value = tl.div_rn(total, as_float32(elements))
     tl.store(distance_ptr + row, value)
     tl.store(loss_ptr + row, value * _weight(weight_ptr, row, weight_sigma_data, WEIGHTING, PER_ROW))
 
@@ -180,12 +183,12 @@ def _loss_bwd_kernel(
     )
     scale = tl.load(grad_ptr + row).to(tl.float32) * _weight(weight_ptr, row, weight_sigma_data, WEIGHTING, PER_ROW)
     if NORM == _L1:
-        g = tl.div_rn(scale, elements) * tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, delta))
+        g = tl.div_rn(scale, as_float32(elements)) * tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, delta))
     elif NORM == _L2:
-        g = tl.div_rn(2.0 * scale, elements) * delta
+        g = tl.div_rn(2.0 * scale, as_float32(elements)) * delta
     else:
         # Zero where x = y and c = 0, where the square root has no slope.
-        root = tl.load(distance_ptr + row) + huber_c
+        root = tl.load(distance_ptr + row) + as_float32(huber_c)
         g = tl.where(root == 0.0, 0.0, tl.div_rn(scale, tl.where(root == 0.0, 1.0, root))) * delta
     if NEED_F:
         store_state(grad_f_ptr, model_at, c_out * g, mask)

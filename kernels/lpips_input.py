@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmfast.kernels.common import load_state, store_state
+from cmfast.kernels.common import as_float32, load_state, store_state
 from cmfast.kernels.group_norm_tiles import power_of_two
 from cmfast.kernels.launch import CONTIGUOUS, dense, empty, launch, layout
 
@@ -107,6 +107,7 @@ def _lpips_input_fwd_kernel(
     mean_ptr, std_ptr  [C]
     Grid (B * C * H,), if LAST (B * H,). Traffic: s bytes per element of the image, m of the result.
     """
+    low, span = as_float32(low), as_float32(span)
     sample, plane, y = _place(height, C, LAST)
     start = _row(sample, plane, y, height, width, C, LAST)
     if RESIZE:
@@ -144,6 +145,7 @@ def _lpips_input_bwd_kernel(
     grad_ptr        [B, C, H, W]     or channels_last if LAST
     Grid (B * IN_C * h,), if IN_LAST (B * h,). Traffic: m bytes per element of the result, s of the image.
     """
+    span = as_float32(span)
     sample, plane, y = _place(in_height, IN_C, IN_LAST)
     start = _row(sample, plane, y, in_height, in_width, IN_C, IN_LAST)
     for step in range(STEPS):

@@ -99,7 +99,7 @@ def _add_noise_fwd(
         _add_noise_fwd_kernel, x_t, model_input, c_noise, *outputs(x_t, x), *source.pointers, *tiles.levels,
         **source.options, **scaling(sigma_data), HAS_START=x is not None,
     )
-    return x_t, model_input, c_noise.expand(x_t.shape[0])
+    return x_t, model_input, c_noise
 
 
 def _add_noise_bwd(
@@ -268,7 +268,7 @@ def add_noise_pair_fwd(
         _add_noise_pair_fwd_kernel, *points[0], *points[1], x_start, *source.pointers, *tiles.levels,
         **source.options, **scaling(sigma_data),
     )
-    return tuple(part for x, model_input, c in points for part in (x, model_input, c.expand(x_start.shape[0])))
+    return *points[0], *points[1]
 
 
 def add_noise_pair_bwd(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.averages import average
-from cmfast.kernels.common import lerp, load_state, store_state
+from cmfast.kernels.common import as_float32, lerp, load_state, store_state
 from cmfast.kernels.launch import BLOCK, launch
 from cmfast.kernels.pointers import piece, tables, tensor_at
 
@@ -103,6 +103,7 @@ def _scalars_kernel(
     found_ptr    []   if HAS_FOUND: not 0 skips    norm_ptr  []  if HAS_NORM: not finite skips
     Grid (1,). Traffic: these scalars. rho and powers of beta in float64, where float32 misses the threshold rho > 5.
     """
+    lr, weight_decay, max_norm = as_float32(lr), as_float32(weight_decay), as_float32(max_norm)
     skip = tl.full((), 0.0, tl.float32)
     if HAS_FOUND:
         skip = tl.where(tl.load(found_ptr).to(tl.float32) == 0.0, 0.0, 1.0)
@@ -157,6 +158,8 @@ def _step_kernel(
     Grid (programs,). Traffic: 7 x 4 + 8 K bytes per element in float32, + the copy's; none where the step is skipped.
     Computes in float32.
     """
+    weight_1, beta_2 = as_float32(weight_1), as_float32(beta_2)
+    weight_2, weight_decay = as_float32(weight_2), as_float32(weight_decay)
     row_ptr, start, count = piece(table_ptr, owners_ptr, 4 + K + HAS_COPY, ALIGNED, BLOCK)
     at = start + tl.arange(0, BLOCK)
     # A skipped step touches nothing.

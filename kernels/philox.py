@@ -17,7 +17,8 @@ def load_word(value, IS_TENSOR: tl.constexpr):
     if IS_TENSOR:
         return tl.load(value).to(tl.int64)
     else:
-        return value.to(tl.int64)
+        # No method of it: a number that is 1 comes as a constant.
+        return tl.cast(value, tl.int64)
 
 
 @triton.jit

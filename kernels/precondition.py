@@ -63,7 +63,7 @@ def scale_input_fwd(
     tiles.run(
         _scale_input_fwd_kernel, model_input, c_noise, x, *tiles.levels, **scaling(sigma_data), WITH_NOISE=True
     )
-    return model_input, c_noise.expand(x.shape[0])
+    return model_input, c_noise
 
 
 def scale_input_bwd(

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import (
+    as_float32,
     clamp,
     input_scale,
     load_grad,
@@ -35,6 +36,7 @@ Grads = tuple[Tensor | None, ...]
 @triton.jit
 def _noise_scale(next_level, sigma_min):
     """sqrt(sigma'^2 - sigma_min^2) as a product of differences: exactly zero at sigma_min, and zero below."""
+    sigma_min = as_float32(sigma_min)
     return tl.sqrt_rn(tl.maximum((next_level - sigma_min) * (next_level + sigma_min), 0.0))
 
 
@@ -118,7 +120,7 @@ def renoise_fwd(
         _renoise_fwd_kernel, x_next, model_input, c_noise, model_output, x_t, *source.pointers, *tiles.levels,
         **source.options, sigma_min=float(sigma_min), **scaling(sigma_data, boundary), CLIP=clip,
     )
-    return x_next, model_input, c_noise.expand(x_t.shape[0])
+    return x_next, model_input, c_noise
 
 
 def renoise_bwd(

@@ -108,8 +108,7 @@ def euler_step_fwd(
         _euler_step_fwd_kernel, *outputs(x_t, x_next), model_input, c_noise, model_output, x_t, *tiles.levels,
         **scaling(sigma_data, boundary), CLIP=clip, WITH_STATE=with_state,
     )
-    result = model_input, c_noise.expand(x_t.shape[0])
-    return result if x_next is None else (x_next, *result)
+    return (model_input, c_noise) if x_next is None else (x_next, model_input, c_noise)
 
 
 def euler_step_bwd(
@@ -263,7 +262,7 @@ def midpoint_corrector_fwd(
         _corrector_fwd_kernel, x_next, model_input, c_noise, model_output, model_output_mid, x_t, *tiles.levels,
         **scaling(sigma_data, boundary), CLIP=clip, MIDPOINT=midpoint,
     )
-    return x_next, model_input, c_noise.expand(x_t.shape[0])
+    return x_next, model_input, c_noise
 
 
 def midpoint_corrector_bwd(

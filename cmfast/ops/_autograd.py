@@ -24,13 +24,15 @@ def fused(
     """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
 
     `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
-    `c_noise`: the results that come from noise levels alone. What `backward` returns None for (gradients of noise
-    levels), and gradients of gradients, come from the reference.
+    `c_noise`: the results that come from noise levels alone, of which `forward` makes [B], or [1] for one level. What
+    `backward` returns None for (gradients of noise levels), and gradients of gradients, come from the reference.
     """
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
     else:
         results = _tuple(forward(*inputs, **options))
+    # Not in the function: AOTAutograd of torch 2.11 fails at results that are views and have no gradient.
+    results = tuple(x.expand(len(results[0])) if i in c_noise else x for i, x in enumerate(results))
     returned: Any = results[: len(results) - keep]
     return returned[0] if len(returned) == 1 else returned
 
@@ -83,8 +85,9 @@ def reference_grads(
         for i, leaf in zip(wanted, leaves):
             inputs[i] = leaf
         result = reference(*inputs, **options)
+        # c_noise of one level was [1] before it was expanded: one of the reference's stands for it.
         pairs = [
-            (value, grad)
+            (value, grad) if value.shape == grad.shape else (value[:1], grad[: len(value)])
             for value, grad in zip(_tuple(result), grads)
             if grad is not None and value.requires_grad
         ]

@@ -250,6 +250,12 @@ def narrow_offsets(program: CompiledKernel) -> list[str]:
     return faults
 
 
+def float64(ttir: str) -> Counter[str]:
+    """The operations on float64, but for those that make float32 of it at once, in Triton's IR as it is written."""
+    found = re.findall(r"^ *(?:%\w+(?::\d+)? = )?\"?([\w.]+).*\bf64\b", ttir, re.M)
+    return Counter(op for op in found if op not in ("tt.func", "tt.call", "arith.truncf"))
+
+
 def instructions_per_element(program: CompiledKernel) -> float:
     """Instructions in the cubin for each element that a thread stores."""
     sass = _tool("nvdisasm", "-c", cubin=program.asm["cubin"])

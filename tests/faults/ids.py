@@ -43,3 +43,4 @@ T_FORMULAS, T_DISPATCH = "tests/ops/test_formulas.py::", "tests/ops/test_dispatc
 T_NORM = "tests/kernels/test_group_norm.py::"
 T_DROPS = T_NORM + "test_dropout_keeps_what_the_reference_keeps[one launch-{}-numbers-contiguous]"
 T_SOUND = "tests/aot/test_programs.py::test_a_program_is_sound[{}-sm_90]"
+T_NUMBERS = "tests/aot/test_inductor.py::test_numbers_as_inductor_passes_them[{}]"

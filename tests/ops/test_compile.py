@@ -1,8 +1,11 @@
 """torch.compile(fullgraph=True) on CUDA, traced here without a GPU: fake tensors, no launch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.utils._triton
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 import cmfast
@@ -59,6 +62,31 @@ def test_every_operation(case, gradient, backend):
     assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
     drawn = any(name.endswith("drawn") and each is case for name, each in CASES.items())
     assert (kernels > 0) == (backend == "triton" or drawn)
+
+
+@pytest.mark.parametrize("name", ["scale_input", "add_noise_pair", "renoise drawn", "euler_step", "heun_corrector"])
+def test_training_in_two_graphs(name, monkeypatch):
+    """AOTAutograd makes the backward pass too, with results among them that have no gradient."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    # It would ask a GPU for its stream, and asks what a kernel writes, of which it makes the program for a GPU.
+    monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+    device = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", device)
+    case, graphs = CASES[name], []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with MODE, cmfast.backend("triton"):
+        states = {k: torch.empty(2, 3, 8, 8, requires_grad=True) for k in case.states}
+        sigmas = {k: torch.empty(2) for k in case.sigmas}
+        compiled = torch.compile(case.call, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        results = flat(compiled(states, sigmas))
+        sum(result.sum() for result in results if result.requires_grad).backward()
+    assert len(graphs) == 2 and any(state.grad is not None for state in states.values())
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
