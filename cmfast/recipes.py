@@ -139,8 +139,9 @@ def trainer(
     if aim.needs_teacher and paths["teacher"] is None:
         raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
     torch.manual_seed(settings["options"]["seed"])
-    teacher = checkpoint.load(paths["teacher"]) if aim.needs_teacher else None
-    start = teacher if paths["init"] is None else checkpoint.load(paths["init"])
+    # Weights are float32, whatever a file has: options.dtype says what networks compute in.
+    teacher = checkpoint.load(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
+    start = teacher if paths["init"] is None else checkpoint.load(paths["init"], dtype=torch.float32)
     opening = dict(settings["data"])
     if start is not None and opening["labelled"] is None:
         opening["labelled"] = start.num_classes is not None

@@ -80,7 +80,8 @@ class TrainStep:
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
     `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
 
-    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings.
+    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings; or the weights
+        that are to be trained have fewer bits than float32, in which most steps would be lost to rounding.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -229,7 +230,9 @@ class TrainStep:
         if not self.options.optimize or self._sharded or fast.refusal(model) is not None:
             return model
         half = getattr(torch, self.options.dtype)
-        return fast.optimize(model, dtype=None if half == torch.float32 else half, pack=pack)
+        # None would be the weights' own: of a teacher from a file in half precision, not what was asked for.
+        own = half == torch.float32 and not _low_precision(model)
+        return fast.optimize(model, dtype=None if own else half, pack=pack)
 
     def _frozen(self, model: Denoiser | None) -> Denoiser | None:
         if model is None:
@@ -274,6 +277,20 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
         raise ValueError(f"{type(objective).__name__} {needs}")
     if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
         raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+    # Of a progressive distillation, students become the teacher.
+    trained = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
+    for what, each in trained.items():
+        dtypes = _low_precision(each)
+        if dtypes:
+            raise ValueError(
+                f"the weights of {what} are {', '.join(sorted(map(str, dtypes)))}, and float32 is what is trained: "
+                f"call {what}.float() first; options.dtype says what networks compute in"
+            )
+
+
+def _low_precision(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes of parameters with fewer bits than float32."""
+    return {p.dtype for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32}
 
 
 def _recompute(model: Denoiser) -> None:

@@ -30,6 +30,8 @@ STEP = [
      _STEP + "the_target_is_an_average_of_the_student"),
     ("any scalings", "    if name != objective.preconditioning:", "    if False:",
      _STEP + "models_that_do_not_go_together[other scalings]"),
+    ("weights of any dtype", "        if dtypes:", "        if False:",
+     _STEP + "weights_in_half_precision_are_not_trained[dtype0]"),
     ("blocks do not recompute", "        block.use_checkpoint = True",
      "        block.use_checkpoint = block.use_checkpoint",
      _STEP + "activations_made_again_change_nothing[cd]"),
@@ -113,6 +115,8 @@ RECIPES = [
      _RECIPES + "settings_of_the_command_line"),
     ("the teacher's scalings", "aim.preconditioning, sigma_data", "model.preconditioner.name, sigma_data",
      _RECIPES + "every_recipe[cd]"),
+    ("weights in the dtype of the file", 'checkpoint.load(paths["teacher"], dtype=torch.float32)',
+     'checkpoint.load(paths["teacher"])', _RECIPES + "files_in_half_precision_are_trained_in_float32[torso-float32]"),
     ("dropout ignored", 'settings["dropout"] is not None', "False", _RECIPES + "settings_of_the_command_line"),
 ]  # fmt: skip
 

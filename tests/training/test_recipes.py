@@ -125,6 +125,25 @@ def test_what_is_refused(arguments, message, images, teacher, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["torso", "all"])
+def test_files_in_half_precision_are_trained_in_float32(part, options, images, tmp_path):
+    """A file whose torso is float16, or all of it; teacher and student, weights and moments."""
+    model = cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(), image_shape=(3, 8, 8))
+    model.network.convert_torso(torch.float16) if part == "torso" else model.network.half()
+    cmfast.save(model, tmp_path / "half.safetensors")
+    assert torch.float16 in {p.dtype for p in cmfast.load(tmp_path / "half.safetensors").parameters()}
+    run = recipes.trainer(
+        {"recipe": "cd", "objective": {"loss_norm": "l2"}, "options": {"steps": 1, "batch_size": 2, **options},
+         "paths": {"data": str(images / "classes"), "teacher": str(tmp_path / "half.safetensors")}},
+        tmp_path / "run",
+    )  # fmt: skip
+    result = run.run(progress=False)
+    moments = [s["exp_avg"] for s in run.step.optimizer.state.values()]
+    tensors = [*run.step.model.parameters(), *run.step.teacher_model.parameters(), *result.parameters(), *moments]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
 def test_numbers_as_yaml_has_them(tmp_path):
     """1e-4 without a dot is a text there, and rates of averages are numbers."""
     text = "recipe: ict\noptions: {learning_rate: 1e-4, averages: [0.9, power:0.1], eps: 1}\n"

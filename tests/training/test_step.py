@@ -112,6 +112,21 @@ def test_half_precision_learns_nearly_the_same(dtype, tolerance):
     assert weights(half.model).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_not_trained(dtype):
+    """Whole networks and torsos; a teacher's may be, unless students are to become it."""
+    whole, torso = denoiser(EDM()), denoiser(EDM())
+    whole.network.to(dtype)
+    torso.network.convert_torso(dtype)
+    for model in whole, torso:
+        with pytest.raises(ValueError, match=rf"weights of model are {dtype}, .*call model\.float\(\)"):
+            TrainStep(model, EDM(), OPTIONS)
+    with pytest.raises(ValueError, match="weights of teacher_model"):
+        TrainStep(denoiser(EDM()), OBJECTIVES["pd"], OPTIONS, teacher_model=torso)
+    step = TrainStep(denoiser(OBJECTIVES["cd"]), OBJECTIVES["cd"], OPTIONS, teacher_model=torso)
+    assert torch.isfinite(torch.tensor(run(step, 1).loss))
+
+
 class Bad(nn.Module):
     """A network whose output is NaN for the images numbered so."""
 
