@@ -140,7 +140,7 @@ def trainer(
         raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
     torch.manual_seed(settings["options"]["seed"])
     # Weights are float32, whatever a file has: options.dtype says what networks compute in.
-    teacher = checkpoint.load(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
+    teacher = checkpoint.load_teacher(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
     start = teacher if paths["init"] is None else checkpoint.load(paths["init"], dtype=torch.float32)
     opening = dict(settings["data"])
     if start is not None and opening["labelled"] is None:

@@ -80,8 +80,8 @@ class TrainStep:
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
     `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
 
-    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings; or the weights
-        that are to be trained have fewer bits than float32, in which most steps would be lost to rounding.
+    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings; or the
+        weights to be trained have fewer bits than float32, in which most steps would be lost to rounding.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner

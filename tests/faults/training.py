@@ -115,8 +115,10 @@ RECIPES = [
      _RECIPES + "settings_of_the_command_line"),
     ("the teacher's scalings", "aim.preconditioning, sigma_data", "model.preconditioner.name, sigma_data",
      _RECIPES + "every_recipe[cd]"),
-    ("weights in the dtype of the file", 'checkpoint.load(paths["teacher"], dtype=torch.float32)',
-     'checkpoint.load(paths["teacher"])', _RECIPES + "files_in_half_precision_are_trained_in_float32[torso-float32]"),
+    ("weights in the dtype of the file", 'load_teacher(paths["teacher"], dtype=torch.float32)',
+     'load_teacher(paths["teacher"])', _RECIPES + "files_in_half_precision_are_trained_in_float32[torso-float32]"),
+    ("a teacher by the name of its file", 'checkpoint.load_teacher(', "checkpoint.load(",
+     _RECIPES + "bare_weights_of_a_teacher_are_a_diffusion_model[cd]"),
     ("dropout ignored", 'settings["dropout"] is not None', "False", _RECIPES + "settings_of_the_command_line"),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import cmfast
-from cmfast import cli, recipes
+from cmfast import cli, recipes, unet_config
 from cmfast.objectives import OBJECTIVES
 from cmfast.training import config
 from tests.training.toys import unet, weights
@@ -125,6 +125,37 @@ def test_what_is_refused(arguments, message, images, teacher, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_bare_weights_of_a_teacher_are_a_diffusion_model(recipe, images, tmp_path, monkeypatch):
+    """What the original's edm_train.py writes is called ema_0.9999_600000.pt, and cm_train.py knows it for one."""
+    network = unet()
+    # Bare weights are those of a published architecture.
+    config = unet_config.from_shapes({name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
+    monkeypatch.setattr(unet_config, "PUBLISHED", {"toy": (config, {"image_size": 8, "num_head_channels": 16})})
+    torch.save(network.state_dict(), tmp_path / "ema_0.9999_600000.pt")
+    assert cmfast.load(tmp_path / "ema_0.9999_600000.pt").preconditioner.name == "consistency"
+    run = recipes.trainer(distilling(recipe, images, tmp_path / "ema_0.9999_600000.pt"), tmp_path / "run")
+    assert run.step.teacher_model.preconditioner == cmfast.Preconditioner.edm()
+    assert run.step.model.preconditioner.name == OBJECTIVES[recipe].preconditioning
+    # As a start they say nothing about scalings: those are the objective's.
+    settings = distilling(recipe, images, tmp_path / "ema_0.9999_600000.pt")
+    settings["paths"]["init"] = settings["paths"]["teacher"]
+    start = recipes.trainer(settings, tmp_path / "other").step.model
+    assert start.preconditioner == run.step.model.preconditioner
+
+
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_a_consistency_model_is_no_teacher(recipe, images, tmp_path):
+    cmfast.save(cmfast.Denoiser(unet(), image_shape=(3, 8, 8)), tmp_path / "edm_model.safetensors")
+    with pytest.raises(ValueError, match=r"edm_model\.safetensors is a consistency model, and a teacher is"):
+        recipes.trainer(distilling(recipe, images, tmp_path / "edm_model.safetensors"), tmp_path / "run")
+
+
+def distilling(recipe, images, teacher, **options):
+    return {"recipe": recipe, "objective": {"loss_norm": "l2"}, "options": {"steps": 1, "batch_size": 2, **options},
+            "paths": {"data": str(images / "classes"), "teacher": str(teacher)}}  # fmt: skip
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("part", ["torso", "all"])
 def test_files_in_half_precision_are_trained_in_float32(part, options, images, tmp_path):
@@ -133,11 +164,7 @@ def test_files_in_half_precision_are_trained_in_float32(part, options, images, t
     model.network.convert_torso(torch.float16) if part == "torso" else model.network.half()
     cmfast.save(model, tmp_path / "half.safetensors")
     assert torch.float16 in {p.dtype for p in cmfast.load(tmp_path / "half.safetensors").parameters()}
-    run = recipes.trainer(
-        {"recipe": "cd", "objective": {"loss_norm": "l2"}, "options": {"steps": 1, "batch_size": 2, **options},
-         "paths": {"data": str(images / "classes"), "teacher": str(tmp_path / "half.safetensors")}},
-        tmp_path / "run",
-    )  # fmt: skip
+    run = recipes.trainer(distilling("cd", images, tmp_path / "half.safetensors", **options), tmp_path / "run")
     result = run.run(progress=False)
     moments = [s["exp_avg"] for s in run.step.optimizer.state.values()]
     tensors = [*run.step.model.parameters(), *run.step.teacher_model.parameters(), *result.parameters(), *moments]
