@@ -256,6 +256,7 @@ class Trainer:
     def _stop(self, step: int) -> None:
         """Keep the weights before a bad step, which no step since has changed, and say so."""
         self.done = step
+        self.step.restore_scale()
         where = self.save()
         raise NaNLoss(
             f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "

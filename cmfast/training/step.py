@@ -24,6 +24,8 @@ from cmfast.training.frozen import frozen
 
 #: No step was bad.
 NONE = 2**62
+#: Gradients that are not finite at a loss scale below this, float16's least number, are no overflow.
+LEAST_SCALE = 2.0**-24
 
 
 class Reading(NamedTuple):
@@ -76,6 +78,9 @@ class TrainStep:
     lpips           the perceptual distance, where the objective asks for it
     group           the processes that share a batch
 
+    In float16 gradients that overflow are left out and halve the scale of the loss; once that is below 2^-24, they are
+    no overflow, and the step is a bad one.
+
     Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
     `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
@@ -127,6 +132,7 @@ class TrainStep:
         self.averages = self._averages()
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type) if options.dtype == "float16" else None
+        self._kept_scale: Any = None
         self._sum, self._steps = torch.zeros((), device=self.device), 0
         self._bad = torch.full((), NONE, dtype=torch.int64, device=self.device)
         # 1, or NaN once a step was bad: every later gradient is then NaN as well, and the optimizer passes over it.
@@ -189,6 +195,12 @@ class TrainStep:
         self._steps = 0
         return Pending(done, counts, values, self.group)
 
+    def restore_scale(self) -> None:
+        """Of float16, put the scale of the loss back to what it was at the last finite gradients: steps that a stop has
+        made do nothing have halved it, each of them."""
+        if self.scaler is not None and self._kept_scale is not None:
+            self._scale().copy_(self._kept_scale)
+
     def _loss(self, images: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         half = getattr(torch, self.options.dtype)
         # Optimised networks have a dtype of their own.
@@ -211,19 +223,32 @@ class TrainStep:
         if self.scaler is None:
             self.optimizer.step()
         else:
+            if self._kept_scale is None:
+                self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
     def _note(self, total: Tensor, number: int) -> None:
         """Count a step and its loss, and whether it was bad."""
-        bad = ~total.isfinite()
-        if self.scaler is None:
-            bad = bad | ~self.optimizer.grad_norm.isfinite().reshape(())
+        bad = ~self.optimizer.grad_norm.isfinite().reshape(())
+        if self.scaler is not None:
+            # An overflow is none, which a smaller scale cures; for this one it was halved already.
+            scale = self._scale()
+            self._kept_scale = torch.where(bad, self._kept_scale, scale)
+            bad = bad & (scale < LEAST_SCALE)
+            scale.copy_(torch.where(bad, self._kept_scale, scale))
+        bad = bad | ~total.isfinite()
         self._sum += torch.where(bad, 0.0, total)
         self._steps += 1
         self._bad = torch.where(bad & (self._bad == NONE), number, self._bad)
         if self.options.on_nan == "stop":
             self._alive = torch.where(self._bad == NONE, 1.0, torch.nan).to(self._alive)
+
+    def _scale(self) -> Tensor:
+        """The scale of the loss in float16, as a scalar on the device, not a copy."""
+        scale = None if self.scaler is None else self.scaler._get_scale_async()
+        assert scale is not None
+        return scale
 
     def _fast(self, model: Denoiser, pack: bool = False) -> Denoiser:
         """The model in the form that is called: optimised, if it may be and can be. pack: as in `fast.optimize`."""

@@ -173,6 +173,35 @@ def test_overflow_in_float16_is_counted_and_goes_on():
     assert torch.isfinite(weights(step.model)).all()
 
 
+def test_gradients_that_no_scale_makes_finite_are_no_overflow():
+    """In float16: the scale falls from 2^16 to 2^-24 at most, and the step after is a bad one, as in float32."""
+
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    class Network(nn.Conv2d):
+        def forward(self, x, t, y=None):
+            return Steep.apply(super().forward(x))
+
+    for dtype, expected in (("float32", 0), ("float16", 40)):
+        step = step_of(EDM(), replace(OPTIONS, dtype=dtype, optimize=False), Network(3, 3, 1))
+        stream = DATA.batches(6, seed=0)
+        with NoHostReads():
+            for number in range(45):
+                batch = next(stream)
+                step(Batch(batch.images, None, batch.index), number)
+        reading = step.post(45).read()
+        assert reading.bad_step == expected and reading.skipped == 45
+    # And the scale is one to go on from, once gradients are finite.
+    assert step.scaler.get_scale() > 2.0**10
+
+
 def test_the_student_becomes_the_teacher():
     """Over three stages; each starts with an optimizer and averages of its own."""
     step = step_of("pd")
