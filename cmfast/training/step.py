@@ -31,8 +31,9 @@ LEAST_SCALE = 2.0**-24
 class Reading(NamedTuple):
     """What a run says of itself, as numbers on the host.
 
-    loss: mean over the steps since the last reading. bad_step: the first step with a loss or gradients that are not
-    finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the last step.
+    loss: mean over the steps since the last reading, bad ones aside; NaN if there was no other. bad_step: the first step
+    with a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the
+    last step.
     """
 
     loss: float
@@ -44,7 +45,8 @@ class Reading(NamedTuple):
 class Pending:
     """A reading on its way to the host, sent after `done` steps: `read` waits for it, on all processes together.
 
-    counts: steps that were skipped, the first bad one. values: loss, norm. group: whose mean is taken.
+    counts: steps that were skipped, the first bad one. values: the sum of losses, how many they are, norm. group: whose
+    mean is taken.
     """
 
     def __init__(self, done: int, counts: Tensor, values: Tensor, group: Ranks) -> None:
@@ -58,9 +60,9 @@ class Pending:
         """The numbers."""
         if self._event is not None:
             self._event.synchronize()
-        loss, norm = self._group.mean(self._values).tolist()
+        total, losses, norm = self._group.mean(self._values).tolist()
         bad = int(self._group.least(self._counts[1:]))
-        return Reading(loss, norm, int(self._counts[0]), None if bad == NONE else bad)
+        return Reading(total / losses if losses else math.nan, norm, int(self._counts[0]), None if bad == NONE else bad)
 
     @staticmethod
     def _sent(x: Tensor) -> Tensor:
@@ -133,7 +135,9 @@ class TrainStep:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type) if options.dtype == "float16" else None
         self._kept_scale: Any = None
-        self._sum, self._steps = torch.zeros((), device=self.device), 0
+        # Of losses, and how many they are.
+        self._sum, self._losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self._steps = 0
         self._bad = torch.full((), NONE, dtype=torch.int64, device=self.device)
         # 1, or NaN once a step was bad: every later gradient is then NaN as well, and the optimizer passes over it.
         self._alive = torch.ones((), device=self.device)
@@ -190,8 +194,9 @@ class TrainStep:
         """Send the state of the run after `done` steps to the host, and start the next mean."""
         counts = torch.stack([self.optimizer.skipped.to(torch.int64).reshape(()), self._bad])
         norm = self.optimizer.grad_norm.reshape(()).to(torch.float64)
-        values = torch.stack([self._sum.to(torch.float64) / max(self._steps, 1), norm])
+        values = torch.stack([self._sum.to(torch.float64), self._losses.to(torch.float64), norm])
         self._sum.zero_()
+        self._losses.zero_()
         self._steps = 0
         return Pending(done, counts, values, self.group)
 
@@ -239,6 +244,7 @@ class TrainStep:
             scale.copy_(torch.where(bad, self._kept_scale, scale))
         bad = bad | ~total.isfinite()
         self._sum += torch.where(bad, 0.0, total)
+        self._losses += ~bad
         self._steps += 1
         self._bad = torch.where(bad & (self._bad == NONE), number, self._bad)
         if self.options.on_nan == "stop":

@@ -17,6 +17,8 @@ STEP = [
     ("the last bad step", "bad & (self._bad == NONE), number", "bad, number",
      _LOOP + "a_nan_loss_stops_with_a_checkpoint_of_the_step_before"),
     ("a bad loss in the mean", "torch.where(bad, 0.0, total)", "total", _STEP + "a_bad_step_can_be_left_out"),
+    ("the mean over bad steps as well", "self._losses += ~bad", "self._losses += 1",
+     _STEP + "the_loss_is_that_of_the_steps_that_are_taken"),
     ("steps without finite gradients taken", "options.max_norm or math.inf", "options.max_norm",
      _STEP + "a_bad_step_can_be_left_out"),
     ("float16 without scaling", 'if options.dtype == "float16" else None', "if False else None",

@@ -1,6 +1,7 @@
 """One training step: nothing is reads a value on the host, and what must not matter does not."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_a_bad_step_can_be_left_out():
     step = step_of(EDM(), replace(OPTIONS, on_nan="skip", optimize=False), Bad())
     reading = bad_at(step, {1, 3}, 6)
     assert reading.skipped == 2 and torch.isfinite(weights(step.model)).all() and reading.loss > 0
+
+
+@dataclass(frozen=True)
+class Known(EDM):
+    """A loss of 1, or NaN."""
+
+    def _loss(self, *arguments, **others):
+        terms = super()._loss(*arguments, **others)
+        return {"loss": 1 + 0 * terms["loss"]}
+
+
+def test_the_loss_is_that_of_the_steps_that_are_taken():
+    step = step_of(Known(), replace(OPTIONS, on_nan="skip", optimize=False), Bad())
+    assert bad_at(step, {1, 3, 4}, 6).loss == 1.0
+    assert math.isnan(bad_at(step, {0, 1}, 2).loss)
+    assert bad_at(step, (), 2).loss == 1.0
 
 
 def test_overflow_in_float16_is_counted_and_goes_on():
