@@ -31,9 +31,9 @@ LEAST_SCALE = 2.0**-24
 class Reading(NamedTuple):
     """What a run says of itself, as numbers on the host.
 
-    loss: mean over the steps since the last reading, bad ones aside; NaN if there was no other. bad_step: the first step
-    with a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the
-    last step.
+    loss: mean over the steps since the last reading, bad ones aside; NaN if all were bad. bad_step: the first step with
+    a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the last
+    one.
     """
 
     loss: float
@@ -85,7 +85,8 @@ class TrainStep:
 
     Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
-    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
+    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before. Read
+    before a step that `renews`: teacher, averages and optimizer are replaced in it.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings; or the
         weights to be trained have fewer bits than float32, in which most steps would be lost to rounding.
@@ -164,7 +165,7 @@ class TrainStep:
 
     def enter(self, stage: Stage) -> None:
         """Go on in a stage; where it is a new one of a progressive distillation, the student becomes the teacher."""
-        renewed = self.objective.teacher_follows and stage.number != self.stage.number
+        renewed = self._renews(stage)
         self.stage = stage
         if stage.target_rate is not None:
             self._target_rate.set_(stage.target_rate)
@@ -177,6 +178,10 @@ class TrainStep:
                 ours.copy_(students)
         self.averages = self._averages()
         self.optimizer = self._optimizer()
+
+    def renews(self, number: int) -> bool:
+        """Whether step `number` begins a new stage of a progressive distillation."""
+        return self._renews(self.objective.stage(number))
 
     def learning_rate(self, number: int) -> float:
         """That of step `number`. A student of a progressive distillation starts over."""
@@ -221,6 +226,9 @@ class TrainStep:
                 lpips=self.lpips,
             )
         return terms["loss"].float()
+
+    def _renews(self, stage: Stage) -> bool:
+        return self.objective.teacher_follows and stage.number != self.stage.number
 
     def _update(self, number: int) -> None:
         for group in self.optimizer.param_groups:
