@@ -32,8 +32,8 @@ class Reading(NamedTuple):
     """What a run says of itself, as numbers on the host.
 
     loss: mean over the steps since the last reading, bad ones aside; NaN if all were bad. bad_step: the first step with
-    a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the last
-    one.
+    a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the
+    last one.
     """
 
     loss: float

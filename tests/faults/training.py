@@ -88,6 +88,8 @@ CONFIG = [
      _LOOP + "a_nan_loss_is_gone_on_from_as_the_message_says"),
     ("options of any kind", "        if not _is(given[name], hint):", "        if False:",
      _RECIPES + "what_is_refused[arguments14-options: steps must be a whole number, got 1.5]"),
+    ("a run without a result", "        if not self.averages:", "        if False:",
+     _RECIPES + "what_is_refused[arguments19-averages must have one rate or more]"),
     ("numbers without a dot are texts", "                given[name] = float(value)", "                pass",
      _RECIPES + "numbers_as_yaml_has_them"),
 ]  # fmt: skip
@@ -127,6 +129,8 @@ RECIPES = [
      'load_teacher(paths["teacher"])', _RECIPES + "files_in_half_precision_are_trained_in_float32[torso-float32]"),
     ("a teacher by the name of its file", 'checkpoint.load_teacher(', "checkpoint.load(",
      _RECIPES + "bare_weights_of_a_teacher_are_a_diffusion_model[cd]"),
+    ("no stage of one step", '"pd": {"steps": 450_000', '"pd": {"steps": 350_000',
+     _RECIPES + "progressive_distillation_ends_in_one_step"),
     ("dropout ignored", 'settings["dropout"] is not None', "False", _RECIPES + "settings_of_the_command_line"),
 ]  # fmt: skip
 

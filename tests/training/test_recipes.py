@@ -110,6 +110,7 @@ def test_settings_of_the_command_line(images, tmp_path):
         (["--recipe", "edm", "--set", "options.keep=all"], "options: keep must be a whole number or None, got 'all'"),
         (["--recipe", "edm", "--set", "options.learning_rate=fast"], "learning_rate must be a number, got 'fast'"),
         (["--recipe", "edm", "--set", "options.betas=(0.9,)"], "betas must be a list of 2, each a number, got (0.9,)"),
+        (["--recipe", "edm", "--set", "options.averages=[]"], "averages must have one rate or more"),
         (["--recipe", "edm", "--set", "objective.std=wide"], "the objective of edm: std must be a number, got 'wide'"),
         (["--recipe", "edm", "--set", "dropout=2"], "dropout must be from 0 to 1, or None, got 2"),
         (["--config", "FLAT", "--data", "DATA"], "paths is a group of settings, as in paths.NAME, got 'images/'"),
@@ -178,6 +179,15 @@ def test_numbers_as_yaml_has_them(tmp_path):
     settings = recipes.complete(config.read(tmp_path / "x.yaml"))
     assert settings["options"]["learning_rate"] == 1e-4 and settings["objective"]["huber_c"] == 0.01
     assert settings["options"]["averages"] == [0.9, "power:0.1"]
+
+
+def test_progressive_distillation_ends_in_one_step():
+    """The recipe has all stages, the last of them as long as the one before."""
+    settings = recipes.complete({"recipe": "pd"})
+    steps, objective = settings["options"]["steps"], recipes.objective(settings)
+    last, before = objective.stage(steps - 1), objective.stage(objective.stage(steps - 1).first_step - 1)
+    assert (last.num_scales, before.num_scales) == (1, 2)
+    assert steps - last.first_step == before.steps == 100_000
 
 
 def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):
