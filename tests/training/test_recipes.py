@@ -190,6 +190,14 @@ def test_progressive_distillation_ends_in_one_step():
     assert steps - last.first_step == before.steps == 100_000
 
 
+def test_rates_with_arguments(images, tmp_path):
+    rates = "0.9,halflife:500,batch=4,rampup=0.05,power:0.1"
+    data = ["--recipe", "edm", "--data", images / "classes", *SMALL]
+    assert train(*data, "--averages", rates, "--out", tmp_path) == 0
+    saved = config.read(tmp_path / "config.yaml")["options"]["averages"]
+    assert saved == ["0.9", "halflife:500,batch=4,rampup=0.05", "power:0.1"]
+
+
 def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     settings = {"recipe": "ct", "paths": {"data": images / "classes"}, "network": "tiny",
