@@ -22,6 +22,8 @@ from cmfast.training import parallel
 from cmfast.training.config import TrainOptions
 from cmfast.training.frozen import frozen
 
+#: What a model and an objective both say of noise levels.
+LEVELS = ("sigma_min", "sigma_max", "rho")
 #: No step was bad.
 NONE = 2**62
 #: Gradients that are not finite at a loss scale below this, float16's least number, are no overflow.
@@ -88,8 +90,8 @@ class TrainStep:
     `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before. Read
     before a step that `renews`: teacher, averages and optimizer are replaced in it.
 
-    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings; or the
-        weights to be trained have fewer bits than float32, in which most steps would be lost to rounding.
+    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
+        noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -310,6 +312,16 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
         raise ValueError(
             f"{type(objective).__name__} trains a model with {objective.preconditioning} preconditioning, and this "
             f"one's is {name}: cmfast.digits.as_consistency_model makes the one from the other"
+        )
+    own = {level: (level, getattr(model, level)) for level in LEVELS}
+    if name == "consistency":
+        own["boundary"] = "sigma_min", model.preconditioner.boundary
+    wanted = {level: (getattr(objective, of, value), value) for level, (of, value) in own.items()}
+    different = [f"{level}={new:g}, not {value:g}" for level, (new, value) in wanted.items() if new != value]
+    if different:
+        raise ValueError(
+            f"{type(objective).__name__} trains for other noise levels than the model says it is for: it needs a model "
+            f"with {'; '.join(different)}. Give them to Denoiser and Preconditioner, or the model's to the objective"
         )
     if objective.needs_teacher != (teacher_model is not None):
         needs = "needs a teacher_model" if objective.needs_teacher else "takes no teacher_model"

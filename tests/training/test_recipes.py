@@ -152,6 +152,38 @@ def test_a_consistency_model_is_no_teacher(recipe, images, tmp_path):
         recipes.trainer(distilling(recipe, images, tmp_path / "edm_model.safetensors"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_noise_levels_are_those_of_the_teacher(recipe, images, tmp_path):
+    """As far as the settings say nothing; the student has those of the objective, and so has its file."""
+    levels = {"sigma_min": 0.02, "sigma_max": 10.0, "rho": 5.0}
+    path = tmp_path / "narrow.safetensors"
+    cmfast.save(cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(), image_shape=(3, 8, 8), **levels), path)
+    for given in ({}, {"sigma_max": 9.0}):
+        settings = distilling(recipe, images, path)
+        settings["objective"] |= given
+        run = recipes.trainer(settings, tmp_path / f"run{len(given)}")
+        run.run(progress=False)
+        student = cmfast.load(tmp_path / f"run{len(given)}" / "model.safetensors")
+        for model in (run.step.objective, student):
+            assert {name: getattr(model, name) for name in levels} == levels | given
+        assert student.preconditioner.boundary == (0.02 if recipe == "cd" else 0.0)
+    # And a run that goes on has them from its settings.
+    saved = config.read(tmp_path / "run1" / "config.yaml")
+    assert saved["objective"]["sigma_min"] == 0.02 and saved["objective"]["sigma_max"] == 9.0
+    assert recipes.trainer(saved, tmp_path / "run1", resume=True).done == 1
+
+
+def test_new_weights_are_for_the_noise_levels_that_are_set(images, tmp_path):
+    data = ["--recipe", "ct", "--data", images / "classes", "--loss-norm", "l2", *SMALL]
+    levels = [f"objective.{name}" for name in ("sigma_min=0.05", "sigma_max=10", "rho=3")]
+    assert train(*data, *(word for level in levels for word in ("--set", level)), "--out", tmp_path) == 0
+    model = cmfast.load(tmp_path / "model.safetensors")
+    assert (model.sigma_min, model.sigma_max, model.rho) == (0.05, 10, 3)
+    assert cmfast.Sampler(model, 1, steps=1).sigmas == [10.0]
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(model(x, 0.05, torch.zeros(1, dtype=torch.int64)), x)
+
+
 def distilling(recipe, images, teacher, **options):
     return {"recipe": recipe, "objective": {"loss_norm": "l2"}, "options": {"steps": 1, "batch_size": 2, **options},
             "paths": {"data": str(images / "classes"), "teacher": str(teacher)}}  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import cmfast
 from cmfast import backend
 from cmfast.data import Batch
 from cmfast.objectives import EDM, ConsistencyDistillation
@@ -247,8 +248,11 @@ def test_the_target_is_an_average_of_the_student():
         (EDM(), {"teacher_model": denoiser(EDM())}, "takes no teacher_model"),
         (OBJECTIVES["ct"], {"model": denoiser(EDM())}, "trains a model with consistency preconditioning"),
         (ConsistencyDistillation(), {"teacher_model": denoiser(EDM())}, "needs lpips="),
+        (replace(OBJECTIVES["ct"], sigma_max=10.0, rho=3.0), {}, r"a model with sigma_max=10, not 80; rho=3, not 7\."),
+        (OBJECTIVES["ict"], {"model": cmfast.Denoiser(unet(), cmfast.Preconditioner.consistency(sigma_min=0.01))},
+         r"a model with boundary=0\.002, not 0\.01\."),
     ],
-    ids=["no teacher", "a teacher too many", "other scalings", "no lpips"],
+    ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary"],
 )
 def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
