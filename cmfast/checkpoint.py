@@ -98,21 +98,28 @@ def load(
     if path is None and not BUNDLED.is_file():
         raise FileNotFoundError(f"the bundled model is missing from this installation: {BUNDLED}")
     source = BUNDLED if path is None else path
-    if not isinstance(source, str | os.PathLike) or Path(source).is_dir():
-        network, settings = _read_diffusers(source, overrides, convert)
-    elif convert:
-        raise TypeError(f"convert=True is for diffusers models, an object or a folder, and {source} is neither")
-    else:
-        network, settings = _read_file(Path(source), overrides)
+    network, settings = _read(source, overrides, convert)
     settings |= {name: overrides[name] for name in SCHEDULE_KEYWORDS if name in overrides}
-    try:
-        denoiser = _build_denoiser(network, settings, preconditioning).eval()
-    except ValueError as error:
-        what = source if isinstance(source, str | os.PathLike) else type(source).__name__
-        raise CheckpointError(f"{what}: {error}") from error
+    denoiser = _denoiser(source, network, settings, preconditioning)
     if device is not None:
         denoiser.to(device)
     return _cast(denoiser, dtype or settings.get("dtype"))
+
+
+def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Denoiser:
+    """The diffusion model that a distillation starts from, as `load` reads it; but weights that do not say what they
+    are count as one, whatever the file is called, as in the original's `cm_train.py`.
+
+    Raises: CheckpointError: the file says that it holds a consistency model; and as `load`.
+    """
+    network, settings = _read(path, {}, False)
+    # A scheduler of diffusers, which gives noise levels, is that of a consistency model.
+    if settings.get("boundary", settings.get("sigma_min")):
+        raise CheckpointError(
+            f"{path} is a consistency model, and a teacher is a diffusion model: what leads from noise to an image in "
+            "one step gives no path to follow. Name the model that it was distilled from, or one of recipe edm"
+        )
+    return _cast(_denoiser(path, network, settings, "edm"), dtype or settings.get("dtype"))
 
 
 def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -191,6 +198,15 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path
         temporary.unlink(missing_ok=True)
 
 
+def _read(source: Any, overrides: Mapping[str, Any], convert: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network, and what comes with it."""
+    if not isinstance(source, str | os.PathLike) or Path(source).is_dir():
+        return _read_diffusers(source, overrides, convert)
+    if convert:
+        raise TypeError(f"convert=True is for diffusers models, an object or a folder, and {source} is neither")
+    return _read_file(Path(source), overrides)
+
+
 def _read_diffusers(source: Any, overrides: Mapping[str, Any], convert: bool) -> tuple[nn.Module, dict[str, Any]]:
     for name in overrides:
         if name not in SCHEDULE_KEYWORDS:
@@ -255,6 +271,14 @@ class _SkipNormal(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def _denoiser(source: Any, network: nn.Module, settings: dict[str, Any], preconditioning: str | None) -> Denoiser:
+    try:
+        return _build_denoiser(network, settings, preconditioning).eval()
+    except ValueError as error:
+        what = source if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditioning: str | None) -> Denoiser:

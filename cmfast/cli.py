@@ -184,8 +184,12 @@ def _device(name: str | None, local_rank: int | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device must be cuda, cuda:N or cpu, got {name!r}") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} of them here, from cuda:0 on")
     if device.type != "cuda" or device.index is not None or local_rank is None:
         return device
     if local_rank >= torch.cuda.device_count():
@@ -232,7 +236,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         ("batch_size", int, "images per step, of all processes together (default: 64)"),
         ("microbatch", int, "images per forward pass"),
         ("learning_rate", float, "default: the paper's"),
-        ("averages", _words, "rates of averaged weights, such as 0.999,0.9999 or power:0.05"),
+        ("averages", _words, "rates of averaged weights, such as 0.999,power:0.05 or halflife:500000,batch=64"),
         ("dtype", str, "float32 (default), bfloat16 or float16"),
         ("seed", int, "of everything random (default: 0)"),
         ("save_interval", int, "steps between checkpoints (default: 1000)"),
@@ -367,7 +371,14 @@ def _integers(text: str) -> list[int]:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    """Rates of averages with commas between them; one may have arguments, `halflife:500000,batch=64`."""
+    words: list[str] = []
+    for part in text.split(","):
+        if words and "=" in part:
+            words[-1] += f",{part}"
+        else:
+            words.append(part)
+    return tuple(words)
 
 
 def _numbers(text: str) -> list[float]:

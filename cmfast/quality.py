@@ -17,6 +17,9 @@ from cmfast import data
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
 
+#: Of precision and recall: the nearest image but so many says how far an image reaches.
+NEIGHBOURS = 3
+
 
 class DigitClassifier(nn.Module):
     """A small convolutional network for [B, 1, 32, 32] digits; `features` [B, 64] is what distances are taken in."""
@@ -73,7 +76,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float(mean + np.trace(cov_x) + np.trace(cov_y) - 2 * roots)
 
 
-def coverage(real: Tensor, made: Tensor, *, k: int = 3) -> tuple[float, float]:
+def coverage(real: Tensor, made: Tensor, *, k: int = NEIGHBOURS) -> tuple[float, float]:
     """(precision, recall) of Kynkaanniemi et al. 2019: the share of made features [N, D] within the k-th neighbour's
     distance of some real one, and of real ones within that of some made one."""
 
@@ -136,7 +139,12 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
 def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000, seed: int = 0) -> str:
     """A Markdown table of num images each: real held-out digits, one and two steps of the model, 18 Heun steps of the
-    teacher."""
+    teacher.
+
+    Raises: ValueError: so few images that some have no third neighbour, before any digit is drawn.
+    """
+    if num <= NEIGHBOURS:
+        raise ValueError(f"num must be {NEIGHBOURS + 1} or more, got {num}: precision and recall are of neighbours")
     training, held_out = data.mnist()
     assert held_out.labels is not None
     classifier = train_classifier(training)

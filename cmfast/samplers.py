@@ -6,6 +6,7 @@ so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,8 +40,8 @@ def _floats(sigmas: Sigmas, *, least: int) -> list[float]:
     levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
     if len(levels) < least:
         raise ValueError(f"sigmas needs {least} or more noise levels, got {len(levels)}")
-    if not all(level >= 0 for level in levels) or not all(level > 0 for level in levels[:-1]):
-        raise ValueError(f"sigmas must be positive, only the last may be 0, none NaN; got {levels}")
+    if not all(0 <= level < math.inf for level in levels) or not all(level > 0 for level in levels[:-1]):
+        raise ValueError(f"sigmas must be positive, only the last may be 0, none NaN or infinite; got {levels}")
     return levels
 
 

@@ -75,6 +75,9 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--num", "0"], "--num"),
         (["--batch-size", "0"], "batch_size"),
         (["--device", "nope"], "nope"),
+        (["--device", "mps"], "--device must be cuda, cuda:N or cpu, got 'mps'"),
+        (["--device", "meta"], "--device must be cuda, cuda:N or cpu, got 'meta'"),
+        (["--sigmas", "inf"], "none NaN or infinite"),
         (["--set", "nope=1"], "nope"),
         pytest.param(["--cuda-graph", "on"], "cuda_graph=True cannot be had", marks=NO_GPU),
     ],
@@ -100,6 +103,13 @@ def test_lists_that_are_none(capsys, option, value, message):
     with pytest.raises(SystemExit):
         cli.main(["sample", option, value])
     assert message in capsys.readouterr().err
+
+
+def test_a_gpu_too_many(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.main(["sample", "--model", checkpoint, "--device", "cuda:2", "--out", str(tmp_path / "x.png")]) == 2
+    assert "--device cuda:2: torch finds 2 of them here" in capsys.readouterr().err
 
 
 def test_without_a_compiler(checkpoint, tmp_path, monkeypatch, capsys):

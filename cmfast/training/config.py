@@ -38,7 +38,7 @@ class TrainOptions:
     optimizer        radam, adam or adamw, with betas, eps and weight_decay
     learning_rate    after `warmup` steps; then as `decay` has it: constant, or to 0 at the last step
     max_norm         to which the norm of all gradients is clipped; None: not
-    averages         rates of the averaged weights, as `cmfast.ema.Averages` takes them; the first is sampled from
+    averages         rates of averaged weights, as `cmfast.ema.Averages` takes them: one or more, the first sampled from
     dtype            what networks compute in; weights, loss and averages are float32. float16 scales its gradients
     checkpointing    make activations again in the backward pass: less memory, a third more time
     parallel         several processes: "ddp", or "fsdp" to share out weights, averages and optimizer state too
@@ -89,6 +89,8 @@ class TrainOptions:
         for name in ("warmup", "sample_interval", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.averages:
+            raise ValueError("averages must have one rate or more: the first average is the result of a run")
         if not self.learning_rate > 0 or math.isinf(self.learning_rate):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.max_norm is not None and not self.max_norm > 0:

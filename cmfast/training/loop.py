@@ -133,6 +133,9 @@ class Trainer:
         with closing(batches), tqdm(total=options.steps, initial=self.done, disable=not shown) as bar:
             bar.set_description(self.out.name)
             while self.done < options.steps:
+                if self.step.renews(self.done):
+                    # A NaN of the last stage is to be stopped at while its teacher is there.
+                    self._settle(bar)
                 batch = next(batches)
                 self.step(batch, self.done)
                 self.done += 1
@@ -242,7 +245,8 @@ class Trainer:
         }
 
     def _settle(self, bar: Any) -> None:
-        """Wait for the numbers of all steps so far: a NaN in one of them shows before a checkpoint is written."""
+        """Wait for the numbers of all steps so far: a NaN in one of them shows before a checkpoint is written, or a
+        stage begins."""
         if self.step.unread:
             self._pending = self.step.post(self.done)
         self._report(bar)
@@ -256,6 +260,7 @@ class Trainer:
     def _stop(self, step: int) -> None:
         """Keep the weights before a bad step, which no step since has changed, and say so."""
         self.done = step
+        self.step.restore_scale()
         where = self.save()
         raise NaNLoss(
             f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "

@@ -22,15 +22,20 @@ from cmfast.training import parallel
 from cmfast.training.config import TrainOptions
 from cmfast.training.frozen import frozen
 
+#: What a model and an objective both say of noise levels.
+LEVELS = ("sigma_min", "sigma_max", "rho")
 #: No step was bad.
 NONE = 2**62
+#: Gradients that are not finite at a loss scale below this, float16's least number, are no overflow.
+LEAST_SCALE = 2.0**-24
 
 
 class Reading(NamedTuple):
     """What a run says of itself, as numbers on the host.
 
-    loss: mean over the steps since the last reading. bad_step: the first step with a loss or gradients that are not
-    finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the last step.
+    loss: mean over the steps since the last reading, bad ones aside; NaN if all were bad. bad_step: the first step with
+    a loss or gradients that are not finite, or None. skipped: steps that changed nothing, so far. grad_norm: of the
+    last one.
     """
 
     loss: float
@@ -42,7 +47,8 @@ class Reading(NamedTuple):
 class Pending:
     """A reading on its way to the host, sent after `done` steps: `read` waits for it, on all processes together.
 
-    counts: steps that were skipped, the first bad one. values: loss, norm. group: whose mean is taken.
+    counts: steps that were skipped, the first bad one. values: the sum of losses, how many they are, norm. group: whose
+    mean is taken.
     """
 
     def __init__(self, done: int, counts: Tensor, values: Tensor, group: Ranks) -> None:
@@ -57,9 +63,9 @@ class Pending:
         """The numbers."""
         if self._event is not None:
             self._event.synchronize()
-        loss, norm = self._group.mean(self._values).tolist()
+        total, losses, norm = self._group.mean(self._values).tolist()
         bad = int(self._group.least(self._counts[1:]))
-        return Reading(loss, norm, int(self._counts[0]), None if bad == NONE else bad)
+        return Reading(total / losses if losses else math.nan, norm, int(self._counts[0]), None if bad == NONE else bad)
 
     @staticmethod
     def _sent(x: Tensor) -> Tensor:
@@ -77,11 +83,16 @@ class TrainStep:
     lpips           the perceptual distance, where the objective asks for it
     group           the processes that share a batch
 
+    In float16 gradients that overflow are left out and halve the scale of the loss; once that is below 2^-24, they are
+    no overflow, and the step is a bad one.
+
     Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
-    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before.
+    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before. Read
+    before a step that `renews`: teacher, averages and optimizer are replaced in it.
 
-    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or the other scalings.
+    Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
+        noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -127,7 +138,10 @@ class TrainStep:
         self.averages = self._averages()
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type) if options.dtype == "float16" else None
-        self._sum, self._steps = torch.zeros((), device=self.device), 0
+        self._kept_scale: Any = None
+        # Of losses, and how many they are.
+        self._sum, self._losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self._steps = 0
         self._bad = torch.full((), NONE, dtype=torch.int64, device=self.device)
         # 1, or NaN once a step was bad: every later gradient is then NaN as well, and the optimizer passes over it.
         self._alive = torch.ones((), device=self.device)
@@ -154,7 +168,7 @@ class TrainStep:
 
     def enter(self, stage: Stage) -> None:
         """Go on in a stage; where it is a new one of a progressive distillation, the student becomes the teacher."""
-        renewed = self.objective.teacher_follows and stage.number != self.stage.number
+        renewed = self._renews(stage)
         self.stage = stage
         if stage.target_rate is not None:
             self._target_rate.set_(stage.target_rate)
@@ -167,6 +181,10 @@ class TrainStep:
                 ours.copy_(students)
         self.averages = self._averages()
         self.optimizer = self._optimizer()
+
+    def renews(self, number: int) -> bool:
+        """Whether step `number` begins a new stage of a progressive distillation."""
+        return self._renews(self.objective.stage(number))
 
     def learning_rate(self, number: int) -> float:
         """That of step `number`. A student of a progressive distillation starts over."""
@@ -184,10 +202,17 @@ class TrainStep:
         """Send the state of the run after `done` steps to the host, and start the next mean."""
         counts = torch.stack([self.optimizer.skipped.to(torch.int64).reshape(()), self._bad])
         norm = self.optimizer.grad_norm.reshape(()).to(torch.float64)
-        values = torch.stack([self._sum.to(torch.float64) / max(self._steps, 1), norm])
+        values = torch.stack([self._sum.to(torch.float64), self._losses.to(torch.float64), norm])
         self._sum.zero_()
+        self._losses.zero_()
         self._steps = 0
         return Pending(done, counts, values, self.group)
+
+    def restore_scale(self) -> None:
+        """Of float16, put the scale of the loss back to what it was at the last finite gradients: steps that a stop has
+        made do nothing have halved it, each of them."""
+        if self.scaler is not None and self._kept_scale is not None:
+            self._scale().copy_(self._kept_scale)
 
     def _loss(self, images: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         half = getattr(torch, self.options.dtype)
@@ -205,32 +230,51 @@ class TrainStep:
             )
         return terms["loss"].float()
 
+    def _renews(self, stage: Stage) -> bool:
+        return self.objective.teacher_follows and stage.number != self.stage.number
+
     def _update(self, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(number)
         if self.scaler is None:
             self.optimizer.step()
         else:
+            if self._kept_scale is None:
+                self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
     def _note(self, total: Tensor, number: int) -> None:
         """Count a step and its loss, and whether it was bad."""
-        bad = ~total.isfinite()
-        if self.scaler is None:
-            bad = bad | ~self.optimizer.grad_norm.isfinite().reshape(())
+        bad = ~self.optimizer.grad_norm.isfinite().reshape(())
+        if self.scaler is not None:
+            # An overflow is none, which a smaller scale cures; for this one it was halved already.
+            scale = self._scale()
+            self._kept_scale = torch.where(bad, self._kept_scale, scale)
+            bad = bad & (scale < LEAST_SCALE)
+            scale.copy_(torch.where(bad, self._kept_scale, scale))
+        bad = bad | ~total.isfinite()
         self._sum += torch.where(bad, 0.0, total)
+        self._losses += ~bad
         self._steps += 1
         self._bad = torch.where(bad & (self._bad == NONE), number, self._bad)
         if self.options.on_nan == "stop":
             self._alive = torch.where(self._bad == NONE, 1.0, torch.nan).to(self._alive)
+
+    def _scale(self) -> Tensor:
+        """The scale of the loss in float16, as a scalar on the device, not a copy."""
+        scale = None if self.scaler is None else self.scaler._get_scale_async()
+        assert scale is not None
+        return scale
 
     def _fast(self, model: Denoiser, pack: bool = False) -> Denoiser:
         """The model in the form that is called: optimised, if it may be and can be. pack: as in `fast.optimize`."""
         if not self.options.optimize or self._sharded or fast.refusal(model) is not None:
             return model
         half = getattr(torch, self.options.dtype)
-        return fast.optimize(model, dtype=None if half == torch.float32 else half, pack=pack)
+        # None would be the weights' own: of a teacher from a file in half precision, not what was asked for.
+        own = half == torch.float32 and not _low_precision(model)
+        return fast.optimize(model, dtype=None if own else half, pack=pack)
 
     def _frozen(self, model: Denoiser | None) -> Denoiser | None:
         if model is None:
@@ -270,11 +314,35 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
             f"{type(objective).__name__} trains a model with {objective.preconditioning} preconditioning, and this "
             f"one's is {name}: cmfast.digits.as_consistency_model makes the one from the other"
         )
+    own = {level: (level, getattr(model, level)) for level in LEVELS}
+    if name == "consistency":
+        own["boundary"] = "sigma_min", model.preconditioner.boundary
+    wanted = {level: (getattr(objective, of, value), value) for level, (of, value) in own.items()}
+    different = [f"{level}={new:g}, not {value:g}" for level, (new, value) in wanted.items() if new != value]
+    if different:
+        raise ValueError(
+            f"{type(objective).__name__} trains for other noise levels than the model says it is for: it needs a model "
+            f"with {'; '.join(different)}. Give them to Denoiser and Preconditioner, or the model's to the objective"
+        )
     if objective.needs_teacher != (teacher_model is not None):
         needs = "needs a teacher_model" if objective.needs_teacher else "takes no teacher_model"
         raise ValueError(f"{type(objective).__name__} {needs}")
     if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
         raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+    # Of a progressive distillation, students become the teacher.
+    trained = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
+    for what, each in trained.items():
+        dtypes = _low_precision(each)
+        if dtypes:
+            raise ValueError(
+                f"the weights of {what} are {', '.join(sorted(map(str, dtypes)))}, and float32 is what is trained: "
+                f"call {what}.float() first; options.dtype says what networks compute in"
+            )
+
+
+def _low_precision(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes of parameters with fewer bits than float32."""
+    return {p.dtype for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32}
 
 
 def _recompute(model: Denoiser) -> None:

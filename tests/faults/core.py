@@ -63,6 +63,8 @@ DISTANCES = [
 ]  # fmt: skip
 
 SAMPLERS = [
+    ("infinite levels", "0 <= level < math.inf", "0 <= level",
+     "tests/test_cli.py::test_bad_arguments[--sigmas inf-]"),
     ("multistep: noise of the level before", "            sigma[i + 1],\n            take(noise_fn, x),",
      "            sigma[i],\n            take(noise_fn, x),", loop("multistep.40.plain.bc.clip")),
     ("multistep: default sigma_min", "            sigma_min=sigma_min,\n", "",

@@ -28,6 +28,8 @@ FAULTS = {
          _STOP + "the_step_at_hand_is_the_last"),
     ],
     "cmfast/cli.py": [
+        ("every comma parts two rates", 'if words and "=" in part:', "if False:",
+         "tests/training/test_recipes.py::test_rates_with_arguments"),
         ("memory that runs out is a fault", "    if not out_of_memory(error):", "    if True:",
          "tests/test_cli.py::test_memory_that_runs_out[demo-MemoryError]"),
         ("every fault is the user's", "    if not out_of_memory(error):", "    if False:",

@@ -12,7 +12,7 @@ import cmfast
 from cmfast.data import ImageData
 from cmfast.objectives import EDM
 from cmfast.training import NaNLoss, Trainer, checkpoints, config, loop, pictures
-from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, trainer, unet, weights
+from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, trainer, unet, weights
 
 
 class Interrupted(Exception):
@@ -216,6 +216,14 @@ def test_a_nan_loss_is_gone_on_from_as_the_message_says(tmp_path):
     assert [line["learning_rate"] for line in pictures.read_log(tmp_path / "other" / loop.LOG)] == [3e-3, *[1e-4] * 3]
 
 
+def test_a_nan_loss_leaves_the_scale_of_float16(tmp_path):
+    """Steps after it, up to the reading, find no finite gradients either, and it was not the scale's fault."""
+    with pytest.raises(NaNLoss, match="the loss of step 2 "):
+        exploding(tmp_path, 2, replace(OPTIONS, dtype="float16", log_interval=20)).run(progress=False)
+    resumed = exploding(tmp_path, None, replace(OPTIONS, dtype="float16", on_nan="skip"), resume=True)
+    assert resumed.done == 2 and resumed.step.scaler.state_dict()["scale"] == 2.0**16
+
+
 @pytest.mark.parametrize("at, save_interval", [(6, 8), (18, 20)], ids=["a checkpoint", "the last step"])
 def test_a_nan_between_two_readings_shows_before_a_checkpoint(tmp_path, at, save_interval):
     options = replace(OPTIONS, log_interval=11, save_interval=save_interval)
@@ -223,6 +231,25 @@ def test_a_nan_between_two_readings_shows_before_a_checkpoint(tmp_path, at, save
         exploding(tmp_path, at, options).run(progress=False)
     assert [step for step, _ in checkpoints.saved(tmp_path)] == [at]
     assert not (tmp_path / loop.RESULT).exists()
+
+
+@pytest.mark.parametrize("log_interval", [3, 4], ids=["a reading on its way", "none sent"])
+def test_a_nan_just_before_a_new_stage_stops_in_the_old_one(tmp_path, log_interval):
+    """A stage of 3 steps: the teacher, averages and moments that are kept are those of the step before the NaN."""
+    options = replace(OPTIONS, log_interval=log_interval, steps=8)
+    good = trainer("pd", tmp_path / "good", options)
+    interrupt(good, 2)
+    first = teacher(OBJECTIVES["pd"])
+    run = trainer("pd", tmp_path / "bad", options)
+    loss = run.step._loss
+    run.step._loss = lambda *batch: loss(*batch) * (float("nan") if run.done == 2 else 1.0)
+    with pytest.raises(NaNLoss, match="the loss of step 2 "):
+        run.run(progress=False)
+    assert all(map(torch.equal, everything(run), everything(good)))
+    resumed = trainer("pd", tmp_path / "bad", options, unet(seed=5), resume=True)
+    assert resumed.done == 2 and resumed.step.stage.number == 0
+    assert torch.equal(weights(resumed.step.teacher_model), weights(first))
+    assert all(map(torch.equal, everything(resumed), everything(good)))
 
 
 def test_a_nan_loss_can_be_left_out(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import cmfast
-from cmfast import cli, recipes
+from cmfast import cli, recipes, unet_config
 from cmfast.objectives import OBJECTIVES
 from cmfast.training import config
 from tests.training.toys import unet, weights
@@ -110,6 +110,7 @@ def test_settings_of_the_command_line(images, tmp_path):
         (["--recipe", "edm", "--set", "options.keep=all"], "options: keep must be a whole number or None, got 'all'"),
         (["--recipe", "edm", "--set", "options.learning_rate=fast"], "learning_rate must be a number, got 'fast'"),
         (["--recipe", "edm", "--set", "options.betas=(0.9,)"], "betas must be a list of 2, each a number, got (0.9,)"),
+        (["--recipe", "edm", "--set", "options.averages=[]"], "averages must have one rate or more"),
         (["--recipe", "edm", "--set", "objective.std=wide"], "the objective of edm: std must be a number, got 'wide'"),
         (["--recipe", "edm", "--set", "dropout=2"], "dropout must be from 0 to 1, or None, got 2"),
         (["--config", "FLAT", "--data", "DATA"], "paths is a group of settings, as in paths.NAME, got 'images/'"),
@@ -125,6 +126,84 @@ def test_what_is_refused(arguments, message, images, teacher, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_bare_weights_of_a_teacher_are_a_diffusion_model(recipe, images, tmp_path, monkeypatch):
+    """What the original's edm_train.py writes is called ema_0.9999_600000.pt, and cm_train.py knows it for one."""
+    network = unet()
+    # Bare weights are those of a published architecture.
+    config = unet_config.from_shapes({name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
+    monkeypatch.setattr(unet_config, "PUBLISHED", {"toy": (config, {"image_size": 8, "num_head_channels": 16})})
+    torch.save(network.state_dict(), tmp_path / "ema_0.9999_600000.pt")
+    assert cmfast.load(tmp_path / "ema_0.9999_600000.pt").preconditioner.name == "consistency"
+    run = recipes.trainer(distilling(recipe, images, tmp_path / "ema_0.9999_600000.pt"), tmp_path / "run")
+    assert run.step.teacher_model.preconditioner == cmfast.Preconditioner.edm()
+    assert run.step.model.preconditioner.name == OBJECTIVES[recipe].preconditioning
+    # As a start they say nothing about scalings: those are the objective's.
+    settings = distilling(recipe, images, tmp_path / "ema_0.9999_600000.pt")
+    settings["paths"]["init"] = settings["paths"]["teacher"]
+    start = recipes.trainer(settings, tmp_path / "other").step.model
+    assert start.preconditioner == run.step.model.preconditioner
+
+
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_a_consistency_model_is_no_teacher(recipe, images, tmp_path):
+    cmfast.save(cmfast.Denoiser(unet(), image_shape=(3, 8, 8)), tmp_path / "edm_model.safetensors")
+    with pytest.raises(ValueError, match=r"edm_model\.safetensors is a consistency model, and a teacher is"):
+        recipes.trainer(distilling(recipe, images, tmp_path / "edm_model.safetensors"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("recipe", ["cd", "pd"])
+def test_noise_levels_are_those_of_the_teacher(recipe, images, tmp_path):
+    """As far as the settings say nothing; the student has those of the objective, and so has its file."""
+    levels = {"sigma_min": 0.02, "sigma_max": 10.0, "rho": 5.0}
+    path = tmp_path / "narrow.safetensors"
+    cmfast.save(cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(), image_shape=(3, 8, 8), **levels), path)
+    for given in ({}, {"sigma_max": 9.0}):
+        settings = distilling(recipe, images, path)
+        settings["objective"] |= given
+        run = recipes.trainer(settings, tmp_path / f"run{len(given)}")
+        run.run(progress=False)
+        student = cmfast.load(tmp_path / f"run{len(given)}" / "model.safetensors")
+        for model in (run.step.objective, student):
+            assert {name: getattr(model, name) for name in levels} == levels | given
+        assert student.preconditioner.boundary == (0.02 if recipe == "cd" else 0.0)
+    # And a run that goes on has them from its settings.
+    saved = config.read(tmp_path / "run1" / "config.yaml")
+    assert saved["objective"]["sigma_min"] == 0.02 and saved["objective"]["sigma_max"] == 9.0
+    assert recipes.trainer(saved, tmp_path / "run1", resume=True).done == 1
+
+
+def test_new_weights_are_for_the_noise_levels_that_are_set(images, tmp_path):
+    data = ["--recipe", "ct", "--data", images / "classes", "--loss-norm", "l2", *SMALL]
+    levels = [f"objective.{name}" for name in ("sigma_min=0.05", "sigma_max=10", "rho=3")]
+    assert train(*data, *(word for level in levels for word in ("--set", level)), "--out", tmp_path) == 0
+    model = cmfast.load(tmp_path / "model.safetensors")
+    assert (model.sigma_min, model.sigma_max, model.rho) == (0.05, 10, 3)
+    assert cmfast.Sampler(model, 1, steps=1).sigmas == [10.0]
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(model(x, 0.05, torch.zeros(1, dtype=torch.int64)), x)
+
+
+def distilling(recipe, images, teacher, **options):
+    return {"recipe": recipe, "objective": {"loss_norm": "l2"}, "options": {"steps": 1, "batch_size": 2, **options},
+            "paths": {"data": str(images / "classes"), "teacher": str(teacher)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["torso", "all"])
+def test_files_in_half_precision_are_trained_in_float32(part, options, images, tmp_path):
+    """A file whose torso is float16, or all of it; teacher and student, weights and moments."""
+    model = cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(), image_shape=(3, 8, 8))
+    model.network.convert_torso(torch.float16) if part == "torso" else model.network.half()
+    cmfast.save(model, tmp_path / "half.safetensors")
+    assert torch.float16 in {p.dtype for p in cmfast.load(tmp_path / "half.safetensors").parameters()}
+    run = recipes.trainer(distilling("cd", images, tmp_path / "half.safetensors", **options), tmp_path / "run")
+    result = run.run(progress=False)
+    moments = [s["exp_avg"] for s in run.step.optimizer.state.values()]
+    tensors = [*run.step.model.parameters(), *run.step.teacher_model.parameters(), *result.parameters(), *moments]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
 def test_numbers_as_yaml_has_them(tmp_path):
     """1e-4 without a dot is a text there, and rates of averages are numbers."""
     text = "recipe: ict\noptions: {learning_rate: 1e-4, averages: [0.9, power:0.1], eps: 1}\n"
@@ -132,6 +211,23 @@ def test_numbers_as_yaml_has_them(tmp_path):
     settings = recipes.complete(config.read(tmp_path / "x.yaml"))
     assert settings["options"]["learning_rate"] == 1e-4 and settings["objective"]["huber_c"] == 0.01
     assert settings["options"]["averages"] == [0.9, "power:0.1"]
+
+
+def test_progressive_distillation_ends_in_one_step():
+    """The recipe has all stages, the last of them as long as the one before."""
+    settings = recipes.complete({"recipe": "pd"})
+    steps, objective = settings["options"]["steps"], recipes.objective(settings)
+    last, before = objective.stage(steps - 1), objective.stage(objective.stage(steps - 1).first_step - 1)
+    assert (last.num_scales, before.num_scales) == (1, 2)
+    assert steps - last.first_step == before.steps == 100_000
+
+
+def test_rates_with_arguments(images, tmp_path):
+    rates = "0.9,halflife:500,batch=4,rampup=0.05,power:0.1"
+    data = ["--recipe", "edm", "--data", images / "classes", *SMALL]
+    assert train(*data, "--averages", rates, "--out", tmp_path) == 0
+    saved = config.read(tmp_path / "config.yaml")["options"]["averages"]
+    assert saved == ["0.9", "halflife:500,batch=4,rampup=0.05", "power:0.1"]
 
 
 def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """One training step: nothing is reads a value on the host, and what must not matter does not."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
+import cmfast
 from cmfast import backend
 from cmfast.data import Batch
 from cmfast.objectives import EDM, ConsistencyDistillation
@@ -112,6 +114,21 @@ def test_half_precision_learns_nearly_the_same(dtype, tolerance):
     assert weights(half.model).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_not_trained(dtype):
+    """Whole networks and torsos; a teacher's may be, unless students are to become it."""
+    whole, torso = denoiser(EDM()), denoiser(EDM())
+    whole.network.to(dtype)
+    torso.network.convert_torso(dtype)
+    for model in whole, torso:
+        with pytest.raises(ValueError, match=rf"weights of model are {dtype}, .*call model\.float\(\)"):
+            TrainStep(model, EDM(), OPTIONS)
+    with pytest.raises(ValueError, match="weights of teacher_model"):
+        TrainStep(denoiser(EDM()), OBJECTIVES["pd"], OPTIONS, teacher_model=torso)
+    step = TrainStep(denoiser(OBJECTIVES["cd"]), OBJECTIVES["cd"], OPTIONS, teacher_model=torso)
+    assert torch.isfinite(torch.tensor(run(step, 1).loss))
+
+
 class Bad(nn.Module):
     """A network whose output is NaN for the images numbered so."""
 
@@ -150,12 +167,57 @@ def test_a_bad_step_can_be_left_out():
     assert reading.skipped == 2 and torch.isfinite(weights(step.model)).all() and reading.loss > 0
 
 
+@dataclass(frozen=True)
+class Known(EDM):
+    """A loss of 1, or NaN."""
+
+    def _loss(self, *arguments, **others):
+        terms = super()._loss(*arguments, **others)
+        return {"loss": 1 + 0 * terms["loss"]}
+
+
+def test_the_loss_is_that_of_the_steps_that_are_taken():
+    step = step_of(Known(), replace(OPTIONS, on_nan="skip", optimize=False), Bad())
+    assert bad_at(step, {1, 3, 4}, 6).loss == 1.0
+    assert math.isnan(bad_at(step, {0, 1}, 2).loss)
+    assert bad_at(step, (), 2).loss == 1.0
+
+
 def test_overflow_in_float16_is_counted_and_goes_on():
     step = step_of(EDM(), replace(OPTIONS, dtype="float16", optimize=False), Bad(1.0))
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     reading = bad_at(step, (), 40)
     assert 20 < reading.skipped < 40 and reading.bad_step is None
     assert torch.isfinite(weights(step.model)).all()
+
+
+def test_gradients_that_no_scale_makes_finite_are_no_overflow():
+    """In float16: the scale falls from 2^16 to 2^-24 at most, and the step after is a bad one, as in float32."""
+
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    class Network(nn.Conv2d):
+        def forward(self, x, t, y=None):
+            return Steep.apply(super().forward(x))
+
+    for dtype, expected in (("float32", 0), ("float16", 40)):
+        step = step_of(EDM(), replace(OPTIONS, dtype=dtype, optimize=False), Network(3, 3, 1))
+        stream = DATA.batches(6, seed=0)
+        with NoHostReads():
+            for number in range(45):
+                batch = next(stream)
+                step(Batch(batch.images, None, batch.index), number)
+        reading = step.post(45).read()
+        assert reading.bad_step == expected and reading.skipped == 45
+    # And the scale is one to go on from, once gradients are finite.
+    assert step.scaler.get_scale() > 2.0**10
 
 
 def test_the_student_becomes_the_teacher():
@@ -186,8 +248,11 @@ def test_the_target_is_an_average_of_the_student():
         (EDM(), {"teacher_model": denoiser(EDM())}, "takes no teacher_model"),
         (OBJECTIVES["ct"], {"model": denoiser(EDM())}, "trains a model with consistency preconditioning"),
         (ConsistencyDistillation(), {"teacher_model": denoiser(EDM())}, "needs lpips="),
+        (replace(OBJECTIVES["ct"], sigma_max=10.0, rho=3.0), {}, r"a model with sigma_max=10, not 80; rho=3, not 7\."),
+        (OBJECTIVES["ict"], {"model": cmfast.Denoiser(unet(), cmfast.Preconditioner.consistency(sigma_min=0.01))},
+         r"a model with boundary=0\.002, not 0\.01\."),
     ],
-    ids=["no teacher", "a teacher too many", "other scalings", "no lpips"],
+    ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary"],
 )
 def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
