@@ -291,7 +291,7 @@ def _settings(device: torch.device) -> Hashable:
         ops.current_backend(),
         # What both of PyTorch's ways to allow TF32 set; the older of its questions fails where the newer way was taken.
         torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # put there at run time
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
     )
