@@ -155,7 +155,7 @@ class Program:
                 buffer.copy_(value)
             elif value != self._filled.get(name):
                 if isinstance(value, range):
-                    torch.arange(value.start, value.stop, out=buffer)
+                    torch.arange(value.start, value.stop, out=buffer, device=buffer.device)
                 else:
                     buffer.fill_(_signed(value) if isinstance(value, int) else value)
                 self._filled[name] = value
