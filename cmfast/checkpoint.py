@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import numbers
 import os
 import pickle
 import re
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,11 +97,18 @@ def load(
         known = ", ".join(SCHEDULE_KEYWORDS + NETWORK_KEYWORDS)
         raise TypeError(f"load() got an unknown keyword {', '.join(unknown)}; known: {known}")
 
+    for name in ("image_size", *SCHEDULE_KEYWORDS):
+        value = overrides.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+
     if path is None and not BUNDLED.is_file():
         raise FileNotFoundError(f"the bundled model is missing from this installation: {BUNDLED}")
     source = BUNDLED if path is None else path
     network, settings = _read(source, overrides, convert)
     settings |= {name: overrides[name] for name in SCHEDULE_KEYWORDS if name in overrides}
+    if "image_size" in overrides:
+        settings.pop("image_shape", None)
     denoiser = _denoiser(source, network, settings, preconditioning)
     if device is not None:
         denoiser.to(device)
@@ -182,7 +191,7 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission to write into {folder}")
 
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         # save_file leaves a file that only its owner may read; this one gets what the umask says.
         temporary.touch()
@@ -217,7 +226,7 @@ def _read_diffusers(source: Any, overrides: Mapping[str, Any], convert: bool) ->
 
 
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dict[str, Any]]:
-    """The network on the CPU, its parameters mapped from the file where possible, and the file's settings."""
+    """The network on the CPU, and the file's settings."""
     tensors, settings = _read_tensors(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     arguments = {name: value for name, value in overrides.items() if name in NETWORK_KEYWORDS}
@@ -233,7 +242,8 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dic
     difference = unet_config.disagreement(expected, shapes)
     if difference:
         raise CheckpointError(f"{path} does not fit the network: {difference}")
-    network.load_state_dict(tensors, assign=True)
+    # Not those of the file: it may be written again, even with these weights, or cut off.
+    network.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     if path.name.startswith("edm_"):
         settings.setdefault("boundary", 0.0)
     return network, settings
@@ -294,7 +304,7 @@ def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditionin
     else:
         preconditioner = Preconditioner(sigma_data, boundary)
     image_shape = settings.get("image_shape")
-    if isinstance(network, UNetModel) and network.dims == 2:
+    if image_shape is None and isinstance(network, UNetModel) and network.dims == 2:
         image_shape = (network.in_channels, network.image_size, network.image_size)
     return Denoiser(
         network, preconditioner, **schedule, image_shape=image_shape, num_classes=settings.get("num_classes")

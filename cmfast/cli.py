@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
+    except BrokenPipeError:
+        # Who read the output has seen enough; Python would say so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message = _for_users(error)
         if message is None:
@@ -270,7 +274,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from cmfast.training import Stopped
 
-    digits = arguments.recipe == "mnist" or (arguments.recipe is None and not (arguments.resume or arguments.config))
+    alone = arguments.recipe is None and not (arguments.resume or _beside_mnist(arguments))
+    digits = arguments.recipe == "mnist" or alone
     try:
         (_train_mnist if digits else _train_recipe)(arguments)
     except Stopped as stopped:
@@ -309,11 +314,12 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
 
     settings: dict[str, object] = {}
     if arguments.resume:
-        if arguments.out is None:
+        if arguments.out is None and arguments.recipe is None:
             raise ValueError("--resume needs --out, the folder of the run")
-        saved = Path(arguments.out, "config.yaml")
+        out = Path(arguments.out or f"runs/{arguments.recipe}")
+        saved = out / "config.yaml"
         if not saved.is_file():
-            raise FileNotFoundError(f"there is no run to resume in {arguments.out}: no {saved}")
+            raise FileNotFoundError(f"there is no run to resume in {out}: no {saved}")
         settings = config.read(saved)
     if arguments.config:
         settings |= config.read(arguments.config)
@@ -338,13 +344,24 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
 def _train_mnist(arguments: argparse.Namespace) -> None:
     from cmfast import digits
 
-    names = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if others := _beside_mnist(arguments):
+        raise ValueError(f"recipe mnist has its own settings: leave out {', '.join(others)}")
+    given = {name: value for name in _MNIST_STEPS if (value := getattr(arguments, name)) is not None}
     seed = getattr(arguments, "options.seed") or 0
     for path in digits.train_mnist(
         arguments.out or "runs/mnist", seed=seed, device=_device(arguments.device), **given
     ):
         print(path)
+
+
+_MNIST_STEPS = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
+
+
+def _beside_mnist(arguments: argparse.Namespace) -> list[str]:
+    """What was given that the digits' recipe does not take, as on the command line."""
+    takes = {*_MNIST_STEPS, "command", "run", "recipe", "out", "resume", "device", "options.seed"}
+    given = [name for name, value in vars(arguments).items() if name not in takes and value not in (None, False, [])]
+    return ["--set" if name == "overrides" else "--" + name.rpartition(".")[2].replace("_", "-") for name in given]
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
@@ -360,6 +377,9 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     teacher = checkpoint.load(arguments.teacher).to(model.device).eval() if arguments.teacher else None
+    for name, each in (("--model", model), ("--teacher", teacher)):
+        if each is not None and each.image_shape != (1, 32, 32):
+            raise ValueError(f"{name}: quality is measured of digits [1, 32, 32], and this makes {each.image_shape}")
     print(quality.report(model, teacher, num=arguments.num, seed=arguments.seed))
 
 

@@ -151,6 +151,15 @@ def _intercepted(model: Denoiser) -> bool:
     return replaced or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
 
 
+def check_model(model: object) -> None:
+    """Raises: TypeError: a network F(x, timesteps) in the place of D(x, sigma), which takes the same arguments."""
+    if getattr(model, "is_network", False):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, a network F(x, timesteps): wrap it in cmfast.Denoiser(network), "
+            "which makes D(x, sigma) of it"
+        )
+
+
 class Evaluator:
     """A model as solvers and losses see it: scaled input in, network output out, and the scalings between.
 
@@ -169,7 +178,10 @@ class Evaluator:
         labels: Tensor | None = None,
         clip: bool = False,
         dtype: torch.dtype | None = None,
+        _network: bool = False,
     ) -> None:
+        if not _network:
+            check_model(model)
         self.labels, self.clip = labels, clip
         self.model: Any = model
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward and not _intercepted(model)
@@ -192,7 +204,7 @@ class Evaluator:
         dtype: torch.dtype | None = None,
     ) -> Evaluator:
         """From a network F(model_input, c_noise) and its preconditioner; clip, dtype as of the class."""
-        evaluator = cls(network, clip=clip, dtype=dtype)
+        evaluator = cls(network, clip=clip, dtype=dtype, _network=True)
         evaluator.fused = True
         evaluator._set_scaling(preconditioner)
         return evaluator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model
 from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
@@ -88,10 +88,11 @@ class Sampler:
                 raise ValueError(f"{name} must be 'auto', True or False, got {value!r}")
         if compile not in (*COMPILE, True, False):
             raise ValueError(f"compile must be True, False, {', '.join(map(repr, COMPILE))}, got {compile!r}")
+        check_model(model)
         shape = image_shape or getattr(model, "image_shape", None)
         if shape is None:
             raise ValueError("image_shape=(C, H, W) is needed: the model does not say what it makes")
-        self.model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
+        self._model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
         self.image_shape, self.num_scales, self.noise = tuple(shape), num_scales, noise
         self.num_classes: int | None = getattr(model, "num_classes", None)
         self._range: dict[str, Any] = noise_range(model)
@@ -107,6 +108,11 @@ class Sampler:
         )
         if isinstance(noise, torch.Generator) and noise.device.type != self.device.type:
             raise ValueError(f"noise is a generator on {noise.device} and the model is on {self.device}")
+
+    @property
+    def model(self) -> Any:
+        """What it samples from; for another make a new `Sampler`."""
+        return self._model
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +206,10 @@ class Sampler:
             return None
         if classes is None:
             return counter_labels(seed, torch.arange(n, device="cpu"), self.num_classes)
-        labels = torch.as_tensor(classes, dtype=torch.int64, device="cpu")
+        labels = torch.as_tensor(classes, device="cpu")
+        if labels.numel() and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise ValueError(f"classes must be whole numbers, got {labels.dtype}")
+        labels = labels.to(torch.int64)
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,):
             raise ValueError(f"classes must be one class or {n} of them, got {list(labels.shape)}")

@@ -64,6 +64,8 @@ class UNetModel(nn.Module):
     torch.Size([2, 3, 8, 8])
     """
 
+    #: F(x, c_noise), which samplers and losses take inside a `Denoiser` alone.
+    is_network = True
     #: All of its dropout is `dropout.Dropout`.
     drops_by_counter = True
 

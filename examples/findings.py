@@ -7,7 +7,7 @@ Song et al. 2023, section 6.1, compare on CIFAR-10, with hundreds of thousands o
 sample and the teacher's ODE solution from the same noise should be one image. The distance of such pairs is what is
 compared: it tells students apart with far fewer samples than a distance of distributions.
 
-Writes findings.md and findings.png. About 20 minutes on one core.
+Writes findings.md and findings.png. 9 minutes of one core of an AMD EPYC.
 """
 
 from __future__ import annotations

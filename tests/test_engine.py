@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import cmfast
 from cmfast import Denoiser, Sampler, ops, samplers, sharding
 from cmfast.ranks import Ranks
 from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
+from cmfast.training import TrainOptions, TrainStep
 from cmfast.transfer import HostCopies
-from tests.golden_utils import relative_error
+from tests.golden_utils import relative_error, small_unet
 from tests.toy import ToyNetwork
 
 
@@ -211,3 +213,38 @@ def test_bad_arguments(model, options, message):
         Sampler(lambda x, sigma: x)
     with pytest.raises(ValueError, match="n must"):
         Sampler(model).sample(-1)
+
+
+def test_another_model_is_another_sampler(model):
+    sampler = Sampler(model, 2)
+    assert sampler.model is model
+    with pytest.raises(AttributeError, match="model"):
+        sampler.model = model
+
+
+@pytest.mark.parametrize("use", ["sampler", "samples", "loss", "training"])
+def test_a_bare_network_is_no_model(use):
+    """It takes the arguments of D, and its results would be taken for images."""
+    network, x = small_unet(), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(TypeError, match=r"the model is a UNetModel, a network .*wrap it in cmfast.Denoiser\(network\)"):
+        if use == "sampler":
+            Sampler(network, 2)
+        elif use == "samples":
+            cmfast.sample(network, x)
+        elif use == "loss":
+            cmfast.losses.denoising_loss(network, x, torch.ones(2))
+        else:
+            TrainStep(network, cmfast.objectives.EDM(), TrainOptions(steps=1, batch_size=1, learning_rate=1e-4))
+
+
+def test_nothing_is_compiled_where_pytorch_compiles_nothing(model, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert Sampler(model, 2, compile=True).explain()["compile"] == (
+        "off", "TORCH_COMPILE_DISABLE=1 has PyTorch compile nothing",
+    )  # fmt: skip
+
+
+def test_classes_are_whole_numbers():
+    model = Denoiser(ToyNetwork(), image_shape=(3, 8, 8), num_classes=5)
+    with pytest.raises(ValueError, match=r"classes must be whole numbers, got torch.float32"):
+        Sampler(model, 2).sample(2, classes=[0.9, 1.9])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmfast import fast, ops
 from cmfast.data import Batch, to_unit
-from cmfast.denoiser import Denoiser
+from cmfast.denoiser import Denoiser, check_model
 from cmfast.ema import Averages
 from cmfast.objectives import Objective, Stage
 from cmfast.optim import Adam, RAdam
@@ -308,6 +308,7 @@ class TrainStep:
 
 def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpips: Any) -> None:
     """ValueError where these do not go together; the message says what is missing."""
+    check_model(model)
     name = model.preconditioner.name
     if name != objective.preconditioning:
         raise ValueError(

@@ -73,7 +73,8 @@ def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         FileNotFoundError: no such file.
         cmfast.checkpoint.CheckpointError (a ValueError): empty, cut short, or with pickled Python objects in it.
     """
-    return read_pickle(Path(path), **kwargs)
+    # Not mapped: the file may be written again while its tensors are used.
+    return read_pickle(Path(path), **{"mmap": False, **kwargs})
 
 
 def sync_params(params: Iterable[Tensor]) -> None:
