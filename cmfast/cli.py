@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # Who read the output has seen enough; Python would say so once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

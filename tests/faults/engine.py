@@ -133,6 +133,10 @@ MEMORY = [
 ]  # fmt: skip
 
 ENGINE = [
+    ("classes are cut to whole numbers", "if labels.numel() and (labels.is_floating_point() or", "if (False and",
+     "tests/test_engine.py::test_classes_are_whole_numbers"),
+    ("a network is taken for a model", "        check_model(model)\n        shape", "        shape",
+     "tests/test_engine.py::test_a_bare_network_is_no_model[sampler]"),
     ("a graph of any settings", "return self.sampler, tuple(self.sigmas), self.image_shape, *options", "return ()",
      STRESS + "settings_that_change[sigmas-value0]"),
     ("levels of float32 for all", "wide = _check.sigma_dtype(x)", "wide = torch.float32",
