@@ -125,8 +125,8 @@ def _draws(size: int, batch_size: int, start: int, stride: int, seed: int, flip:
             if position // size != epoch:
                 epoch = position // size
                 # PyTorch's generator takes 32 bits of a seed: a word of both, as neither fits beside the other.
-                word = ops.uniform_int(seed, torch.tensor([epoch], device="cpu"), 2**31, draw=ORDER_DRAW)
-                generator = torch.Generator("cpu").manual_seed(int(word))
+                (word,) = ops.uniform_int(seed, torch.tensor([epoch], device="cpu"), 2**31, draw=ORDER_DRAW).tolist()
+                generator = torch.Generator("cpu").manual_seed(word)
                 order = torch.randperm(size, generator=generator, device="cpu")
             offset = position % size
             rows.append(order[offset : offset + start + batch_size - position])
