@@ -81,20 +81,20 @@ class CudaSpace:
                 result = function()
         except BaseException:
             torch.cuda.set_stream(current)
-            _broken.append(graph)
-            self._mend(generators)
+            self._mend(graph, generators)
             raise
         finally:
             # A capture that fails leaves its stream the current one.
             torch.cuda.set_stream(current)
         return result, graph.replay
 
-    def _mend(self, generators: Sequence[torch.Generator]) -> None:
+    def _mend(self, broken: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
         """After a capture that broke: PyTorch ends the stream's part of it and then raises, so that its allocators and
         generators go on as if in a capture, in which nothing can be captured, no memory be given back, and no number be
         drawn. The first is ended here, the pool left alone, and a whole capture brings the generators back."""
-        with suppress(RuntimeError):  # It was ended, as what broke was no part of CUDA's.
+        with suppress(RuntimeError):  # Nothing is recorded: the capture was ended, as what broke was no part of CUDA's.
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            _broken.append(broken)
         self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
