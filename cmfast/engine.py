@@ -16,7 +16,7 @@ from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
 from cmfast.ops import _check
 from cmfast.runner import Runner
-from cmfast.samplers import Sigmas, noise_range, sample, sampler_sigmas
+from cmfast.samplers import Sigmas, check_options, noise_range, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
 
 Classes = int | Sequence[int] | Tensor | None
@@ -49,8 +49,8 @@ class Sampler:
         cache_size: how many shapes are kept ready; what was not used for longest goes.
         options: the sampler's own, such as `clip_denoised` or `s_churn`; a `noise_fn` draws what is added in between.
 
-    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. RuntimeError: what
-        was asked for with True cannot be had; the message says why.
+    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. TypeError: an
+        option that the sampler does not have. RuntimeError: what was asked for with True cannot be had, and why.
 
     >>> sampler = Sampler(lambda x, sigma: 0.1 * x, batch_size=2, image_shape=(1, 8, 8))
     >>> images = sampler.sample(3, seed=0)
@@ -97,6 +97,7 @@ class Sampler:
         self.num_classes: int | None = getattr(model, "num_classes", None)
         self._range: dict[str, Any] = noise_range(model)
         self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **self._range)
+        check_options(sampler, options)
         self._runner = Runner(
             model,
             cuda_graph=cuda_graph,

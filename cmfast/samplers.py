@@ -6,6 +6,7 @@ so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -360,6 +361,25 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ancestral": sample_euler_ancestral,
     "progdist": sample_progdist,
 }
+
+
+#: Those whose arguments are another's.
+_AS: dict[str, Callable[..., Tensor]] = {
+    "onestep": sample_multistep,
+    "progdist": sample_euler,
+    "heun": _second_order,
+    "dpm": _second_order,
+}
+#: What `sample` gives a sampler by itself.
+_OWN = {"model", "x", "sigmas", "labels", "first", "pixels", "midpoint"}
+
+
+def check_options(sampler: str, options: Iterable[str]) -> None:
+    """Raises: TypeError: an option that the sampler does not have."""
+    known = [name for name in inspect.signature(_AS.get(sampler, SAMPLERS[sampler])).parameters if name not in _OWN]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)} of the {sampler} sampler; known: {', '.join(known)}")
 
 
 def sampler_sigmas(

@@ -248,3 +248,10 @@ def test_classes_are_whole_numbers():
     model = Denoiser(ToyNetwork(), image_shape=(3, 8, 8), num_classes=5)
     with pytest.raises(ValueError, match=r"classes must be whole numbers, got torch.float32"):
         Sampler(model, 2).sample(2, classes=[0.9, 1.9])
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_options_are_looked_at_before_anything_is_sampled(name, model):
+    with pytest.raises(TypeError, match=f"unknown option stpes of the {name} sampler; known: .*clip_denoised"):
+        Sampler(model, 2, sampler=name, stpes=2)
+    assert Sampler(model, 2, sampler=name, clip_denoised=False).sample(2).shape == (2, 8, 8, 3)
