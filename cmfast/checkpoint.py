@@ -191,7 +191,7 @@ def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission to write into {folder}")
 
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    temporary = folder / f".{path.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
         # save_file leaves a file that only its owner may read; this one gets what the umask says.
         temporary.touch()

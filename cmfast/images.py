@@ -52,7 +52,7 @@ def save(path: Path | str, images: Tensor, labels: Tensor | None = None, *, colu
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmfast import checkpoint
+from cmfast import checkpoint, images
 from cmfast.checkpoint import CheckpointError, load, save
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import Preconditioner
@@ -307,3 +307,12 @@ def test_images_that_are_not_square(tmp_path):
 def test_numbers_that_are_none(name, value, pt_file):
     with pytest.raises(ValueError, match=f"{name} must be a number, got {value!r}"):
         load(pt_file, **{**ASKED, name: value})
+
+
+def test_a_long_name(tmp_path):
+    """As long as the file system allows, in letters of several bytes."""
+    path = tmp_path / ("ü" * 121 + ".safetensors")
+    save(Denoiser(small_unet()), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    images.save(path.with_suffix(".png"), torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+    assert len(list(tmp_path.iterdir())) == 2

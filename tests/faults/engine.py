@@ -9,7 +9,7 @@ FAILED = "tests/test_engine_failures.py::test_"
 COPIED = "tests/test_engine_copies.py::test_"
 
 GRAPHS = [
-    ("a broken capture goes on for PyTorch", "            self._mend(generators)\n", "",
+    ("a broken capture goes on for PyTorch", "            self._mend(graph, generators)\n", "",
      GRAPHED + "how_a_real_space_calls_torch"),
     ("the pool of a broken capture is used again",
      "        self.pool = torch.cuda.graph_pool_handle()\n        graph =", "        graph =",

@@ -54,7 +54,8 @@ FAULTS = {
          _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/images.py": [
-        ("written in place", 'temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")', "temporary = path",
+        ("written in place", 'temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")',
+         "temporary = path",
          _KILLS + "killed_while_writing_pictures[5-x.npz]"),
     ],
     "cmfast/data/npz.py": [
