@@ -102,15 +102,11 @@ class Contender:
     def capture(self, most: int) -> None:
         """One CUDA graph of a call for each input set, or for the first `most`."""
         self.kept = [None] * len(self.sets)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with self.context(), torch.cuda.stream(stream):
-            for t in self.sets[:2]:
-                run(self.case, self.function, t)
-        torch.cuda.current_stream().wait_stream(stream)
         self.graph_calls = min(most, len(self.sets))
+        space = CudaSpace(torch.device("cuda", torch.cuda.current_device()))
         with self.context():
-            self.kept, self.replay = CudaSpace(torch.device("cuda", torch.cuda.current_device())).capture(
+            space.warm_up(lambda: run(self.case, self.function, self.sets[0]))
+            self.kept, self.replay = space.capture(
                 lambda: [run(self.case, self.function, t) for t in self.sets[: self.graph_calls]]
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -30,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # Who read the output has seen enough; Python would say so once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 0
         message = _for_users(error)
         if message is None:
             raise
@@ -44,6 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmfast: interrupted", file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether nobody reads the output any more, as of `| head`. What is left of it then goes nowhere: Python would say
+    at its end that it cannot be written. Another pipe that broke is an error."""
+    try:
+        output, poll = sys.stdout.fileno(), select.poll()
+    except (OSError, ValueError, AttributeError):  # no file at all, or Windows
+        return False
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _for_users(error: Exception) -> str | None:
@@ -266,7 +279,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
                         help="leave out files that are no images")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], type=_override, dest="overrides", metavar="NAME=VALUE",
                         help="any other setting, such as objective.start_scales=18 or options.warmup=100")  # fmt: skip
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    parser.add_argument("--tensorboard", action="store_true", default=None, help="write TensorBoard files too")
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     for name in ("edm", "shape", "cd", "guided"):
         parser.add_argument(f"--{name}-steps", type=int, help=f"recipe mnist: steps of its stage `{name}`")
@@ -296,8 +309,9 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     with ranks(tensors_on=device.type) as group:
         run = group.together(
             lambda: recipes.trainer(
-                settings, out, device=device, group=group, resume=arguments.resume, tensorboard=arguments.tensorboard
-            )
+                settings, out, device=device, group=group, resume=arguments.resume,
+                tensorboard=bool(arguments.tensorboard),
+            )  # fmt: skip
         )
         try:
             run.run(progress=sys.stderr.isatty())
@@ -362,8 +376,9 @@ _MNIST_STEPS = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
 def _beside_mnist(arguments: argparse.Namespace) -> list[str]:
     """What was given that the digits' recipe does not take, as on the command line."""
     takes = {*_MNIST_STEPS, "command", "run", "recipe", "out", "resume", "device", "options.seed"}
-    given = [name for name, value in vars(arguments).items() if name not in takes and value not in (None, False, [])]
-    return ["--set" if name == "overrides" else "--" + name.rpartition(".")[2].replace("_", "-") for name in given]
+    given = [name for name, value in vars(arguments).items() if name not in takes and value is not None and value != []]
+    named = {"overrides": "--set", "data.labelled": "--unlabelled"}
+    return [named.get(name, "--" + name.rpartition(".")[2].replace("_", "-")) for name in given]
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:

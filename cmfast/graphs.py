@@ -59,7 +59,7 @@ class CudaSpace:
             yield
             self._done.record(stream)
 
-    def warm_up(self, function: Callable[[], Tensor]) -> None:
+    def warm_up(self, function: Callable[[], object]) -> None:
         """Run it on the stream it will be captured on."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)

@@ -183,6 +183,7 @@ def test_unknown_recipe(capsys):
         (["--data", "images", "--steps", "2"], "--recipe is missing"),
         (["--recipe", "mnist", "--batch-size", "4", "--set", "options.warmup=1"],
          "recipe mnist has its own settings: leave out --batch-size, --set"),
+        (["--recipe", "mnist", "--unlabelled", "--dropout", "0"], "leave out --dropout, --unlabelled"),
         (["--resume"], "--resume needs --out"),
         (["--recipe", "edm", "--resume"], "there is no run to resume in runs/edm: no runs/edm/config.yaml"),
     ],
@@ -196,6 +197,16 @@ def test_what_is_trained_is_said(tmp_path, monkeypatch, capsys, arguments, messa
 def test_quality_is_of_digits(checkpoint, capsys):
     assert cli.main(["quality", "--model", checkpoint]) == 2
     assert "--model: quality is measured of digits [1, 32, 32]" in capsys.readouterr().err
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    """Such as that to a process which reads images."""
+
+    def broken(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_info", broken)
+    assert cli.main(["info"]) == 2 and "Broken pipe" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
