@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from cmfast.benchmarks.environment import environment
+from cmfast.whole import write_text
 
 
 class Record:
@@ -33,6 +33,4 @@ class Record:
 
     def write(self) -> None:
         """Put the result as it is now in the place of the file."""
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(unfinished, self.path)
+        write_text(self.path, json.dumps(self.result, indent=1) + "\n")

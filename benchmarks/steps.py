@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.benchmarks.home import CHECKOUT, HOME
+from cmfast.whole import write_text
 
 #: The end of a step's output that the report holds, in characters.
 TAIL = 4000
@@ -97,12 +98,6 @@ def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
     return entry | {"status": status, "exit_code": code, "seconds": seconds, "log": log.name, "tail": tail}
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
 def listing(steps: Sequence[Step], seconds: float) -> str:
     """The steps with their limits and commands, for those who want to know before."""
     lines = []
@@ -133,7 +128,7 @@ def run_all(steps: Sequence[Step], out: Path, seconds: float) -> dict[str, Any]:
             print(f"{step.name}: at most {limit:.0f} s ...", flush=True)
             entry = run(step, sys.executable, out, limit)
         report["steps"].append(entry)
-        _write(out / "report.json", report)
+        write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
         print(f"{step.name}: {entry['status']} after {entry['seconds']} s {entry.get('reason', '')}", flush=True)
         if "tail" in entry:
             print("    " + entry["tail"][-1500:].rstrip().replace("\n", "\n    "), flush=True)

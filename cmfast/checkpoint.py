@@ -8,7 +8,6 @@ import numbers
 import os
 import pickle
 import re
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from cmfast import unet_config, untrusted
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import PRECONDITIONINGS, Preconditioner
 from cmfast.unet import UNetModel
+from cmfast.whole import written_whole
 
 #: The bundled model.
 BUNDLED = Path(__file__).parent / "assets" / "mnist.safetensors"
@@ -178,33 +178,13 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
-    _write_atomically(tensors, {_HEADER_KEY: json.dumps(header)}, Path(path))
-
-
-def _write_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    path = Path(os.path.realpath(path))  # of a symbolic link, the file it points to is replaced, not the link
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write {path}: no permission to write into {folder}")
-
-    temporary = folder / f".{path.name[:40]}.{uuid.uuid4().hex}.tmp"
-    try:
-        # save_file leaves a file that only its owner may read; this one gets what the umask says.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        mode = file.stat().st_mode
+        try:
+            save_file(tensors, file, {_HEADER_KEY: json.dumps(header)})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"cannot write {path}: {error}") from error
+        file.chmod(mode)  # save_file leaves a file that only its owner may read
 
 
 def _read(source: Any, overrides: Mapping[str, Any], convert: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
+
+from cmfast.whole import written_whole
 
 SUFFIXES = (".png", ".npz")
 
@@ -43,24 +42,15 @@ def save(path: Path | str, images: Tensor, labels: Tensor | None = None, *, colu
     if path.suffix.lower() == ".npz":
         pixels = images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images
         arrays = [pixels.numpy()] + ([] if labels is None else [labels.numpy()])
-        return _write(path, lambda file: np.savez(file, *arrays))
+        with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, *arrays)
+        return path
     from PIL import Image
 
     tiled = grid(images, columns=columns)
     picture = Image.fromarray(tiled[..., 0] if tiled.shape[-1] == 1 else tiled)
-    return _write(path, lambda file: picture.save(file, format="PNG"))
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine may leave the new name with nothing in it
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as unfinished:
+        picture.save(unfinished, format="PNG")
     return path
 
 

@@ -23,6 +23,7 @@ from cmfast.training.lock import Locked, locked
 from cmfast.training.state import State, read, save_weights
 from cmfast.training.step import Pending, Reading, TrainStep
 from cmfast.training.stop import Stop, Stopped
+from cmfast.whole import write_text
 
 LOG, SETTINGS, RESULT = "log.jsonl", "config.yaml", "model.safetensors"
 
@@ -206,9 +207,9 @@ class Trainer:
                 f"another process has written {newest[0][1]} since this one looked, and this one is at step "
                 f"{self.done}: start again, with resume=True"
             )
-        replace(self.out / SETTINGS, config.written(self.settings))
+        write_text(self.out / SETTINGS, config.written(self.settings))
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
-        replace(self.out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _report(self, bar: Any) -> None:
         """Take up the numbers that were posted, if any."""
@@ -278,9 +279,7 @@ class Trainer:
     def _finish(self) -> Denoiser:
         average = self.average()
         if self.group.rank == 0:
-            temporary = self.out / (RESULT + ".unfinished")
-            save_weights(average, temporary)
-            temporary.replace(self.out / RESULT)
+            save_weights(average, self.out / RESULT)
         return average
 
     def _tensorboard(self) -> Any:
@@ -309,13 +308,6 @@ def check_data(model: Denoiser, data: Any) -> None:
         raise ValueError("the data has labels and the model takes none: open the data with labelled=False")
     if data.num_classes is not None and data.num_classes > (model.num_classes or 0):
         raise ValueError(f"the data has labels of {data.num_classes} classes, the model knows {model.num_classes}")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def memory(device: torch.device) -> float:

@@ -12,6 +12,7 @@ import torch
 from cmfast import images
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
+from cmfast.whole import written_whole
 
 #: Images of a grid, and its columns.
 COUNT, COLUMNS = 64, 8
@@ -59,10 +60,8 @@ def plot_losses(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], pat
         if (values > 0).any():
             panel.set_yscale("log")
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
-        temporary.replace(path)
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=120, format=path.suffix[1:])
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot.close(figure)

@@ -56,9 +56,16 @@ FAULTS = {
          _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/images.py": [
-        ("written in place", 'temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")',
-         "temporary = path",
-         _KILLS + "killed_while_writing_pictures[5-x.npz]"),
+        ("written in place", 'with written_whole(path) as unfinished, open(unfinished, "wb")',
+         'with open(path, "wb")', _KILLS + "killed_while_writing_pictures[5-x.npz]"),
+    ],
+    "cmfast/whole.py": [
+        ("a link is replaced by a file", "Path(os.path.realpath(path))", "Path(path)",
+         "tests/test_checkpoint.py::test_save_replaces_what_a_link_points_to"),
+        ("nothing is flushed", "            os.fsync(file.fileno())", "            pass",
+         "tests/test_checkpoint.py::test_flushed_before_it_is_renamed"),
+        ("half a file stays", "        unfinished.unlink(missing_ok=True)", "        pass",
+         "tests/test_checkpoint.py::test_crash_leaves_the_old_file_and_nothing_else[new-write]"),
     ],
     "cmfast/data/npz.py": [
         ("any size of what is compressed", "size > max(FREE, RATIO * compressed)", "False",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.compat.openai import dist_util, logger
+from cmfast.whole import written_whole
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
@@ -49,17 +50,11 @@ def save(state: Any, name: str) -> None:
     Raises: OSError: it could not be written, such as on a full disk; a file of that name stays as it was.
     """
     path = Path(hooks().get_blob_logdir(), name)
-    temporary = path.with_name(f".{name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with written_whole(path) as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # PyTorch's writer, where the disk is full
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # PyTorch's writer, where the disk is full
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read(path: str) -> Any:
