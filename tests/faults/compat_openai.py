@@ -49,7 +49,7 @@ TRAIN_UTIL = [
 ]  # fmt: skip
 
 CHECKPOINTS = [
-    ("written in place", "    with written_whole(path) as file:", "    for file in (path,):",
+    ("written in place", 'written_whole(path) as unfinished, open(unfinished, "wb")', 'open(path, "wb")',
      TRAINED + "a_crash_while_saving_loses_nothing"),
     ("hooks of users are passed over", "hooks().get_blob_logdir()", "get_blob_logdir()",
      TRAINED + "hooks_that_users_replace"),

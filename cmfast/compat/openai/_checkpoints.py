@@ -50,7 +50,7 @@ def save(state: Any, name: str) -> None:
     Raises: OSError: it could not be written, such as on a full disk; a file of that name stays as it was.
     """
     path = Path(hooks().get_blob_logdir(), name)
-    with written_whole(path) as file:
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # PyTorch's writer, where the disk is full
