@@ -333,7 +333,7 @@ def progressive_distillation_loss(
 
     The teacher goes t -> t2 -> t3; the student's target is the D whose Euler step leads from x_t to x_t3:
     x_t - t (x_t3 - x_t) / (t3 - t). Arguments as in `consistency_loss`; num_scales counts intervals, and indices [B]
-    are from 0 to num_scales - 1. Returns per-sample `loss`, float32 [B].
+    are from 0 to num_scales - 1. States are float32 where x_start is 16-bit. Returns per-sample `loss`, float32 [B].
 
     Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape.
     """
@@ -343,6 +343,10 @@ def progressive_distillation_loss(
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     student, teacher = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
     pairing = Pairing(draw, x_start.device, model)
+    if noise is None and draw is None:
+        noise = torch.randn_like(x_start)
+    # The target takes a small difference of states times t / (t - t3): of 16-bit ones, their rounding.
+    x_start = x_start.to(_check.sigma_dtype(x_start))
     if draw is not None:
         grid = curricula.halved_grid(num_scales, device=x_start.device, **levels)
         options = student.input_options
@@ -350,7 +354,7 @@ def progressive_distillation_loss(
         first, _, sigma, next_sigma, mid_sigma = drawn
         assert next_sigma is not None and mid_sigma is not None
     else:
-        noise = torch.randn_like(x_start) if noise is None else noise
+        assert noise is not None
         indices = _draw_indices(indices, num_scales, x_start)
         # num_scales intervals have num_scales + 1 ends.
         sigma, mid_sigma, next_sigma = (

@@ -197,7 +197,8 @@ def ema_and_scales(
 
     def progressive(step: int) -> int:
         growth = (step / total_steps) * ((end_scales + 1) ** 2 - start_scales**2)
-        return max(math.ceil(math.sqrt(growth + start_scales**2) - 1), 1)
+        # Scales that fall go on falling behind total_steps.
+        return max(math.ceil(math.sqrt(max(growth + start_scales**2, 0)) - 1), 1)
 
     def progdist(step: int) -> int:
         scales = max(start_scales // (1 << int(step // distill_steps_per_iter)), 2)

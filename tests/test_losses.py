@@ -156,6 +156,21 @@ def test_float64():
     assert terms["loss"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+def test_progressive_distillation_of_16_bit_images(dtype, drawn):
+    """Its target is made of a difference of neighbouring states, of which their rounding leaves nothing."""
+    student, teacher, draw = toy(0), toy(1, Preconditioner.edm()), ops.Draw(0, torch.arange(4))
+    noise = ops.normal(0, torch.arange(4), (3, 8, 8)).to(dtype)
+    given = {"draw": draw} if drawn else {"noise": noise, "indices": torch.tensor([0, 30, 80, 149])}
+    values = []
+    for x in (X.to(dtype), X.to(dtype).float()):
+        options = {name: value.to(x) if name == "noise" else value for name, value in given.items()}
+        values.append(losses.progressive_distillation_loss(student, teacher, x, 150, labels=Y, **options)["loss"])
+    assert values[0].dtype == torch.float32
+    torch.testing.assert_close(*values, rtol=0.05, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

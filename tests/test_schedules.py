@@ -75,6 +75,11 @@ def test_a_start_ema_of_zero_stays_zero():
     assert [at_step(step) for step in (0, 999)] == [(0.0, 2), (0.0, 151)]
 
 
+def test_scales_that_fall_end_at_the_least():
+    at_step = schedules.ema_and_scales("fixed", 0.9, "progressive", 10, 2, 1000, 1)
+    assert [at_step(step)[1] for step in (0, 1000, 2000)] == [10, 3, 2]
+
+
 def test_progdist_halves_then_lingers():
     at_step = schedules.ema_and_scales("fixed", 0.0, "progdist", 16, 16, 10**6, 100)
     scales = [at_step(step)[1] for step in range(0, 1000, 100)]

@@ -89,7 +89,19 @@ SCRIPT_UTIL = [
      SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
 ]  # fmt: skip
 
+TRAINING_LOSSES = [
+    ("progressive: states of 16 bits", "x_start = x_start.to(_check.sigma_dtype(x_start))", "pass",
+     "tests/test_losses.py::test_progressive_distillation_of_16_bit_images[given-fp16]"),
+]  # fmt: skip
+
+SCHEDULES = [
+    ("the root of what falls below 0", "max(growth + start_scales**2, 0)", "growth + start_scales**2",
+     "tests/test_schedules.py::test_scales_that_fall_end_at_the_least"),
+]  # fmt: skip
+
 FAULTS = {
+    "cmfast/losses.py": TRAINING_LOSSES,
+    "cmfast/schedules.py": SCHEDULES,
     OPENAI + "_train_loop.py": TRAIN_LOOP,
     OPENAI + "train_util.py": TRAIN_UTIL,
     OPENAI + "_checkpoints.py": CHECKPOINTS,
