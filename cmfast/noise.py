@@ -111,9 +111,9 @@ class TorchGenerator:
         """`torch.randint(*args, **options)`."""
         return torch.randint(*args, **options)
 
-    def randn_like(self, x: Tensor, **options: Any) -> Tensor:
-        """`torch.randn_like(x, **options)`."""
-        return torch.randn_like(x, **options)
+    def randn_like(self, *args: Any, **options: Any) -> Tensor:
+        """`torch.randn_like(*args, **options)`."""
+        return torch.randn_like(*args, **options)
 
 
 class _IndexedGenerator:
@@ -154,9 +154,9 @@ class _IndexedGenerator:
         start = self.done_samples + self.rank
         return [min(start + i * self.world_size, self.num_samples - 1) for i in range(batch)]
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """`randn` of the shape, dtype and device of x."""
-        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """`randn` of the shape, dtype and device of `tensor`."""
+        return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float, device: Any = "cpu") -> Tensor:
         """N(0, 1) of the next samples of this rank, [size[0], ...] in `dtype` on `device`."""

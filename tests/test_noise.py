@@ -54,6 +54,11 @@ def test_dummy_is_torch():
     assert torch.equal(drawn, torch.randn_like(X))
 
 
+@pytest.mark.parametrize("name, word", [("dummy", "input"), ("determ", "tensor"), ("determ-indiv", "tensor")])
+def test_randn_like_by_keyword(name, word):
+    assert noise.get_generator(name, 4).randn_like(**{word: X}).shape == X.shape
+
+
 def test_counter_noise():
     source = noise.CounterNoise(1, torch.arange(4))
     first, second = source(X), source(X)
