@@ -55,6 +55,14 @@ def test_diffusers_objects(pipeline):
     assert (alone.sigma_min, alone.sigma_max) == (0.002, 20.0)
 
 
+def test_a_compiled_network_is_unwrapped(pipeline):
+    compiled = torch.compile(pipeline.unet)
+    assert load(compiled).network.unet is pipeline.unet
+    pipe = type(pipeline)(**pipeline.components)
+    pipe.unet = compiled
+    assert load(pipe).network.unet is pipeline.unet and load(pipe).sigma_max == 40.0
+
+
 def test_a_step_of_the_pipelines_scheduler(pipeline):
     """Our D is the one that the scheduler makes of the network's output."""
     model = load(pipeline)

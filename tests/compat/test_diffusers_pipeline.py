@@ -256,6 +256,83 @@ def test_copies(copied):
     assert torch.equal(*images)
 
 
+@pytest.mark.parametrize("made", [accelerate, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_settings_of_register_to_config_are_kept(made):
+    """diffusers counts what was left out of the constructor as a default for good."""
+    plain = small_pipeline()
+    plain.scheduler.register_to_config(s_noise=1.05, clip_denoised=False)
+    fast = made(plain if made is accelerate else accelerate(plain))
+    assert fast.scheduler.config == plain.scheduler.config
+    assert fast.scheduler.sigmas is not plain.scheduler.sigmas
+    expected, found = (call(p, 2, **STEPS["[22, 0]"], output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+
+
+def test_made_of_components(tmp_path):
+    """The class of an accelerated pipeline makes others: what they were not told is as `accelerate` has it."""
+    fast = accelerate(small_pipeline())
+    fast.save_pretrained(tmp_path)
+    expected = call(fast, 2, output_type="pt")[0]
+    kind, loading = type(fast), {"scheduler": CMStochasticIterativeScheduler(), "low_cpu_mem_usage": False}
+    for other in (kind(**fast.components), kind.from_pipe(fast), kind.from_pretrained(tmp_path, **loading)):
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(call(other, 2, output_type="pt")[0], expected)
+        assert type(other) is kind and other.explain()["network"][0] == "optimised"
+
+
+def test_a_forward_pass_of_the_networks_own():
+    """Given to it after the first call, and taken away: it is called as diffusers' loop calls it."""
+    plain = small_pipeline()
+    fast = accelerate(plain)
+    before, forward = call(fast, 2, output_type="pt")[0], plain.unet.forward
+
+    def doubled(sample, timestep, class_labels=None, return_dict=True):
+        assert return_dict is False
+        return (2 * forward(sample, timestep, class_labels, return_dict)[0],)
+
+    plain.unet.forward = doubled
+    expected, found = (call(p, 2, output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(before, expected)
+    assert fast.explain()["network"] == ("as given", "the network has a forward pass of its own")
+    del plain.unet.forward
+    assert torch.equal(call(fast, 2, output_type="pt")[0], before)
+    assert fast.explain()["network"][0] == "optimised"
+
+
+def test_hooks_see_what_diffusers_hands_on():
+    plain = small_pipeline()
+    fast = accelerate(plain)
+    with plain.unet.register_forward_hook(lambda module, args, output: (0.5 * output[0],)):
+        expected, found = both(plain, 2, output_type="pt")
+        again = call(fast, 2, output_type="pt")[0]
+    assert relative_error(found, expected) < DIFFUSERS_VALUE and torch.equal(again, found)
+
+
+@pytest.mark.parametrize("part", ["postprocess_image", "numpy_to_pil"])
+@pytest.mark.parametrize("where", ["subclass", "instance"])
+def test_images_made_in_a_way_of_their_own(part, where):
+    def mirrored(*args, **options):
+        return [image.rotate(180) for image in getattr(diffusers.ConsistencyModelPipeline, part)(*args, **options)]
+
+    plain = small_pipeline()
+    if where == "subclass":
+        value = staticmethod(mirrored) if part == "numpy_to_pil" else mirrored
+        kind = type("Own", (diffusers.ConsistencyModelPipeline,), {part: value})
+        plain = kind(**plain.components)
+        plain.set_progress_bar_config(disable=True)
+    else:
+        setattr(plain, part, mirrored if part == "numpy_to_pil" else mirrored.__get__(plain))
+    expected, found = both(plain, 2)
+    assert np.abs(np.asarray(found[1], int) - np.asarray(expected[1], int)).max() <= 1
+
+
+def test_the_scheduler_is_where_its_steps_end():
+    fast = accelerate(small_pipeline())
+    for steps, callback in ((1, None), (3, None), (3, lambda *_: None)):
+        fast(num_inference_steps=steps, callback=callback)
+        assert fast.scheduler.step_index == steps and fast.scheduler.is_scale_input_called
+
+
 def test_changes_are_seen(network):
     """Weights, the network, the scheduler and the dtype, changed after the first call."""
     plain = small_pipeline()
@@ -422,8 +499,8 @@ def test_what_cannot_be_accelerated():
 
 def test_subclasses_keep_what_is_theirs():
     class Own(diffusers.ConsistencyModelPipeline):
-        def prepare_latents(self, *args, **options):
-            return 0.5 * super().prepare_latents(*args, **options)
+        def prepare_latents(self, *, num_channels, height, **options):
+            return 0.5 * super().prepare_latents(num_channels=num_channels, height=height, **options)
 
     own = Own(small_unet(), diffusers.CMStochasticIterativeScheduler())
     own.set_progress_bar_config(disable=True)

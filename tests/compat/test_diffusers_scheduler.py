@@ -4,11 +4,13 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmfast.compat.diffusers import CMStochasticIterativeScheduler as Ours
+from cmfast.compat.diffusers import steps
 from cmfast.tolerances import DIFFUSERS_VALUE, FLOOR
 from tests.compat.diffusers_utils import diffusers, small_unet
 from tests.golden_utils import relative_error
@@ -129,6 +131,59 @@ def test_mixed_dtypes():
         assert relative_error(*results) < FLOOR[torch.bfloat16]
 
 
+def test_one_output_or_sample_for_all():
+    """What is drawn has the shape of the output, whatever that of the sample."""
+    for schedule in ({"num_inference_steps": 1}, {"timesteps": [22, 0]}):
+        for shapes in (((1, 3, 4, 4), (2, 3, 4, 4)), ((2, 3, 4, 4), (1, 3, 4, 4))):
+            output, x = (torch.linspace(-1, 1, shape[0] * 48).view(shape) for shape in shapes)
+            results = []
+            for scheduler in (Ours(), Theirs()):
+                scheduler.set_timesteps(**schedule)
+                t, generator = scheduler.timesteps[0], torch.Generator().manual_seed(0)
+                scheduler.scale_model_input(x, t)
+                results.append(scheduler.step(output, t, 80 * x, generator).prev_sample)
+            assert results[0].shape == results[1].shape == (2, 3, 4, 4)
+            assert relative_error(*results) < DIFFUSERS_VALUE
+
+
+@pytest.mark.parametrize("cut, given", [(slice(1, None), 0), (slice(None, None, 2), 1), (slice(2), 3)], ids=str)
+def test_a_timestep_beside_a_part_of_the_schedule(cut, given):
+    """It lies in the same memory as the part, and is none of it."""
+    scheduler = Ours()
+    scheduler.set_timesteps(timesteps=[30, 22, 12, 0])
+    timesteps = scheduler.timesteps
+    scheduler.timesteps = timesteps[cut]
+    assert [scheduler.index_for_timestep(t) for t in scheduler.timesteps] == list(range(len(timesteps[cut])))
+    with pytest.raises(IndexError, match="is not one of"):
+        scheduler.index_for_timestep(timesteps[given])
+
+
+def written(scheduler):
+    scheduler.sigmas[1] = 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [written, lambda s: s.sigmas.mul_(0.9), lambda s: s.register_to_config(s_noise=1.2)],
+    ids=["item", "in-place", "s_noise"],
+)
+@pytest.mark.parametrize("after", ["input", "step"])
+def test_levels_that_change_on_the_way(change, after):
+    results = []
+    for scheduler in (Ours(), Theirs()):
+        scheduler.set_timesteps(timesteps=[30, 12, 0])
+        x, generator = 80 * torch.ones(2, 3, 4, 4), torch.Generator().manual_seed(0)
+        for i, t in enumerate(scheduler.timesteps[:2]):
+            model_input = scheduler.scale_model_input(x, t)
+            if i == 0 and after == "input":
+                change(scheduler)
+            x = scheduler.step(toy(model_input, t), t, x, generator).prev_sample
+            if i == 0 and after == "step":
+                change(scheduler)
+        results.append(x)
+    assert relative_error(*results) < DIFFUSERS_VALUE
+
+
 def test_interface():
     scheduler = Ours()
     scheduler.set_timesteps(2)
@@ -217,6 +272,16 @@ def test_add_noise(dtype):
         Ours().add_noise(x, noise, torch.tensor([5.0] * 3))
 
 
+@pytest.mark.parametrize("batches", [(1, 3, 3), (3, 1, 3), (1, 1, 3), (3, 3, 1), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float16", "float32"), ("float32", "float16")], ids=str)
+def test_add_noise_broadcasts_and_promotes(batches, dtypes):
+    x, noise = (torch.randn(b, 3, 4, 4, dtype=getattr(torch, dtype)) for b, dtype in zip(batches, dtypes))
+    timesteps = Ours().timesteps[[3, 0, 39][: batches[2]]]
+    a, b = (scheduler.add_noise(x, noise, timesteps) for scheduler in (Ours(), Theirs()))
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert relative_error(a, b) < (DIFFUSERS_VALUE if "float16" not in dtypes else FLOOR[torch.float16])
+
+
 class NothingRead(TorchDispatchMode):
     """Fails on an operation that brings a value to the host, or whose output's shape depends on one."""
 
@@ -285,6 +350,18 @@ def test_saved_as_diffusers_own(tmp_path):
     assert loaded.scheduler is scheduler
 
 
+class Own(Ours):
+    """A user's."""
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_of_a_subclass_are_of_it(copied):
+    scheduler = Own(rho=5.0)
+    scheduler.register_to_config(s_noise=1.01)
+    twin = copied(scheduler)
+    assert type(twin) is Own and twin.config == scheduler.config
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
 def test_copies_go_on_where_they_are(copied):
     scheduler = Ours(sigma_max=40.0)
@@ -297,3 +374,22 @@ def test_copies_go_on_where_they_are(copied):
     t = scheduler.timesteps[2]
     results = [s.step(x, t, x, torch.Generator().manual_seed(0)).prev_sample for s in (scheduler, twin)]
     assert torch.equal(*results)
+
+
+def test_timesteps_that_the_package_makes():
+    """Each default has levels, also where the last of them is the grid's end, which ends `ts` anyway."""
+    for count in (1, 2, 40):
+        timesteps = steps.default_timesteps(count)
+        sigmas = steps.sigmas_from_timesteps(timesteps)
+        assert steps.timesteps_from_sigmas(sigmas) == timesteps
+    assert (sigmas[0], sigmas[-1]) == (80.0, 0.002)
+    with pytest.raises(ValueError, match="indices of the grid from 38 to 0"):
+        steps.ts_from_timesteps(timesteps)
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor, tuple], ids=["array", "tensor", "tuple"])
+def test_timesteps_of_any_kind(made):
+    assert steps.ts_from_timesteps(made([22, 0])) == (0, 22, 39)
+    assert steps.sigmas_from_timesteps(made([22, 0])) == steps.sigmas_from_timesteps([22, 0])
+    with pytest.raises(ValueError, match="timesteps must be indices"):
+        steps.ts_from_timesteps(made([22.5, 0]))

@@ -44,6 +44,12 @@ DIFFUSERS_SCHEDULER = [
      SCHEDULED + "mixed_dtypes"),
     ("saved under this module's name", "CMStochasticIterativeScheduler.__module__ = _Base.__module__\n", "",
      SCHEDULED + "saved_as_diffusers_own"),
+    ("levels that were written in place", "or version != seen[1] ", "",
+     SCHEDULED + "levels_that_change_on_the_way[step-item]"),
+    ("a timestep beside a part of the schedule", "if 0 <= index < len(schedule) and not between:",
+     "if 0 <= index < len(schedule):", SCHEDULED + "a_timestep_beside_a_part_of_the_schedule[slice(None, None, 2)-1]"),
+    ("a subclass is lost", "None if kind is CMStochasticIterativeScheduler else kind", "None",
+     SCHEDULED + "copies_of_a_subclass_are_of_it[deepcopy]"),
     ("begin_index in the middle", "self.begin_index if self.step_index is None else self.step_index]",
      "self.begin_index]", SCHEDULED + "add_noise[fp32]"),
 ]  # fmt: skip
@@ -51,8 +57,8 @@ DIFFUSERS_SCHEDULER = [
 DIFFUSERS_PIPELINE = [
     ("one draw too few", "for _ in levels]", "for _ in levels[1:]]",
      ACCELERATED + "same_images[as given-conditional-two]"),
-    ("labels before latents", "        channels = self.unet.config.in_channels\n",
-     "        torch.randint(0, 2, (1,))\n        channels = self.unet.config.in_channels\n",
+    ("labels before latents", "        sample = self.prepare_latents(\n",
+     "        torch.randint(0, 2, (1,))\n        sample = self.prepare_latents(\n",
      ACCELERATED + "same_images[as given-conditional-one]"),
     ("x_T of the first level, not of sigma_max", "sample.to(wide) / levels[0]",
      "sample.to(wide) / self.scheduler.init_noise_sigma",
@@ -61,15 +67,28 @@ DIFFUSERS_PIPELINE = [
     ("pixels cut off", '"nearest" if', '"trunc" if', ACCELERATED + "output_types[3-pil]"),
     ("offloading is passed over", 'if any("_hf_hook" in vars(m) or', "if any(",
      ACCELERATED + "what_is_in_the_way_is_said"),
-    ("another network", "engine.unet is not self.unet or", "", ACCELERATED + "changes_are_seen[as given]"),
-    ("another scheduler", " or engine.config != self.scheduler.config", "",
+    ("another network", "engine.unet is not unet or", "", ACCELERATED + "changes_are_seen[as given]"),
+    ("another scheduler", " or engine.config != config", "",
      ACCELERATED + "changes_are_seen[as given]"),
+    ("a forward pass that came later", " or engine.passes != _passes(unet)", "",
+     ACCELERATED + "a_forward_pass_of_the_networks_own"),
+    ("settings of register_to_config", "fast.scheduler = like(pipe.scheduler)",
+     "fast.scheduler = CMStochasticIterativeScheduler.from_config(pipe.scheduler.config)",
+     ACCELERATED + "settings_of_register_to_config_are_kept[accelerate]"),
+    ("images made in a way of their own", " and not self._makes_images", "",
+     ACCELERATED + "images_made_in_a_way_of_their_own[subclass-numpy_to_pil]"),
     ("labels of two kinds", "labels = labels.to(torch.int64)\n", "pass\n",
      ACCELERATED + "it_runs_as_one_graph[as given]"),
     ("every callback", "if i % callback_steps == 0:", "if True:", ACCELERATED + "callbacks[as given]"),
 ]  # fmt: skip
 
+DIFFUSERS_NETWORK = [
+    ("an output that is asked for by name", "return_dict=False)[0]", "return_dict=True).sample",
+     ACCELERATED + "a_forward_pass_of_the_networks_own"),
+]  # fmt: skip
+
 FAULTS = {
+    DIFFUSERS + "network.py": DIFFUSERS_NETWORK,
     DIFFUSERS + "config.py": DIFFUSERS_CONFIG,
     DIFFUSERS + "convert.py": DIFFUSERS_CONVERT,
     DIFFUSERS + "scheduler.py": DIFFUSERS_SCHEDULER,

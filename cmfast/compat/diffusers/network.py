@@ -34,7 +34,8 @@ class UNet2DNetwork(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """F(x, timesteps, y), [B, C, H, W]."""
-        return self.unet(x, timesteps, class_labels=y).sample
+        output: Tensor = self.unet(x, timesteps, class_labels=y, return_dict=False)[0]  # as diffusers' loop calls it
+        return output
 
     def __getattr__(self, name: str) -> Any:
         """What an optimised network says of itself, such as `refresh`, is said of this one too."""
@@ -61,6 +62,7 @@ def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict
         unet, scheduler = getattr(source, "unet", source), {}
         if hasattr(source, "scheduler"):
             scheduler = {**source.scheduler.config, "_class_name": type(source.scheduler).__name__}
+        unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps
         if not isinstance(unet, UNet2DModel):
             expected = "a path, a UNet2DModel of diffusers or a pipeline with one"
             raise TypeError(f"cannot load a {type(source).__name__}: expected {expected}")

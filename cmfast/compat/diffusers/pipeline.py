@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cmfast.compat.diffusers.network import UNet2DNetwork
-from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler
+from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler, like
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
 from cmfast.fast import optimize, refusal
@@ -63,7 +63,7 @@ def accelerate(
     fast = cls.__new__(cls)
     fast.__dict__.update(pipe.__dict__)
     if type(pipe.scheduler) is DiffusersScheduler:
-        fast.scheduler = CMStochasticIterativeScheduler.from_config(pipe.scheduler.config)
+        fast.scheduler = like(pipe.scheduler)
     fast._options = {"dtype": dtype, "compile": compile, "cuda_graph": cuda_graph}
     fast._engine = None
     if fast._obstacle() is None:
@@ -83,7 +83,7 @@ class _Engine:
     """A network made fast, and samplers with it, one for each schedule."""
 
     def __init__(self, unet: Any, config: Any, options: dict[str, Any]) -> None:
-        self.unet, self.config = unet, config
+        self.unet, self.passes, self.config = unet, _passes(unet), config
         self.network, self.reason = fast_network(unet, options["dtype"])
         self.model = Denoiser(
             UNet2DNetwork(self.network),
@@ -113,6 +113,11 @@ class _Engine:
         return {**self.sampler(last).explain(), "network": network}
 
 
+def _passes(unet: Any) -> tuple[type, Any]:
+    """What runs when the network is called: its class, and a forward pass of its own if it was given one."""
+    return type(unet), vars(unet).get("forward")
+
+
 def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
     """The UNet2DModel made fast, sharing its parameters; or as it is, and why.
 
@@ -129,8 +134,9 @@ def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str |
 class _Accelerated(ConsistencyModelPipeline):
     """What an accelerated pipeline does otherwise than the one it was made from."""
 
-    _options: dict[str, Any]
-    _engine: _Engine | None
+    # Of one that is made of components: by its class, by `from_pipe` or `from_pretrained`.
+    _options: dict[str, Any] = {"dtype": None, "compile": "auto", "cuda_graph": "auto"}
+    _engine: _Engine | None = None
 
     def __reduce__(self) -> Any:
         # By name pickle would find diffusers' class.
@@ -159,9 +165,9 @@ class _Accelerated(ConsistencyModelPipeline):
 
     def _ready(self) -> _Engine:
         """The engine for the network and scheduler that the pipeline has now."""
-        engine = self._engine
-        if engine is None or engine.unet is not self.unet or engine.config != self.scheduler.config:
-            engine = _Engine(self.unet, self.scheduler.config, self._options)
+        engine, unet, config = self._engine, self.unet, self.scheduler.config
+        if engine is None or engine.unet is not unet or engine.passes != _passes(unet) or engine.config != config:
+            engine = _Engine(unet, config, self._options)
             self._engine = engine
         return engine
 
@@ -188,8 +194,16 @@ class _Accelerated(ConsistencyModelPipeline):
         # In diffusers' order: what is drawn from one generator, or from torch's own, comes out the same.
         size, device, dtype = self.unet.config.sample_size, self._execution_device, self.unet.dtype
         self.check_inputs(num_inference_steps, timesteps, latents, batch_size, size, callback_steps)
-        channels = self.unet.config.in_channels
-        sample = self.prepare_latents(batch_size, channels, size, size, dtype, device, generator, latents)
+        sample = self.prepare_latents(
+            batch_size=batch_size,
+            num_channels=self.unet.config.in_channels,
+            height=size,
+            width=size,
+            dtype=dtype,
+            device=device,
+            generator=generator,
+            latents=latents,
+        )
         labels = self.prepare_class_labels(batch_size, device, class_labels)
         if timesteps is not None:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
@@ -208,7 +222,7 @@ class _Accelerated(ConsistencyModelPipeline):
         else:
             # numpy has no bfloat16.
             wide = images.dtype == torch.bfloat16 and output_type != "pt"
-            result = self.postprocess_image(images.float() if wide else images, output_type)
+            result = self.postprocess_image(images.float() if wide else images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
@@ -227,10 +241,20 @@ class _Accelerated(ConsistencyModelPipeline):
             labels = labels.to(torch.int64)
             labels = labels.reshape(1).repeat(sample.shape[0]) if labels.numel() == 1 else labels
         wide = torch.promote_types(sample.dtype, torch.float32)
-        pixels = "nearest" if output_type == "pil" else None
+        pixels = "nearest" if output_type == "pil" and not self._makes_images else None
         sampler = self._ready().sampler(tuple(levels))
         images = sampler.generate(sample.to(wide) / levels[0], labels, noise_fn=draws, pixels=pixels)
+        self.scheduler._step_index, self.scheduler.is_scale_input_called = len(levels), True  # where its steps end
         return images if pixels else images.to(sample.dtype)
+
+    @property
+    def _makes_images(self) -> bool:
+        """Whether a subclass, or the pipeline itself, makes PIL images in a way of its own."""
+        parts = "postprocess_image", "numpy_to_pil"
+        return any(
+            part in vars(self) or getattr(type(self), part) is not getattr(ConsistencyModelPipeline, part)
+            for part in parts
+        )
 
     def _step_by_step(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -43,8 +44,9 @@ class CMStochasticIterativeScheduler(_Base):
     """
 
     timesteps: Tensor
-    # The levels on the host, and on devices by (device, dtype), of the `sigmas` that they were made from.
-    _sigmas_seen: Tensor | None = None
+    # The levels on the host, and on devices by (device, dtype), and what they were made from: sigmas, the version of
+    # these, the configuration.
+    _seen: tuple[Tensor, int, Any] | None = None
     _levels: list[float]
     _device_levels: dict[tuple[torch.device, torch.dtype], Tensor]
     # (prev_sample, its version, the network's input made with it) of the last step.
@@ -52,9 +54,10 @@ class CMStochasticIterativeScheduler(_Base):
 
     def __reduce__(self) -> Any:
         # By name pickle would find diffusers' class: see `__module__` below.
-        made_anew = "_internal_dict", "_next_input"  # the configuration, and a tensor kept for speed
+        made_anew = "_internal_dict", "_next_input", "_seen"  # the configuration, and what is kept for speed
         state = {name: value for name, value in self.__dict__.items() if name not in made_anew}
-        return _rebuild, (dict(self.config), state)
+        kind = type(self)
+        return _rebuild, (None if kind is CMStochasticIterativeScheduler else kind, dict(self.config), state)
 
     def set_timesteps(
         self,
@@ -71,9 +74,12 @@ class CMStochasticIterativeScheduler(_Base):
         self._next_input = None
 
     def _refresh(self) -> list[float]:
-        """The levels as floats, read when `sigmas` was replaced."""
-        if self.sigmas is not self._sigmas_seen:
-            self._sigmas_seen, self._levels, self._device_levels = self.sigmas, self.sigmas.tolist(), {}
+        """The levels as floats, read when `sigmas` was replaced or written, or the configuration is another."""
+        sigmas, seen = self.sigmas, self._seen
+        version = -1 if sigmas.is_inference() else sigmas._version
+        if seen is None or sigmas is not seen[0] or version != seen[1] or self.config is not seen[2]:
+            self._seen = sigmas, version, self.config
+            self._levels, self._device_levels, self._next_input = sigmas.tolist(), {}, None
         return self._levels
 
     def _level(self, index: int, x: Tensor) -> Tensor:
@@ -101,7 +107,10 @@ class CMStochasticIterativeScheduler(_Base):
         if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.dtype == schedule.dtype:
             # The storage, not the address: on the meta device, where tests run, all addresses are 0.
             if timestep.untyped_storage()._cdata == schedule.untyped_storage()._cdata:
-                return int(timestep.storage_offset() - schedule.storage_offset()) // int(schedule.stride(0))
+                offset = int(timestep.storage_offset() - schedule.storage_offset())
+                index, between = divmod(offset, int(schedule.stride(0)) or 1)
+                if 0 <= index < len(schedule) and not between:  # a part of the tensor need not hold it
+                    return index
         value = float(timestep)
         found = [i for i, t in enumerate(schedule.tolist()) if t == value]
         if not found:
@@ -114,6 +123,7 @@ class CMStochasticIterativeScheduler(_Base):
             self._init_step_index(timestep)
         assert self.step_index is not None
         self.is_scale_input_called = True
+        self._refresh()
         ready, self._next_input = self._next_input, None
         if ready is not None and ready[0] is sample and ready[1] == sample._version:
             return ready[2]
@@ -159,6 +169,8 @@ class CMStochasticIterativeScheduler(_Base):
             noise = randn_tensor(
                 model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator
             )
+            noise = noise.expand(torch.broadcast_shapes(noise.shape, sample.shape))
+        model_output, sample = torch.broadcast_tensors(model_output, sample)
         if len(self.timesteps) == 1 or following == count - 1:
             # The last level is sigma_min, whose noise adds nothing; drawn, it keeps generators in step with diffusers.
             previous = ops.denoise(model_output, sample, sigma, **options)
@@ -173,13 +185,18 @@ class CMStochasticIterativeScheduler(_Base):
         return Output(prev_sample=previous) if return_dict else (previous,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """original_samples + sigma noise [B, C, H, W], with the sigma of each sample's timestep, timesteps [B].
+        """original_samples + sigma noise [B, C, H, W], with the sigma of each sample's timestep, timesteps [B]. One
+        sample, noise or timestep serves all.
 
         A timestep that is not in the schedule is an IndexError, or on a GPU, where it is not read, gives NaN.
         """
-        batch, device = original_samples.shape[0], original_samples.device
+        device, count = original_samples.device, timesteps.numel()
+        shape = torch.broadcast_shapes(original_samples.shape, noise.shape, (count, *[1] * (original_samples.ndim - 1)))
         # Rounded as the samples are, like diffusers' own.
-        sigmas = self.sigmas.to(device, original_samples.dtype).to(_check.sigma_dtype(original_samples))
+        sigmas = self.sigmas.to(device, original_samples.dtype)
+        wide = torch.promote_types(original_samples.dtype, noise.dtype)
+        original_samples, noise = (x.to(wide).expand(shape) for x in (original_samples, noise))
+        sigmas = sigmas.to(_check.sigma_dtype(original_samples))
         if self.begin_index is not None:
             sigma = sigmas[self.begin_index if self.step_index is None else self.step_index]
         else:
@@ -187,7 +204,7 @@ class CMStochasticIterativeScheduler(_Base):
             if device.type == "cpu" and not same.any(1).all():
                 raise IndexError(f"timesteps {timesteps.tolist()} are not all of scheduler.timesteps")
             sigma = torch.where(same.any(1), sigmas[same.to(torch.int8).argmax(1)], math.nan)
-        sigma = sigma.expand(batch) if sigma.numel() == 1 else sigma
+        sigma = sigma.expand(shape[0])
         return ops.add_noise(original_samples, noise, sigma, sigma_data=self.config.sigma_data)[0]
 
 
@@ -196,7 +213,16 @@ class CMStochasticIterativeScheduler(_Base):
 CMStochasticIterativeScheduler.__module__ = _Base.__module__
 
 
-def _rebuild(config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:
-    scheduler: CMStochasticIterativeScheduler = CMStochasticIterativeScheduler.from_config(config)
+def like(scheduler: Any) -> CMStochasticIterativeScheduler:
+    """Our scheduler with the configuration and the state of diffusers' own. `from_config` would not do: it leaves out
+    what `register_to_config` made of a default."""
+    state = {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "_internal_dict"}
+    return _rebuild(None, dict(scheduler.config), state)
+
+
+def _rebuild(kind: Any, config: dict[str, Any], state: dict[str, Any]) -> CMStochasticIterativeScheduler:
+    kind = kind or CMStochasticIterativeScheduler
+    scheduler: CMStochasticIterativeScheduler = kind.__new__(kind)
     scheduler.__dict__.update(state)
+    scheduler.register_to_config(**config)
     return scheduler

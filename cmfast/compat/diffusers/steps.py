@@ -32,18 +32,27 @@ def default_timesteps(num_inference_steps: int, *, num_train_timesteps: int = NU
 def ts_from_timesteps(timesteps: Sequence[int], *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> tuple[int, ...]:
     """The original's `ts`: the indices in the order of evaluation, and the last index, where sampling ends.
 
-    num_train_timesteps: levels of the scheduler's grid, 40 in all published models.
+    timesteps: a list, an array or a tensor [N]; num_train_timesteps: levels of the scheduler's grid, 40 in all
+    published models.
 
-    Raises: ValueError: timesteps that do not descend, or are not on the grid.
+    Raises: ValueError: timesteps that do not descend, or are not on the grid but for its end, which ts have anyway.
 
     >>> ts_from_timesteps([22, 0])
     (0, 22, 39)
     """
-    ts = (*reversed(list(timesteps)), num_train_timesteps - 1)
-    if not timesteps or any(b >= a for a, b in zip(timesteps, timesteps[1:])) or not 0 <= ts[0] <= ts[-2] < ts[-1]:
-        wanted = f"indices of the grid from {num_train_timesteps - 2} to 0, descending, as in [22, 0]"
-        raise ValueError(f"timesteps must be {wanted}; got {list(timesteps)}")
-    return ts
+    last = num_train_timesteps - 1
+    return (*reversed(_checked(timesteps, last - 1)), last)
+
+
+def _checked(timesteps: Sequence[int], highest: int) -> list[int]:
+    """The timesteps as integers. Raises: ValueError: they do not descend from `highest` or less to 0 or more."""
+    came = list(timesteps)
+    indices = [int(timestep) for timestep in came]
+    descending = all(a > b for a, b in zip(indices, indices[1:]))
+    if not indices or indices != came or not descending or indices[0] > highest or indices[-1] < 0:
+        wanted = f"indices of the grid from {highest} to 0, descending, as in [22, 0]"
+        raise ValueError(f"timesteps must be {wanted}; got {came}")
+    return indices
 
 
 def timesteps_from_ts(ts: Sequence[int], *, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:
@@ -70,16 +79,17 @@ def sigmas_from_timesteps(
 ) -> list[float]:
     """The noise levels of timesteps at which the model is evaluated, in data units: `sigmas` of `cmfast.Sampler`.
 
-    num_train_timesteps, sigma_min, sigma_max, rho: of the scheduler's grid.
+    timesteps: as of `ts_from_timesteps`, and the last of the grid too. num_train_timesteps, sigma_min, sigma_max, rho:
+    of the scheduler's grid.
 
-    Raises: ValueError: see `ts_from_timesteps`.
+    Raises: ValueError: timesteps that do not descend, or are not on the grid.
 
     >>> [round(sigma, 3) for sigma in sigmas_from_timesteps([22, 0])]
     [80.0, 1.382]
     """
-    ts = ts_from_timesteps(timesteps, num_train_timesteps=num_train_timesteps)
-    levels = schedules.multistep_sigmas(ts, num_train_timesteps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    return levels[:-1]
+    indices = _checked(timesteps, num_train_timesteps - 1)
+    options = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    return [float(schedules.karras_sigma(i, num_train_timesteps, **options)) for i in reversed(indices)]
 
 
 def timesteps_from_sigmas(
@@ -109,5 +119,4 @@ def timesteps_from_sigmas(
             raise ValueError(f"sigma {sigma} is not one of the {count} levels: the nearest is {grid[index]}")
         timesteps.append(index)
     timesteps.reverse()
-    ts_from_timesteps(timesteps, num_train_timesteps=count)
-    return timesteps
+    return _checked(timesteps, count - 1)
