@@ -46,6 +46,9 @@ def of_unet2d(model: Any) -> Plan:
     if model.config.time_embedding_type != "positional":
         raise Refused(f"time_embedding_type is {model.config.time_embedding_type!r}, expected 'positional'")
     exact(model.conv_act, nn.SiLU, "conv_act")
+    embedding = _named(model.time_embedding, "TimestepEmbedding", "time_embedding")
+    for name in ("linear_1", "linear_2"):
+        exact(getattr(embedding, name), nn.Linear, f"time_embedding.{name}")
     encoder: list[Layers] = []
     for i, block in enumerate(model.down_blocks):
         where = f"down_blocks.{i}"
@@ -165,10 +168,10 @@ def _attention(module: Any, block: Any, where: str) -> Attention:
     plain = module.spatial_norm is None and module.norm_q is None and module.norm_k is None
     if not plain or not module.residual_connection or module.rescale_output_factor != 1:
         raise Refused(f"{where} is not self-attention with one residual connection")
-    head = module.to_q.out_features // module.heads
+    projections = [exact(getattr(module, name), nn.Linear, f"{where}.{name}") for name in ("to_q", "to_k", "to_v")]
+    head = projections[0].out_features // module.heads
     if abs(module.scale * head**0.5 - 1) > 1e-6 or float(module.to_out[1].p) > 0:
         raise Refused(f"{where} has another scale than 1 / sqrt(its heads' size), or dropout")
-    projections = [exact(getattr(module, name), nn.Linear, f"{where}.{name}") for name in ("to_q", "to_k", "to_v")]
     proj = exact(module.to_out[0], nn.Linear, f"{where}.to_out.0")
     if any(p.bias is None for p in (*projections, proj)):
         raise Refused(f"{where} has projections without a bias")
@@ -250,8 +253,10 @@ def _of_class(base: Any) -> Any:
 
 def _embed(model: Any, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:
     """The embedding of timesteps (a number, [1] or [B]) and labels, [B, E]."""
+    if not sample.is_floating_point():
+        raise TypeError(f"sample has dtype {sample.dtype}: expected a floating-point dtype")
     if not isinstance(timestep, Tensor):
-        timestep = torch.full((1,), timestep, dtype=torch.float32, device=sample.device)
+        timestep = torch.full((1,), int(timestep), device=sample.device)  # cut off, as diffusers does
     timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
     dtype = model.time_embedding.linear_1.weight.dtype
     emb: Tensor = model.time_embedding(model.time_proj(timesteps).to(dtype))

@@ -85,7 +85,7 @@ def test_gradients():
         check(fast[name], eager[name], exact[name], FLOOR[torch.float32], scale, name)
 
 
-@pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7.0])], ids=str)
+@pytest.mark.parametrize("timestep", [7, 7.0, 5.5, -5.5, torch.tensor(7), torch.tensor(7.0), torch.tensor([7.0])], ids=str)
 def test_forms_of_a_timestep(timestep):
     model = make("added")
     x = inputs(model)[0]
@@ -148,6 +148,8 @@ def test_errors():
         optimize(model)(x, timesteps)
     with pytest.raises(ValueError, match="class_labels were given"):
         optimize(make("added"))(x, timesteps, labels)
+    with pytest.raises(TypeError, match=r"sample has dtype torch\.int32"):
+        optimize(make("added"))(x.int(), timesteps)
 
 
 def test_in_a_denoiser():
@@ -181,6 +183,9 @@ def part(path, name, value):
         (part("down_blocks.0.downsamplers.0", "norm", torch.nn.Identity()), "down_blocks.0.downsamplers.0 has a norm"),
         (part("mid_block.attentions.0", "rescale_output_factor", 2.0), "is not self-attention with one residual"),
         (part("mid_block.attentions.0", "scale", 1.0), "mid_block.attentions.0 has another scale than 1 / sqrt"),
+        (part("mid_block.attentions.0", "to_q", torch.nn.Sequential()), "to_q is a Sequential, expected Linear"),
+        (part("", "time_embedding", torch.nn.Identity()), "time_embedding is a Identity, expected TimestepEmbedding"),
+        (part("time_embedding", "linear_1", torch.nn.Identity()), "time_embedding.linear_1 is a Identity, expected"),
         (part("mid_block.attentions.0.to_k", "bias", None), "mid_block.attentions.0 has projections without a bias"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -87,7 +87,15 @@ DIFFUSERS_NETWORK = [
      ACCELERATED + "a_forward_pass_of_the_networks_own"),
 ]  # fmt: skip
 
+FAST = [
+    ("a timestep that is not cut off", "torch.full((1,), int(timestep),", "torch.full((1,), float(timestep),",
+     "tests/fast/test_diffusers.py::test_forms_of_a_timestep[5.5]"),
+    ("whole numbers come out", "if not sample.is_floating_point():", "if False:",
+     "tests/fast/test_diffusers.py::test_errors"),
+]  # fmt: skip
+
 FAULTS = {
+    "cmfast/fast/diffusers.py": FAST,
     DIFFUSERS + "network.py": DIFFUSERS_NETWORK,
     DIFFUSERS + "config.py": DIFFUSERS_CONFIG,
     DIFFUSERS + "convert.py": DIFFUSERS_CONVERT,
