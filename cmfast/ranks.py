@@ -96,6 +96,11 @@ class Ranks:
             dist.all_reduce(x, op=dist.ReduceOp.MIN)
         return x
 
+    def same(self, number: int) -> bool:
+        """Whether it is one number on all ranks."""
+        low, negative_high = self.least(torch.tensor([number, -number], device="cpu")).tolist()
+        return bool(low == -negative_high)
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all ranks, on the first; nothing on the others. They are on the CPU and of one shape."""
         if self.size == 1:
@@ -107,7 +112,8 @@ class Ranks:
 
 def _described(error: Exception) -> str:
     """The message; with its type, where it is not one that is written for users."""
-    return str(error) if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {error}"
+    known = (ValueError, OSError, ImportError, RankError)
+    return str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

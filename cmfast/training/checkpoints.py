@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 _UNFINISHED = ".unfinished-"
 
 
@@ -26,12 +26,22 @@ def folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def place(run: Path, step: int) -> Path:
+    """The directory of the checkpoint of a step."""
+    return folder(run) / f"step-{step:08d}"
+
+
+def number(checkpoint: Path) -> int:
+    """The step of a checkpoint, of which the directory is given."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def saved(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of each checkpoint, the oldest first."""
     if not folder(run).is_dir():
         return []
-    found = ((_NAME.fullmatch(path.name), path) for path in folder(run).iterdir() if path.is_dir())
-    return sorted((int(match.group(1)), path) for match, path in found if match)
+    found = (path for path in folder(run).iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted((number(path), path) for path in found)
 
 
 def newest(run: Path) -> Path | None:
@@ -53,14 +63,11 @@ def check_links(run: Path, found: Path) -> None:
 
 
 def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int | None = None) -> Path:
-    """The directory of a step, filled by `write`; then of all checkpoints the last `keep` stay.
+    """The directory of a step that has none, filled by `write`; then of all checkpoints the last `keep` stay.
 
     Raises: OSError: it could not be written, such as on a full disk. What was there before is there still.
     """
-    home = folder(run)
-    place = home / f"step-{step:08d}"
-    if place.is_dir():  # whole, and a step has one state
-        return place
+    home, done = folder(run), place(run, step)
     home.mkdir(parents=True, exist_ok=True)
     for left in home.glob(_UNFINISHED + "*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -71,14 +78,14 @@ def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int | Non
         for path in sorted(temporary.iterdir()):
             _flush(path)
         _flush(temporary)
-        os.replace(temporary, place)
+        os.replace(temporary, done)
         _flush(home)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for _, path in saved(run)[:-keep] if keep else []:
         _remove(path)
-    return place
+    return done
 
 
 def _remove(path: Path) -> None:

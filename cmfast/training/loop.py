@@ -50,7 +50,8 @@ class Trainer:
     `cmfast.data.open_data` gives. model, objective, options, teacher_model, lpips, group: as of `TrainStep`.
 
     Raises: ValueError: there are checkpoints in `out`, and no `resume`; or none to resume from; or they are of another
-        configuration (the message names what differs); or model and data do not go together. FileNotFoundError.
+        configuration (the message names what differs); or model and data do not go together; or the processes do not
+        see the same folder. FileNotFoundError. RankError: one of these, on another process.
 
     >>> import tempfile
     >>> from cmfast.objectives import EDM
@@ -90,7 +91,13 @@ class Trainer:
             "data_fingerprint": data.fingerprint,
             "options": config.plain(options),
         }
-        found = self._checkpoint(resume)
+        found = self.group.together(lambda: self._checkpoint(resume))
+        start = 0 if found is None else checkpoints.number(found)
+        if not self.group.same(start):
+            raise ValueError(
+                f"the processes of this run find different checkpoints, and this one would go on from step {start}: "
+                f"{self.out} must be one folder that all of them see, on whatever machine they are"
+            )
         self.state = State(model, self.group)
         self._stop_asked = Stop(self.group)
         self.step = TrainStep(
@@ -161,16 +168,28 @@ class Trainer:
         return self.state.average(self.step, k + (self.step.target_model is not None))
 
     def save(self) -> Path:
-        """A checkpoint of the state now. Raises: OSError: it could not be written; those before it are there still."""
-        if self.group.rank:
-            self.state.write(self.step, self.done, self.settings, None)
-            self.group.together(lambda: None)
-            return checkpoints.folder(self.out)
+        """A checkpoint of the state now, for all processes to call.
+
+        Raises: OSError, or RankError of several processes: it could not be written; those before it are there still.
+        """
+        place, first = checkpoints.place(self.out, self.done), self.group.rank == 0
+        # The first one looks, for all: what follows is work that they do together, or none of them.
+        if self.group.any(first and place.is_dir())():  # whole, and a step has one state
+            return place
+        parts = self.state.parts(self.step, self.done, config.plain(self.settings))
 
         def write(folder: Path) -> None:
-            self.state.write(self.step, self.done, config.plain(self.settings), folder)
+            for name, put in parts:
+                put(folder / name)
 
-        return self.group.together(lambda: checkpoints.save(self.out, self.done, write, keep=self.options.keep))
+        def work() -> Path:
+            try:
+                return checkpoints.save(self.out, self.done, write, keep=self.options.keep) if first else place
+            finally:
+                for _ in parts:  # the others wait for this process's part of them, also where it could not write
+                    pass
+
+        return self.group.together(work)
 
     def losses(self) -> tuple[list[int], list[float]]:
         """The steps of the log and the loss at each."""
@@ -278,8 +297,8 @@ class Trainer:
 
     def _finish(self) -> Denoiser:
         average = self.average()
-        if self.group.rank == 0:
-            save_weights(average, self.out / RESULT)
+        # No process returns before the file is there.
+        self.group.together(lambda: None if self.group.rank else save_weights(average, self.out / RESULT))
         return average
 
     def _tensorboard(self) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ from cmfast.ranks import RankError, Ranks
 from cmfast.training.parallel import distributed_like, whole
 from cmfast.training.step import TrainStep
 from cmfast.unet import UNetModel
+
+#: The name of a file, and what writes it to a path.
+Part = tuple[str, Callable[[Path], None]]
 
 STATE, MODEL, TEACHER = "state.pt", "model.safetensors", "teacher.safetensors"
 
@@ -45,15 +49,19 @@ class State:
         step.averages.copy_to(self._shadow, k)
         return self._shadow
 
-    def write(self, step: TrainStep, done: int, settings: Mapping[str, Any], folder: Path | None) -> None:
-        """Into a folder, or on the other processes: None. For all to call."""
+    def parts(self, step: TrainStep, done: int, settings: Mapping[str, Any]) -> Iterator[Part]:
+        """The files of a checkpoint; each is to be written before the next is asked for.
+
+        For all processes to go through to the end, whether they write or not, or could not: between one and the next,
+        what is shared out is put together.
+        """
         for k, name in enumerate(self.names(step)):
-            save_weights(self.average(step, k), folder and folder / name)
+            yield name, partial(save_weights, self.average(step, k))
         teacher = step.teacher_model if step.objective.teacher_follows else None
         for each, name in ((step.model, MODEL), (teacher, TEACHER)):
             if each is not None:
                 self._copy(each)
-                save_weights(self._shadow, folder and folder / name)
+                yield name, partial(save_weights, self._shadow)
         state = {
             "step": done,
             "settings": dict(settings),
@@ -62,9 +70,12 @@ class State:
             "scaler": None if step.scaler is None else step.scaler.state_dict(),
             "random": self._generators(step.device),
         }
-        if folder is not None:
-            with _as_oserror(folder / STATE):
-                torch.save(state, folder / STATE)
+
+        def write(path: Path) -> None:
+            with _as_oserror(path):
+                torch.save(state, path)
+
+        yield STATE, write
 
     def read(self, step: TrainStep, folder: Path) -> int:
         """Put a step into the state of a folder; how many steps were done. Raises: CheckpointError: it is damaged."""
@@ -152,10 +163,8 @@ def _damaged(folder: Path, error: Exception | str) -> str:
     )
 
 
-def save_weights(model: Denoiser, path: Path | None) -> None:
+def save_weights(model: Denoiser, path: Path) -> None:
     """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone."""
-    if path is None:
-        return
     network: Any = model.network
     if isinstance(network, UNetModel):
         checkpoint.save(model, path)

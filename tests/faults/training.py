@@ -2,6 +2,7 @@
 
 _STEP = "tests/training/test_step.py::test_"
 _LOOP = "tests/training/test_loop.py::test_"
+_PAIR = "tests/training/test_parallel.py::test_"
 _FROZEN = "tests/training/test_frozen.py::test_"
 _RECIPES = "tests/training/test_recipes.py::test_"
 _DIGITS = "tests/training/test_digits.py::test_"
@@ -67,6 +68,12 @@ LOOP = [
      "tests/training/test_stop.py::test_a_nan_is_not_saved_unseen"),
     ("what another has written is written over", "        if newest and newest[0][0] > self.done:", "        if False:",
      "tests/training/test_lock.py::test_a_trainer_holds_it_while_it_runs"),
+    ("each process looks for the checkpoint itself", "if self.group.any(first and place.is_dir())():",
+     "if first and place.is_dir():", _PAIR + "both_stop_at_a_step_just_saved"),
+    ("the others put weights together alone", "                for _ in parts:  #", "                for _ in ():  #",
+     _PAIR + "both_see_a_full_disk[a_full_disk]"),
+    ("each process goes on from where it is", "if not self.group.same(start):", "if False:",
+     _PAIR + "both_go_on_from_the_same_step"),
     ("an unlabelled data set for classes", "if model.num_classes is not None and data.num_classes is None:",
      "if False:",
      _LOOP + "data_that_does_not_fit[no labels]"),

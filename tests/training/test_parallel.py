@@ -1,5 +1,7 @@
-"""Two processes do what one does with the whole batch: the same losses, the same weights; and a resumed pair too."""
+"""Two processes do what one does with the whole batch: the same losses, the same weights; and a resumed pair too. What
+befalls one of them, both know of."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,9 +20,13 @@ HERE = Path(__file__).resolve()
 
 
 def torchrun(folder, name, kind, steps, *more):
+    launch("parallel_run.py", name, kind, str(folder), str(steps), *more)
+
+
+def launch(script, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(HERE.with_name("parallel_run.py")), name, kind, str(folder), str(steps), *more]
+    command = [*launcher, str(HERE.with_name(script)), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -70,3 +76,44 @@ def test_a_run_of_two_goes_on_alone(tmp_path):
     assert run.done == 2 and len(state.read(run.out / "checkpoints" / "step-00000002")["random"]) == 2
     run.run(progress=False)
     assert torch.isfinite(weights(run.step.model)).all()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What each case of pair_run.py found on the two processes, and the checkpoints that are there after it."""
+    folder = tmp_path_factory.mktemp("pair")
+    launch("pair_run.py", str(folder))
+
+    def of(case):
+        found = [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
+        return [one for one, _ in found], found[0][1]
+
+    return of
+
+
+def test_both_stop_at_a_step_just_saved(pair):
+    found, saved = pair("stopped_at_a_step_just_saved")
+    assert [kind for kind, _ in found] == ["Stopped"] * 2 and "after step 4 of 6" in found[1][1] and saved == [2, 4]
+    assert found[0] == found[1]  # the same folder is named
+
+
+def test_both_see_a_nan_again(pair):
+    """At the first step after a checkpoint: the one that is to be written is there."""
+    found, saved = pair("a_nan_that_comes_again")
+    assert [kind for runs in found for kind, _ in runs] == ["NaNLoss"] * 4 and saved == [2, 4]
+
+
+@pytest.mark.parametrize("case", ["a_full_disk", "a_full_disk_and_shared_weights"])
+def test_both_see_a_full_disk(pair, case):
+    found, saved = pair(case)
+    assert found == [["RankError", "[Errno 28] No space left on device"]] * 2 and not saved
+
+
+def test_both_go_on_from_the_same_step(pair):
+    found, _ = pair("a_folder_on_each_machine")
+    for message, step in zip(found, (2, 0)):
+        assert f"would go on from step {step}: " in message and "one folder that all of them see" in message
+
+
+def test_the_result_is_there_for_both(pair):
+    assert pair("the_end")[0] == [["ended", "True"]] * 2

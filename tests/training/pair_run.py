@@ -1,0 +1,147 @@
+"""What two processes do together, in the processes that torchrun starts: one case after the other in a folder."""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cmfast import Denoiser, Preconditioner
+from cmfast.data import ImageData
+from cmfast.objectives import EDM
+from cmfast.ranks import Ranks, ranks
+from cmfast.training import Trainer, TrainOptions, TrainStep, checkpoints, loop, state
+
+DATA = ImageData(torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+OPTIONS = TrainOptions(steps=6, batch_size=2, learning_rate=1e-2, log_interval=1, save_interval=2, averages=("0.9",))
+
+
+class Network(nn.Module):
+    """A convolution whose output can be made NaN, with a buffer."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.factor = nn.Conv2d(3, 3, 1), 1.0
+        self.register_buffer("shift", torch.randn(()))
+
+    def forward(self, x, t):
+        return self.factor * self.conv(x) + self.shift
+
+
+def trainer(out, group, network=None, **options):
+    resume = options.pop("resume", False)
+    model = Denoiser(network or Network(), Preconditioner.edm(), image_shape=(3, 4, 4))
+    return Trainer(model, EDM(), DATA, replace(OPTIONS, **options), out, group=group, resume=resume)
+
+
+@contextmanager
+def each_step(act):
+    """Have act(step, number) called before each."""
+    step = TrainStep.__call__
+
+    def acting(self, batch, number):
+        act(self, number)
+        step(self, batch, number)
+
+    TrainStep.__call__ = acting
+    try:
+        yield
+    finally:
+        TrainStep.__call__ = step
+
+
+def outcome(run):
+    """How it ends: the name of what is raised, and the message."""
+    try:
+        run.run(progress=False)
+        return ["ended", str((run.out / "model.safetensors").exists())]
+    except BaseException as error:
+        return [type(error).__name__, str(error)]
+
+
+def stopped_at_a_step_just_saved(out, group):
+    def act(step, number):
+        if number == 2 and group.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with each_step(act):
+        return outcome(trainer(out, group))
+
+
+def a_nan_that_comes_again(out, group):
+    def act(step, number):
+        step.model.network.factor = float("nan") if number == 4 else 1.0
+
+    with each_step(act):
+        return [outcome(trainer(out, group)), outcome(trainer(out, group, resume=True))]
+
+
+def a_full_disk(out, group, kind="ddp"):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    save, state.save_weights = state.save_weights, full
+    try:
+        return outcome(trainer(out, group, parallel=kind))
+    finally:
+        state.save_weights = save
+
+
+def a_full_disk_and_shared_weights(out, group):
+    return a_full_disk(out, group, "fsdp")
+
+
+def a_folder_on_each_machine(out, group):
+    if group.rank == 0:
+        trainer(out / "0", Ranks(), steps=2).run(progress=False)
+    try:
+        return trainer(out / str(group.rank), group, resume="auto").done
+    except ValueError as error:
+        return str(error)
+
+
+def the_end(out, group):
+    save = loop.save_weights
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        save(*arguments)
+
+    loop.save_weights = slow
+    try:
+        return outcome(trainer(out, group, steps=1))
+    finally:
+        loop.save_weights = save
+
+
+CASES = [
+    stopped_at_a_step_just_saved,
+    a_nan_that_comes_again,
+    a_full_disk,
+    a_full_disk_and_shared_weights,
+    a_folder_on_each_machine,
+    the_end,
+]
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(90, exit=True)  # where one waits for the other for ever
+    with ranks() as group:
+        for case in CASES:
+            out = Path(folder, case.__name__)
+            found = case(out, group)
+            saved = [step for step, _ in checkpoints.saved(out)]
+            Path(folder, f"{case.__name__}-{group.rank}.json").write_text(json.dumps([found, saved]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
