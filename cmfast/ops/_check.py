@@ -4,9 +4,11 @@ Values of a tensor are looked at on the CPU only: on a GPU that would stop the s
 """
 
 import math
+import operator
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from cmfast.reference import Draw
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+#: Looked for in this order: Python's own are found at once.
+_NUMBERS = (float, int, Real)
 
 
 def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
@@ -165,26 +169,43 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def positive(name: str, value: object) -> None:
-    """A finite number above 0."""
-    if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
+    """A finite number above 0. By comparisons, which torch.compile traces where a number varies: not math.isfinite."""
+    if not (isinstance(value, _NUMBERS) and 0 < value < math.inf):
         raise ValueError(f"{name} must be positive, got {value}")
 
 
 def number(name: str, value: object) -> None:
     """A finite number of 0 or more."""
-    if not (isinstance(value, float | int) and value >= 0 and math.isfinite(value)):
+    if not (isinstance(value, _NUMBERS) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+
+
+def part(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if not (isinstance(value, _NUMBERS) and 0 <= value < 1):
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """The shape of a sample."""
     shape = tuple(value) if isinstance(value, Iterable) else None
-    if shape is None or not all(isinstance(size, int) and size >= 0 for size in shape):
+    if shape is None or not all(isinstance(size, int | torch.SymInt) and size >= 0 for size in shape):
         raise TypeError(f"{name} must be a shape of integers of 0 or more, got {value!r}")
     return shape
 
 
 def sigma_data_value(sigma_data: float | None) -> None:
     """Positive, or None for a network that is itself the denoiser."""
-    if sigma_data is not None and not (sigma_data > 0 and math.isfinite(sigma_data)):
+    if sigma_data is not None and not (isinstance(sigma_data, _NUMBERS) and 0 < sigma_data < math.inf):
         raise ValueError(f"sigma_data must be positive, or None, got {sigma_data}")
+
+
+def whole(name: str, value: object, least: int | None = None) -> int:
+    """The number as an int. Raises: TypeError: it is no whole number; ValueError: it is below `least`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # or else:
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be {least} or more, got {number}")
+    return number

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
-from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -171,17 +170,20 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
         if levels and torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
             return "gradients of noise levels are inductor's inside torch.compile"
         return None
-    return _transform_refusal()
+    return transform_refusal()
 
 
 def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.is_neg():
+            return "a view that negates is not what lies in memory"
     return None
 
 
-def _transform_refusal() -> str | None:
+def transform_refusal() -> str | None:
+    """The transform of PyTorch that is at work, which goes through ordinary operations; None if none is."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
         return "torch.func transforms go through the reference path"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -233,7 +235,7 @@ def plain(function: Function, *inputs: Any) -> Function:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < with_gradients:
             return function
-    if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
+    if _subclass_refusal(tensors) is not None or transform_refusal() is not None:
         return function
     return cast(Function, _inplace.FORMS[name])
 
@@ -243,9 +245,9 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
     first = tensors[0]
     if first.device.type != "cpu" or current_backend() != "auto" or torch.compiler.is_compiling():
         return function
-    if set(map(attrgetter("dtype"), tensors)) != {torch.float32}:
+    if {x.dtype for x in tensors} != {torch.float32}:
         return function
-    if _subclass_refusal(tensors) is not None or _transform_refusal() is not None:
+    if _subclass_refusal(tensors) is not None or transform_refusal() is not None:
         return function
     return cast(Function, _multi.FORMS[function.__name__])
 

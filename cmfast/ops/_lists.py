@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from cmfast.ops._check import DTYPES
 
 Lists = list[list[Tensor]]
-_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 
 
 class Like(NamedTuple):
@@ -30,7 +28,7 @@ def check_first(name: str, tensors: Sequence[Tensor]) -> Like:
     """
     if isinstance(tensors, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
         raise TypeError(f"{name} must be a list of tensors")
-    like = Like(list(map(_shape, tensors)), tensors[0].device if len(tensors) else torch.device("cpu"))
+    like = Like([x.shape for x in tensors], tensors[0].device if len(tensors) else torch.device("cpu"))
     check(name, tensors, like)
     return like
 
@@ -42,29 +40,29 @@ def check(name: str, tensors: Sequence[Tensor], like: Like) -> None:
     """
     if isinstance(tensors, Tensor) or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         raise TypeError(f"{name} must be a list of tensors")
-    if not set(map(_dtype, tensors)) <= set(DTYPES):
+    if not {x.dtype for x in tensors} <= set(DTYPES):
         wrong = next(x.dtype for x in tensors if x.dtype not in DTYPES)
         raise TypeError(f"{name} must have floating dtypes, got {wrong}")
-    shapes, wanted = list(map(_shape, tensors)), like.shapes
+    shapes, wanted = [x.shape for x in tensors], like.shapes
     if len(shapes) != len(wanted):
         raise ValueError(f"{name} has {len(shapes)} tensors for {len(wanted)} parameters")
     if shapes != wanted:
         i = next(i for i, pair in enumerate(zip(shapes, wanted)) if pair[0] != pair[1])
         raise ValueError(f"{name}[{i}] must have its parameter's shape {list(wanted[i])}, got {list(shapes[i])}")
-    devices = {like.device, *map(_device, tensors)}
+    devices = {like.device, *(x.device for x in tensors)}
     if len(devices) > 1:
         raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
 
 
 def kinds(*lists: Sequence[Tensor]) -> list[Tensor]:
     """Some of the tensors, of every type and dtype in each list: what decides which path a call takes."""
-    return [x for tensors in lists for kind in (type, _dtype) for x in dict(zip(map(kind, tensors), tensors)).values()]
+    return [x for tensors in lists for x in {(type(x), x.dtype): x for x in tensors}.values()]
 
 
 def one_dtype(name: str, lists: Sequence[Sequence[Tensor]]) -> None:
     """The tensors of each position have the same dtype in all lists."""
     for tensors in lists[1:]:
-        if list(map(_dtype, tensors)) != list(map(_dtype, lists[0])):
+        if [x.dtype for x in tensors] != [x.dtype for x in lists[0]]:
             raise TypeError(f"the {name} of a parameter must have one dtype")
 
 
@@ -85,16 +83,17 @@ def alike(written: Lists, read: Lists) -> Iterator[tuple[Lists, Lists]]:
     lists = [*written, *read]
     strides = list(map(Tensor.stride, lists[0]))
     same = all(list(map(Tensor.stride, tensors)) == strides for tensors in lists[1:])
-    if same and all(map(_dense, lists[0])):
+    if same and all(map(is_dense, lists[0])):
         yield written, read
         return
     lists = [list(tensors) for tensors in lists]
     back: list[tuple[Tensor, Tensor]] = []
     for i, tensors in enumerate(zip(*lists)):
         # Of a parameter that is not dense, one that is.
-        like = tensors[0] if _dense(tensors[0]) else torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+        first = tensors[0]
+        like = first if is_dense(first) else torch.empty_like(first, memory_format=torch.contiguous_format)
         for j, x in enumerate(tensors):
-            if _dense(x) and _order(x) == _order(like):
+            if is_dense(x) and _order(x) == _order(like):
                 continue
             lists[j][i] = stand_in = torch.empty_like(like, dtype=x.dtype).copy_(x)
             if j < len(written):
@@ -109,7 +108,8 @@ def written_by_a_kernel(*lists: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version([x for tensors in lists for x in tensors])
 
 
-def _dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
+    """Whether its elements are all that lies between its first and its last, each once."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 

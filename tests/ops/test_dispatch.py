@@ -98,6 +98,13 @@ def test_old_gpu(monkeypatch):
     _dispatch._old_gpu.cache_clear()
 
 
+def test_a_view_that_negates_takes_the_reference(monkeypatch):
+    """A kernel would read what lies in memory, which has the other sign."""
+    monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+    assert "a view that negates" in _dispatch.refusal([torch._neg_view(X)], [])
+    assert _dispatch.refusal([-X], []) is None
+
+
 def test_dtypes_of_results_count(monkeypatch):
     monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
     with cmfast.backend("triton"), pytest.raises(RuntimeError, match="scale_input: .* not torch.float64"):

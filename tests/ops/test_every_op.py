@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cmfast
+from cmfast import ops
 from cmfast.ops import _dispatch, _inplace
 from cmfast.tolerances import FLOOR
 from tests.ops.cases import CASES, SHAPES, flat, inputs
@@ -121,6 +122,53 @@ def test_one_graph(case):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
         if value.requires_grad:
             value.sum().backward(retain_graph=True)
+
+
+X, SIGMA, ONES = torch.linspace(-1, 1, 72).view(2, 4, 3, 3), torch.tensor([1.0, 0.5]), torch.ones(4)
+DRAW = ops.Draw(3, torch.arange(2))
+STEP = X, X, SIGMA, SIGMA / 2
+#: An operation of a number.
+NUMBERS = {
+    "scalings": lambda n: ops.scalings(SIGMA, sigma_data=n, boundary=n),
+    "scale_input": lambda n: ops.scale_input(X, SIGMA, sigma_data=n),
+    "denoise": lambda n: ops.denoise(X, X, SIGMA, boundary=n),
+    "denoise_to_uint8": lambda n: ops.denoise_to_uint8(X, X, SIGMA, sigma_data=n),
+    "init_noise": lambda n: ops.init_noise(X, SIGMA, sigma_data=n),
+    "add_noise": lambda n: ops.add_noise(X, DRAW, SIGMA, sigma_data=n),
+    "add_noise_pair": lambda n: ops.add_noise_pair(X, X, SIGMA, SIGMA, sigma_data=n),
+    "draw_pair": lambda n: ops.draw_pair(X, DRAW, ops.LogNormal(n, n, ops.Below(n)), sigma_data=n).first,
+    "renoise": lambda n: ops.renoise(*STEP, DRAW, sigma_min=n, sigma_data=n, boundary=n),
+    "euler_step": lambda n: ops.euler_step(*STEP, sigma_data=n),
+    "heun_predictor": lambda n: ops.heun_predictor(*STEP, sigma_data=n),
+    "heun_corrector": lambda n: ops.heun_corrector(X, *STEP, sigma_data=n, boundary=n),
+    "midpoint_corrector": lambda n: ops.midpoint_corrector(X, *STEP, SIGMA / 3, sigma_data=n),
+    "loss_weight": lambda n: ops.loss_weight(SIGMA, "karras", sigma_data=n),
+    "weighted_loss": lambda n: ops.weighted_loss(X, -X, SIGMA, norm="huber", huber_c=n),
+    "consistency_loss": lambda n: ops.consistency_loss(X, X, SIGMA, -X, "karras", weight_sigma_data=n, sigma_data=n),
+    "group_norm_silu": lambda n: ops.group_norm_silu(X, 2, ONES, ONES, eps=n),
+    "dropout": lambda n: ops.dropout(X, n, DRAW),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_graph_for_any_number(name):
+    """torch.compile(dynamic=True), which traces Python's numbers as symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(NUMBERS[name], fullgraph=True, dynamic=True, backend="eager")
+    for n in (0.25, 0.375):
+        for value, expected in zip(flat(compiled(n)), flat(NUMBERS[name](n)), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sizes_that_vary():
+    """Symbols too, as torch.export has them."""
+    class Normal(torch.nn.Module):
+        def forward(self, x):
+            return ops.normal(3, torch.arange(x.shape[0]), x.shape[1:])
+
+    batch, height = torch.export.Dim("batch", min=2), torch.export.Dim("height", min=2)
+    exported = torch.export.export(Normal(), (X,), dynamic_shapes=({0: batch, 2: height},), strict=False)
+    assert exported.module()(torch.ones(3, 4, 5, 3)).equal(ops.normal(3, torch.arange(3), (4, 5, 3)))
 
 
 @each
