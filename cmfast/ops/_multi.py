@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast.ops._lists import alike, written_by_a_kernel
+from cmfast.ops._lists import alike, is_dense, written_by_a_kernel
 
 Tensors = list[Tensor]
 #: Elements of the parameters of a block, where none of them is larger.
 BLOCK = 2**18
+#: Elements of a gradient that PyTorch's norm, which adds up in float32 one after the other, takes with few digits lost.
+ROW = 1024
 
 
 def ema_update_(
@@ -29,8 +31,20 @@ def ema_update_(
 
 
 def grad_norm(gradients: Tensors, *, grad_scale: Tensor | None = None) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return norm if grad_scale is None else norm / grad_scale.reshape(())
+    """By the norms of rows, whose squares are added in float64."""
+    small: Tensors = []
+    norms: Tensors = []
+    for g in gradients:
+        count = g.numel()
+        if count > ROW:
+            g = g if is_dense(g) else g.contiguous()
+            rows = g.as_strided((count // ROW, ROW), (ROW, 1))
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            g = g.as_strided((count % ROW,), (1,), g.storage_offset() + rows.numel())
+        small.append(g)
+    total = torch.cat([*norms, torch.stack(torch._foreach_norm(small))]).double().square().sum()
+    norm = total.to(torch.float32).sqrt()
+    return norm if grad_scale is None else norm / grad_scale.reshape(()).abs()
 
 
 def radam_ema_(*arguments: Any, **options: Any) -> Tensor:
@@ -65,10 +79,11 @@ def _step(
 ) -> Tensor:
     norm = 0.0 if grad_norm is None else _host(grad_norm)
     if (found_inf is not None and _host(found_inf)) or not math.isfinite(norm):
-        return torch.ones(())
-    factor = 1.0 if grad_scale is None else 1 / _host(grad_scale)
+        return _scalar(1)
+    # What gradients are divided by. A scale of 0 is a divisor like others: it makes them infinite.
+    divisor = 1.0 if grad_scale is None else _host(grad_scale)
     if max_norm is not None:
-        factor *= min(1.0, max_norm / (norm + 1e-6))
+        divisor *= max(1.0, (norm + 1e-6) / max_norm)
     step.add_(1)
     t, rate = _host(step), _host(lr) if isinstance(lr, Tensor) else float(lr)
     rectification = _rectification(t, betas[1]) if rectified else 1.0
@@ -76,7 +91,7 @@ def _step(
     if rectification is None:
         update = _momentum_alone
         options: dict[str, Any] = {
-            "t": t, "lr": rate, "betas": betas, "factor": -factor if maximize else factor,
+            "t": t, "lr": rate, "betas": betas, "divisor": -divisor if maximize else divisor,
             "decay": rate * weight_decay if decoupled_weight_decay else 0.0,
             "l2": 0.0 if decoupled_weight_decay else weight_decay,
         }  # fmt: skip
@@ -89,7 +104,7 @@ def _step(
             # It is taken off by this learning rate, which is not the one that decay goes by.
             "weight_decay": weight_decay / rectification if decoupled_weight_decay else weight_decay,
             # Gradients are divided by it, and stored so.
-            "grad_scale": None if factor == 1 else torch.tensor(1 / factor), "found_inf": None,
+            "grad_scale": None if divisor == 1 else _scalar(divisor), "found_inf": None,
         }  # fmt: skip
     weights = _weights(rates)
     with alike([parameters, exp_avgs, exp_avg_sqs], [gradients]) as ((p, m, v), (g,)):
@@ -101,7 +116,12 @@ def _step(
         ema_update_(parameters, averages, rates, copies=copies)
     # torch's fused functions leave versions as they were.
     written_by_a_kernel(parameters, exp_avgs, exp_avg_sqs)
-    return torch.zeros(())
+    return _scalar(0)
+
+
+def _scalar(value: float) -> Tensor:
+    """In no other dtype, and on no other device, that may be the default."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _rectification(t: float, beta2: float) -> float | None:
@@ -113,10 +133,10 @@ def _rectification(t: float, beta2: float) -> float | None:
 
 def _momentum_alone(
     p: Tensors, g: Tensors, m: Tensors, v: Tensors, _maxima: Tensors, _steps: Tensors, *, t: float, lr: float,
-    betas: tuple[float, float], factor: float, decay: float, l2: float,
+    betas: tuple[float, float], divisor: float, decay: float, l2: float,
 ) -> None:  # fmt: skip
     """RAdam's first steps, with the arguments of PyTorch's functions: p <- (1 - decay) p - lr m / (1 - beta1^t)."""
-    g = list(torch._foreach_mul(g, factor))
+    g = list(torch._foreach_div(g, divisor))
     if l2:
         torch._foreach_add_(g, p, alpha=l2)
     torch._foreach_lerp_(m, g, 1 - betas[0])

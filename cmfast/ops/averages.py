@@ -76,7 +76,7 @@ def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) 
     """
     if not isinstance(rates, Tensor):
         numbers = [torch.full((), float(rate), dtype=torch.float64, device=device) for rate in rates]
-        rates = torch.stack(numbers) if numbers else torch.empty(0, device=device)
+        rates = torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64, device=device)
     if rates.shape != (count,) or rates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"rates must be [{count}] for {count} averages, float32 or float64, got {rates.dtype} {list(rates.shape)}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype
@@ -21,7 +22,7 @@ def ema_update_(
     for weight, tensors in zip(1 - rates, averages, strict=True):
         for parameter, average in zip(parameters, tensors, strict=True):
             wide = compute_dtype(parameter, average)
-            difference = parameter.to(wide) - average.to(wide)
-            average.copy_(average.to(wide) + weight.to(wide) * difference)
+            # From the nearer end, so that a rate of 0 copies.
+            average.copy_(torch.lerp(average.to(wide), parameter.to(wide), weight.to(wide)))
     for parameter, duplicate in zip(parameters, copies or (), strict=copies is not None):
         duplicate.copy_(parameter)

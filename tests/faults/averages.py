@@ -14,6 +14,9 @@ _TRAFFIC = "tests/kernels/test_traffic.py::test_"
 FAULTS = {
     "cmfast/reference/averages.py": [
         ("the other weight", "zip(1 - rates, averages", "zip(rates, averages", _OPS + "is_the_formula"),
+        ("a rate of 0 rounds", "torch.lerp(average.to(wide), parameter.to(wide), weight.to(wide))",
+         "average.to(wide) + weight.to(wide) * (parameter.to(wide) - average.to(wide))",
+         _OPS + "a_rate_of_zero_copies[reference]"),
         ("copies of nothing", "duplicate.copy_(parameter)", "pass", _OPS + "is_the_formula"),
     ],
     "cmfast/reference/optimizer.py": [
@@ -46,16 +49,24 @@ FAULTS = {
         ("a parameter between blocks", "start, elements = i, 0", "start, elements = i + 1, 0",
          _STEP + "blocks"),
         ("NaN passes", "not math.isfinite(norm)", "math.isinf(norm)", _STEP + "skipping[nan-auto-radam_ema_]"),
-        ("a momentum step unscaled", "torch._foreach_mul(g, factor)", "torch._foreach_mul(g, 1.0)",
+        ("a momentum step unscaled", "torch._foreach_div(g, divisor)", "torch._foreach_div(g, 1.0)",
          _STEP + "what_auto_takes_here[0-plain-radam_ema_]"),
+        ("all of a gradient is one row", "if count > ROW:", "if False:", _STEP + "grad_norm_of_many_elements"),
+        ("a row's rest is forgotten", "(count % ROW,)", "(0,)", _STEP + "grad_norm_of_many_elements"),
+        ("the norm has the scale's sign", "grad_scale.reshape(()).abs()", "grad_scale.reshape(())",
+         _STEP + "any_scale[-2.0-clipped-adam_ema_]"),
+        ("a scalar where tensors are made by default", 'dtype=torch.float32, device="cpu")', "dtype=torch.float32)",
+         _STEP + "defaults_of_others[meta-radam_ema_]"),
+        ("a scalar in the default dtype", 'torch.tensor(value, dtype=torch.float32, device="cpu")',
+         'torch.tensor(value, device="cpu")', _STEP + "defaults_of_others[torch.float64-radam_ema_]"),
         ("averages before the step", "            update(p[block]",
          "            _average(p, averages, weights, None, block)\n            update(p[block]",
          _STEP + "what_auto_takes_here[0-plain-adam_ema_]"),
     ],
     "cmfast/ops/_lists.py": [
-        ("any order of memory", "if same and all(map(_dense, lists[0])):", "if True:",
+        ("any order of memory", "if same and all(map(is_dense, lists[0])):", "if True:",
          _STEP + "layouts_here[gradients-channels_last-radam_ema_]"),
-        ("gaps count", "if same and all(map(_dense, lists[0])):", "if same:", _KERNEL + "layouts[all-gaps]"),
+        ("gaps count", "if same and all(map(is_dense, lists[0])):", "if same:", _KERNEL + "layouts[all-gaps]"),
         ("stand-ins are forgotten", "        x.copy_(stand_in)", "        pass",
          _KERNEL + "layouts[averages-transposed]"),
         ("unseen writes", "    torch.autograd.graph.increment_version(", "    list(", _KERNEL + "writes_are_counted"),
@@ -63,6 +74,8 @@ FAULTS = {
     "cmfast/ops/averages.py": [
         ("rates of float32", "torch.full((), float(rate), dtype=torch.float64", "torch.full((), float(rate)",
          _OPS + "numbers_for_rates_are_exact"),
+        ("no rates in the default dtype", "torch.empty(0, dtype=torch.float64,", "torch.empty(0,",
+         _OPS + "no_averages_under_another_default"),
     ],
     "kernels/pointers.py": [
         ("tails are forgotten", "if count > whole:", "if count > whole and not whole:",

@@ -32,6 +32,15 @@ def test_numbers_for_rates_are_exact():
     torch.testing.assert_close(average, 1e-4 * one, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_rate_of_zero_copies(backend):
+    """Bit for bit, also what is lost beside the average."""
+    weight, average = torch.tensor([1e-3, 1.0, -0.1]), torch.tensor([1e7, 3.0, 1e3])
+    with cmfast.backend(backend):
+        ops.ema_update_([weight], [[average]], [0.0])
+    assert average.equal(weight)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_here(layout):
     check(make().map(LAYOUTS[layout]), "auto")
@@ -56,6 +65,17 @@ def test_dtypes_here(dtype, copies):
 def test_nothing_to_do():
     ops.ema_update_([], [[], []], [0.5, 0.5])
     ops.ema_update_([torch.ones(2)], [], [])
+
+
+def test_no_averages_under_another_default():
+    before = torch.get_default_dtype()
+    weight, copy = torch.ones(2), torch.zeros(2)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        ops.ema_update_([weight], [], [], copies=[copy])
+    finally:
+        torch.set_default_dtype(before)
+    assert copy.equal(weight)
 
 
 def test_a_parameter_that_needs_gradients():

@@ -94,6 +94,20 @@ def test_distances(norm, expected):
     assert value.item() == pytest.approx(2 * expected)
 
 
+@pytest.mark.parametrize("norm", ops.losses.NORMS)
+def test_losses_of_large_images(norm):
+    """Of differences that are all alike, the worst case for a sum in float32: with gradients and without."""
+    x = torch.full((1, 3 * 256 * 256), 1.1, requires_grad=True)
+    exact = {"l1": 1.1, "l2": 1.1**2, "huber": 1.1 * math.sqrt(x.numel())}[norm]
+    zeros = torch.zeros_like(x)
+    losses = [
+        ops.weighted_loss(x, zeros, torch.ones(()), norm=norm),
+        ops.consistency_loss(x, zeros, torch.ones(()), zeros, norm=norm, sigma_data=None),
+    ]
+    for loss in (*losses, ops.weighted_loss(x.detach(), zeros, torch.ones(()), norm=norm)):
+        assert abs(loss.item() / exact - 1) < 1e-6
+
+
 @pytest.mark.parametrize("huber_c", [0.0, 5.0])
 def test_huber_of_nan_is_nan(huber_c, both_forms):
     """A loss that is no number says so, and so does its gradient."""

@@ -1,5 +1,7 @@
 """Group normalisation: the reference against PyTorch's modules, the path for the CPU, dropout's counters, refusals."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,19 @@ def test_large_means_in_channels_last(shape, groups, mean):
     assert value.stride() == norm.tensors["x"].stride()
     # A few roundings of the mean, which PyTorch multiplies before it subtracts.
     assert (value.double() - exact).abs().max() <= 3e-6 * exact.abs().max() + 5 * 2**-24 * abs(mean)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_sample_that_is_lost_leaves_the_others_alone(layout, lost):
+    """PyTorch's kernel for channels_last puts NaN into all of them."""
+    x = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0)) + 30
+    x[1, 3, 2, 2] = lost
+    x = x.contiguous(memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
+    y = ops.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8))
+    expected = reference.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert y[::2].isfinite().all() and y[1].isnan().any()
 
 
 def test_other_layouts_on_the_cpu():

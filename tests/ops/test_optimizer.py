@@ -8,6 +8,7 @@ import torch
 import cmfast
 from cmfast import ops, reference
 from cmfast.ops import _dispatch, _multi
+from tests.ops.cases import flat
 from tests.ops.lists import LAYOUTS, check, make
 
 OPTIMIZERS = {"radam_ema_": torch.optim.RAdam, "adam_ema_": torch.optim.Adam}
@@ -137,6 +138,67 @@ def test_grad_norm(backend):
             torch.testing.assert_close(scaled.double(), exact, rtol=1e-3, atol=0)
         assert ops.grad_norm([torch.tensor([3.0, math.inf]), torch.ones(3)]).isinf()
         assert ops.grad_norm([torch.zeros(0)]) == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gaps", "expanded"])
+def test_grad_norm_of_many_elements(layout):
+    """Of one size, which is the worst case: a sum in float32 rounds in the same direction at each."""
+    x = torch.full((3, 50, 41, 43), 1.1)
+    x = {**LAYOUTS, "contiguous": torch.clone, "expanded": lambda x: x[:1].expand_as(x)}[layout](x)
+    lists = [x, torch.full((_multi.ROW,), 1.1), torch.full((_multi.ROW + 1,), 1.1), torch.full((2, 3), 1.1)]
+    exact = 1.1 * math.sqrt(sum(map(torch.Tensor.numel, lists)))
+    assert abs(ops.grad_norm(lists).item() / exact - 1) < 1e-6
+    assert ops.grad_norm([x.new_full((2**14,), 2.0**62)]).isinf()
+
+
+def taken(name, backend, step, scale, **options):
+    lists = make(copies=None, step=step, lr=0.01, grad_scale=torch.tensor(scale), **options)
+    skipped = lists.take(name, backend)
+    return skipped, lists.step, [x for group in lists.written().values() for x in group]
+
+
+@each
+@pytest.mark.parametrize("clip", [{}, {"max_norm": 0.5}], ids=["not clipped", "clipped"])
+@pytest.mark.parametrize("scale", [0.0, math.inf, -2.0, math.nan], ids=str)
+def test_any_scale(name, clip, scale):
+    """As the reference takes it: infinite gradients, none, and those of the other sign."""
+    for step in (0, 9):
+        for value, expected in zip(*(flat(taken(name, path, step, scale, **clip)) for path in ("auto", "reference"))):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@each
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_others(name, default):
+    """Scalars of a step are on its device and in their dtypes, whatever is the default."""
+    expected = flat(taken(name, "auto", 9, 4.0, max_norm=0.5))
+    before = torch.get_default_dtype()
+    lists = make(copies=None, step=9, lr=0.01, grad_scale=torch.tensor(4.0), max_norm=0.5)
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with torch.device(default if default == "meta" else "cpu"):
+            values = [lists.take(name, "auto"), lists.step, *(x for group in lists.written().values() for x in group)]
+            lists.options["found_inf"] = torch.ones((), device="cpu", dtype=torch.float32)
+            skipped = lists.take(name, "auto")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, values, expected)) and skipped.dtype == torch.float32 and skipped.item() == 1
+
+
+@each
+def test_one_graph(name):
+    """Traced whole by torch.compile, in forms that it knows."""
+    compiled, plain = (make(copies=None, step=9, lr=0.01, max_norm=0.5, shapes=[(3,), (2, 5)]) for _ in range(2))
+    torch._dynamo.reset()
+
+    def call(*lists):
+        return getattr(ops, name)(*lists, rates=[0.5, 0.9, 0.0], lr=0.01, max_norm=0.5)
+
+    for lists, function in ((plain, call), (compiled, torch.compile(call, fullgraph=True, backend="eager"))):
+        function(lists.parameters, lists.gradients, lists.exp_avgs, lists.exp_avg_sqs, lists.step, lists.averages)
+    for values, others in zip(compiled.written().values(), plain.written().values()):
+        torch.testing.assert_close(values, others)
 
 
 def test_the_form_for_the_cpu_serves_float32():
