@@ -52,14 +52,14 @@ class Denoiser(nn.Module):
         self.preconditioner = preconditioner or Preconditioner.consistency(sigma_min=sigma_min)
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self.image_shape = tuple(image_shape) if image_shape else None
-        self.num_classes = num_classes if num_classes is not None else _stated(network, "num_classes")
+        self.num_classes = num_classes if num_classes is not None else stated(network, "num_classes")
 
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
-        stated: torch.dtype | None = _stated(self.network, "input_dtype")
-        if stated is not None:
-            return stated
+        own: torch.dtype | None = stated(self.network, "input_dtype")
+        if own is not None:
+            return own
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():
                 if parameter.is_floating_point():
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
     @property
     def input_format(self) -> torch.memory_format | None:
         """The layout the network wants its input in; None if it does not say."""
-        return _stated(self.network, "input_format")
+        return stated(self.network, "input_format")
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +136,11 @@ def denoise_with(
     return model_output, c_skip * x + c_out * model_output
 
 
-def _stated(network: Any, name: str) -> Any:
-    """What a network says of itself, or the one that a wrapper such as `DistributedDataParallel` holds; or None."""
+def stated(network: Any, name: str) -> Any:
+    """What a model or network says of itself, or the one that a wrapper such as `DistributedDataParallel` holds."""
     value = getattr(network, name, None)
     inner = getattr(network, "module", None)
-    return _stated(inner, name) if value is None and isinstance(inner, nn.Module) else value
+    return stated(inner, name) if value is None and isinstance(inner, nn.Module) else value
 
 
 def _intercepted(model: Denoiser) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated
 from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
@@ -77,10 +77,8 @@ class Sampler:
         cache_size: int = 8,
         **options: Any,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        if cache_size < 1:
-            raise ValueError(f"cache_size must be 1 or more, got {cache_size}")
+        batch_size = _check.whole("batch_size", batch_size, least=1)
+        cache_size = _check.whole("cache_size", cache_size, least=1)
         if noise != "counter" and not isinstance(noise, torch.Generator):
             raise ValueError(f"noise must be 'counter' or a torch.Generator, got {noise!r}")
         for name, value in {"cuda_graph": cuda_graph, "optimize": optimize}.items():
@@ -89,12 +87,12 @@ class Sampler:
         if compile not in (*COMPILE, True, False):
             raise ValueError(f"compile must be True, False, {', '.join(map(repr, COMPILE))}, got {compile!r}")
         check_model(model)
-        shape = image_shape or getattr(model, "image_shape", None)
+        shape = stated(model, "image_shape") if image_shape is None else image_shape
         if shape is None:
             raise ValueError("image_shape=(C, H, W) is needed: the model does not say what it makes")
         self._model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
-        self.image_shape, self.num_scales, self.noise = tuple(shape), num_scales, noise
-        self.num_classes: int | None = getattr(model, "num_classes", None)
+        self.image_shape, self.num_scales, self.noise = _image_shape(shape), num_scales, noise
+        self.num_classes: int | None = stated(model, "num_classes")
         self._range: dict[str, Any] = noise_range(model)
         self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **self._range)
         check_options(sampler, options)
@@ -102,7 +100,7 @@ class Sampler:
             model,
             cuda_graph=cuda_graph,
             cache_size=cache_size,
-            host_work=next((f"{name} is called between steps" for name in _CALLED if options.get(name)), None),
+            host_work=self._host_work(),
             optimize=optimize,
             compile=compile if isinstance(compile, str) else "whole" if compile else "off",
             dtype=dtype,
@@ -136,7 +134,7 @@ class Sampler:
         >>> Sampler(lambda x, sigma: 0.1 * x, image_shape=(1, 8, 8)).explain()["loop"]
         ('eager', 'the model is on a cpu device: CUDA graphs are for GPUs')
         """
-        return self._runner.explain()
+        return self._runner.explain(self._host_work())
 
     def refresh(self) -> None:
         """Take the weights as they are now, after a write through `.data`, which nothing else shows."""
@@ -199,8 +197,7 @@ class Sampler:
 
         Raises: ValueError: n below 0; classes for an unconditional model, not n of them, or out of range.
         """
-        if n < 0:
-            raise ValueError(f"n must be 0 or more, got {n}")
+        n = _check.whole("n", n, least=0)
         if self.num_classes is None:
             if classes is not None:
                 raise ValueError("classes were given to an unconditional model: leave them out")
@@ -217,7 +214,8 @@ class Sampler:
         if n and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             came = f"{int(labels.min())} to {int(labels.max())}"
             raise ValueError(f"classes must be from 0 to {self.num_classes - 1}, got {came}")
-        return labels
+        # Not the caller's memory, which may be written to while a stream goes on.
+        return labels.clone()
 
     def generate(
         self,
@@ -258,7 +256,7 @@ class Sampler:
             values,
             Tensor.clone,
             generators=generators,
-            host_work="noise is drawn by a function" if called else None,
+            host_work="noise is drawn by a function" if called else self._host_work(),
         )
 
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
@@ -337,11 +335,17 @@ class Sampler:
                 counter = CounterNoise(values["seed"], values["index"])
                 return self._loop(model, counter.next(), values.get("labels"), own or counter, "trunc")
             drawn = _drawn_by(generator)
-            noise = drawn(torch.empty(len(index), *self.image_shape, device=values["index"].device))
+            like = torch.empty(len(index), *self.image_shape, dtype=torch.float32, device=values["index"].device)
+            noise = drawn(like)
             return self._loop(model, noise, values.get("labels"), own or drawn, "trunc")
 
         generators = [] if generator is None else [generator]
-        self._runner.run(("pixels", self._settings()), loop, values, take, generators=generators)
+        key = "pixels", self._settings()
+        self._runner.run(key, loop, values, take, generators=generators, host_work=self._host_work())
+
+    def _host_work(self) -> str | None:
+        """Why the loop needs the host between its steps, with the options as they are now; None if it does not."""
+        return next((f"{name} is called between steps" for name in _CALLED if self.options.get(name)), None)
 
     def _settings(self) -> Hashable:
         """What a graph holds of this sampler's own, which may be changed between two calls."""
@@ -352,6 +356,14 @@ class Sampler:
 
 #: Options of samplers that are called on the host between two steps.
 _CALLED = ("callback", "noise_fn", "progress")
+
+
+def _image_shape(shape: Any) -> tuple[int, int, int]:
+    sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {shape!r}")
+    channels, height, width = (_check.whole("image_shape", size, least=1) for size in sizes)
+    return channels, height, width
 
 
 def _drawn_by(generator: torch.Generator) -> NoiseFn:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 #: Runs before a capture: kernels are compiled and chosen, and libraries take their workspaces.
 WARM_UPS = 2
 #: Only one capture at a time in a process: PyTorch's allocator knows no more.
-_capturing = fork_safe(threading.RLock())
+_capturing = fork_safe(0)
 #: Graphs whose capture broke: PyTorch's allocators still know them by their addresses.
 _broken: list[torch.cuda.CUDAGraph] = []
 
@@ -56,17 +56,21 @@ class CudaSpace:
         with self._lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
-            yield
-            self._done.record(stream)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
 
     def warm_up(self, function: Callable[[], object]) -> None:
         """Run it on the stream it will be captured on."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UPS):
-                function()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UPS):
+                    function()
+        finally:
+            current.wait_stream(self.stream)
 
     def capture(
         self, function: Callable[[], T], generators: Sequence[torch.Generator] = ()

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ KINDS = 1024
 class Runner:
     """Runs loops with a model, and looks before each whether the model, or what was made of it, is still the same.
 
-    host_work: why loops need the host between their steps; None if they do not.
+    host_work: why loops would need the host between their steps now; None if they do not.
     Other arguments as of `cmfast.Sampler`.
     """
 
@@ -51,7 +52,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.startup = 0.0
-        self._cuda_graph, self._host_work, self._cache_size = cuda_graph, host_work, cache_size
+        self._cuda_graph, self._cache_size = cuda_graph, cache_size
         self._options: dict[str, Any] = {"optimize": optimize, "compile": compile, "dtype": dtype}
         self._programs = ProgramCache(cache_size)
         self._space: Any = None
@@ -63,17 +64,19 @@ class Runner:
         self._lock = threading.RLock()
         #: The change that is to be followed: an update that fails leaves it to the next one.
         self._due = Change.NOTHING
+        #: How often the model was prepared.
+        self._version = 0
         self._forked = False
         _runners.add(self)
         self._watch = Watch(model) if isinstance(model, nn.Module) else None
         self._prepare()
-        refusal = self._refusal()
+        refusal = self._refusal() or host_work
         if refusal and cuda_graph is True:
             raise GraphError(f"cuda_graph=True cannot be had: {refusal}")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what was made of the model is made again."""
-        own = {"cuda_graph": self._cuda_graph, "cache_size": self._cache_size, "host_work": self._host_work}
+        own = {"cuda_graph": self._cuda_graph, "cache_size": self._cache_size, "host_work": None}
         return {"model": self.model, **own, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,15 +84,15 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now; the CPU if it has no weights."""
-        parameters = self.model.parameters() if self._watch else iter(())
-        return next((p.device for p in parameters), torch.device("cpu"))
+        """Where the model is now; the CPU if it has neither weights nor buffers."""
+        tensors: Iterator[Tensor] = chain(self.model.parameters(), self.model.buffers()) if self._watch else iter(())
+        return next((x.device for x in tensors), torch.device("cpu"))
 
-    def explain(self) -> dict[str, tuple[str, str]]:
-        """As `Sampler.explain`."""
+    def explain(self, host_work: str | None = None) -> dict[str, tuple[str, str]]:
+        """As `Sampler.explain`; host_work as of `run`."""
         with self._lock:
             self._update()
-            refusal, hooked = self._refusal(), self._hooked()
+            refusal, hooked = self._refusal() or host_work, self._hooked()
         network, compiled = self._prepared.optimised, self._prepared.compiled
         if hooked:
             network, compiled = ("as given", hooked), ("off", hooked)
@@ -122,8 +125,10 @@ class Runner:
             self._update()
             # Hooks want to be called: then it is the model as given.
             model = self.model if self._hooked() else self._prepared.model
+            version = self._version
         device = self.device
-        key = name, graphs.kind(values), _settings(device), *map(id, generators)
+        # Another thread may prepare the model anew before this one captures it as it was.
+        key = name, version, graphs.kind(values), _settings(device), *map(id, generators)
         # Buffers and what is derived outlive a user's inference mode.
         with self._evaluating(), torch.no_grad():
             with self._lock:
@@ -148,12 +153,15 @@ class Runner:
 
     def _prepare(self) -> None:
         start = time.perf_counter()
+        self._version += 1
         with self._evaluating(), torch.inference_mode(False):
             self._prepared = prepare(self.model, **self._options)
         self.startup += time.perf_counter() - start
 
     def _refresh_derived(self, *, force: bool) -> None:
         """Bring derived weights up to date; if that replaced them, programs are worthless."""
+        if force and self._prepared.refresh is None:
+            self.forget()
         if self._prepared.refresh is None or self._watch is None:
             return
         # In turn with replays: on another thread's stream, one could read what is being written.
@@ -230,8 +238,6 @@ class Runner:
         device = self.device
         if device.type not in graphs.SPACES:
             return f"the model is on a {device.type} device: CUDA graphs are for GPUs"
-        if self._host_work:
-            return self._host_work
         if torch.is_autocast_enabled(device.type):
             return "torch.autocast is on, and keeps cast weights that a graph would go on reading: cast the model"
         return self._hooked() or self._unseen() or self._broken

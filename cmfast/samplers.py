@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, stated
 from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
 
@@ -38,10 +38,15 @@ def _evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
 
 def _floats(sigmas: Sigmas, *, least: int) -> list[float]:
     """The levels as floats: the one host read, before the loop."""
-    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    try:
+        if isinstance(sigmas, str):
+            raise TypeError
+        levels = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
+    except TypeError:
+        raise TypeError(f"sigmas must be noise levels, a sequence or a tensor [n], got {sigmas!r}") from None
     if len(levels) < least:
         raise ValueError(f"sigmas needs {least} or more noise levels, got {len(levels)}")
-    if not all(0 <= level < math.inf for level in levels) or not all(level > 0 for level in levels[:-1]):
+    if not all(0 <= level < math.inf for level in levels) or not all(level > 0 for level in levels[:-1] or levels):
         raise ValueError(f"sigmas must be positive, only the last may be 0, none NaN or infinite; got {levels}")
     return levels
 
@@ -134,7 +139,8 @@ def sample_multistep(
         first: the network's input at (x, sigmas[0]) and its c_noise, if known.
         progress: show a bar. callback: called after each step with a dict of what it made.
 
-    Raises: ValueError: levels that do not descend, or pixels with an end_sigma.
+    Raises: ValueError: no level, one that is negative, NaN or infinite, a 0 that is not the last of several, or pixels
+        with an end_sigma. Their order is not looked at.
 
     >>> sample_multistep(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.382]).shape
     torch.Size([2, 1, 8, 8])
@@ -409,6 +415,8 @@ def sampler_sigmas(
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     if sum(given is not None for given in (steps, sigmas, ts)) > 1:
         raise ValueError("give one of steps, sigmas and ts, not more")
+    if steps is not None:
+        steps = _check.whole("steps", steps, least=1)
     few = sampler in ("onestep", "multistep")
     options: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     if sigmas is not None:
@@ -427,12 +435,14 @@ def sampler_sigmas(
     if few:
         return schedules.step_sigmas(1 if steps is None else steps, **options)
     count = 18 if steps is None else steps
-    return schedules.karras_sigmas(count + (sampler == "progdist"), dtype=torch.float64, **options).tolist()
+    count += sampler == "progdist"
+    return schedules.karras_sigmas(count, dtype=torch.float64, device="cpu", **options).tolist()
 
 
 def noise_range(model: object) -> dict[str, Any]:
     """sigma_min, sigma_max and rho, as far as the model says them."""
-    return {name: getattr(model, name) for name in ("sigma_min", "sigma_max", "rho") if hasattr(model, name)}
+    said = {name: stated(model, name) for name in ("sigma_min", "sigma_max", "rho")}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def sample(

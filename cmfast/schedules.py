@@ -71,11 +71,12 @@ def karras_sigmas(
     """
     if num_scales < 1:
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
-    index = torch.arange(num_scales, dtype=torch.float64)
-    sigmas = torch.as_tensor(karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
+    index = torch.arange(num_scales, dtype=torch.float64, device="cpu")
+    sigmas: Any = karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     if append_zero:
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-    return sigmas.to(dtype=dtype, device=device)
+    made: Tensor = sigmas.to(dtype=dtype, device=torch.get_default_device() if device is None else device)
+    return made
 
 
 def multistep_sigmas(

@@ -44,7 +44,9 @@ class _Copy:
     """Room for one copy: on the device, where the next batch does not overwrite it, and in pinned memory."""
 
     def __init__(self, x: Tensor, stream: torch.cuda.Stream | None) -> None:
-        self.staged, self.stream = torch.empty_like(x), stream
+        # A stream of batches may begin in inference mode and go on outside of it.
+        with torch.inference_mode(False):
+            self.staged, self.stream = torch.empty_like(x), stream
         if stream is not None:
             self.pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self.arrived = torch.cuda.Event()
@@ -64,7 +66,7 @@ class _Copy:
 
     def finish(self) -> Tensor:
         if self.stream is None:
-            return self.staged.clone()
+            return self.staged.to("cpu", copy=True)
         # Waits for this copy alone, not for what the device does next.
         self.arrived.synchronize()
         return self.pinned.clone()

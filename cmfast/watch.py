@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any
 
@@ -26,11 +26,34 @@ _version = attrgetter("_version")
 _gone = StorageWeakRef.expired
 
 
-def fork_safe(lock: Any) -> Any:
-    """The lock, which no forked process finds taken by a thread that it does not have."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+#: Locks that a fork takes, with their ranks.
+_fork_safe: list[tuple[int, Any]] = []
+
+
+def fork_safe(rank: int) -> Any:
+    """A lock that no forked process finds taken by a thread that it does not have.
+
+    rank: of locks that a thread holds at once, the one that it takes first has the lowest. A fork takes all of them in
+    this order, else it and that thread could wait for each other.
+    """
+    lock = threading.RLock()
+    _fork_safe.append((rank, lock))
+    _fork_safe.sort(key=lambda each: each[0])
     return lock
+
+
+def _take_locks() -> None:
+    for _, lock in _fork_safe:
+        lock.acquire()
+
+
+def _leave_locks() -> None:
+    for _, lock in reversed(_fork_safe):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_take_locks, after_in_parent=_leave_locks, after_in_child=_leave_locks)
 
 
 class Change(IntEnum):
@@ -46,9 +69,9 @@ class Watch:
     """Sees that a model changed, in a fraction of a millisecond for a thousand modules.
 
     Seen: parameters and buffers that were written in place, moved, replaced, cast; modules that were replaced, added
-    or removed; methods that were replaced in an object or a class; attributes of modules that are not torch's own;
-    hooks. Not seen: a write through `.data`, which leaves no trace; what is inside an attribute, such as an item of a
-    list.
+    or removed, or given another class; methods that were replaced in an object or a class; attributes of modules that
+    are not torch's own; hooks. Not seen: a write through `.data`, which leaves no trace; a setting of a module of
+    torch's, such as a convolution's `padding_mode`; what is inside an attribute, such as an item of a list.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,6 +100,8 @@ class Watch:
         classes = sorted({type(module) for module in self.modules}, key=id)
         self._methods = [(cls, name) for cls in classes for name in _METHODS if hasattr(cls, name)]
         self._bodies = [getattr(cls, name) for cls, name in self._methods]
+        self._classes = list(map(type, self.modules))
+        self._forwards = [attributes.get("forward") for attributes in objects]
         self._look_at_tensors()
 
     def _look_at_attributes(self) -> None:
@@ -89,8 +114,9 @@ class Watch:
 
     def _look_at_tensors(self) -> None:
         tensors = [member for member in self._members if isinstance(member, Tensor)]
-        # Subclasses may have no storage of their own to look at.
-        self._tensors = [x for x in tensors if type(x) in (Tensor, nn.Parameter, nn.Buffer)]
+        # Others may have no storage of their own to look at.
+        plain = [is_plain(x) and x.layout is torch.strided for x in tensors]
+        self._tensors = list(compress(tensors, plain))
         self._kinds = [_kind(x) for x in self._tensors]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._storages = list(map(storage_of, self._tensors))
@@ -98,7 +124,9 @@ class Watch:
         self._counted = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self._counted else []
         devices = sorted({str(x.device) for x in tensors})
-        special = sorted({type(x).__name__ for x in tensors} - {"Tensor", "Parameter", "Buffer"})
+        special = sorted(
+            str(x.layout) if is_plain(x) else type(x).__name__ for x, is_one in zip(tensors, plain) if not is_one
+        )
         #: Why changes of this model could not be seen; None if they can.
         self.unseen: str | None = None
         if special:
@@ -133,6 +161,10 @@ class Watch:
         if not all(map(is_, chain.from_iterable(map(dict.values, self._parts)), self._members)):
             return True
         if not all(getattr(cls, name) is body for (cls, name), body in zip(self._methods, self._bodies)):
+            return True
+        if not all(map(is_, map(type, self.modules), self._classes)):
+            return True
+        if not all(map(is_, [attributes.get("forward") for attributes in self._objects], self._forwards)):
             return True
         if list(map(len, self._objects)) == self._sizes and all(
             map(is_, chain.from_iterable(map(dict.values, self._live)), self._values)
@@ -194,6 +226,11 @@ def storage_of(x: Tensor) -> StorageWeakRef:
     return StorageWeakRef(x.untyped_storage())
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether it is a tensor of torch's own kinds, and no subclass with rules of its own."""
+    return type(x) in (Tensor, nn.Parameter, nn.Buffer)
+
+
 def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
@@ -211,7 +248,7 @@ def _same(now: object, then: object) -> bool:
 
 #: Modules in training mode that are held in evaluation mode, and how many hold them.
 _held: dict[nn.Module, int] = {}
-_held_lock = fork_safe(threading.RLock())
+_held_lock = fork_safe(2)
 
 
 @contextmanager

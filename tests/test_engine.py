@@ -1,10 +1,12 @@
 """The Sampler: images follow from (seed, index), whatever the batch."""
 
+import numpy as np
 import pytest
 import torch
 
 import cmfast
 from cmfast import Denoiser, Sampler, ops, samplers, sharding
+from cmfast.exact import MixtureDenoiser
 from cmfast.ranks import Ranks
 from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.training import TrainOptions, TrainStep
@@ -255,3 +257,82 @@ def test_options_are_looked_at_before_anything_is_sampled(name, model):
     with pytest.raises(TypeError, match=f"unknown option stpes of the {name} sampler; known: .*clip_denoised"):
         Sampler(model, 2, sampler=name, stpes=2)
     assert Sampler(model, 2, sampler=name, clip_denoised=False).sample(2).shape == (2, 8, 8, 3)
+
+
+def test_a_wrapped_model_says_what_the_one_inside_does(model):
+    inner = Denoiser(ToyNetwork(), image_shape=(3, 8, 8), sigma_max=14.0, num_classes=3).eval()
+    sampler = Sampler(torch.nn.DataParallel(inner), 2)
+    assert sampler.image_shape == (3, 8, 8) and sampler.num_classes == 3 and sampler.sigmas == [14.0]
+    assert torch.equal(sampler.sample(2, seed=1), Sampler(inner, 2).sample(2, seed=1))
+
+
+def test_a_stream_goes_on_outside_of_inference_mode(model):
+    stream = Sampler(model, 2).stream(6)
+    with torch.inference_mode():
+        first, _ = next(stream)
+    batches = [first, *(images for images, _ in stream)]
+    assert torch.equal(torch.cat(batches), Sampler(model, 2).sample(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_no_image(model, dtype):
+    def images(noise):
+        return Sampler(model, 2, steps=2, noise=noise).sample(3)
+
+    before = [images("counter"), images(torch.Generator().manual_seed(0))]
+    torch.set_default_dtype(dtype)
+    try:
+        after = [images("counter"), images(torch.Generator().manual_seed(0))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "progdist"])
+def test_the_default_device_is_not_asked_for_levels(model, sampler):
+    wanted = Sampler(model, 2, sampler=sampler, steps=3)
+    with torch.device("meta"):
+        assert Sampler(model, 2, sampler=sampler, steps=3).sigmas == wanted.sigmas
+
+
+def test_labels_are_a_copy():
+    sampler = Sampler(Denoiser(ToyNetwork(), image_shape=(3, 8, 8), num_classes=5), 2)
+    classes = torch.tensor([1, 2, 3, 4])
+    stream = sampler.stream(4, classes=classes)
+    _, first = next(stream)
+    classes.fill_(0)
+    assert first.tolist() == [1, 2] and next(stream)[1].tolist() == [3, 4]
+
+
+def test_buffers_say_where_a_model_is():
+    exact = MixtureDenoiser(torch.zeros(2, 1, 4, 4)).to("meta")
+    assert Sampler(exact, 2, image_shape=(1, 4, 4)).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"batch_size": 2.0}, TypeError, "batch_size must be a whole number, got 2.0"),
+        ({"cache_size": "8"}, TypeError, "cache_size must be a whole number, got '8'"),
+        ({"steps": 1.5}, TypeError, "steps must be a whole number, got 1.5"),
+        ({"sampler": "heun", "steps": 0}, ValueError, "steps must be 1 or more, got 0"),
+        ({"image_shape": (8, 8)}, ValueError, r"image_shape must be \(C, H, W\), got \(8, 8\)"),
+        ({"image_shape": 8}, ValueError, r"image_shape must be \(C, H, W\), got 8"),
+        ({"image_shape": (3, 8, 0)}, ValueError, "image_shape must be 1 or more, got 0"),
+        ({"sigmas": "80"}, TypeError, "sigmas must be noise levels, a sequence or a tensor .*, got '80'"),
+        ({"sigmas": 80.0}, TypeError, "sigmas must be noise levels, a sequence or a tensor .*, got 80.0"),
+        ({"sigmas": torch.ones(2, 2)}, TypeError, "sigmas must be noise levels, a sequence or a tensor"),
+        ({"sigmas": [0.0]}, ValueError, r"sigmas must be positive, only the last may be 0, .* got \[0.0\]"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_arguments_of_the_wrong_kind(model, options, error, message):
+    with pytest.raises(error, match=message):
+        Sampler(model, **{"batch_size": 2, **options})
+
+
+def test_numbers_of_numpy(model):
+    sampler = Sampler(model, np.int64(2), steps=np.int32(2), image_shape=np.array([3, 8, 8]))
+    assert torch.equal(sampler.sample(np.int64(3)), Sampler(model, 2, steps=2).sample(3))
+    with pytest.raises(TypeError, match="n must be a whole number, got 3.0"):
+        sampler.sample(3.0)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cmfast import Denoiser, Sampler
+from cmfast import Denoiser, Sampler, runner
+from cmfast.precondition import Preconditioner
 from cmfast.watch import Change, Watch, evaluating
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -92,6 +93,14 @@ def override_the_denoiser(model):
     model.forward = lambda x, sigma, labels: 0.01 * x
 
 
+def another_class(model):
+    class Halved(nn.Conv2d):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    model.network.conv1.__class__ = Halved
+
+
 def hook(model):
     model.network.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
 
@@ -126,6 +135,7 @@ CHANGES = [
     (set_an_attribute, "anew"),
     (override_the_module, "anew"),
     (override_the_denoiser, "anew"),
+    (another_class, "anew"),
     (parametrization, "anew"),
     (hook, "conv1 (Conv2d) has a hook"),
     (pre_hook, "network (Dropping) has a hook"),
@@ -376,3 +386,52 @@ def test_tensors_of_inference_mode_count_no_writes():
     watch = Watch(model)
     assert [watch.change(values=True) for _ in range(2)] == [Change.VALUES] * 2
     assert watch.change(values=False) is Change.NOTHING
+
+
+def test_a_method_that_is_replaced_twice(emulated):
+    """The number of attributes stays the same the second time."""
+    model = Denoiser(network(), image_shape=(3, 8, 8)).eval()
+    conv, sampler = model.network.conv1, Sampler(model, 2, steps=2)
+    for factor in (2, -1):
+        conv.forward = lambda x, factor=factor: factor * nn.functional.conv2d(x, conv.weight, padding=1)
+        images = sampler.sample(2)
+        assert torch.equal(images, Sampler(model, 2, steps=2, cuda_graph=False).sample(2))
+    assert emulated.captures == 2
+
+
+def test_settings_of_torchs_modules_are_seen_by_refresh(emulated):
+    model = Denoiser(network(), image_shape=(3, 8, 8)).eval()
+    sampler = Sampler(model, 2, steps=2)
+    before = sampler.sample(3)
+    model.network.conv1.padding_mode = "circular"
+    sampler.refresh()
+    assert torch.equal(sampler.sample(3), plainly(model)) and not torch.equal(before, plainly(model))
+
+
+def test_a_model_prepared_anew_meanwhile_is_not_captured_as_it_was(emulated, monkeypatch):
+    """By another thread, between choosing the model and capturing it."""
+    model = Denoiser(network(), image_shape=(3, 8, 8)).eval()
+    sampler, settings, once = Sampler(model, 2), runner._settings, []
+
+    def meanwhile(device):
+        if not once:
+            once.append(True)
+            model.preconditioner = Preconditioner.edm(0.3)
+            sampler.explain()
+        return settings(device)
+
+    monkeypatch.setattr(runner, "_settings", meanwhile)
+    sampler.sample(2)
+    assert torch.equal(sampler.sample(3), Sampler(model, 2, cuda_graph=False).sample(3)) and emulated.captures == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_tensors_without_memory_to_look_at(emulated, layout):
+    model = Denoiser(network(), image_shape=(3, 8, 8)).eval()
+    wanted = Sampler(model, 2).sample(2)
+    model.network.register_buffer("table", getattr(torch.ones(2, 2), layout)())
+    sampler = Sampler(model, 2)
+    assert torch.equal(sampler.sample(2), wanted)
+    path, why = sampler.explain()["loop"]
+    assert path == "eager" and why == f"a {model.network.table.layout} among the weights is not a plain tensor"

@@ -6,14 +6,16 @@ import os
 import pickle
 import signal
 import threading
+import time
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import cmfast
-from cmfast import Denoiser, Sampler
+from cmfast import Denoiser, Sampler, watch
 from cmfast.fast.network import _looking
+from cmfast.graphs import _capturing
 from tests.golden_utils import small_unet
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -235,6 +237,26 @@ def test_a_fork_while_a_thread_samples(graph, emulated):
         go_on.set()
         thread.join()
     assert torch.equal(sampler.sample(2), wanted)
+
+
+def test_a_fork_takes_locks_in_the_order_of_a_capture():
+    """Which looks at the model: in another order, the two would wait for each other."""
+    inside, looked = threading.Event(), []
+
+    def capture():
+        with _capturing:
+            inside.set()
+            time.sleep(0.2)
+            looked.append(_looking.acquire(timeout=5))
+            _looking.release()
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    inside.wait()
+    watch._take_locks()
+    watch._leave_locks()
+    thread.join()
+    assert looked == [True]
 
 
 @forks

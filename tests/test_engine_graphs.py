@@ -208,6 +208,18 @@ def test_why_there_is_no_graph(model, emulated, options, reason):
             Sampler(model, **{**options, "cuda_graph": True})
 
 
+def test_a_callback_that_is_put_in_later_is_called(model, emulated):
+    sampler, seen = Sampler(model, 2, sampler="heun", steps=3), []
+    sampler.sample(2)
+    sampler.options["callback"] = lambda made: seen.append(made["i"])
+    for _ in range(2):
+        sampler.sample(2)
+    assert seen == 2 * [0, 1, 2] and "callback" in sampler.explain()["loop"][1]
+    del sampler.options["callback"]
+    sampler.sample(2)
+    assert len(seen) == 6 and emulated.replays == 2
+
+
 def test_no_graph_of_functions_unless_asked_for(emulated):
     def function(x, sigma):
         return 0.1 * x

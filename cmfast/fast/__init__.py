@@ -10,7 +10,7 @@ from torch import nn
 
 from cmfast.fast import diffusers
 from cmfast.fast.network import FastUNet, fast_unet
-from cmfast.fast.plan import Refused, of_unet, own_passes
+from cmfast.fast.plan import Refused, check_parts, of_unet
 from cmfast.unet import UNetModel
 from cmfast.watch import Watch
 
@@ -58,13 +58,15 @@ def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = Tr
     if diffusers.is_unet2d(model):
         _plan_of(model)
         return diffusers.fast_unet2d(model, dtype, pack)
-    for name in ("network", "unet"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module) and isinstance(model, nn.Module):
-            outer: Any = copy.copy(model)
-            # A copy shares its table of parts with the original: this one's has another network in it.
-            outer._modules = {**model._modules, name: optimize(inner, dtype, pack=pack)}
-            return outer
+    held = _held(model)
+    if held is not None:
+        name, inner = held
+        outer: Any = copy.copy(model)
+        # A copy shares its table of parts with the original: this one's has another network in it.
+        outer.__dict__["_modules"] = {**model._modules, name: optimize(inner, dtype, pack=pack)}
+        return outer
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise Refused("the model was compiled by torch.compile: give the model itself, and compile=True to a Sampler")
     raise Refused(
         f"cannot optimize a {type(model).__name__}: expected a UNetModel, a diffusers.UNet2DModel, or a module with "
         "one of them as its network, such as a Denoiser"
@@ -83,13 +85,20 @@ def refusal(model: Any) -> str | None:
                 return getattr(model, "refusal")  # noqa: B009  nn.Module's own says Tensor | Module
             _plan_of(model)
             return Watch(model).hooked(root=False)
-        for name in ("network", "unet"):
-            if isinstance(getattr(model, name, None), nn.Module):
-                return refusal(getattr(model, name))
+        held = _held(model)
+        if held is not None:
+            return refusal(held[1])
         optimize(model)
     except Refused as refused:
         return str(refused)
     return None
+
+
+def _held(model: Any) -> tuple[str, nn.Module] | None:
+    """The network that a module holds, and its name; None if it has none of its own. What a wrapper says to have by
+    its `__getattr__` is another's, as with `torch.compile`."""
+    parts = model._modules if isinstance(model, nn.Module) else {}
+    return next(((name, inner) for name in ("network", "unet") if (inner := parts.get(name)) is not None), None)
 
 
 def _plan_of(model: Any) -> None:
@@ -98,5 +107,7 @@ def _plan_of(model: Any) -> None:
     original = UNetModel if ours else diffusers.unet2d_class()
     if not hasattr(model, "_fast") and type(model).forward is not original.forward:
         raise Refused(f"the {type(model).__name__} has a forward pass of its own")
-    own_passes(model)
+    if model._compiled_call_impl is not None:
+        raise Refused(f"the {type(model).__name__} was compiled by its compile()")
+    check_parts(model)
     (of_unet if ours else diffusers.of_unet2d)(model)

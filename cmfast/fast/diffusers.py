@@ -206,9 +206,10 @@ def _fast_class(base: Any) -> Any:
             class_labels: Tensor | None = None,
             return_dict: bool = True,
         ) -> Any:
-            if not self._fast.serves:
+            plan = self._fast.plan(sample)
+            if plan is None:
                 return super().forward(sample, timestep, class_labels, return_dict)
-            result = self._fast.run(sample, lambda: _embed(self, sample, timestep, class_labels))
+            result = self._fast.run(plan, sample, lambda: _embed(self, sample, timestep, class_labels))
             if not return_dict:
                 return (result,)
             from diffusers.models.unets.unet_2d import UNet2DOutput

@@ -78,6 +78,9 @@ class Forward:
         h = self.run(plan.middle, h, embeddings)
         for layers in plan.decoder:
             h = self.run(layers, Sum(self.join(h, skips.pop())), embeddings)
+        if self.weights.dtype is None and plan.out_conv.weight.dtype != self.dtype:
+            # Of a network whose torso alone was cast, as `UNetModel.convert_to_fp16` does.
+            h = Sum(h.settle().to(plan.out_conv.weight.dtype))
         return self.convolve(self.normalise(h, plan.out_norm), plan.out_conv).to(x.dtype)
 
     def join(self, h: Sum, skip: Sum) -> Tensor:

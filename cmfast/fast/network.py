@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +12,27 @@ from torch import Tensor, nn
 
 from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
-from cmfast.fast.plan import Plan, Refused, of_unet, own_passes
+from cmfast.fast.plan import Plan, Refused, check_parts, of_unet
 from cmfast.fast.weights import Weights
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
-from cmfast.watch import Change, Watch, fork_safe
+from cmfast.watch import Change, Watch, fork_safe, is_plain
 
 #: Held while a plan is made, for which other threads wait. One for all networks, as Dynamo makes no locks.
-_looking = fork_safe(threading.RLock())
+_looking = fork_safe(1)
 
 
 class FastPass:
-    """What a fast network has beside its modules: the plan of them, and what is made of their weights."""
+    """What a fast network has beside its modules: the plan of them, and what is made of their weights.
+
+    It knows the network by a twin, an object around the same tables of modules and parameters: knowing it itself, the
+    two would keep each other, and their memory, until Python looks for such circles.
+    """
 
     def __init__(
         self, model: nn.Module, make_plan: Callable[[Any], Plan], dtype: torch.dtype | None, pack: bool = True
     ) -> None:
-        self._model, self._make_plan, self.dtype, self._pack = model, make_plan, dtype, pack
+        self._model, self._make_plan, self.dtype, self._pack = _twin(model), make_plan, dtype, pack
         self._weights = Weights(dtype)
         self._plan: Plan | None = None
         self._reason: str | None = None
@@ -48,10 +51,11 @@ class FastPass:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # set up anew
 
-    @property
-    def serves(self) -> bool:
-        """Whether the fast pass is to be taken now. A compiled region keeps the answer that it was compiled with."""
-        return _serves(self.number)
+    def plan(self, x: Tensor) -> Plan | None:
+        """For the fast pass of an input; None if the ordinary pass is to be taken now. A compiled region keeps the
+        answer that it was compiled with."""
+        # What comes from a mode such as FakeTensorMode has no memory to look at, nor weights that could be kept.
+        return self._plan if is_plain(x) and _serves(self.number) else None
 
     @property
     def refusal(self) -> str | None:
@@ -59,27 +63,33 @@ class FastPass:
         self._look()
         return self._reason or self._watch.hooked(root=False)  # type: ignore[union-attr]  # _look made it
 
-    def _look(self) -> bool:
-        """Make the plan anew, of the modules as they are, if they changed; whether they did."""
+    def _look(self, force: bool = False) -> bool:
+        """Make the plan anew, of the modules as they are, if they changed; whether they did, as far as is seen.
+
+        force: look also where no change shows, and see whether there is still a plan.
+        """
         with _looking:
             if self._watch is None:
                 self._watch = Watch(self._model)
             elif self._watch.change(values=False) is Change.STRUCTURE:
                 self._stale = True
-            if not self._stale:
+            if not (self._stale or force):
                 return False
-            self._weights.clear()
+            served = self._plan is not None
             try:
-                own_passes(self._model)
+                check_parts(self._model)
                 self._plan, self._reason = self._make_plan(self._model), None
             except Refused as refused:
                 self._plan, self._reason = None, str(refused)
+            changed = self._stale or served != (self._plan is not None)
+            if changed:
+                self._weights.clear()
             self._stale = False
-            return True
+            return changed
 
     def refresh(self, force: bool) -> bool:
         """As `FastUNet.refresh`."""
-        return self._look() or self._weights.refresh(force)
+        return self._look(force) or self._weights.refresh(force)
 
     def compile_parts(self) -> bool:
         """As `FastUNet.compile_parts`."""
@@ -92,12 +102,11 @@ class FastPass:
         self._compiled = on_cpu and dtype == winograd.DTYPE and any(map(winograd.wide, self._plan.convolutions()))
         return self._compiled
 
-    def run(self, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
-        """The fast pass. x [B, C, H, W], embed() [B, E]; there must be no refusal."""
-        assert self._plan is not None
+    def run(self, plan: Plan, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
+        """The fast pass. x [B, C, H, W], embed() [B, E]."""
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
         live = compiling or (recording and any(p.requires_grad for p in self._model.parameters()))
-        dtype, weights = self.dtype or self._plan.first.weight.dtype, self._weights
+        dtype, weights = self.dtype or plan.first.weight.dtype, self._weights
         if self.dtype is None and torch.is_autocast_enabled(x.device.type):
             dtype, live = torch.get_autocast_dtype(x.device.type), True
             weights = Weights(dtype)
@@ -108,15 +117,22 @@ class FastPass:
             # Asked last of oneDNN, which Dynamo does not trace.
             packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and has_onednn(dtype)
             options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
-            return Forward(self._plan, weights, dtype, **options)(x, emb)
+            return Forward(plan, weights, dtype, **options)(x, emb)
 
 
 _numbers = itertools.count()
 _passes: weakref.WeakValueDictionary[int, FastPass] = weakref.WeakValueDictionary()
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    twin: nn.Module = type(model).__new__(type(model))
+    twin.__dict__.update({name: value for name, value in vars(model).items() if name != "_fast"})
+    return twin
+
+
 def _serves(number: int) -> bool:
-    return _passes[number].refusal is None
+    # oneDNN's convolutions drop tangents, and what a transform wraps has no memory to look at.
+    return _dispatch.transform_refusal() is None and _passes[number].refusal is None
 
 
 # Called, not traced, and its answer taken for a constant: what `torch.compiler.assume_constant_result` does, without
@@ -143,10 +159,11 @@ class FastUNet(UNetModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNetModel.forward`."""
-        if not self._fast.serves:
+        plan = self._fast.plan(x)
+        if plan is None:
             return super().forward(x, timesteps, y)
         self._check_inputs(x, timesteps, y)
-        return self._fast.run(x, lambda: self.embed(timesteps, y))
+        return self._fast.run(plan, x, lambda: self.embed(timesteps, y))
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -159,8 +176,9 @@ class FastUNet(UNetModel):
     def refresh(self, force: bool = False) -> bool:
         """Make anew what was made of weights that have changed since; the forward pass does so itself.
 
-        `force`: also where no change shows, after a write through `.data`. True if memory was replaced that a captured
-        CUDA graph reads, which must then be captured again.
+        `force`: also where no change shows, after a write through `.data` or to a setting of one of torch's modules,
+        such as `padding_mode`. True if memory was replaced that a captured CUDA graph reads, or the ordinary pass
+        serves from now on: then it must be captured again.
         """
         return self._fast.refresh(force)
 

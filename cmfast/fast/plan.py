@@ -14,6 +14,7 @@ from torch import nn
 from cmfast import unet_blocks
 from cmfast.dropout import Dropout
 from cmfast.unet import UNetModel
+from cmfast.watch import is_plain
 
 
 class Refused(TypeError):
@@ -82,11 +83,15 @@ class Plan:
                 yield from (layer.in_conv, layer.out_conv)
 
 
-def own_passes(model: nn.Module) -> None:
-    """Refused, if a part was given a forward pass of its own; hooks are looked for elsewhere."""
+def check_parts(model: nn.Module) -> None:
+    """Refused, if a part was given a forward pass of its own, or a weight computes by rules of its own (quantised,
+    sharded); hooks are looked for elsewhere."""
     for name, module in model.named_modules():
         if "forward" in vars(module):
             raise Refused(f"{name or 'the network'} has a forward pass of its own")
+    for name, parameter in model.named_parameters():
+        if not is_plain(parameter):
+            raise Refused(f"{name} is a {type(parameter).__name__}, expected a plain tensor")
 
 
 def exact(module: object, kind: type | tuple[type, ...], where: str) -> Any:

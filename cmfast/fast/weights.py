@@ -6,6 +6,7 @@ into the same memory where that is possible, so that a captured graph sees it as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ class Weights:
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
+        # No method of this object, which what is kept would hold as it is held.
+        self._cast = functools.partial(_cast, dtype)
         self._kept: dict[Any, _Kept] = {}
         #: Of convolutions, for shapes of input, of which many share what is kept.
         self._packs: dict[Any, dict[tuple[int, ...], _Kept]] = {}
@@ -44,38 +47,44 @@ class Weights:
         """A convolution's weight [K, C, h, w] in channels_last."""
         if self.dtype in (None, parameter.dtype) and parameter.is_contiguous(memory_format=torch.channels_last):
             return parameter
-        return self._made("filters", (parameter,), self._filters, live)
+        cast, form = self._cast, torch.channels_last
+        return self._made("filters", (parameter,), lambda w: cast(w).contiguous(memory_format=form), live)
 
     def joined(self, parameters: tuple[Tensor, ...], live: bool) -> Tensor:
         """Matrices [O, I] or [O, I, 1, 1], or vectors [O], one below the other."""
         if len(parameters) == 1 and self.dtype in (None, parameters[0].dtype):
             return _matrix(parameters[0])
-        return self._made("joined", parameters, self._joined, live)
+        cast = self._cast
+        return self._made("joined", parameters, lambda *all: torch.cat([cast(_matrix(p)) for p in all]), live)
 
     def summed(self, parameters: tuple[Any, ...], live: bool) -> Tensor:
         """The sum of vectors [O]."""
+        cast = self._cast
+
         def total(first: Tensor, *others: Tensor) -> Tensor:
             for other in others:
                 first = first + other
-            return self._cast(first)
+            return cast(first)
 
         return self._made("summed", parameters, total, live)
 
     def packed(self, convs: tuple[nn.Module, ...], shape: torch.Size) -> Tensor:
         """The weight of a convolution as oneDNN wants it for inputs of `shape`; of several 1x1, or linear, joined."""
+        cast = self._cast
+
         def pack(*weights: Tensor) -> Tensor:
             joined = torch.cat([w if w.ndim == 4 else w.reshape(*w.shape[:2], 1, 1) for w in weights])
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            return reorder(self._cast(joined), *geometry(convs[0]), 1, list(shape))
+            return reorder(cast(joined), *geometry(convs[0]), 1, list(shape))
 
         weights: Any = tuple(c.weight for c in convs)
         return self._laid_out("packed", weights, pack, tuple(shape))
 
     def winograd(self, conv: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Weight and bias of a 3x3 convolution for `winograd.convolve` of inputs of `shape`."""
-        strip = winograd.strip_shape(shape)
-        weight = self._laid_out("winograd", (conv.weight,), lambda w: winograd.pack(self._cast(w), strip), strip)
-        return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(self._cast(b)), False)
+        cast, strip = self._cast, winograd.strip_shape(shape)
+        weight = self._laid_out("winograd", (conv.weight,), lambda w: winograd.pack(cast(w), strip), strip)
+        return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(cast(b)), False)
 
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""
@@ -85,6 +94,7 @@ class Weights:
         for kept in dict.fromkeys([*self._kept.values(), *packs]):
             if force or kept.outdated:
                 replaced |= kept.make_again()
+            kept.wait()
         return replaced
 
     def clear(self) -> None:
@@ -95,15 +105,6 @@ class Weights:
     def kinds(self) -> set[str]:
         """Names of what has been made."""
         return {kind for kind, *_ in (*self._kept, *self._packs)}
-
-    def _cast(self, parameter: Tensor) -> Tensor:
-        return parameter if self.dtype is None else parameter.to(self.dtype)
-
-    def _filters(self, parameter: Tensor) -> Tensor:
-        return self._cast(parameter).contiguous(memory_format=torch.channels_last)
-
-    def _joined(self, *parameters: Tensor) -> Tensor:
-        return torch.cat([self._cast(_matrix(parameter)) for parameter in parameters])
 
     def _made(self, kind: str, parameters: tuple[Tensor, ...], make: Make, live: bool) -> Tensor:
         if live:
@@ -137,21 +138,38 @@ class _Kept:
     def __init__(self, parameters: tuple[Tensor, ...], make: Make) -> None:
         self.parameters, self._make = parameters, make
         self._seen, self.value = self._look(), self._made()
+        self._ready = _recorded(self.value)
 
     def current(self) -> Tensor:
         """The tensor, made again if it is out of date."""
         if self.outdated:
             self.make_again()
+        self.wait()
         return self.value
+
+    def wait(self) -> None:
+        """Have the current stream of a GPU wait for the one on which another thread has made the tensor."""
+        ready = self._ready
+        # A capture must not look outside; all is made before it, on the same stream.
+        if ready is None or torch.cuda.is_current_stream_capturing():
+            return
+        if ready.query():
+            self._ready = None
+        else:
+            torch.cuda.current_stream(self.value.device).wait_event(ready)
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         return _signature(self.parameters), list(map(storage_of, self.parameters))
 
     @property
     def outdated(self) -> bool:
-        """Whether parameters have changed since."""
+        """Whether parameters have changed since; of tensors made in inference mode nobody can say."""
         signature, storages = self._seen
-        return signature != _signature(self.parameters) or any(storage.expired() for storage in storages)
+        return (
+            signature != _signature(self.parameters)
+            or any(storage.expired() for storage in storages)
+            or any(map(Tensor.is_inference, self.parameters))
+        )
 
     def _made(self) -> Tensor:
         # Not tensors of inference mode, which could not be written to outside of it.
@@ -167,9 +185,21 @@ class _Kept:
             self.value = made
         else:
             old.copy_(made)
+        self._ready = _recorded(self.value)
         # Last, so that it is out of date to other threads until it is made, and after a failure, for want of memory.
         self._seen = seen
         return replaced
+
+
+def _cast(dtype: torch.dtype | None, parameter: Tensor) -> Tensor:
+    return parameter if dtype is None else parameter.to(dtype)
+
+
+def _recorded(x: Tensor) -> torch.cuda.Event | None:
+    """The moment when a tensor on a GPU is made; None on a CPU, and in a capture, where it is made at each replay."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(x.device).record_event()
 
 
 def _layout(packed: Tensor) -> bytes:

@@ -1,7 +1,9 @@
 """An optimised network is the network it is made of, with its weights, hooks and parts as they are now."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from torch import nn
 
 import cmfast
 from cmfast import dropout, ops
-from cmfast.fast import FastUNet, Refused, optimize, refusal
+from cmfast.fast import FastUNet, Refused, optimize, refusal, weights
 from cmfast.tolerances import FAST_VALUE, FLOOR
 from cmfast.unet import UNetModel
-from tests.fast.networks import inputs, run
+from tests.fast.networks import check, inputs, last, run
 from tests.golden_utils import relative_error, small_unet
 
 pytestmark = pytest.mark.usefixtures("winograd_for_small_networks")
@@ -252,3 +254,185 @@ def test_activations_made_again_keep_the_backend(fast, monkeypatch):
         thread.start()
         thread.join()
     assert not errors and forward and len(seen) > forward and set(seen) == {"reference"}
+
+
+def test_weights_of_inference_mode():
+    """Nothing counts what is written to them."""
+    args = inputs(small_unet(model_channels=64))
+    with torch.inference_mode():
+        model = small_unet(model_channels=64).eval()
+        fast = optimize(model, torch.bfloat16)
+        first = fast(*args)
+        changed_in_place(model)
+        expected = optimize(copy.deepcopy(model), torch.bfloat16)(*args)
+        assert torch.equal(fast(*args), expected) and not torch.equal(expected, first)
+
+
+def test_settings_of_torchs_modules():
+    """They show no change, as they are many; after `refresh` they are used."""
+    model = small_unet().eval()
+    fast, args = optimize(model), inputs(model)
+    with torch.no_grad():
+        before = fast(*args)
+        for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+            conv.padding_mode = "circular"
+        assert fast.refresh(force=True) is True and "input_blocks.0.0 is Conv2d" in fast.refusal
+        assert torch.equal(fast(*args), model(*args)) and not torch.equal(model(*args), before)
+
+
+def test_another_class_is_called():
+    class Negative(nn.Conv2d):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = small_unet().eval()
+    fast, args = optimize(model), inputs(model)
+    with torch.no_grad():
+        before = fast(*args)
+        model.out[2].__class__ = Negative
+        assert torch.equal(fast(*args), model(*args)) and not torch.equal(model(*args), before)
+    assert "out.2 is a Negative" in fast.refusal
+
+
+class Scaled(torch.Tensor):
+    """As quantised weights are: a tensor in whose place another is used, and which knows few operations."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.detach:
+            return cls(args[0].held)
+        if func.overloadpacket not in (torch.ops.aten.addmm, torch.ops.aten.t):
+            raise NotImplementedError(f"Scaled: {func}")
+        out = func(*(a.held if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+        return cls(out) if func.overloadpacket is torch.ops.aten.t else out
+
+
+def test_weights_with_rules_of_their_own():
+    model = small_unet().eval().requires_grad_(False)
+    fast, args = optimize(model), inputs(model)
+    with torch.no_grad():
+        before = fast(*args)
+        linear = model.time_embed[0]
+        linear.weight = nn.Parameter(Scaled(linear.weight.detach().clone()), requires_grad=False)
+        assert relative_error(fast(*args), before) < 1e-5
+    assert fast.refusal == "time_embed.0.weight is a Scaled, expected a plain tensor" == refusal(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_torso_in_half_precision(dtype, pack):
+    """As of a checkpoint in float16, and `load(dtype=...)`: the last convolution is in float32."""
+    model = small_unet().eval()
+    args = inputs(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(args[0].double(), *args[1:])
+        model.convert_torso(dtype)
+        out, eager = optimize(model, pack=pack)(*args), (model(*args), model(*last(args)))
+    assert out.dtype == torch.float32
+    check(out, eager, exact, FLOOR[dtype], exact.abs().max())
+
+
+def test_what_torch_compile_made_is_left_alone():
+    """Its attributes are those of the model inside, and so is what is written to them."""
+    model = cmfast.Denoiser(small_unet(), image_shape=(3, 8, 8)).eval()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(Refused, match="compiled by torch.compile: give the model itself"):
+        optimize(compiled)
+    assert list(model._modules) == ["network"] and "compiled" in refusal(compiled)
+    network = small_unet().eval()
+    network.compile(backend="eager")
+    assert "compiled by its compile" in refusal(network)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual", "vmap", "grad"])
+def test_transforms_take_the_ordinary_pass(transform):
+    """oneDNN's convolutions know no tangents, and wrapped tensors have no memory to look at."""
+    model = small_unet().eval().requires_grad_(False)
+    fast, (x, t) = optimize(model), inputs(model)
+    fast(x, t)
+    direction = torch.linspace(-1, 1, x.numel()).view_as(x)
+
+    def made(network):
+        call = lambda x: network(x, t)  # noqa: E731
+        if transform == "jvp":
+            return torch.func.jvp(call, (x,), (direction,))[1]
+        if transform == "vmap":
+            return torch.func.vmap(call)(torch.stack([x, direction]))
+        if transform == "grad":
+            return torch.func.grad(lambda x: call(x).square().sum())(x)
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(call(torch.autograd.forward_ad.make_dual(x, direction)))[1]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.equal(made(fast), made(model))
+
+
+def test_fake_tensors_leave_nothing_behind():
+    from torch._subclasses import FakeTensorMode
+
+    model = small_unet().eval().requires_grad_(False)
+    fast, args = optimize(model, torch.bfloat16, pack=False), inputs(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert fast(*map(mode.from_tensor, args)).shape == args[0].shape
+    assert type(fast(*args)) is torch.Tensor
+
+
+def test_memory_is_given_back_at_once():
+    """Not when Python looks for objects that know each other, which may be after the next model was loaded."""
+    model = cmfast.Denoiser(small_unet(model_channels=64), image_shape=(3, 8, 8)).eval()
+    sampler = cmfast.Sampler(model, 2, dtype=torch.bfloat16)
+    sampler.sample(2)
+    kept = [entry.value for entry in sampler._runner._prepared.model.network._fast._weights._kept.values()]
+    alive = [weakref.ref(x) for x in (*kept, *model.parameters())]
+    assert len(kept) > 3
+    gc.disable()
+    try:
+        del model, sampler, kept
+        assert not [each for each in alive if each() is not None]
+    finally:
+        gc.enable()
+
+
+def test_streams_wait_for_what_another_made(monkeypatch):
+    """Threads have streams of their own: a derived weight is used on one when the other has made it."""
+    waits, done, capturing = [], [], []
+
+    class Event:
+        def query(self):
+            return bool(done)
+
+    class Stream:
+        def wait_event(self, event):
+            waits.append(event)
+
+    monkeypatch.setattr(weights, "_recorded", lambda x: Event())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    model = small_unet().eval()
+    fast, args = optimize(model, torch.bfloat16, pack=False), inputs(model)
+    with torch.no_grad():
+        fast(*args)
+        kept = list(dict.fromkeys(waits))
+        assert len(kept) == len(fast._fast._weights._kept) > 3
+        waits.clear()
+        capturing.append(True)
+        fast(*args)
+        assert not waits
+        capturing.clear()
+        assert fast.refresh() is False and set(waits) == set(kept)
+        done.append(True)
+        fast(*args)
+        waits.clear()
+        done.clear()
+        fast(*args)
+        assert not waits
+        changed_in_place(model)
+        fast(*args)
+        assert waits and not set(waits) & set(kept)
