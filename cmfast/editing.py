@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmfast import ops, schedules
 from cmfast.noise import NoiseFn
+from cmfast.ops import _check
 from cmfast.samplers import Model, Sigmas, _evaluator, _floats, _on_device
 
 Map = Callable[[Tensor], Tensor]
@@ -46,23 +47,22 @@ def edit(
 
     Args:
         model: a `Denoiser`, or D(x, sigma[, labels]).
-        reference: [B, C, H, W] in [-1, 1]; only its known part is looked at.
+        reference: [B, C, H, W] in [-1, 1]; of its transform only the known part is looked at.
         x: [B, C, H, W] noise to start from, of level sigmas[0].
         sigmas: the levels at which the model is evaluated, in data units; sigma_min: where noise ends.
-        mask: broadcasts to transform(reference); 1 keeps, 0 is filled in.
+        mask: broadcasts to transform(reference); 1 keeps, 0 is filled in, and between the two they are mixed.
         transform, inverse: a linear map and its inverse.
         labels, noise_fn, end_sigma: as in `samplers.sample_multistep`.
 
-    Raises: ValueError: shapes differ, or the mask does not broadcast.
+    Raises: ValueError: shapes differ, the mask does not broadcast, or has other values (looked at on a CPU only).
+        TypeError: a mask that is no tensor, or images that are no floating numbers.
     """
+    reference = _like(reference, x, "reference")
     if reference.shape != x.shape:
         raise ValueError(f"reference must have the shape of x {list(x.shape)}, got {list(reference.shape)}")
     known = transform(reference)
-    try:
-        mask = torch.broadcast_to(mask.to(known), known.shape)
-    except RuntimeError:
-        shapes = f"{list(mask.shape)} against {list(known.shape)}"
-        raise ValueError(f"mask does not broadcast to the transformed image: {shapes}") from None
+    mask = _mask(mask, known, "the transformed image")
+    known = torch.where(mask == 0, 0, known)  # not even a NaN of it
     evaluate = _evaluator(model, labels, clip=True)
     levels = _floats(sigmas, least=1)
     sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
@@ -76,6 +76,26 @@ def edit(
         # Noise like the state: `edited` may lie transposed in memory, where torch's generator fills in another order.
         x, _, _ = ops.add_noise(edited, noise_fn(x), noise_scale[i + 1])
     return x
+
+
+def _like(images: Tensor, x: Tensor, name: str) -> Tensor:
+    """The images in the dtype of x."""
+    _check.float_tensor(name, images)
+    return images.to(x.dtype)
+
+
+def _mask(mask: Tensor, images: Tensor, what: str) -> Tensor:
+    """The mask in the shape and dtype of the images."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    readable = mask.numel() and mask.device.type == "cpu" and _check.has_values(mask)
+    if readable and not (mask.min() >= 0 and mask.max() <= 1):
+        raise ValueError(f"mask must be from 0 (filled in) to 1 (kept), got {mask.min().item()} to {mask.max().item()}")
+    try:
+        return torch.broadcast_to(mask.to(images), images.shape)
+    except RuntimeError:
+        shapes = f"{list(mask.shape)} against {list(images.shape)}"
+        raise ValueError(f"mask does not broadcast to {what}: {shapes}") from None
 
 
 def _orthogonal(first: np.ndarray) -> Tensor:
@@ -94,8 +114,9 @@ def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options:
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"colorize needs images [B, 3, H, W], got {list(images.shape)}")
+    images = _like(images, x, "images")
     basis = _orthogonal(np.asarray([0.2989, 0.5870, 0.1140])).to(images)
-    mask = torch.tensor([1.0, 0.0, 0.0], device=images.device).view(3, 1, 1)
+    mask = images.new_tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
 
     def transform(image: Tensor) -> Tensor:
         return torch.einsum("bchw,cd->bdhw", image, basis)
@@ -116,13 +137,15 @@ def super_resolve(
     Args: images [B, C, H, W] in [-1, 1], H and W multiples of patch_size; model, x, sigmas and options as in `edit`.
     Raises: ValueError: other sizes, or what `edit` refuses.
     """
+    patch_size = _check.whole("patch_size", patch_size, least=1)
     if images.ndim != 4 or images.shape[-1] % patch_size or images.shape[-2] % patch_size:
         raise ValueError(
             f"super_resolve needs images [B, C, H, W] with H and W multiples of {patch_size}, got {list(images.shape)}"
         )
+    images = _like(images, x, "images")
     height, width = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     basis = _orthogonal(np.ones(patch_size**2)).to(images)
-    mask = torch.zeros(patch_size**2, device=images.device)
+    mask = images.new_zeros(patch_size**2)
     mask[0] = 1
 
     def patches(image: Tensor) -> Tensor:
@@ -155,11 +178,8 @@ def inpaint(
         and options as in `edit`.
     Raises: ValueError: a mask that does not broadcast, or what `edit` refuses.
     """
-    try:
-        mask = torch.broadcast_to(mask.to(images), images.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"mask does not broadcast to images: {list(mask.shape)} against {list(images.shape)}"
-        ) from None
-    reference = torch.lerp(torch.full_like(images, -1.0), images, mask)
+    images = _like(images, x, "images")
+    mask = _mask(mask, images, "images")
+    black = torch.full_like(images, -1.0)
+    reference = torch.lerp(black, torch.where(mask == 0, black, images), mask)
     return edit(model, reference, x, sigmas, mask=mask, **options), reference

@@ -58,3 +58,35 @@ def test_bad_arguments():
         editing.super_resolve(model, IMAGES[..., :7], X[..., :7], SIGMAS)
     with pytest.raises(ValueError, match="3, H, W"):
         editing.colorize(model, IMAGES[:, :1], X[:, :1], SIGMAS)
+    with pytest.raises(ValueError, match=r"mask must be from 0 \(filled in\) to 1 \(kept\), got 0 to 255"):
+        editing.inpaint(model, IMAGES, X, SIGMAS, torch.tensor([0, 255], dtype=torch.uint8).repeat(8))
+    with pytest.raises(TypeError, match="mask must be a torch.Tensor, got ndarray"):
+        editing.inpaint(model, IMAGES, X, SIGMAS, torch.ones(16).numpy())
+    with pytest.raises(TypeError, match="images must .*floating"):
+        editing.inpaint(model, (IMAGES * 127).to(torch.uint8), X, SIGMAS, torch.ones(16))
+    for patch_size, error in ((0, ValueError), (-4, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match="patch_size must be"):
+            editing.super_resolve(model, IMAGES, X, SIGMAS, patch_size=patch_size)
+
+
+def test_nothing_of_what_is_not_known_is_looked_at():
+    mask = (torch.arange(16) % 2).float()
+    wanted, reference = editing.inpaint(model, IMAGES, X, [80.0], mask)
+    broken = torch.where(mask == 0, torch.nan, IMAGES)
+    out, known = editing.inpaint(model, broken, X, [80.0], mask)
+    assert torch.equal(out, wanted) and torch.equal(known, reference)
+    assert torch.equal(editing.edit(model, broken, X, [80.0], mask=mask), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("of", ["state", "images"])
+def test_dtypes(dtype, of):
+    """The result is in the dtype of the state, whatever that of the images."""
+    x, images = (X.to(dtype), IMAGES) if of == "state" else (X, IMAGES.to(dtype))
+    for run in (
+        lambda: editing.colorize(model, images, x, [80.0]),
+        lambda: editing.super_resolve(model, images, x, [80.0]),
+        lambda: editing.inpaint(model, images, x, [80.0], torch.ones(16)),
+    ):
+        out, reference = run()
+        assert out.dtype == reference.dtype == x.dtype and out.isfinite().all()

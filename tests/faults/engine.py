@@ -83,6 +83,12 @@ RUNNER = [
     ("forked processes use the GPU", 'if self.device.type == "cuda":', "if False:",
      COPIED + "what_a_forked_process_cannot_do[cuda]"),
     ("a copy forgets its options", "**own, **self._options}", "**own}", COPIED + "samplers[bfloat16-deepcopy]"),
+    ("a graph of any version of the model", "key = name, version, graphs", "key = name, graphs",
+     CHANGED + "a_model_prepared_anew_meanwhile_is_not_captured_as_it_was"),
+    ("refresh keeps graphs", "if force and self._prepared.refresh is None:", "if False:",
+     CHANGED + "settings_of_torchs_modules_are_seen_by_refresh"),
+    ("a model of buffers is on the CPU", "chain(self.model.parameters(), self.model.buffers())",
+     "iter(self.model.parameters())", "tests/test_engine.py::test_buffers_say_where_a_model_is"),
     ("a graph of any generator", "_settings(device), *map(id, generators)", "_settings(device)",
      STRESS + "another_generator"),
 ]  # fmt: skip
@@ -97,6 +103,14 @@ WATCH = [
      CHANGED + "what_changed"),
     ("containers that were empty", "if any(self._empty) or list(", "if list(",
      CHANGED + "what_counts_as_another_structure[child]"),
+    ("a class of its own", "if not all(map(is_, map(type, self.modules), self._classes)):", "if False:",
+     CHANGED + "a_changed_model[graph-another_class]"),
+    ("a method that was replaced before", 'if not all(map(is_, [attributes.get("forward")',
+     'if False and not all(map(is_, [attributes.get("forward")', CHANGED + "a_method_that_is_replaced_twice"),
+    ("tensors in any layout have memory", " and x.layout is torch.strided for", " for",
+     CHANGED + "tensors_without_memory_to_look_at[to_sparse]"),
+    ("a fork takes locks backwards", "_fork_safe.sort(key=lambda each: each[0])",
+     "_fork_safe.sort(key=lambda each: -each[0])", COPIED + "a_fork_takes_locks_in_the_order_of_a_capture"),
     ("classes are not compared", "getattr(cls, name) is body for", "True for",
      CHANGED + "what_counts_as_another_structure[class]"),
     ("a cast is a move", "return Change.STRUCTURE if cast else Change.STORAGE", "return Change.STORAGE",
@@ -121,8 +135,11 @@ NETWORKS = [
 ]  # fmt: skip
 
 TRANSFER = [
-    ("the host's memory is handed out", "return self.staged.clone()", "return self.staged",
+    ("the host's memory is handed out", 'return self.staged.to("cpu", copy=True)', "return self.staged",
      "tests/test_engine.py::test_batches_are_handed_out_one_later_where_copies_travel"),
+    ("buffers of an inference mode", "        with torch.inference_mode(False):\n            self.staged",
+     "        if True:\n            self.staged",
+     "tests/test_engine.py::test_a_stream_goes_on_outside_of_inference_mode"),
 ]  # fmt: skip
 
 MEMORY = [
@@ -137,6 +154,14 @@ ENGINE = [
      "tests/test_engine.py::test_classes_are_whole_numbers"),
     ("a network is taken for a model", "        check_model(model)\n        shape", "        shape",
      "tests/test_engine.py::test_a_bare_network_is_no_model[sampler]"),
+    ("labels are the caller's memory", "return labels.clone()", "return labels",
+     "tests/test_engine.py::test_labels_are_a_copy"),
+    ("noise in the default dtype", "*self.image_shape, dtype=torch.float32, device", "*self.image_shape, device",
+     "tests/test_engine.py::test_the_default_dtype_changes_no_image[torch.float64]"),
+    ("a callback that comes later", "for name in _CALLED if self.options.get(name)", "for name in _CALLED if False",
+     GRAPHED + "a_callback_that_is_put_in_later_is_called"),
+    ("a wrapper has no shape", 'shape = stated(model, "image_shape")', 'shape = getattr(model, "image_shape", None)',
+     "tests/test_engine.py::test_a_wrapped_model_says_what_the_one_inside_does"),
     ("a graph of any settings", "return self.sampler, tuple(self.sigmas), self.image_shape, *options", "return ()",
      STRESS + "settings_that_change[sigmas-value0]"),
     ("levels of float32 for all", "wide = _check.sigma_dtype(x)", "wide = torch.float32",
@@ -173,6 +198,11 @@ FAULTS = {
     "cmfast/transfer.py": TRANSFER,
     "cmfast/memory.py": MEMORY,
     "cmfast/engine.py": ENGINE,
+    "cmfast/editing.py": [
+        ("a NaN of what is not known", "known = torch.where(mask == 0, 0, known)", "pass",
+         "tests/test_editing.py::test_nothing_of_what_is_not_known_is_looked_at"),
+        ("masks of any values", "if readable and not", "if False and not", "tests/test_editing.py::test_bad_arguments"),
+    ],
     "cmfast/sharding.py": SHARDING,
     "cmfast/ranks.py": RANKS,
 }

@@ -22,6 +22,8 @@ FAST_PLAN = [
         _CHANGES + "a_parametrised_weight_is_used",
     ),
     ("parts with a pass of their own", 'if "forward" in vars(module):', 'if "pass" in vars(module):', _FAST + "errors"),
+    ("weights of any class", "        if not is_plain(parameter):", "        if False:",
+     _CHANGES + "weights_with_rules_of_their_own"),
     ("down for up", 'return Resample("up", conv)', 'return Resample("down", conv)', _FAST_OUTPUT.format("resampling")),
     ("a skip is forgotten", "if type(skip) is nn.Identity else", "if True else", _FAST_OUTPUT.format("published")),
     (
@@ -33,6 +35,8 @@ FAST_PLAN = [
 ]
 
 FAST_FORWARD = [
+    ("a half torso goes on to the end", "if self.weights.dtype is None and plan", "if False and plan",
+     _CHANGES + "a_torso_in_half_precision[False-torch.float16]"),
     ("no skip", "skips.append(h)", "skips.append(skips[0])", _FAST_OUTPUT.format("published")),
     ("skips in order", "skips.pop())), emb", "skips.pop(0))), emb", _FAST_OUTPUT.format("published")),
     ("halves the wrong way", "scale, shift = emb.chunk", "shift, scale = emb.chunk", _FAST_OUTPUT.format("published")),
@@ -125,6 +129,14 @@ FAST_WEIGHTS = [
     ("all layouts kept", "if kept not in layouts and len(layouts) >= LAYOUTS:", "if False:",
      _PACKING + "layouts_that_differ_are_kept_apart"),
     ("all shapes kept", "if len(packs) >= SHAPES:", "if False:", _PACKING + "few_shapes_are_known"),
+    ("inference mode counts nothing", "            or any(map(Tensor.is_inference, self.parameters))\n", "",
+     _CHANGES + "weights_of_inference_mode"),
+    ("nobody waits", "        self.wait()\n        return self.value", "        return self.value",
+     _CHANGES + "streams_wait_for_what_another_made"),
+    ("a capture waits", "if ready is None or torch.cuda.is_current_stream_capturing():", "if ready is None:",
+     _CHANGES + "streams_wait_for_what_another_made"),
+    ("what is kept keeps its keeper", "self._cast = functools.partial(_cast, dtype)",
+     "self._cast = lambda p: _cast(self.dtype, p)", _CHANGES + "memory_is_given_back_at_once"),
     ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _CHANGES + "refresh"),
     ("force is nothing", "if force or kept.outdated", "if kept.outdated", _CHANGES + "refresh"),
     (
@@ -188,10 +200,18 @@ FAST_WINOGRAD = [
 FAST_NETWORK = [
     (
         "compiling asks nothing",
-        "return _passes[number].refusal is None",
+        "return _dispatch.transform_refusal() is None and _passes[number].refusal is None",
         "return True",
         _FAST + "compiling_sees_what_changed_before",
     ),
+    ("transforms take the fast pass", "_dispatch.transform_refusal() is None and", "",
+     _CHANGES + "transforms_take_the_ordinary_pass[jvp]"),
+    ("fake tensors take the fast pass", "self._plan if is_plain(x) and", "self._plan if",
+     _CHANGES + "fake_tensors_leave_nothing_behind"),
+    ("refresh makes no plan", "return self._look(force) or", "return self._look() or",
+     _CHANGES + "settings_of_torchs_modules"),
+    ("the two know each other", "self._pack = _twin(model), make_plan", "self._pack = model, make_plan",
+     _CHANGES + "memory_is_given_back_at_once"),
     ("changes of structure", "is Change.STRUCTURE:", "is None:", _CHANGES + "a_lora_is_called"),
     (
         "a plan half made",
@@ -201,8 +221,8 @@ FAST_NETWORK = [
     ),
     (
         "a plan that could not be made counts as made",
-        "            self._weights.clear()\n",
-        "            self._weights.clear()\n            self._stale = False\n",
+        "            served = self._plan is not None\n",
+        "            served = self._plan is not None\n            self._stale = False\n",
         "tests/test_engine_failures.py::test_a_plan_that_cannot_be_made",
     ),
     ("hooks are skipped", "self._reason or self._watch.hooked(root=False)", "self._reason",
@@ -249,6 +269,13 @@ FAULTS = {
     "cmfast/fast/forward.py": FAST_FORWARD,
     "cmfast/fast/weights.py": FAST_WEIGHTS,
     "cmfast/fast/winograd.py": FAST_WINOGRAD,
+    "cmfast/fast/__init__.py": [
+        ("attributes of another", "parts = model._modules if isinstance(model, nn.Module) else {}",
+         'parts = {n: getattr(model, n, None) for n in ("network", "unet")}',
+         _CHANGES + "what_torch_compile_made_is_left_alone"),
+        ("compiled in place", "if model._compiled_call_impl is not None:", "if False:",
+         _CHANGES + "what_torch_compile_made_is_left_alone"),
+    ],
     "cmfast/fast/network.py": FAST_NETWORK,
     "cmfast/fast/diffusers.py": FAST_DIFFUSERS,
 }
