@@ -16,11 +16,11 @@ from cmfast.ops import _check
 from .unet_blocks import (
     AttentionBlock,
     Downsample,
-    GroupNorm32,
     ResBlock,
     TimestepEmbedSequential,
     Upsample,
     conv_nd,
+    normalization,
     timestep_embedding,
     zero_,
 )
@@ -115,12 +115,23 @@ class UNetModel(nn.Module):
             "resblock_updown": resblock_updown,
             "use_new_attention_order": use_new_attention_order,
         }
+        if num_heads_upsample == -1:
+            num_heads_upsample = num_heads
         self.image_size = image_size
         self.in_channels = in_channels
-        self.out_channels = out_channels
         self.model_channels = model_channels
-        self.num_classes = num_classes
+        self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = attention_resolutions
+        self.dropout = dropout
+        self.channel_mult = channel_mult
+        self.conv_resample = conv_resample
         self.dims = dims
+        self.num_classes = num_classes
+        self.use_checkpoint = use_checkpoint
+        self.num_heads = num_heads
+        self.num_head_channels = num_head_channels
+        self.num_heads_upsample = num_heads_upsample
         self.num_levels = len(channel_mult)
 
         emb_channels = 4 * model_channels
@@ -136,17 +147,15 @@ class UNetModel(nn.Module):
                 emb_channels,
                 dropout,
                 out_channels,
-                use_scale_shift_norm,
-                dims,
-                use_checkpoint,
+                use_scale_shift_norm=use_scale_shift_norm,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
                 **updown,
             )
 
         def attention(channels: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(channels, heads, num_head_channels, dims, use_checkpoint)
+            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, dims=dims)
 
-        if num_heads_upsample == -1:
-            num_heads_upsample = num_heads
         widths = [int(mult * model_channels) for mult in channel_mult]
         last_level = len(widths) - 1
 
@@ -190,14 +199,18 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), zero_(conv_nd(dims, channels, out_channels, 3, padding=1))
+            normalization(channels), nn.SiLU(), zero_(conv_nd(dims, channels, out_channels, 3, padding=1))
         )
         dropouts.number(self)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the torso (encoder, middle, decoder): that of its weights now."""
+        """The dtype of the torso (encoder, middle, decoder): that of its weights now. Setting it is `convert_torso`."""
         return _weight_dtype(self.input_blocks[0])
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.convert_torso(dtype)
 
     def convert_torso(self, dtype: torch.dtype) -> "UNetModel":
         """Cast the convolutions of encoder, middle and decoder to `dtype`, in place; returns the model.

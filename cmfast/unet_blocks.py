@@ -47,28 +47,27 @@ def timestep_embedding(
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups whose statistics never are 16-bit.
+    """`nn.GroupNorm` whose statistics never are 16-bit.
 
     [B, C, ...] → same shape, dtype and layout. float16 and bfloat16 are normalised in float32, float32 and
     float64 as they are; weights of another dtype are cast to that of the computation.
-
-    Raises:
-        ValueError: `channels` is not a multiple of 32.
     """
-
-    def __init__(self, channels: int):
-        if channels % NUM_GROUPS:
-            raise ValueError(
-                f"channels={channels} cannot be split into {NUM_GROUPS} groups: choose model_channels and "
-                f"channel_mult so that every product is a multiple of {NUM_GROUPS}"
-            )
-        super().__init__(NUM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, ...] normalised, in its dtype."""
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """`GroupNorm32` with 32 groups. Raises: ValueError: channels is not a multiple of 32."""
+    if channels % NUM_GROUPS:
+        raise ValueError(
+            f"channels={channels} cannot be split into {NUM_GROUPS} groups: choose model_channels and "
+            f"channel_mult so that every product is a multiple of {NUM_GROUPS}"
+        )
+    return GroupNorm32(NUM_GROUPS, channels)
 
 
 class TimestepBlock(nn.Module):
@@ -88,15 +87,16 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 class Upsample(nn.Module):
     """Nearest neighbour × 2 (3-d: only the inner two dimensions), then a 3-convolution where `use_conv`.
 
-    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    channels: of the input. dims: spatial dimensions, 1, 2 or 3. out_channels: of the convolution, where others.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         self.scale_factor = (1.0, 2.0, 2.0) if dims == 3 else 2.0
         if use_conv:
-            self.conv = conv_nd(dims, channels, channels, 3, padding=1)
-        self.use_conv = use_conv
+            self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, ...] at twice the resolution."""
@@ -107,15 +107,22 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halve the resolution (3-d: the inner two dimensions) by a strided 3-convolution (`use_conv`) or by averaging.
 
-    channels: of input and output. dims: spatial dimensions, 1, 2 or 3.
+    channels: of the input. dims: spatial dimensions, 1, 2 or 3. out_channels: of the convolution, where others.
+
+    Raises:
+        ValueError: out_channels that averages cannot have.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
+            self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=1)
         else:
+            if self.out_channels != channels:
+                raise ValueError(f"out_channels={out_channels} needs use_conv: averages have {channels} channels")
             self.op = _AVERAGE_POOLS[dims](stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +137,8 @@ class ResBlock(TimestepBlock):
     doubled by `up`, halved by `down`. With `use_scale_shift_norm` the embedding scales and shifts the second
     normalisation, else it is added before it. `use_checkpoint` recomputes the block in the backward pass.
 
-    channels: of x. emb_channels: E. dropout: probability of the second half's. dims: spatial dimensions, 1, 2 or 3.
+    channels: of x. emb_channels: E. dropout: probability of the second half's. use_conv: of size 3, not 1, where
+    out_channels are others and the skip connection a convolution. dims: spatial dimensions, 1, 2 or 3.
     """
 
     def __init__(
@@ -139,6 +147,7 @@ class ResBlock(TimestepBlock):
         emb_channels: int,
         dropout: float,
         out_channels: int | None = None,
+        use_conv: bool = False,
         use_scale_shift_norm: bool = False,
         dims: int = 2,
         use_checkpoint: bool = False,
@@ -147,12 +156,14 @@ class ResBlock(TimestepBlock):
     ):
         super().__init__()
         out_channels = out_channels or channels
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
+        self.dropout, self.use_conv = dropout, use_conv
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.updown = up or down
 
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
         if self.updown:
             resample = Upsample if up else Downsample
@@ -161,12 +172,17 @@ class ResBlock(TimestepBlock):
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            normalization(out_channels),
             nn.SiLU(),
             dropouts.Dropout(dropout),
             zero_(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
+        size = 3 if use_conv else 1
+        self.skip_connection = (
+            nn.Identity()
+            if out_channels == channels
+            else conv_nd(dims, channels, out_channels, size, padding=size // 2)
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """The block's output for x [B, C, ...] and emb [B, E]."""
@@ -202,10 +218,11 @@ class AttentionBlock(nn.Module):
 
     The projection's channels are ordered (q k v, heads, d) as in the published checkpoints. num_heads counts where
     num_head_channels, the width of a head, is -1; dims: spatial dimensions, 1, 2 or 3; use_checkpoint: recompute the
-    block in the backward pass.
+    block in the backward pass. attention_type, channels_last and use_new_attention_order are the original's, where they
+    do not change what is computed.
 
     Raises:
-        ValueError: the channels cannot be divided into heads.
+        ValueError: the channels cannot be divided into heads; encoder_channels, which fail in the original too.
     """
 
     def __init__(
@@ -213,10 +230,16 @@ class AttentionBlock(nn.Module):
         channels: int,
         num_heads: int = 1,
         num_head_channels: int = -1,
-        dims: int = 2,
         use_checkpoint: bool = False,
+        attention_type: str = "flash",
+        encoder_channels: None = None,
+        dims: int = 2,
+        channels_last: bool = False,
+        use_new_attention_order: bool = False,
     ):
         super().__init__()
+        if encoder_channels is not None:
+            raise ValueError(f"encoder_channels={encoder_channels}: expected None, there is no cross-attention")
         if num_head_channels != -1:
             if num_head_channels < 1 or channels % num_head_channels:
                 raise ValueError(
@@ -226,9 +249,9 @@ class AttentionBlock(nn.Module):
             num_heads = channels // num_head_channels
         elif num_heads < 1 or channels % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {channels} channels of an attention layer")
-        self.num_heads = num_heads
-        self.use_checkpoint = use_checkpoint
-        self.norm = GroupNorm32(channels)
+        self.channels, self.num_heads = channels, num_heads
+        self.use_checkpoint, self.attention_type = use_checkpoint, attention_type
+        self.norm = normalization(channels)
         self.qkv = conv_nd(dims, channels, 3 * channels, 1)
         self.proj_out = zero_(conv_nd(dims, channels, channels, 1))
 

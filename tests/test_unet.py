@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmfast.tolerances import GOLDEN_FULL_SIZE, GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.unet import UNetModel
-from cmfast.unet_blocks import GroupNorm32, timestep_embedding
+from cmfast.unet_blocks import normalization, timestep_embedding
 from tests.golden_utils import (
     SMALL_UNET,
     imagenet64_input,
@@ -215,7 +215,7 @@ def test_group_norm_statistics(dtype, weight_dtype, monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional, "group_norm", lambda x, *args: seen.append(x.dtype) or group_norm(x, *args)
     )
-    norm = GroupNorm32(64).to(weight_dtype)
+    norm = normalization(64).to(weight_dtype)
     x = (1000 + torch.randn(2, 64, 6, 6)).to(dtype)  # a mean that 16-bit sums would lose
     out, eps = norm(x), torch.finfo(dtype).eps
     expected = group_norm(x.double(), 32, eps=norm.eps)

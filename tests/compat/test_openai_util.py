@@ -38,6 +38,53 @@ def test_layers_and_helpers():
     torch.testing.assert_close(embedding[1], torch.cat([angles.cos(), angles.sin(), torch.zeros(1)]))
 
 
+def test_the_layers_of_a_network_are_these():
+    network = unet.UNetModel(8, 3, 32, 3, 1, [2], channel_mult=(1, 2))
+    assert sum(isinstance(m, cm_nn.GroupNorm32) for m in network.modules()) > 10
+    for kind in (unet.ResBlock, unet.AttentionBlock, unet.Upsample, unet.Downsample):
+        assert any(isinstance(m, kind) for m in network.modules())
+    norm = cm_nn.GroupNorm32(4, 32, affine=False)
+    x = torch.randn(2, 32, 5)
+    torch.testing.assert_close(norm(x), nn.GroupNorm(4, 32, affine=False)(x))
+
+
+def test_blocks_take_the_originals_arguments():
+    """In its order, with its attributes."""
+    x, emb = torch.randn(2, 32, 8, 8), torch.randn(2, 64)
+    block = unet.ResBlock(32, 64, 0.0, 64, True, True)
+    assert block.skip_connection.kernel_size == (3, 3) and block.emb_layers[1].out_features == 128
+    assert (block.channels, block.emb_channels, block.dropout, block.out_channels) == (32, 64, 0.0, 64)
+    assert block.use_conv and block(x, emb).shape == (2, 64, 8, 8)
+    plain = unet.ResBlock(32, 64, 0.0, 64, False, True)
+    assert plain.skip_connection.kernel_size == (1, 1) and plain.use_scale_shift_norm
+
+    attention = unet.AttentionBlock(32, 2, -1, True, attention_type="legacy", use_new_attention_order=True)
+    assert attention.use_checkpoint and (attention.channels, attention.num_heads) == (32, 2)
+    assert attention(x).shape == x.shape
+    with pytest.raises(ValueError, match="encoder_channels=8: expected None"):
+        unet.AttentionBlock(32, encoder_channels=8)
+
+    for make, size in ((unet.Upsample, 16), (unet.Downsample, 4)):
+        layer = make(32, True, 2, 64)
+        assert (layer.channels, layer.out_channels, layer.use_conv, layer.dims) == (32, 64, True, 2)
+        assert layer(x).shape == (2, 64, size, size) and make(32, False).out_channels == 32
+    with pytest.raises(ValueError, match="out_channels=64 needs use_conv"):
+        unet.Downsample(32, False, out_channels=64)
+
+
+def test_attributes_of_a_network():
+    arguments = {
+        "num_res_blocks": 1, "attention_resolutions": (2,), "dropout": 0.1, "channel_mult": (1, 2),
+        "conv_resample": False, "use_checkpoint": True, "num_heads": 2, "num_head_channels": -1,
+    }  # fmt: skip
+    network = unet.UNetModel(8, 3, 32, 3, **arguments)
+    assert {name: getattr(network, name) for name in arguments} == arguments
+    assert network.num_heads_upsample == 2
+    network.dtype = torch.float16
+    assert network.dtype == network.middle_block[0].in_layers[2].weight.dtype == torch.float16
+    assert network.time_embed[0].weight.dtype == torch.float32
+
+
 def test_casts_of_convolutions_and_noise_levels():
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(1, 1))
     network.apply(fp16_util.convert_module_to_f16)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import SiLU
 
 from cmfast import unet_blocks
+from cmfast.unet_blocks import GroupNorm32, normalization
 from cmfast.unet_blocks import zero_ as zero_module
 
 __all__ = [
@@ -29,14 +30,6 @@ __all__ = [
     "update_ema",
     "zero_module",
 ]
-
-
-class GroupNorm32(nn.GroupNorm):
-    """`torch.nn.GroupNorm` whose statistics never are 16-bit."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input [B, C, ...] normalised, in its dtype."""
-        return unet_blocks.GroupNorm32.forward(self, input)  # type: ignore[arg-type]  # its attributes are all it reads
 
 
 def _layer(kind: str, dims: int) -> type[nn.Module]:
@@ -58,11 +51,6 @@ def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     """`torch.nn.Linear`."""
     return nn.Linear(*args, **kwargs)
-
-
-def normalization(channels: int) -> GroupNorm32:
-    """`GroupNorm32` with 32 groups."""
-    return GroupNorm32(unet_blocks.NUM_GROUPS, channels)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
