@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -102,6 +103,30 @@ def test_get_weightings(schedule):
     torch.testing.assert_close(weights, TENSORS[f"weights.{schedule}"], rtol=GOLDEN_VALUE, atol=0)
 
 
+@pytest.mark.parametrize("levels", [2.0, 3, np.array([0.5, 2.0]), np.float32([0.5, 2]), torch.tensor([1, 2])], ids=str)
+def test_levels_of_any_kind(levels):
+    """Numbers give numbers, arrays arrays of their dtype, integer tensors float32."""
+    diffusion = kd.KarrasDenoiser()
+    tensor = torch.as_tensor(levels)
+    floats = tensor if tensor.is_floating_point() else tensor.float()
+    kind, dtype = (type(levels), levels.dtype) if hasattr(levels, "dtype") else (float, None)
+    for function in (
+        diffusion.get_scalings,
+        diffusion.get_scalings_for_boundary_condition,
+        lambda sigma: (diffusion.get_snr(sigma),),
+        *(lambda snr, name=name: (kd.get_weightings(name, snr, 0.5),) for name in ("snr", "snr+1", "karras")),
+    ):
+        for value, expected in zip(function(levels), function(floats), strict=True):
+            assert type(value) is kind
+            assert dtype is None or value.dtype == (torch.float32 if kind is torch.Tensor else dtype)
+            torch.testing.assert_close(torch.as_tensor(value, dtype=expected.dtype), expected)
+
+
+def test_denoise_at_whole_levels():
+    outputs = [diffusion_of().denoise(toy(), TENSORS["x_t"], torch.full((len(Y),), v), y=Y)[1] for v in (80, 80.0)]
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("through", [kd.KarrasDenoiser, Overridden])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_karras_sample(name, through):
@@ -168,6 +193,23 @@ def test_editing(task, run):
     )
     close(out, TENSORS[f"edit.{task}.out"], GOLDEN_LOOP)
     close(reference, TENSORS[f"edit.{task}.reference"])
+
+
+@pytest.mark.parametrize(
+    "run, references", [(kd.iterative_colorization, 1), (kd.iterative_superres, 1), (kd.iterative_inpainting, 7)]
+)
+def test_one_image_is_edited_many_times(run, references):
+    image, x = torch.rand(1, 3, 16, 16) * 2 - 1, 80 * torch.randn(7, 3, 16, 16)
+    results = []
+    for images in (image, image.repeat(7, 1, 1, 1)):
+        torch.manual_seed(0)
+        results.append(run(lambda x, sigma: 0.1 * x, images, x, (0, 22, 39)))
+    (out, reference), (expected, expected_reference) = results
+    torch.testing.assert_close(out, expected)
+    assert reference.shape == (references, 3, 16, 16) and expected_reference.shape == x.shape
+    torch.testing.assert_close(reference, expected_reference[:references])
+    with pytest.raises(ValueError, match="shape of x|does not broadcast"):
+        run(lambda x, sigma: 0.1 * x, image.repeat(2, 1, 1, 1), x[:3], (0, 39))
 
 
 def test_editing_draws_noise_like_the_state():

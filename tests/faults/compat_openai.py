@@ -89,6 +89,27 @@ SCRIPT_UTIL = [
      SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
 ]  # fmt: skip
 
+EDITING = [
+    ("an image for each of x", "images.shape[0] == 1", "False",
+     "tests/compat/test_openai.py::test_one_image_is_edited_many_times[iterative_colorization-1]"),
+]  # fmt: skip
+
+DENOISER = [
+    ("whole levels", "sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()", "pass",
+     "tests/compat/test_openai.py::test_denoise_at_whole_levels"),
+    ("numbers come back as tensors", "part.numpy() if array.ndim else part.item()", "part",
+     "tests/compat/test_openai.py::test_levels_of_any_kind[2.0]"),
+]  # fmt: skip
+
+BLOCKS = [
+    ("the original's order of arguments",
+     "        use_conv: bool = False,\n        use_scale_shift_norm: bool = False,\n",
+     "        use_scale_shift_norm: bool = False,\n        use_conv: bool = False,\n",
+     "tests/compat/test_openai_util.py::test_blocks_take_the_originals_arguments"),
+    ("a norm without weights", "(None if p is None else p.to(dtype) for", "(p.to(dtype) for",
+     "tests/compat/test_openai_util.py::test_the_layers_of_a_network_are_these"),
+]  # fmt: skip
+
 TRAINING_LOSSES = [
     ("progressive: states of 16 bits", "x_start = x_start.to(_check.sigma_dtype(x_start))", "pass",
      "tests/test_losses.py::test_progressive_distillation_of_16_bit_images[given-fp16]"),
@@ -102,6 +123,9 @@ SCHEDULES = [
 FAULTS = {
     "cmfast/losses.py": TRAINING_LOSSES,
     "cmfast/schedules.py": SCHEDULES,
+    "cmfast/unet_blocks.py": BLOCKS,
+    OPENAI + "_editing.py": EDITING,
+    OPENAI + "karras_diffusion.py": DENOISER,
     OPENAI + "_train_loop.py": TRAIN_LOOP,
     OPENAI + "train_util.py": TRAIN_UTIL,
     OPENAI + "_checkpoints.py": CHECKPOINTS,

@@ -27,10 +27,12 @@ def _edit(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     levels, end = multistep_levels(ts, t_min, t_max, rho, steps)
-    noise_fn = (generator or get_generator("dummy")).randn_like
-    return run(
-        evaluator_of(distiller, x), images, x, levels, noise_fn=noise_fn, sigma_min=t_min, end_sigma=end, **options
-    )
+    options |= {"noise_fn": (generator or get_generator("dummy")).randn_like, "sigma_min": t_min, "end_sigma": end}
+    one_for_all = images.shape[0] == 1
+    reference = images.expand(x.shape[0], *images.shape[1:]) if one_for_all else images
+    result, known = run(evaluator_of(distiller, x), reference, x, levels, **options)
+    # As in the original: of one image there is one reference, unless a mask makes several of it.
+    return result, known[:1] if one_for_all and "mask" not in options else known
 
 
 def iterative_colorization(
@@ -44,7 +46,7 @@ def iterative_colorization(
     steps: int = 40,
     generator: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Colour for images: (result, reference of the luminance alone). `editing.colorize`."""
+    """Colour for images: (result, reference of the luminance alone). `editing.colorize`. One image serves all of x."""
     return _edit(editing.colorize, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,9 +60,22 @@ __all__ = [
 ]
 
 
-def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Tensor:
-    """Loss weights from signal-to-noise ratios: `ops.snr_weight`."""
-    return ops.snr_weight(snrs, weight_schedule, sigma_data=sigma_data)
+def _like_its_input(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A function of floating tensors, for integer ones, numbers and arrays too: these give numbers and arrays."""
+    if isinstance(value, Tensor):
+        return function(value if value.is_floating_point() else value.float())
+    array = np.asarray(value)
+    result = function(torch.as_tensor(array if array.dtype.kind == "f" else array.astype(float)))
+
+    def back(part: Tensor) -> Any:
+        return part.numpy() if array.ndim else part.item()
+
+    return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
+
+
+def get_weightings(weight_schedule: str, snrs: Any, sigma_data: float) -> Any:
+    """Loss weights from signal-to-noise ratios, a tensor, an array or a number: `ops.snr_weight`."""
+    return _like_its_input(lambda snr: ops.snr_weight(snr, weight_schedule, sigma_data=sigma_data), snrs)
 
 
 class _UnitLPIPS(LPIPS):
@@ -110,26 +124,27 @@ class KarrasDenoiser:
         """LPIPS of images in [0, 1], [B]. Made when a loss first needs it: sampling needs no VGG."""
         return _UnitLPIPS(pooling="avg", dtype=torch.float32)  # as the original, also on a GPU
 
-    def get_snr(self, sigmas: Tensor) -> Tensor:
-        """1 / sigma^2."""
-        return ops.loss_weight(sigmas, "snr")
+    def get_snr(self, sigmas: Any) -> Any:
+        """1 / sigma^2 of a tensor, an array or a number."""
+        return _like_its_input(lambda sigma: ops.loss_weight(sigma, "snr"), sigmas)
 
     def get_sigmas(self, sigmas: Tensor) -> Tensor:
         """The noise levels themselves."""
         return sigmas
 
-    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in of EDM."""
-        return Preconditioner.edm(self.sigma_data).scalings(torch.as_tensor(sigma))
+    def get_scalings(self, sigma: Any) -> tuple[Any, Any, Any]:
+        """c_skip, c_out, c_in of EDM, for a tensor, an array or a number."""
+        return _like_its_input(Preconditioner.edm(self.sigma_data).scalings, sigma)
 
-    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in of a consistency model."""
-        return Preconditioner.consistency(self.sigma_data, self.sigma_min).scalings(torch.as_tensor(sigma))
+    def get_scalings_for_boundary_condition(self, sigma: Any) -> tuple[Any, Any, Any]:
+        """c_skip, c_out, c_in of a consistency model, for a tensor, an array or a number."""
+        return _like_its_input(Preconditioner.consistency(self.sigma_data, self.sigma_min).scalings, sigma)
 
     def denoise(
         self, model: Callable[..., Tensor], x_t: Tensor, sigmas: Tensor, **model_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """(network output, denoised) at x_t [B, ...] and sigmas [B]; model(x, timesteps, **model_kwargs)."""
+        sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()
         scalings = self.get_scalings_for_boundary_condition if self.distillation else self.get_scalings
         return denoise_with(lambda x, t: model(x, t, **model_kwargs), x_t, sigmas, scalings(sigmas))
 
