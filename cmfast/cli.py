@@ -64,6 +64,7 @@ def _for_users(error: Exception) -> str | None:
     or memory that ran out."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return str(error)
+    from cmfast.data.folder import worker_gone
     from cmfast.errors import Unavailable
     from cmfast.memory import out_of_memory
     from cmfast.ranks import RankError
@@ -71,7 +72,7 @@ def _for_users(error: Exception) -> str | None:
     if isinstance(error, (RankError, Unavailable)):
         return str(error)
     if not out_of_memory(error):
-        return None
+        return worker_gone(error)
     said = str(error) or type(error).__name__
     # `Sampler` names the batch that fits.
     return said if "does not fit into" in said else f"memory ran out; a smaller batch or microbatch takes less: {said}"

@@ -150,6 +150,17 @@ def test_memory_that_runs_out(tmp_path, monkeypatch, capsys, command, error):
     assert (str(error) or "MemoryError") in said
 
 
+def test_a_worker_that_is_gone(monkeypatch, capsys):
+    """Its loader says so by a signal, wherever the run is."""
+
+    def fail(arguments):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(cli, "_info", fail)
+    assert cli.main(["info"]) == 2
+    assert "a process that decodes images is gone, as when memory runs out; --resume" in capsys.readouterr().err
+
+
 def test_faults_of_its_own_have_a_traceback(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("shapes do not match")

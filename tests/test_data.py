@@ -109,6 +109,7 @@ def test_to_unit():
     "options, message",
     [
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"batch_size": 10**11}, "batch_size must be 16,777,216 or less, got 100,000,000,000"),
         ({"start_step": -1}, "start_step must be 0 or more, got -1"),
         ({"workers": -1}, "workers must be 0 or more"),
         ({"world_size": 0}, "world_size must be 1 or more"),
@@ -282,6 +283,23 @@ def test_broken_npz(tmp_path):
     np.savez(path, U)
     with pytest.raises(ValueError, match="bad.npz has no labels: a .npz file has them in arr_1, labels, y"):
         open_data(path, labelled=True)
+
+
+def test_an_npz_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    np.savez(tmp_path / "a.npz", U)
+    monkeypatch.setattr(data.arrays, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="Permission denied: .*a.npz"):
+        open_data(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("value", [0, 8.5, "8", (8, 8), True], ids=repr)
+def test_sizes_that_are_none(value):
+    for name in ("image_size", "channels"):
+        with pytest.raises(ValueError, match=f"{name} must be 1 .*, got {re.escape(repr(value))}"):
+            open_data(SEVEN, **{name: value})
 
 
 def test_what_is_no_source(tmp_path):

@@ -3,7 +3,9 @@
 import itertools
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
 import warnings
 
@@ -83,6 +85,7 @@ KINDS = {
     "black and white": (RGBA.getchannel(0).convert("1"), "png", {}),
     "16 bits": (Image.fromarray(np.arange(63, dtype=np.uint16).reshape(9, 7) * 1000), "png", {}),
     "WebP": (RGBA, "webp", {"lossless": True}),
+    "WebP of two frames": (RGBA, "webp", {"lossless": True, "save_all": True, "append_images": [RGBA.rotate(180)]}),
     "BMP": (RGBA.convert("RGB"), "bmp", {}),
     "GIF": (RGBA.convert("RGB").quantize(16), "gif", {"transparency": 3, "save_all": True, "append_images": [RGBA]}),
 }
@@ -209,6 +212,47 @@ def test_workers_end_with_the_iterator(folder):
     next(batches)
     del batches
     assert set(multiprocessing.active_children()) == before
+
+
+KILLED = """
+import multiprocessing, os, signal, sys, time
+from cmfast.data import open_data
+batches = open_data(sys.argv[1]).batches(3, seed=0, workers=2)
+next(batches)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+if sys.argv[2] == "elsewhere":
+    time.sleep(60)  # which the loader's handler ends
+try:
+    for _ in batches:
+        pass
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("where", ["reading", "elsewhere"])
+def test_a_worker_that_is_killed_ends_the_run(folder, where):
+    """And nothing waits for the other, wherever the main process is when it hears of it."""
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and re.search("process that decodes images is gone|DataLoader worker", said)
+
+
+def test_a_folder_that_cannot_be_read(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="the folder .*cat cannot be read: Permission denied; with skip_unreadable"):
+        open_data(folder)
+    with pytest.warns(UserWarning, match="the folder .*cat cannot be read: .*; its images are left out") as caught:
+        assert len(open_data(folder, skip_unreadable=True)) == 11
+    assert caught[0].filename == __file__
 
 
 def test_an_empty_folder(tmp_path):

@@ -122,10 +122,13 @@ def read_npz(path: Path) -> ImageData:
     """The images of a .npz file: an array [N, H, W, C] or [N, H, W], called as in `IMAGE_NAMES`, and perhaps labels
     [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once.
 
-    Raises: ValueError: no such images in it, and why.
+    Raises: ValueError: no such images in it, and why. OSError: it cannot be read.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no .npz file, or a part of one")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")  # to read a pipe is to wait
+    with open(path, "rb") as file:  # is_zipfile says False of what may not be read
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path} is no .npz file, or a part of one")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images_name = _find(arrays.files, IMAGE_NAMES)

@@ -1,4 +1,4 @@
-"""Image files as pixels: JPEG and WebP by torchvision where it is installed, which is twice as fast, else by Pillow.
+"""Image files as pixels: JPEG by torchvision where it is installed, which is twice as fast, the others by Pillow.
 
 Both take the same from a file: RGB, with transparency left out, 16 bits cut to 8, the first frame, no rotation that a
 camera noted down (as torchvision's ImageFolder). Of a JPEG the two may differ by a level or so; a fingerprint names
@@ -25,9 +25,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 #: Larger files are not read: no image of that many pixels has as many bytes.
 MAX_BYTES = 2**30
-#: How files start that Pillow decodes in any case: torchvision knows no BMP, paints what a GIF leaves transparent, and
-#: of a PNG with one byte changed it ends the process (0.29, by a segmentation fault).
-PILLOWS = (b"BM", b"GIF", b"\x89PN")
+#: How files start that Pillow decodes in any case: torchvision knows no BMP and no WebP of several frames, paints what
+#: a GIF leaves transparent, and of a PNG with one byte changed it ends the process (0.29, by a segmentation fault).
+PILLOWS = (b"BM", b"GIF", b"\x89PN", b"RIF")
 
 
 def decoder() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import signal
@@ -38,8 +40,9 @@ class FolderData(Dataset):
     With `skip_unreadable`, the next file that can be read stands in for one that cannot. What comes at a position then
     still follows from the files alone, and a run that such a file ended resumes in the same order without it.
 
-    Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names; a link that
-        leads back to a folder that it lies in.
+    Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names; a folder
+        that cannot be read; a link that leads back to a folder that it lies in. OSError, from its batches: a worker
+        was killed.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class FolderData(Dataset):
         self.path, self.flip, self.skip_unreadable = path, flip, skip_unreadable
         self.unreadable: dict[str, str] = {}
         self._warned = False
-        names = _images_in(path)
+        names = _images_in(path, skip_unreadable)
         if not names:
             raise ValueError(f"{path} holds no images: no file in it ends in {', '.join(decode.SUFFIXES)}")
         self.classes, labels = _find_labels(path, names, labelled)
@@ -123,9 +126,22 @@ class FolderData(Dataset):
             # A loader draws a seed for its workers, which need none: not from the generator that training draws from.
             generator=torch.Generator(),
         )
-        for batch, unreadable in loader:
-            self._note(unreadable)
-            yield batch
+        batches: Any = iter(loader)
+        # Not when it is collected, since the traceback of an error keeps it. And multiprocessing, which at exit waits
+        # for workers without end, sends them the one signal that they pass over.
+        end = functools.partial(_end_workers, batches, os.getpid())
+        atexit.register(end)
+        try:
+            for batch, unreadable in batches:
+                self._note(unreadable)
+                yield batch
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if (message := worker_gone(error)) is None:
+                raise
+            raise OSError(message) from error
+        finally:
+            atexit.unregister(end)
+            end()
 
     def _note(self, unreadable: list[tuple[str, str]]) -> None:
         """Raises: ValueError: files that cannot be read, and may not be skipped or are all there is."""
@@ -202,20 +218,45 @@ def _pass_over_one_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+def _end_workers(batches: Any, owner: int) -> None:
+    """Of a loader's iterator, in the process `owner` and not in one that was forked from it."""
+    if os.getpid() != owner or not hasattr(batches, "_workers"):  # without, this process reads
+        return
+    batches._shutdown_workers()  # by a message, for which it waits some seconds
+    for worker in batches._workers:
+        worker.kill()
+        worker.join()
+
+
+def worker_gone(error: Exception) -> str | None:
+    """What to say of an error by which torch's loader tells that a worker ended, wherever the run was: it comes by a
+    signal. None: another error."""
+    said = str(error).strip() or type(error).__name__
+    if not isinstance(error, ConnectionError | EOFError) and not said.startswith("DataLoader worker"):
+        return None
+    return f"a process that decodes images is gone, as when memory runs out; --resume goes on with the run: {said}"
+
+
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _images_in(path: Path) -> list[str]:
-    """The images below a folder, by their paths in it."""
+def _images_in(path: Path, skip_unreadable: bool) -> list[str]:
+    """The images below a folder, by their paths in it. Raises: ValueError: a folder that cannot be read."""
     names = []
-    for folder, subfolders, files in os.walk(path, followlinks=True):
+    unreadable: list[OSError] = []
+    for folder, subfolders, files in os.walk(path, onerror=unreadable.append, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
             _check_link(path, Path(folder, name))
         inside = Path(folder).relative_to(path)
         images = (name for name in files if name.lower().endswith(decode.SUFFIXES) and not name.startswith("."))
         names += [(inside / name).as_posix() for name in images]
+    for error in unreadable:
+        message = f"the folder {error.filename} cannot be read: {error.strerror}"
+        if not skip_unreadable:
+            raise ValueError(f"{message}; with skip_unreadable=True its images are left out, and a class that it is")
+        warnings.warn(f"{message}; its images are left out", stacklevel=4)
     return sorted(names)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +14,14 @@ CHUNK = 256
 
 def check_fit(image_size: int | None, channels: int | None) -> None:
     """Raises: ValueError: neither None nor a size, or 1 or 3 channels."""
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be 1 or more, or None for the size the images have, got {image_size}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 (grey), 3 (RGB) or None, got {channels}")
+    if image_size is not None and (not _whole(image_size) or image_size < 1):
+        raise ValueError(f"image_size must be 1 or more, or None for the size the images have, got {image_size!r:.80}")
+    if channels is not None and (not _whole(channels) or channels not in (1, 3)):
+        raise ValueError(f"channels must be 1 (grey), 3 (RGB) or None, got {channels!r:.80}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def fit(images: Tensor, image_size: int | None, channels: int | None) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 from cmfast import ops
 from cmfast.noise import FLIP_DRAW, ORDER_DRAW
 
+#: Images of a batch: of more, the list of their positions alone fills a memory.
+MAX_BATCH = 2**24
+
 
 class Batch(NamedTuple):
     """One rank's part of a step.
@@ -97,7 +100,7 @@ class Dataset(ABC):
         memory need no workers and start none; closing the iterator ends those of the others. `pin_memory`: in
         page-locked memory.
 
-        Raises: ValueError: no images, or a number that is too small.
+        Raises: ValueError: no images, or a number out of range.
         """
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -107,6 +110,8 @@ class Dataset(ABC):
         ):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        if batch_size > MAX_BATCH:
+            raise ValueError(f"batch_size must be {MAX_BATCH:,} or less, got {batch_size:,}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to below world_size = {world_size}, got {rank}")
         if not len(self):

@@ -48,8 +48,9 @@ DECODE = [
      FOLDER + "both_decoders_read_the_same[16 bits]"),
     ("a GIF is torchvision's", 'PILLOWS = (b"BM", b"GIF", ', 'PILLOWS = (b"BM", ',
      FOLDER + "both_decoders_read_the_same[GIF]"),
-    ("a PNG is torchvision's", ', b"\\x89PN")', ")",
+    ("a PNG is torchvision's", ', b"\\x89PN"', "",
      FOLDER + "a_png_is_pillows"),
+    ("a WebP is torchvision's", ', b"RIF")', ")", FOLDER + "both_decoders_read_the_same[WebP of two frames]"),
     ("torchvision where it is not", 'if by == "Pillow" or content', "if content",
      FOLDER + "without_torchvision"),
 ]  # fmt: skip
@@ -81,6 +82,11 @@ READER = [
      "tests/test_hostile_files.py::test_refused_and_not_run[images: a link to the folder around it]"),
     ("a worker ends when all are told to", "            worker_init_fn=_pass_over_one_sigterm,\n", "",
      FOLDER + "workers_that_are_spawned"),
+    ("a worker that is killed leaves the others", "            end()\n", "            pass\n",
+     FOLDER + "a_worker_that_is_killed_ends_the_run[reading]"),
+    ("workers are left to multiprocessing at exit", "        atexit.register(end)\n", "",
+     FOLDER + "a_worker_that_is_killed_ends_the_run[elsewhere]"),
+    ("a folder is passed over", "onerror=unreadable.append, ", "", FOLDER + "a_folder_that_cannot_be_read"),
     ("images of several sizes", "elif one_size and this != size:", "elif False:", FOLDER + "sizes_and_channels"),
 ]  # fmt: skip
 

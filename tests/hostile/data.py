@@ -72,6 +72,12 @@ def _(folder, canary):
     return folder / "bad.npz"
 
 
+@kind("npz: a pipe", "bad.npz is no regular file")
+def _(folder, canary):
+    os.mkfifo(folder / "bad.npz")
+    return folder / "bad.npz"
+
+
 @kind("npz: an array without its suffix", "there is no x.npy in it")
 def _(folder, canary):
     return archive(folder / "bad.npz", {"x": npy()})
