@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from cmfast.reference import Draw
+
 Forward = Callable[..., Any]
 Result = TypeVar("Result")
 
@@ -41,6 +43,23 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def saved(*values: Any) -> tuple[Tensor | None, ...]:
+    """The tensors among the values, as save_for_backward takes them: of one made in inference mode, a copy."""
+    tensors = (x if isinstance(x, Tensor) else None for x in values)
+    if torch.compiler.is_compiling():
+        return tuple(tensors)
+    return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+
+
+def stands_for_many(*grads: Tensor | None) -> bool:
+    """Whether a gradient is one of `is_grads_batched`, or of vmap: these go through ordinary operations."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch  # pyright: ignore  # made at run time
+    kinds = functorch.is_legacy_batchedtensor, functorch.is_batchedtensor
+    return any(is_kind(grad) for is_kind in kinds for grad in grads if grad is not None)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *inputs: Any) -> Any:
@@ -50,11 +69,13 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options, *arguments = inputs
-        saved = output[len(output) - ctx.keep :]
+        kept = output[len(output) - ctx.keep :]
         levels_vary = any(isinstance(x, Tensor) and x.ndim <= 1 and x.requires_grad for x in arguments)
-        ctx.mark_non_differentiable(*saved, *(() if levels_vary else [output[i] for i in c_noise]))
+        ctx.mark_non_differentiable(*kept, *(() if levels_vary else [output[i] for i in c_noise]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments), *saved)
+        # Gradients of levels draw the noise again: of numbers that changed meanwhile, autograd says so.
+        drawn = [part for x in arguments if isinstance(x, Draw) for part in x] if levels_vary else []
+        ctx.save_for_backward(*saved(*arguments), *kept, *saved(*drawn))
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
 
     @staticmethod
@@ -63,9 +84,9 @@ class _Fused(torch.autograd.Function):
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors[:count], ctx.others)]
         needed, grads = ctx.needs_input_grad[5:], grads[: len(grads) - ctx.keep]
         results: list[Tensor | None] = [None] * count
-        if not torch.is_grad_enabled():
-            saved = {"saved": ctx.saved_tensors[count:]} if ctx.keep else {}
-            results = list(ctx.kernel(needed, grads, *inputs, **saved, **ctx.options))
+        if not torch.is_grad_enabled() and not stands_for_many(*grads):
+            kept = {"saved": ctx.saved_tensors[count : count + ctx.keep]} if ctx.keep else {}
+            results = list(ctx.kernel(needed, grads, *inputs, **kept, **ctx.options))
         missing = [i for i in range(count) if needed[i] and results[i] is None]
         if missing:
             for i, grad in zip(missing, reference_grads(ctx.reference, inputs, missing, grads, ctx.options)):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from cmfast.reference import Draw
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 #: Looked for in this order: Python's own are found at once.
-_NUMBERS = (float, int, Real)
+_NUMBERS: tuple[Any, ...] = (float, int, Real)
 
 
 def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
@@ -168,19 +169,19 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
-def positive(name: str, value: object) -> None:
+def positive(name: str, value: Any) -> None:
     """A finite number above 0. By comparisons, which torch.compile traces where a number varies: not math.isfinite."""
     if not (isinstance(value, _NUMBERS) and 0 < value < math.inf):
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def number(name: str, value: object) -> None:
+def number(name: str, value: Any) -> None:
     """A finite number of 0 or more."""
     if not (isinstance(value, _NUMBERS) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
-def part(name: str, value: object) -> None:
+def part(name: str, value: Any) -> None:
     """A number in [0, 1)."""
     if not (isinstance(value, _NUMBERS) and 0 <= value < 1):
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")

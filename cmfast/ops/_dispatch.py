@@ -177,7 +177,7 @@ def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():
             return "a view that negates is not what lies in memory"
     return None
 

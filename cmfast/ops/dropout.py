@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
+from cmfast.ops._autograd import saved, stands_for_many
 from cmfast.ops._dispatch import use_kernel
 from cmfast.reference import Draw
 
@@ -26,8 +27,7 @@ def dropout(x: Tensor, p: float, draw: Draw) -> Tensor:
     (tensor([0.0000, 1.3333]), 1.0)
     """
     _check.float_tensor("x", x, min_ndim=2)
-    if not 0 <= p < 1:
-        raise ValueError(f"p must be in [0, 1), got {p}")
+    _check.part("p", p)
     _check.draw_for("draw", draw, x, "x")
     if not use_kernel("dropout", x, draw, levels=False):
         return reference.dropout(x, p, draw)
@@ -53,9 +53,10 @@ class _Dropout(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.p, *draw = inputs
         ctx.draw = [None if isinstance(part, Tensor) else part for part in draw]
-        ctx.save_for_backward(*(part if isinstance(part, Tensor) else None for part in draw))
+        ctx.save_for_backward(*saved(*draw))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         draw = Draw(*(kept if part is None else part for part, kept in zip(ctx.saved_tensors, ctx.draw)))
-        return dropout(grad, ctx.p, draw), None, None, None, None
+        op = reference.dropout if stands_for_many(grad) else dropout
+        return op(grad, ctx.p, draw), None, None, None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._autograd import reference_grads
+from cmfast.ops._autograd import reference_grads, saved, stands_for_many
 from cmfast.ops._dispatch import plain, use_kernel
 from cmfast.reference import Draw
 
@@ -70,10 +70,8 @@ def group_norm_silu(
     if residual is not None:
         _check.float_tensor("residual", residual)
         _check.same_shape(x=x, residual=residual)
-    if not eps >= 0:
-        raise ValueError(f"eps must be 0 or more, got {eps}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    _check.number("eps", eps)
+    _check.part("dropout", dropout)
     if dropout:
         if draw is None:
             raise ValueError("draw is missing: dropout needs a Draw(seed, index, draw)")
@@ -134,25 +132,24 @@ class _GroupNormSilu(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.added = [None if t is None else t.dtype for t in (x_bias, residual)]
         ctx.draw = [None if isinstance(t, Tensor) else t for t in draw]
-        saved_draw = (t if isinstance(t, Tensor) else None for t in draw)
         normalised, late_bias = (total[0], None) if total else (x, x_bias)
-        ctx.save_for_backward(normalised, weight, bias, scale, shift, late_bias, moments, *saved_draw)
+        ctx.save_for_backward(*saved(normalised, weight, bias, scale, shift, late_bias), moments, *saved(*draw))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_sum: Tensor | None) -> tuple[Any, ...]:
-        *saved, moments, seed, index, number = ctx.saved_tensors
+        *tensors, moments, seed, index, number = ctx.saved_tensors
         given = [kept if t is None else t for t, kept in zip((seed, index, number), ctx.draw)]
-        inputs = [*saved, None if index is None else Draw(*given)]
+        inputs = [*tensors, None if index is None else Draw(*given)]
         grad_sum = of_sum[0] if len(of_sum) > 1 else None
         *_, need_x_bias, need_residual = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 6
-        if grad is not None and not torch.is_grad_enabled():
+        if grad is not None and not torch.is_grad_enabled() and not stands_for_many(grad, grad_sum):
             from cmfast.kernels.group_norm_bwd import group_norm_silu_bwd
 
             grads = list(group_norm_silu_bwd(grad, grad_sum, moments, *inputs, need_x_bias=need_x_bias, **ctx.options))
         else:
             if grad is not None:
-                wanted = [i for i, t in enumerate(inputs[:6]) if t is not None]
+                wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
                 for i, made in zip(wanted, reference_grads(_of_sum, inputs, wanted, (grad,), ctx.options)):
                     grads[i] = made
             if grad_sum is not None:

@@ -86,6 +86,17 @@ def test_dropout_is_that_of_the_reference(shape, layout, dtype, device):
     torch.testing.assert_close(grad.float(), mask / 0.7, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0)
 
 
+def test_gradients_of_dropout_many_at_once_and_from_inference_mode(device):
+    x = torch.ones(2, 5, 3, device=device, requires_grad=True)
+    with torch.inference_mode():
+        draw = ops.Draw(7, torch.arange(2, device=device))
+    with cmfast.backend("triton"):
+        y = ops.dropout(x, 0.5, draw)
+    weights = torch.stack([torch.ones_like(y), torch.full_like(y, 2.0)])
+    (grads,) = torch.autograd.grad(y, x, weights, is_grads_batched=True)
+    assert grads.equal(weights * y.detach())
+
+
 def test_dropout_by_tensors_and_twice_differentiated(device):
     x = torch.randn(2, 8, 4, 4, device=device, requires_grad=True)
     index = torch.arange(2, device=device)

@@ -201,6 +201,46 @@ def test_gradients_of_gradients(case, device):
 
 
 @each
+def test_many_gradients_at_once(case, device):
+    """`is_grads_batched`, as of a vectorized jacobian: from the reference."""
+    call = make(case, (2, 3, 4, 4), (torch.float32, torch.float32), device)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves, results = graph_of_states(call, backend)
+        weights = [torch.stack([upstream(r), upstream(r) * 2 + 1]) for r in results]
+        options = {"is_grads_batched": True, "allow_unused": True}
+        found.append(torch.autograd.grad(results, list(leaves.values()), weights, **options))
+    for value, expected in zip(*found, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_tensors_made_in_inference_mode(case, device):
+    """A target, a state or levels that a sampler made: gradients of one state are as ever."""
+    call = make(case, (2, 3, 4, 4), MAIN, device)
+    name = next(k for k in call.states if k not in case.no_grad_to)
+    leaves, results = call.graph("triton", [name])
+    expected = torch.autograd.grad(results[0], leaves[name], upstream(results[0]))
+    with torch.inference_mode():
+        states, sigmas = ({k: v.clone() for k, v in each.items()} for each in (call.states, call.sigmas))
+    states[name] = call.states[name]
+    leaves, results = Call(case, states, sigmas, call.dtype).graph("triton", [name])
+    assert torch.autograd.grad(results[0], leaves[name], upstream(results[0]))[0].equal(expected[0])
+
+
+def test_gradients_of_levels_want_the_draw_as_it_was(device):
+    """They draw the noise again: after a change in place that would be another's."""
+    x, index = torch.zeros(2, 4, device=device), torch.arange(2, device=device)
+    sigma = torch.ones((), device=device, requires_grad=True)
+    with cmfast.backend("triton"):
+        noised, *_ = ops.add_noise(x, ops.Draw(0, index), sigma)
+        index.add_(10)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            noised.sum().backward()
+
+
+@each
 def test_same_bits_on_repetition(case, device):
     call = make(case, (2, 3, 64, 64), MAIN, device)
     first, first_grads = call.run_with_grads("triton", levels=False)

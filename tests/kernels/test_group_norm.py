@@ -282,6 +282,44 @@ def test_gradients_of_gradients(kind, device):
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "x_bias", "scale"])
+def test_gradients_of_gradients_of_one_input(name, device):
+    """Where the others need none, as with frozen weights."""
+    norm = make((2, 4, 3, 3), 2, "all", device=device)
+    second = []
+    for backend in ("triton", "reference"):
+        leaves, (y, total) = norm.graph(backend, name)
+        (first,) = torch.autograd.grad(y, leaves[name], upstream(y), create_graph=True)
+        second.append(torch.autograd.grad((first.square() * upstream(first)).sum(), leaves[name], allow_unused=True)[0])
+    if second[1] is not None:
+        torch.testing.assert_close(*second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_at_once(kind, device):
+    """`is_grads_batched`, as of a vectorized jacobian: from the reference."""
+    norm = make((2, 4, 3, 3), 2, kind, device=device)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves, results = norm.graph(backend)
+        weights = [torch.stack([upstream(r), upstream(r) * 2 + 1]) for r in results]
+        found.append(torch.autograd.grad(results, list(leaves.values()), weights, is_grads_batched=True))
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_made_in_inference_mode(device):
+    norm = make((2, 4, 3, 3), 2, "all", device=device)
+    leaves, (y, _) = norm.graph("triton", "x")
+    with torch.inference_mode():
+        made = {k: v.clone() for k, v in norm.tensors.items() if k != "x"}
+        index = norm.options["draw"].index.clone()
+    other = Norm({**norm.tensors, **made}, 2, {**norm.options, "draw": norm.options["draw"]._replace(index=index)})
+    others, (value, _) = other.graph("triton", "x")
+    grads = (torch.autograd.grad(r, x["x"], upstream(r))[0] for r, x in ((y, leaves), (value, others)))
+    assert value.equal(y) and torch.equal(*grads)
+
+
 @layouts
 def test_same_bits_on_repetition(last, way, device):
     norm = make((2, 12, 8, 8), 2, last=last, device=device)
