@@ -56,6 +56,11 @@ class Objective:
         """That of a step, from 0."""
         return Stage()
 
+    def sampling(self, stage: Stage) -> dict[str, Any]:
+        """How a model that has come to a stage is sampled: arguments of `cmfast.Sampler`. A consistency model in one
+        step, a diffusion model in 18 Heun steps."""
+        return {"steps": 1} if self.preconditioning == "consistency" else {"sampler": "heun"}
+
     def loss(
         self,
         model: Model,
@@ -248,6 +253,11 @@ class ProgressiveDistillation(_OnGrid):
         _at_least(2, start_scales=self.start_scales)
         _at_least(1, steps_per_stage=self.steps_per_stage)
 
+    @property
+    def stages(self) -> float:
+        """A whole run in units of `steps_per_stage`: to one interval, of which the stage is as long as that of two."""
+        return math.log2(self.start_scales) + 3
+
     def stage(self, step: int) -> Stage:
         """The stage of a step, as `schedules.ema_and_scales(..., "progdist")` has it."""
         start, steps = self.start_scales, self.steps_per_stage
@@ -262,6 +272,10 @@ class ProgressiveDistillation(_OnGrid):
             return Stage(halvings, halvings * steps, one - halvings * steps, 2)
         number = step // steps
         return Stage(number, number * steps, steps, num_scales)
+
+    def sampling(self, stage: Stage) -> dict[str, Any]:
+        """In the intervals of the stage, each one Euler step."""
+        return {"sampler": "progdist", "steps": stage.levels}
 
     def _loss(
         self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None,
@@ -324,6 +338,8 @@ class EasyConsistencyTuning(Objective):
     """
 
     preconditioning: ClassVar[str] = "edm"
+    #: A whole run in units of `steps_per_stage`.
+    stages: ClassVar[float] = 8
 
     steps_per_stage: int = 25_000
     q: float = 2.0
@@ -341,6 +357,10 @@ class EasyConsistencyTuning(Objective):
         """floor(step / steps_per_stage)."""
         number = step // self.steps_per_stage
         return Stage(number, number * self.steps_per_stage, self.steps_per_stage)
+
+    def sampling(self, stage: Stage) -> dict[str, Any]:
+        """In one step: it is a consistency model, with the scalings of a diffusion model."""
+        return {"steps": 1}
 
     def _loss(
         self, model: Model, x_start: Tensor, stage: Stage, draw: ops.Draw, labels: Tensor | None, **others: Any

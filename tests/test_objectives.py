@@ -118,6 +118,13 @@ def test_bad_settings(name, options, message):
         make(name, **options)
 
 
+def test_how_each_is_sampled():
+    """Consistency models in a step; a diffusion model as such; students of progressive distillation in their own."""
+    found = {name: kind().sampling(kind().stage(60_000)) for name, kind in OBJECTIVES.items()}
+    assert found.pop("edm") == {"sampler": "heun"} and found.pop("pd") == {"sampler": "progdist", "steps": 32}
+    assert set(found) == {"cd", "ct", "ict", "ect"} and all(how == {"steps": 1} for how in found.values())
+
+
 def test_lpips_is_the_originals_default():
     with pytest.raises(ValueError, match="LPIPS"):
         loss(objectives.ConsistencyTraining(), toy(0), X.float(), target=toy(1))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 OPTIMIZERS = ("radam", "adam", "adamw")
 DECAYS = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,10 +20,11 @@ ON_NAN = ("stop", "skip")
 PARALLEL = ("ddp", "fsdp")
 
 #: What a resumed run may have otherwise. With the first three it goes on from a NaN, on the same data and with the same
-#: network and objective; the others change nothing of what is learnt.
+#: network and objective; the others change nothing of what is learnt, but for rounding.
 FREE = (
     "learning_rate", "max_norm", "on_nan",
-    "log_interval", "save_interval", "sample_interval", "keep", "workers", "graphs", "paths", "skip_unreadable",
+    "log_interval", "save_interval", "sample_interval", "keep", "workers", "microbatch", "graphs", "paths",
+    "skip_unreadable",
 )  # fmt: skip
 
 #: Bytes of a file of settings, and values in it. A run's has 2,000 of them.
@@ -108,17 +111,19 @@ class TrainOptions:
         warm = min(1.0, (done + 1) / self.warmup) if self.warmup else 1.0
         fraction = min(done / steps, 1.0)
         left = {"constant": 1.0, "linear": 1 - fraction, "cosine": 0.5 * (1 + math.cos(math.pi * fraction))}
-        return self.learning_rate * warm * left[self.decay]
+        return float(self.learning_rate * warm * left[self.decay])
 
 
 def plain(value: Any) -> Any:
-    """A dataclass, or anything within one, as YAML has it: lists for tuples, texts for paths."""
+    """A dataclass, or anything within one, as YAML has it: lists for tuples, texts for paths, Python's numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -82,6 +82,9 @@ class Trainer:
     ) -> None:
         self.group = group or Ranks()
         self.data, self.options, self.out = data, options, Path(out)
+        if self.group.rank:
+            # Else a network that drops by torch's generator would drop alike everywhere.
+            torch.manual_seed(torch.initial_seed() + self.group.rank)
         if options.batch_size % self.group.size:
             raise ValueError(f"batch_size={options.batch_size} cannot be shared by {self.group.size} processes alike")
         check_data(model, data)
@@ -192,9 +195,9 @@ class Trainer:
         return self.group.together(work)
 
     def losses(self) -> tuple[list[int], list[float]]:
-        """The steps of the log and the loss at each."""
+        """The steps of the log and the loss at each, NaN where there was none."""
         lines = pictures.read_log(self.out / LOG)
-        return [line["step"] for line in lines], [line["loss"] for line in lines]
+        return [line["step"] for line in lines], [math.nan if line["loss"] is None else line["loss"] for line in lines]
 
     def _checkpoint(self, resume: bool | str) -> Path | None:
         found = checkpoints.newest(self.out)
@@ -228,7 +231,7 @@ class Trainer:
             )
         write_text(self.out / SETTINGS, config.written(self.settings))
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
-        write_text(self.out / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
 
     def _report(self, bar: Any) -> None:
         """Take up the numbers that were posted, if any."""
@@ -242,7 +245,7 @@ class Trainer:
             return
         line = self._line(pending.done, pending.sent, reading)
         with open(self.out / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(pictures.log_line(line))
         bar.set_postfix({name: line[name] for name in ("loss", "images_per_s", "memory_gb", "skipped")})
         if self._board is not None:
             for name, value in line.items():
@@ -279,8 +282,8 @@ class Trainer:
 
     def _stop(self, step: int) -> None:
         """Keep the weights before a bad step, which no step since has changed, and say so."""
+        self.step.forget(self.done - step)
         self.done = step
-        self.step.restore_scale()
         where = self.save()
         raise NaNLoss(
             f"the loss of step {step} (of {self.options.steps}), or a gradient, is not finite. The state before it is "
@@ -290,10 +293,18 @@ class Trainer:
 
     def _draw(self) -> None:
         average = self.average()
-        if self.group.rank == 0:
-            pictures.sample_grid(average, self.out / "samples" / f"step-{self.done:08d}.png", seed=self.options.seed)
-            steps, losses = self.losses()
-            pictures.plot_losses({self.out.name: (steps, losses)}, self.out / "loss.png")
+        if self.group.rank:
+            return
+        grid, curve = self.out / "samples" / f"step-{self.done:08d}.png", self.out / "loss.png"
+        how = {**self.step.objective.sampling(self.step.stage), "image_shape": tuple(self.data.image_shape)}
+        for draw in (
+            lambda: pictures.sample_grid(average, grid, seed=self.options.seed, **how),
+            lambda: pictures.plot_losses({self.out.name: self.losses()}, curve),
+        ):
+            try:
+                draw()
+            except Exception as error:  # of whatever kind: a run is worth more than its pictures
+                warnings.warn(f"a picture is missing at step {self.done}: {error}", stacklevel=2)
 
     def _finish(self) -> Denoiser:
         average = self.average()
@@ -308,7 +319,8 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
-        return SummaryWriter(str(self.out / "tensorboard"))
+        # Steps that will be done again are not shown twice.
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done + 1)
 
 
 def check_data(model: Denoiser, data: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmfast.denoiser import Denoiser
@@ -14,6 +16,28 @@ from cmfast.ranks import Ranks
 
 #: Blocks of a network that are sharded one by one: those that it holds in lists.
 _LISTS = (nn.ModuleList,)
+
+
+@torch.no_grad()
+def spread(model: Denoiser) -> None:
+    """Give every process the first one's weights and buffers, so that all start alike."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        whole = tensor.contiguous()
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
+
+
+def check_used(model: Denoiser) -> None:
+    """After a backward pass: ValueError where a weight has no gradient, since its part of the mean over processes, and
+    that of others which travel together with it, was then waited for in vain."""
+    network: Any = model.network
+    unused = [name for name, p in network.module.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        names = ", ".join(unused[:3]) + " and others" * (len(unused) > 3)
+        raise ValueError(
+            f"{names} of the network had no part in this step, and several processes wait for a gradient of each "
+            "weight: call requires_grad_(False) on what the network does not use, or give parallel='fsdp'"
+        )
 
 
 def shard(model: Denoiser, group: Ranks) -> None:

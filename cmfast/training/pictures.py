@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from cmfast.whole import written_whole
 COUNT, COLUMNS = 64, 8
 
 
-def sample_grid(model: Denoiser, path: Path, *, seed: int = 0) -> Path:
-    """A grid of samples: of a consistency model in one step, of a diffusion model in 18 Heun steps."""
-    options: dict[str, Any] = {"steps": 1} if model.preconditioner.name == "consistency" else {"sampler": "heun"}
+def sample_grid(model: Denoiser, path: Path, *, seed: int = 0, **options: Any) -> Path:
+    """A grid of samples; options: of `cmfast.Sampler`, as `Objective.sampling` has them."""
     classes = None if model.num_classes is None else [i % model.num_classes for i in range(COUNT)]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         pixels = Sampler(model, COUNT, cuda_graph=False, **options).sample(COUNT, seed=seed, classes=classes)
@@ -37,6 +37,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def log_line(values: Mapping[str, Any]) -> str:
+    """A line of a log: JSON, which has no NaN and no infinity: null stands for them."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def plot_losses(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:

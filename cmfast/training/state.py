@@ -19,7 +19,7 @@ from cmfast import checkpoint
 from cmfast.denoiser import Denoiser
 from cmfast.memory import out_of_memory
 from cmfast.ranks import RankError, Ranks
-from cmfast.training.parallel import distributed_like, whole
+from cmfast.training.parallel import distributed_like, whole, with_network
 from cmfast.training.step import TrainStep
 from cmfast.unet import UNetModel
 
@@ -38,7 +38,7 @@ class State:
 
     def __init__(self, model: Denoiser, group: Ranks) -> None:
         self.group = group
-        self._shadow = copy.deepcopy(model).requires_grad_(False).to("cpu").eval()
+        self._shadow = copy.deepcopy(model).to("cpu").eval()
 
     def names(self, step: TrainStep) -> list[str]:
         """The files of the averages."""
@@ -68,6 +68,7 @@ class State:
             "optimizer": _mapped(whole, step.optimizer.state_dict()),
             "averages": {k: v for k, v in step.averages.state_dict().items() if k != "averages"},
             "scaler": None if step.scaler is None else step.scaler.state_dict(),
+            "skipped": int(step.optimizer.skipped),
             "random": self._generators(step.device),
         }
 
@@ -102,13 +103,14 @@ class State:
         step.optimizer.load_state_dict(state["optimizer"])
         averages = []
         for k, name in enumerate(self.names(step)):
-            tensors = {f"network.{key}": value for key, value in load_file(folder / name).items()}
+            tensors = {f"network.{key}": value for key, value in _plain(load_file(folder / name)).items()}
             like = dict(zip(step.averages.names, step.averages.tensors(k)))
             _check(tensors, like, folder / name)
             averages.append({key: distributed_like(tensors[key], value) for key, value in like.items()})
         step.averages.load_state_dict({**state["averages"], "averages": averages})
         if step.scaler is not None:
             step.scaler.load_state_dict(state["scaler"])
+        step.optimizer.skipped.fill_(state.get("skipped", 0))  # which older checkpoints do not have
         if state["step"]:
             step.stage = step.objective.stage(state["step"] - 1)
         self._restore(state["random"], step.device)
@@ -166,11 +168,18 @@ def _damaged(folder: Path, error: Exception | str) -> str:
 def save_weights(model: Denoiser, path: Path) -> None:
     """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone."""
     network: Any = model.network
+    network = getattr(network, "_orig_mod", network)
     if isinstance(network, UNetModel):
-        checkpoint.save(model, path)
-    else:
-        with _as_oserror(path):
-            save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+        checkpoint.save(with_network(model, network), path)
+        return
+    tensors, places = _plain(network.state_dict()), set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        # Weights that are tied are one memory by two names, and a file takes memory by one alone.
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if place in places else tensor.contiguous()
+        places.add(place)
+    with _as_oserror(path):
+        save_file(tensors, path)
 
 
 @contextmanager
@@ -179,15 +188,20 @@ def _as_oserror(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
 
 
 def _load(model: Denoiser, path: Path) -> None:
-    tensors, network = load_file(path), cast(Any, model.network)
-    _check(tensors, network.state_dict(), path)
+    tensors, ours = _plain(load_file(path)), _plain(cast(Any, model.network).state_dict())
+    _check(tensors, ours, path)
     with torch.no_grad():
-        for name, tensor in network.state_dict().items():
+        for name, tensor in ours.items():
             tensor.copy_(distributed_like(tensors[name], tensor))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By their names without what torch.compile puts into them: a network may be compiled or not."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
 
 
 def _check(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:

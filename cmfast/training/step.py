@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from cmfast.training.frozen import frozen
 
 #: What a model and an objective both say of noise levels.
 LEVELS = ("sigma_min", "sigma_max", "rho")
+#: Weightings that depend on the standard deviation of the data.
+OF_DATA = ("karras",)
 #: No step was bad.
 NONE = 2**62
 #: Gradients that are not finite at a loss scale below this, float16's least number, are no overflow.
@@ -77,7 +80,7 @@ class Pending:
 class TrainStep:
     """A student with all that a step of it needs: `step(batch, number)` does one.
 
-    model           the student: its weights are trained in place
+    model           the student: its weights are trained in place, those that require a gradient
     objective       what is minimised
     teacher_model   of a distillation; it changes at a new stage of a progressive one
     lpips           the perceptual distance, where the objective asks for it
@@ -92,7 +95,8 @@ class TrainStep:
     before a step that `renews`: teacher, averages and optimizer are replaced in it.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
-        noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps.
+        noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps,
+        or are none, or lie outside the network.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -117,9 +121,13 @@ class TrainStep:
         check_models(model, objective, teacher_model, lpips)
         self.objective, self.options, self.group = objective, options, group or Ranks()
         self.device, self.lpips = model.device, lpips
-        self.model = model.requires_grad_(True).train()
+        self.model = model.train()
         if options.checkpointing:
             _recompute(model)
+        if self.group.size > 1:
+            for each in (model, teacher_model):
+                if each is not None:
+                    parallel.spread(each)
         self.target_model = copy.deepcopy(model).requires_grad_(False) if objective.needs_target else None
         # A copy, since a progressive distillation writes its students into it.
         self.teacher_model = copy.deepcopy(teacher_model).requires_grad_(False).eval() if teacher_model else None
@@ -161,8 +169,11 @@ class TrainStep:
             with parallel.synchronising(self.student, start + micro >= size):
                 loss = self._loss(images[part], None if labels is None else labels[part], index[part]).sum() / size
                 total += loss.detach()
-                loss = loss * self._alive
+                # A loss that is not finite may have gradients that are: they become NaN, on every process.
+                loss = loss * torch.where(loss.detach().isfinite(), self._alive, torch.nan)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.group.size > 1 and not self._sharded:
+            parallel.check_used(self.student)
         self._update(number)
         self._note(total, number)
 
@@ -176,11 +187,13 @@ class TrainStep:
             return
         with torch.no_grad():
             assert self.teacher_model is not None
-            pairs = zip(self.teacher_model.parameters(), self.model.parameters(), strict=True)
-            for ours, students in pairs:
+            pairs = (itertools.chain(m.parameters(), m.buffers()) for m in (self.teacher_model, self.model))
+            for ours, students in zip(*pairs, strict=True):
                 ours.copy_(students)
+        skipped = self.optimizer.skipped
         self.averages = self._averages()
         self.optimizer = self._optimizer()
+        self.optimizer.skipped.copy_(skipped)
 
     def renews(self, number: int) -> bool:
         """Whether step `number` begins a new stage of a progressive distillation."""
@@ -208,9 +221,10 @@ class TrainStep:
         self._steps = 0
         return Pending(done, counts, values, self.group)
 
-    def restore_scale(self) -> None:
-        """Of float16, put the scale of the loss back to what it was at the last finite gradients: steps that a stop has
-        made do nothing have halved it, each of them."""
+    def forget(self, steps: int) -> None:
+        """Take back what the last steps, which a stop has made do nothing, changed all the same: each counted as
+        skipped, and in float16 halved the scale of the loss."""
+        self.optimizer.skipped.sub_(steps)
         if self.scaler is not None and self._kept_scale is not None:
             self._scale().copy_(self._kept_scale)
 
@@ -318,18 +332,22 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
     own = {level: (level, getattr(model, level)) for level in LEVELS}
     if name == "consistency":
         own["boundary"] = "sigma_min", model.preconditioner.boundary
+    if getattr(objective, "weighting", None) in OF_DATA:
+        own["sigma_data"] = "sigma_data", model.preconditioner.sigma_data
     wanted = {level: (getattr(objective, of, value), value) for level, (of, value) in own.items()}
     different = [f"{level}={new:g}, not {value:g}" for level, (new, value) in wanted.items() if new != value]
     if different:
         raise ValueError(
-            f"{type(objective).__name__} trains for other noise levels than the model says it is for: it needs a model "
-            f"with {'; '.join(different)}. Give them to Denoiser and Preconditioner, or the model's to the objective"
+            f"{type(objective).__name__} trains for other noise levels or data than the model says it is for: it needs "
+            f"a model with {'; '.join(different)}. Give them to Denoiser and Preconditioner, or the model's to the "
+            "objective"
         )
     if objective.needs_teacher != (teacher_model is not None):
         needs = "needs a teacher_model" if objective.needs_teacher else "takes no teacher_model"
         raise ValueError(f"{type(objective).__name__} {needs}")
     if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
         raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
+    _check_weights(model)
     # Of a progressive distillation, students become the teacher.
     trained = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
     for what, each in trained.items():
@@ -339,6 +357,21 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
                 f"the weights of {what} are {', '.join(sorted(map(str, dtypes)))}, and float32 is what is trained: "
                 f"call {what}.float() first; options.dtype says what networks compute in"
             )
+
+
+def _check_weights(model: Denoiser) -> None:
+    """ValueError unless all weights are the network's, and some of them are to be trained."""
+    outside = [name for name, _ in model.named_parameters() if not name.startswith("network.")]
+    if outside:
+        raise ValueError(
+            f"{', '.join(outside)} of the model is no part of its network, whose weights alone are saved and shared "
+            "between processes: define it in the network"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "no weight of the model is to be trained: call model.requires_grad_(True), or that of the part that is "
+            "(averages and targets are made without)"
+        )
 
 
 def _low_precision(model: nn.Module) -> set[torch.dtype]:

@@ -122,7 +122,44 @@ def the_end(out, group):
         loop.save_weights = save
 
 
+class Odd(Network):
+    """A part of it is never used, or one drops by torch's generator; each process would make another."""
+
+    def __init__(self, kind, rank):
+        super().__init__(rank)
+        self.kind, self.masks = kind, []
+        if kind == "unused":
+            self.never = nn.Linear(2, 2)
+
+    def forward(self, x, t):
+        if self.kind == "drops":
+            self.masks.append(nn.functional.dropout(torch.ones(8), 0.5).tolist())
+        return super().forward(x, t)
+
+
+def a_weight_without_gradient(out, group):
+    return outcome(trainer(out, group, Odd("unused", group.rank)))
+
+
+def masks(out, group):
+    network = Odd("drops", group.rank)
+    outcome(trainer(out, group, network, steps=1))
+    return network.masks[0]
+
+
+def where_they_start(out, group):
+    """Weights and buffers, of those that are shared out, too."""
+    found = []
+    for kind in ("ddp", "fsdp"):
+        run = trainer(out, group, Odd("", group.rank), parallel=kind)
+        found.append([state.whole(x).flatten().tolist() for x in run.step.model.state_dict().values()])
+    return found
+
+
 CASES = [
+    a_weight_without_gradient,
+    masks,
+    where_they_start,
     stopped_at_a_step_just_saved,
     a_nan_that_comes_again,
     a_full_disk,

@@ -2,16 +2,21 @@
 
 import json
 import shutil
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cmfast
 from cmfast.data import ImageData
 from cmfast.objectives import EDM
-from cmfast.training import NaNLoss, Trainer, checkpoints, config, loop, pictures
+from cmfast.training import NaNLoss, Trainer, checkpoints, config, loop, pictures, state
 from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, trainer, unet, weights
 
 
@@ -82,6 +87,60 @@ def test_a_foreign_networks_dropout_resumes(tmp_path):
     assert all(map(torch.equal, everything(resumed), everything(whole)))
 
 
+class Foreign(nn.Module):
+    """Part of it is not trained, or is one weight by two names."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        if kind == "tied":
+            self.two.weight = self.one.weight
+        if kind == "frozen":
+            self.two.requires_grad_(False)
+
+    def forward(self, x, t):
+        return self.two(torch.relu(self.one(x)))
+
+
+def foreign(out, kind, steps=4, **more):
+    network = Foreign(kind)
+    if kind == "compiled":
+        network = torch.compile(network, backend="eager")
+    model = cmfast.Denoiser(network, cmfast.Preconditioner.edm(), image_shape=(3, 8, 8))
+    return Trainer(model, EDM(), ImageData(DATA.images), replace(OPTIONS, steps=steps), out, **more)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "tied", "compiled"])
+def test_foreign_networks_resume(tmp_path, kind):
+    whole = foreign(tmp_path / "whole", kind)
+    result = whole.run(progress=False)
+    foreign(tmp_path / "part", kind, 2).run(progress=False)
+    resumed = foreign(tmp_path / "part", kind, resume=True)
+    resumed.run(progress=False)
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
+    # And what a run gives can be trained as its model could.
+    assert [p.requires_grad for p in result.parameters()] == [p.requires_grad for p in whole.step.model.parameters()]
+
+
+def test_a_compiled_network_is_saved_by_its_own_names(tmp_path):
+    """So that it may be gone on with as it is; those of older checkpoints have what torch.compile puts into them."""
+    foreign(tmp_path, "compiled", 2).run(progress=False)
+    found = sorted(checkpoints.newest(tmp_path).glob("*.safetensors"))
+    for path in found:
+        tensors = load_file(path)
+        assert set(tensors) == set(Foreign("").state_dict())
+        save_file({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, path)
+    assert len(found) == 3 and foreign(tmp_path, "", resume=True).done == 2
+
+
+def test_a_compiled_unet_is_one_in_its_file(tmp_path):
+    model = denoiser(OBJECTIVES["edm"])
+    model.network = torch.compile(model.network, backend="eager")
+    state.save_weights(model, tmp_path / "x.safetensors")
+    assert torch.equal(weights(cmfast.load(tmp_path / "x.safetensors")), weights(unet()))
+
+
 @pytest.mark.parametrize("part", ["model.safetensors", "state.pt", "average-0.9.safetensors"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, part):
     run = trainer("cd", tmp_path, replace(OPTIONS, steps=10))
@@ -98,8 +157,6 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, part):
             return save(*arguments, **options)
 
         return write
-
-    from cmfast.training import state
 
     monkeypatch.setattr(state, "save_weights", full(state.save_weights))
     monkeypatch.setattr(torch, "save", full(torch.save))
@@ -135,9 +192,10 @@ def test_left_by_a_killed_process(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     trainer("cd", tmp_path, replace(OPTIONS, steps=2)).run(progress=False)
     with pytest.raises(ValueError, match=r"options\.seed: 0, now 1") as error:
-        trainer("cd", tmp_path, replace(OPTIONS, steps=2, seed=1, eps=1.0, keep=9, max_norm=1.0), resume=True)
+        trainer("cd", tmp_path, replace(OPTIONS, steps=2, seed=1, eps=1.0, keep=9, max_norm=1.0, microbatch=2),
+                resume=True)
     assert "options.eps: 1e-08, now 1.0" in str(error.value)
-    assert "keep" not in str(error.value) and "max_norm" not in str(error.value)
+    assert not any(name in str(error.value) for name in ("keep", "max_norm", "microbatch"))
     with pytest.raises(ValueError, match=r"objective\.start_scales: 6, now 7"):
         trainer(replace(OBJECTIVES["cd"], start_scales=7), tmp_path, replace(OPTIONS, steps=2), resume=True)
     other = ImageData(DATA.images.flip(0), DATA.labels)
@@ -257,6 +315,64 @@ def test_a_nan_loss_can_be_left_out(tmp_path):
     run.run(progress=False)
     lines = pictures.read_log(tmp_path / loop.LOG)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1] and all(line["loss"] > 0 for line in lines)
+
+
+def test_skipped_steps_are_counted_on(tmp_path):
+    exploding(tmp_path, 2, replace(OPTIONS, steps=5, on_nan="skip")).run(progress=False)
+    exploding(tmp_path, None, replace(OPTIONS, steps=10, on_nan="skip"), resume=True).run(progress=False)
+    assert [line["skipped"] for line in pictures.read_log(tmp_path / loop.LOG)] == [1, 1]
+
+
+def test_the_log_is_json(tmp_path):
+    """Which has no NaN and no infinity."""
+    run = exploding(tmp_path, 0, replace(OPTIONS, steps=2, log_interval=1, on_nan="skip"))
+    run.run(progress=False)
+    lines = (tmp_path / loop.LOG).read_text().splitlines()
+    assert json.loads(lines[0])["loss"] is None and not any("NaN" in line or "Infinity" in line for line in lines)
+    assert run.losses()[0] == [1, 2] and [loss > 0 for loss in run.losses()[1]] == [False, True]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_numbers_of_numpy(tmp_path, kind):
+    exploding(tmp_path, None, replace(OPTIONS, steps=1, log_interval=1, learning_rate=kind(0.5))).run(progress=False)
+    assert config.read(tmp_path / loop.SETTINGS)["options"]["learning_rate"] == 0.5
+
+
+def test_pictures_are_drawn_as_the_objective_says(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "sample_grid", lambda model, path, seed, **options: seen.append(options))
+    monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
+    for name, steps in (("pd", 6), ("ect", 3)):
+        trainer(name, tmp_path / name, replace(OPTIONS, steps=steps, sample_interval=3)).run(progress=False)
+    shape = {"image_shape": (3, 8, 8)}
+    levels = [{"sampler": "progdist", "steps": n, **shape} for n in (4, 2)]
+    assert seen == [*levels, {"steps": 1, **shape}]
+
+
+@pytest.mark.parametrize("channels, drawn", [(3, True), (8, False)])
+def test_a_run_is_worth_more_than_its_pictures(tmp_path, channels, drawn):
+    """The shape of images is that of the data; where there can be no picture, a warning."""
+
+    class Plain(nn.Conv2d):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    model = cmfast.Denoiser(Plain(channels, channels, 1), cmfast.Preconditioner.edm())
+    data = ImageData(torch.rand(4, channels, 8, 8))
+    run = Trainer(model, EDM(), data, replace(OPTIONS, steps=1, batch_size=2, sample_interval=1), tmp_path)
+    with nullcontext() if drawn else pytest.warns(UserWarning, match="a picture is missing at step 1: "):
+        run.run(progress=False)
+    assert (tmp_path / "samples" / "step-00000001.png").exists() == drawn and (tmp_path / loop.RESULT).exists()
+
+
+def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):
+    made = []
+    board = SimpleNamespace(SummaryWriter=lambda path, **options: made.append(options) or SimpleNamespace(
+        add_scalar=lambda *arguments: None))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    for steps, resume in ((2, False), (3, True)):
+        trainer("edm", tmp_path, replace(OPTIONS, steps=steps), resume=resume, tensorboard=True).run(progress=False)
+    assert made == [{"purge_step": 1}, {"purge_step": 3}]
 
 
 def test_the_log_and_the_pictures(tmp_path):

@@ -117,3 +117,19 @@ def test_both_go_on_from_the_same_step(pair):
 
 def test_the_result_is_there_for_both(pair):
     assert pair("the_end")[0] == [["ended", "True"]] * 2
+
+
+def test_a_weight_without_gradient_is_named(pair):
+    for kind, message in pair("a_weight_without_gradient")[0]:
+        assert kind == "ValueError" and "never.weight, never.bias of the network had no part in this step" in message
+
+
+def test_a_foreign_networks_dropout_differs(pair):
+    (one, other), _ = pair("masks")
+    assert one != other
+
+
+def test_both_start_alike(pair):
+    """Though each made other weights and buffers."""
+    (one, other), _ = pair("where_they_start")
+    assert one == other and one[0] == one[1]

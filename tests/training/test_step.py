@@ -183,6 +183,21 @@ def test_the_loss_is_that_of_the_steps_that_are_taken():
     assert bad_at(step, (), 2).loss == 1.0
 
 
+@dataclass(frozen=True)
+class Hidden(EDM):
+    """A loss of NaN whose gradients are none."""
+
+    def _loss(self, *arguments, **others):
+        return {"loss": super()._loss(*arguments, **others)["loss"] + float("nan")}
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_bad_loss_is_enough(on_nan):
+    step = step_of(Hidden(), replace(OPTIONS, on_nan=on_nan))
+    reading = run(step, 2)
+    assert torch.equal(weights(step.model), weights(unet())) and (reading.skipped, reading.bad_step) == (2, 0)
+
+
 def test_overflow_in_float16_is_counted_and_goes_on():
     step = step_of(EDM(), replace(OPTIONS, dtype="float16", optimize=False), Bad(1.0))
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -234,11 +249,48 @@ def test_the_student_becomes_the_teacher():
     assert sorted(set(stages)) == [0, 1, 2]
 
 
+def test_buffers_come_along_to_the_teacher():
+    step = step_of("pd", replace(OPTIONS, optimize=False))
+    for model in step.model, step.teacher_model:
+        model.network.register_buffer("seen", torch.zeros(()))
+    step.model.network.seen.fill_(7)
+    run(step, 4)
+    assert step.stage.number == 1 and step.teacher_model.network.seen == 7
+
+
+def test_what_is_frozen_stays():
+    """In a network of its own and in a U-Net that is optimised; averages and target have it too."""
+    step = step_of("cd")
+    frozen, free = step_of("cd"), unet()
+    free.out[2].weight.requires_grad_(False)
+    frozen = step_of("cd", network=free)
+    for each in step, frozen:
+        run(each, 2)
+    start = unet().out[2].weight
+    assert not torch.equal(step.model.network.out[2].weight, start)
+    assert not frozen.model.network.out[2].weight.requires_grad
+    for model in frozen.model, frozen.target_model, *(frozen.averages.module(k) for k in range(3)):
+        assert torch.equal(model.network.out[2].weight, start)
+        assert not torch.equal(weights(model), weights(unet()))
+
+
 def test_the_target_is_an_average_of_the_student():
     step = step_of("cd")
     run(step, 3)
     assert torch.equal(weights(step.target_model), torch.cat([t.flatten() for t in step.averages.tensors(0)]))
     assert not torch.equal(weights(step.target_model), weights(step.model))
+
+
+class Scaled(cmfast.Denoiser):
+    """With a weight of its own."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_data_is_looked_at_by_weightings_that_depend_on_it():
+    step_of(EDM(sigma_data=0.25, weighting="uniform"))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +303,12 @@ def test_the_target_is_an_average_of_the_student():
         (replace(OBJECTIVES["ct"], sigma_max=10.0, rho=3.0), {}, r"a model with sigma_max=10, not 80; rho=3, not 7\."),
         (OBJECTIVES["ict"], {"model": cmfast.Denoiser(unet(), cmfast.Preconditioner.consistency(sigma_min=0.01))},
          r"a model with boundary=0\.002, not 0\.01\."),
+        (EDM(sigma_data=0.25), {}, r"a model with sigma_data=0\.25, not 0\.5\."),
+        (EDM(), {"model": denoiser(EDM()).requires_grad_(False)}, "no weight of the model is to be trained"),
+        (EDM(), {"model": Scaled(unet(), cmfast.Preconditioner.edm())}, "gain of the model is no part of its network"),
     ],
-    ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary"],
+    ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary",
+         "other data", "nothing to train", "a weight outside"],
 )
 def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
