@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cmfast import checkpoint, data
+from cmfast import checkpoint, data, untrusted
 from cmfast.denoiser import Denoiser
 from cmfast.objectives import OBJECTIVES, Objective
 from cmfast.precondition import Preconditioner
@@ -113,12 +114,15 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def objective(settings: Mapping[str, Any]) -> Objective:
     """The objective of settings; its curriculum is that of a run of as many steps, unless they say otherwise."""
-    kind = OBJECTIVES[settings["recipe"]]
+    kind, steps = OBJECTIVES[settings["recipe"]], settings["options"]["steps"]
     fields = dict(settings["objective"])
     fields.pop("name", None)
     if hasattr(kind, "total_steps"):
-        fields.setdefault("total_steps", settings["options"]["steps"])
-    return config.make(kind, fields, f"the objective of {settings['recipe']}")
+        fields.setdefault("total_steps", steps)
+    aim: Any = config.make(kind, fields, f"the objective of {settings['recipe']}")
+    if hasattr(kind, "steps_per_stage") and "steps_per_stage" not in fields:
+        aim = replace(aim, steps_per_stage=max(1, int(steps / aim.stages)))
+    return aim
 
 
 def trainer(
@@ -140,6 +144,8 @@ def trainer(
         raise ValueError("data is missing: a folder of images, a .npz file, or mnist")
     if aim.needs_teacher and paths["teacher"] is None:
         raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
+    if paths["teacher"] is not None and not aim.needs_teacher:
+        raise ValueError(f"recipe {settings['recipe']} takes no teacher; did you mean --init?")
     torch.manual_seed(settings["options"]["seed"])
     # Weights are float32, whatever a file has: options.dtype says what networks compute in.
     teacher = checkpoint.load_teacher(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
@@ -168,8 +174,10 @@ def trainer(
 
 
 def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The range of noise levels of the model to start from, as far as an objective has one and it was not given."""
-    return {name: getattr(start, name) for name in LEVELS if name in has and name not in given}
+    """The range of noise levels of the model to start from, and the deviation of its data, as far as an objective has
+    them and they were not given."""
+    own = {**{name: getattr(start, name) for name in LEVELS}, "sigma_data": start.preconditioner.sigma_data}
+    return {name: value for name, value in own.items() if name in has and name not in given}
 
 
 def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Denoiser | None) -> Denoiser:
@@ -184,13 +192,19 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
         own = {"image_size": height, "in_channels": channels, "out_channels": channels}
         try:
+            untrusted.check_network(fields, untrusted.COUNTS)
             unet = UNetModel(**{**fields, **own, "num_classes": images.num_classes})
-        except TypeError as error:
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise ValueError(f"network: {error}") from error
+        factor = 2 ** (unet.num_levels - 1)
+        if height % factor:
+            raise ValueError(f"images are {height} x {width}, and this U-Net takes multiples of {factor}: image_size")
         model = Denoiser(unet, image_shape=(channels, height, width))
     # Those it learns are those it is sampled from.
     model.sigma_min, model.sigma_max, model.rho = (getattr(aim, name, getattr(model, name)) for name in LEVELS)
     sigma_data = model.preconditioner.sigma_data
+    if start is None:
+        sigma_data = getattr(aim, "sigma_data", sigma_data)
     model.preconditioner = Preconditioner.by_name(
         aim.preconditioning, sigma_data=sigma_data, sigma_min=model.sigma_min
     )

@@ -222,6 +222,33 @@ def test_progressive_distillation_ends_in_one_step():
     assert steps - last.first_step == before.steps == 100_000
 
 
+def test_stages_are_of_a_run_of_as_many_steps():
+    """Unless the settings say otherwise."""
+    cases = {("ect", 4000): {}, ("pd", 4500): {}, ("pd", 100): {"start_scales": 4}, ("ect", 3): {}}
+    made = [
+        recipes.complete({"recipe": recipe, "options": {"steps": n}, "objective": given})
+        for (recipe, n), given in cases.items()
+    ]
+    assert [settings["objective"]["steps_per_stage"] for settings in made] == [500, 500, 20, 1]
+    given = {"recipe": "ect", "objective": {"steps_per_stage": 7}}
+    assert recipes.complete(given)["objective"]["steps_per_stage"] == 7
+
+
+def test_the_deviation_of_the_data_is_one(images, tmp_path):
+    """That of the settings for new weights; of a model to start from its own."""
+    settings = {"recipe": "edm", "paths": {"data": str(images / "classes")}, "network": "tiny",
+                "options": {"steps": 1, "batch_size": 2}}  # fmt: skip
+    run = recipes.trainer({**settings, "objective": {"sigma_data": 0.25}}, tmp_path / "new")
+    assert run.step.model.preconditioner.sigma_data == 0.25
+    start = cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(1.0), image_shape=(3, 8, 8))
+    cmfast.save(start, tmp_path / "x.safetensors")
+    settings["paths"]["init"] = str(tmp_path / "x.safetensors")
+    run = recipes.trainer(settings, tmp_path / "old")
+    assert run.step.objective.sigma_data == run.step.model.preconditioner.sigma_data == 1.0
+    with pytest.raises(ValueError, match=r"a model with sigma_data=0\.25, not 1\."):
+        recipes.trainer({**settings, "objective": {"sigma_data": 0.25}}, tmp_path / "both")
+
+
 def test_rates_with_arguments(images, tmp_path):
     rates = "0.9,halflife:500,batch=4,rampup=0.05,power:0.1"
     data = ["--recipe", "edm", "--data", images / "classes", *SMALL]
