@@ -8,6 +8,7 @@ import numbers
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ def load(
     Raises:
         FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
         CheckpointError (a ValueError): not a checkpoint, or not one of this network, with what to check.
-        ValueError: an unknown preconditioning or dtype. TypeError: an unknown keyword.
+        ValueError: an unknown preconditioning, dtype or device. TypeError: an unknown keyword.
         ImportError: a diffusers model, without diffusers.
 
     >>> import tempfile
@@ -101,6 +102,11 @@ def load(
         value = overrides.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
+    image_size = overrides.get("image_size", 1)
+    if not isinstance(image_size, numbers.Integral) or not 1 <= int(image_size) <= untrusted.COUNTS:
+        raise ValueError(f"image_size must be from 1 to {untrusted.COUNTS:,}, got {image_size!r}")
+    if device is not None:
+        device = _device(device)
 
     if path is None and not BUNDLED.is_file():
         raise FileNotFoundError(f"the bundled model is missing from this installation: {BUNDLED}")
@@ -153,11 +159,12 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
     ...     load(f"{folder}/half.safetensors").network.dtype
     torch.float32
     """
-    network = getattr(denoiser.network, "_orig_mod", denoiser.network)  # torch.compile wraps
-    if not isinstance(network, UNetModel):
-        raise CheckpointError(
-            f"only a Denoiser around a UNetModel can be saved, this one holds a {type(network).__name__}"
-        )
+    model: Any = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps
+    network = getattr(model, "network", None)
+    network = getattr(network, "_orig_mod", network)
+    if not isinstance(model, Denoiser) or not isinstance(network, UNetModel):
+        what = f"holds a {type(network).__name__}" if isinstance(model, Denoiser) else f"is a {type(model).__name__}"
+        raise CheckpointError(f"only a Denoiser around a UNetModel can be saved, this one {what}")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
 
@@ -185,6 +192,17 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {error}") from error
         file.chmod(mode)  # save_file leaves a file that only its owner may read
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """Raises: ValueError: there is none such."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: expected one of PyTorch's, such as cuda, cuda:0 or cpu") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+    return found
 
 
 def _read(source: Any, overrides: Mapping[str, Any], convert: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -224,6 +242,10 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dic
         raise CheckpointError(f"{path} does not fit the network: {difference}")
     # Not those of the file: it may be written again, even with these weights, or cut off.
     network.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    for name, tensor in tensors.items():
+        if tensor.numel() and not all(value.isfinite() for value in tensor.aminmax()):
+            warnings.warn(f"{path}: {name} has values that are NaN or infinite, and so are its images", stacklevel=4)
+            break
     if path.name.startswith("edm_"):
         settings.setdefault("boundary", 0.0)
     return network, settings
@@ -237,7 +259,8 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
     if missing:
         raise ValueError(
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
-            "them by name, as in load(path, image_size=32, num_head_channels=64)"
+            "them by name, as in load(path, image_size=32, num_head_channels=64), or as in --set image_size=32 --set "
+            "num_head_channels=64"
         )
     network: UNetModel = meta_network(config)
     if network.in_channels != network.out_channels:
@@ -371,8 +394,9 @@ def read_pickle(path: Path, **options: Any) -> Any:
             raise CheckpointError(_damaged(path, "PyTorch", start, "no pickled data")) from error
         raise CheckpointError(
             f"{path} holds pickled Python objects besides tensors; loading those could run any code, so it was "
-            "refused. If you trust the file, make one of weights alone from it: torch.save(torch.load(path, "
-            "weights_only=False).state_dict(), 'weights.pt')"
+            "refused. If you trust the file, make one of weights alone from it: content = torch.load(path, "
+            "weights_only=False), then torch.save(content.state_dict(), 'weights.pt') of a model, or "
+            "torch.save(content['model'], 'weights.pt') of a dictionary, in which content.keys() says their name"
         ) from error
     except Exception as error:  # a damaged pickle leads its reader to whatever
         raise CheckpointError(_damaged(path, "PyTorch", start, error)) from error
@@ -388,8 +412,17 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if others:
         raise CheckpointError(
             f"{path} is not a state dict: {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} no tensor"
+            f"{_within(content)}"
         )
     return dict(content)
+
+
+def _within(content: Mapping[Any, Any]) -> str:
+    """Where in it there are weights, which nobody but its user can choose between: `ema`, `model_state_dict`."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+            return f"; make a file of its weights: torch.save(torch.load(path)[{key!r:.80}], 'weights.pt')"
+    return ""
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

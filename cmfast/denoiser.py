@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from cmfast import ops
 from cmfast.ops import _check
 from cmfast.precondition import Preconditioner
+
+#: A larger rho is no other in effect: levels are evenly spaced in log sigma.
+RHO_MAX = 1e6
 
 #: D(x, sigma) or D(x, sigma, labels): a denoised batch from a noisy one.
 DenoiserFn = Callable[..., Tensor]
@@ -26,7 +30,7 @@ class Denoiser(nn.Module):
         image_shape: (C, H, W) the model makes; None if not known.
         num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one.
 
-    Raises: ValueError: not 0 < sigma_min < sigma_max.
+    Raises: ValueError: not 0 < sigma_min < sigma_max, or a rho that makes no noise levels of them.
 
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
     >>> x = torch.randn(2, 3, 8, 8)
@@ -46,8 +50,11 @@ class Denoiser(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < sigma_min < sigma_max:
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        # sigma ** (1 / rho) is then a number, and far enough from 1 to tell levels apart.
+        if not (0 < rho <= RHO_MAX and max(abs(math.log(sigma)) for sigma in (sigma_min, sigma_max)) < 700 * rho):
+            raise ValueError(f"rho must be above 0, 7 mostly, with sigma ** (1 / rho) a number, got {rho}")
         self.network = network
         self.preconditioner = preconditioner or Preconditioner.consistency(sigma_min=sigma_min)
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho

@@ -21,11 +21,12 @@ def check_output(path: Path | str) -> Path:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: the output must end in {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: this folder does not exist; make it first")
-    if path.is_dir():
+    target = Path(os.path.realpath(path))  # of a link, the file that `written_whole` replaces
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: this folder does not exist; make it first")
+    if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a file name")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise PermissionError(f"{path} cannot be written: no permission")
     return path
 

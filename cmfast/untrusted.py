@@ -75,9 +75,9 @@ def check_network(config: Mapping[str, Any], tensors: int) -> None:
         if value is not None and not _count(value) and value != -1:
             raise ValueError(f"{name} is {_short(value)}, expected a number from 1 to {COUNTS:,}")
     for name in ("channel_mult", "attention_resolutions"):
-        values = config.get(name, [])
+        values = config.get(name, [1])
         numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
-        if not numbers or len(values) > tensors:
+        if not numbers or len(values) > tensors or (not values and name == "channel_mult"):
             raise ValueError(f"{name} is {_short(values)}, expected a list of numbers")
     blocks = (config.get("num_res_blocks", 1) + 1) * len(config.get("channel_mult", (1, 2, 4, 8)))
     if blocks > tensors:
@@ -93,5 +93,5 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    text = repr(value) if not value or isinstance(value, str | int | float | bool | None) else type(value).__name__
     return text if len(text) < 40 else text[:37] + "..."

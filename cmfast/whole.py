@@ -35,6 +35,10 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())  # else a crash of the machine may leave the new name with nothing in it
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}") from error  # a full disk, mostly
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -1,7 +1,9 @@
 """Files that cannot be loaded, and what the user is told."""
 
+import argparse
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +51,33 @@ def test_wrong_arguments(pt_file):
         load(pt_file, dtype=torch.int8, **ASKED)
     with pytest.raises(CheckpointError, match="num_head_channels=24 does not divide the 64"):
         load(pt_file, image_size=8, num_head_channels=24)
+    for size in (0, -8, 8.5, float("inf"), 10**16):
+        with pytest.raises(ValueError, match="image_size must be from 1 to 16,777,216, got"):
+            load(pt_file, **{**ASKED, "image_size": size})
+    for rho in (0, -7, 1e-300, float("inf"), float("nan")):
+        with pytest.raises(CheckpointError, match="rho must be above 0, 7 mostly, .*, got"):
+            load(pt_file, **ASKED, rho=rho)
+    with pytest.raises(ValueError, match="device='foo': expected one of PyTorch's"):
+        load(pt_file, device="foo", **ASKED)
+    with pytest.raises(ValueError, match=r"device='cuda:99': torch finds \d+ GPUs here"):
+        load(pt_file, device="cuda:99", **ASKED)
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    weights = small_unet().state_dict()
+    weights["out.2.bias"][1] = float("nan")
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match="out.2.bias has values that are NaN or infinite") as caught:
+        load(tmp_path / "model.pt", **ASKED)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "model, said", [(small_unet(), "is a UNetModel"), (Denoiser(torch.nn.Identity()), "holds a Identity")], ids=str
+)
+def test_what_cannot_be_saved(model, said, tmp_path):
+    with pytest.raises(CheckpointError, match=f"only a Denoiser around a UNetModel can be saved, this one {said}"):
+        save(model, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -96,6 +125,20 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
     torch.save(small_unet(), tmp_path / "module.pt")
     with pytest.raises(CheckpointError, match="pickled Python objects"):
         load(tmp_path / "module.pt", **ASKED)
+
+
+def test_the_advice_for_pickled_objects_works(tmp_path, monkeypatch):
+    """Of a training's file with its arguments; and weights by another name are named."""
+    monkeypatch.chdir(tmp_path)
+    weights = {"weight": torch.ones(1)}
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, "run.pt")
+    with pytest.raises(CheckpointError, match=r"torch.save\(content\['model'\], 'weights.pt'\) of a dictionary"):
+        checkpoint.read_pickle(Path("run.pt"))
+    torch.save({"ema": weights, "step": 3}, "run.pt")
+    with pytest.raises(CheckpointError, match="not a state dict: .*; make a file of its weights: ") as caught:
+        load("run.pt")
+    exec(str(caught.value).partition("weights: ")[2], {"torch": torch, "path": "run.pt"})
+    assert torch.load("weights.pt") == weights
 
 
 @pytest.mark.parametrize(

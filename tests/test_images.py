@@ -42,6 +42,26 @@ def test_bad_output(tmp_path, name, error, message):
         images.check_output(tmp_path / name)
 
 
+def test_output_through_a_link(tmp_path):
+    """It is the file behind the link that is written."""
+    link = tmp_path / "x.png"
+    link.symlink_to(tmp_path / "missing" / "y.png")
+    with pytest.raises(FileNotFoundError, match="missing: this folder does not exist"):
+        images.check_output(link)
+    (tmp_path / "missing").mkdir()
+    assert images.save(link, PIXELS) == link and link.is_symlink() and (tmp_path / "missing" / "y.png").is_file()
+
+
+def test_a_full_disk_says_what_was_written(tmp_path, monkeypatch):
+    def full_disk(file, *arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="cannot write .*x.npz: No space left on device") as caught:
+        images.save(tmp_path / "x.npz", PIXELS)
+    assert caught.value.errno == 28
+
+
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = images.save(tmp_path / "x.npz", PIXELS)
     before = path.read_bytes()
