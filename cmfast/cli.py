@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import select
 import sys
@@ -26,6 +27,7 @@ GRAPHS: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with a message and no traceback if an argument or a file is wrong."""
+    _make_writable()
     arguments = _parser().parse_args(argv)
     try:
         status = arguments.run(arguments) or 0
@@ -43,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cmfast: interrupted", file=sys.stderr)
         return 130
+
+
+def _make_writable() -> None:
+    """Output goes to nowhere where there is none, as under cron, and has \\xe9 for a letter that its encoding lacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _unread() -> bool:
@@ -112,7 +124,9 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a .pt or .safetensors checkpoint or a diffusers folder; default: bundled")
+    parser.add_argument(
+        "--model", type=_path, help="a .pt or .safetensors checkpoint or a diffusers folder; default: bundled"
+    )
     parser.add_argument("--preconditioning", choices=("consistency", "edm"), help="of a checkpoint that does not say")
     parser.add_argument("--sampler", default="multistep", help="multistep (default), heun, euler, dpm, ancestral, ...")
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
@@ -121,13 +135,13 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     # Two names, since torchrun takes `--num` for a beginning of its own --numa-binding.
     parser.add_argument("--num", "--num-images", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--classes", type=_integers, help="such as 3 or 0,1,2, in turn; default: drawn from the seed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_integer, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="what the network computes in; default: as the checkpoint")
     parser.add_argument("--compile", choices=("auto", "off", "whole", "regional"), default="auto", help="torch.compile")
     parser.add_argument("--cuda-graph", choices=tuple(GRAPHS), default="auto", help="on: fail where there is none")
-    parser.add_argument("--out", default="samples.png", help="FILE.png or FILE.npz (default: samples.png)")
+    parser.add_argument("--out", type=_path, default="samples.png", help="FILE.png or FILE.npz (default: samples.png)")
     parser.add_argument(
         "--set",
         action="append",
@@ -188,11 +202,15 @@ def _load(arguments: argparse.Namespace, local_rank: int | None = None) -> Denoi
     from cmfast import checkpoint
 
     options = dict(getattr(arguments, "overrides", []))
+    known = ("preconditioning", *checkpoint.SCHEDULE_KEYWORDS, *checkpoint.NETWORK_KEYWORDS)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--set knows no {name}; known: {', '.join(known)}")
     if getattr(arguments, "preconditioning", None):
         options["preconditioning"] = arguments.preconditioning
     try:
         return checkpoint.load(arguments.model, device=_device(arguments.device, local_rank), **options).eval()
-    except TypeError as error:  # an unknown --set
+    except TypeError as error:  # what --set gives is not for this model
         raise ValueError(str(error)) from error
 
 
@@ -219,8 +237,10 @@ def _device(name: str | None, local_rank: int | None = None) -> torch.device:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="out", help="folder for the pictures, made if need be (default: out)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=_path, default="out", help="folder for the pictures, made if need be (default: out)"
+    )
+    parser.add_argument("--seed", type=_integer, default=0)
     parser.set_defaults(run=_demo, model=None, device=None)
 
 
@@ -228,7 +248,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from cmfast import images
     from cmfast.engine import Sampler
 
-    folder = Path(arguments.out)
+    folder = _folder(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     model = _load(arguments)
     classes = [i % 10 for i in range(64)]
@@ -244,12 +264,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="cd, ct, pd, ict, ect or edm; mnist trains the bundled model in four stages")
-    parser.add_argument("--data", help="a folder of images, a .npz file, or mnist")
-    parser.add_argument("--out", help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--data", type=_path, help="a folder of images, a .npz file, or mnist")
+    parser.add_argument("--out", type=_path, help="folder of the run (default: runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--config", help="a YAML file of settings, such as a run's config.yaml; arguments go first")
-    parser.add_argument("--teacher", help="the checkpoint of a diffusion model to distil (cd, pd)")
-    parser.add_argument("--init", help="a checkpoint to start from; default: the teacher, or new weights")
+    parser.add_argument("--config", type=_path,
+                        help="a YAML file of settings, such as a run's config.yaml; arguments go first")  # fmt: skip
+    parser.add_argument("--teacher", type=_path, help="the checkpoint of a diffusion model to distil (cd, pd)")
+    parser.add_argument("--init", type=_path, help="a checkpoint to start from; default: the teacher, or new weights")
     parser.add_argument("--network", help="new weights: tiny, small (default), imagenet64, lsun256")
     for name, kind, text in (
         ("steps", int, "optimizer steps"),
@@ -258,7 +279,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         ("learning_rate", float, "default: the paper's"),
         ("averages", _words, "rates of averaged weights, such as 0.999,power:0.05 or halflife:500000,batch=64"),
         ("dtype", str, "float32 (default), bfloat16 or float16"),
-        ("seed", int, "of everything random (default: 0)"),
+        ("seed", _integer, "of everything random (default: 0)"),
         ("save_interval", int, "steps between checkpoints (default: 1000)"),
         ("log_interval", int, "steps between readings of the loss (default: 10)"),
         ("sample_interval", int, "steps between pictures (default: none)"),
@@ -305,7 +326,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     from cmfast.training import NaNLoss
 
     settings = _train_settings(arguments)
-    out = Path(arguments.out or f"runs/{settings.get('recipe')}")
+    out = _folder(arguments.out or f"runs/{settings.get('recipe')}")
     device = _device(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
     with ranks(tensors_on=device.type) as group:
         run = group.together(
@@ -329,6 +350,10 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Those of the file, or of the run that is resumed, under those of the command line."""
     from cmfast.training import config
 
+    if stages := [_flag(name) for name in _MNIST_STEPS if getattr(arguments, name) is not None]:
+        raise ValueError(f"{', '.join(stages)}: only recipe mnist has these stages; leave it out, or give --steps")
+    if arguments.network is not None and arguments.init is not None:
+        raise ValueError("--network makes new weights, and --init names others: leave one of them out")
     settings: dict[str, object] = {}
     if arguments.resume:
         if arguments.out is None and arguments.recipe is None:
@@ -336,7 +361,7 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
         out = Path(arguments.out or f"runs/{arguments.recipe}")
         saved = out / "config.yaml"
         if not saved.is_file():
-            raise FileNotFoundError(f"there is no run to resume in {out}: no {saved}")
+            raise FileNotFoundError(f"there is no run to resume in {out}: no {saved}{_without_settings(out)}")
         settings = config.read(saved)
     if arguments.config:
         settings |= config.read(arguments.config)
@@ -355,7 +380,18 @@ def _train_settings(arguments: argparse.Namespace) -> dict[str, object]:
             part[inner] = value
     if settings.get("recipe") is None:
         raise ValueError("--recipe is missing: cd, ct, pd, ict, ect, edm or mnist")
+    if settings["recipe"] == "mnist":
+        raise ValueError("recipe mnist has its own settings and is in no file of them: train --recipe mnist")
     return settings
+
+
+def _without_settings(out: Path) -> str:
+    """What to do about a run's folder that holds no settings."""
+    if (out / "edm" / "config.yaml").is_file():
+        return f"; with --recipe mnist --out {out}, and without --resume, the digits' run in it goes on"
+    if (out / "checkpoints").is_dir():
+        return "; its checkpoints go on if this file says again what the run was given, as --config takes it"
+    return ""
 
 
 def _train_mnist(arguments: argparse.Namespace) -> None:
@@ -365,9 +401,8 @@ def _train_mnist(arguments: argparse.Namespace) -> None:
         raise ValueError(f"recipe mnist has its own settings: leave out {', '.join(others)}")
     given = {name: value for name in _MNIST_STEPS if (value := getattr(arguments, name)) is not None}
     seed = getattr(arguments, "options.seed") or 0
-    for path in digits.train_mnist(
-        arguments.out or "runs/mnist", seed=seed, device=_device(arguments.device), **given
-    ):
+    out = _folder(arguments.out or "runs/mnist")
+    for path in digits.train_mnist(out, seed=seed, device=_device(arguments.device), **given):
         print(path)
 
 
@@ -378,15 +413,28 @@ def _beside_mnist(arguments: argparse.Namespace) -> list[str]:
     """What was given that the digits' recipe does not take, as on the command line."""
     takes = {*_MNIST_STEPS, "command", "run", "recipe", "out", "resume", "device", "options.seed"}
     given = [name for name, value in vars(arguments).items() if name not in takes and value is not None and value != []]
+    return [_flag(name) for name in given]
+
+
+def _flag(name: str) -> str:
+    """An argument as on the command line."""
     named = {"overrides": "--set", "data.labelled": "--unlabelled"}
-    return [named.get(name, "--" + name.rpartition(".")[2].replace("_", "-")) for name in given]
+    return named.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+
+
+def _folder(path: str) -> Path:
+    """Raises: NotADirectoryError: there is a file in the place of the folder to write to."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out: {folder} is a file; name a folder")
+    return folder
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a checkpoint of MNIST digits; default: the bundled one")
-    parser.add_argument("--teacher", help="its teacher, to compare with 18 Heun steps")
+    parser.add_argument("--model", type=_path, help="a checkpoint of MNIST digits; default: the bundled one")
+    parser.add_argument("--teacher", type=_path, help="its teacher, to compare with 18 Heun steps")
     parser.add_argument("--num", type=int, default=1000, help="images per measurement (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_integer, default=0)
     parser.set_defaults(run=_quality, device=None)
 
 
@@ -395,17 +443,33 @@ def _quality(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     teacher = checkpoint.load(arguments.teacher).to(model.device).eval() if arguments.teacher else None
-    for name, each in (("--model", model), ("--teacher", teacher)):
-        if each is not None and each.image_shape != (1, 32, 32):
-            raise ValueError(f"{name}: quality is measured of digits [1, 32, 32], and this makes {each.image_shape}")
     print(quality.report(model, teacher, num=arguments.num, seed=arguments.seed))
+
+
+def _path(text: str) -> str:
+    """Of a file or folder. `~` is the home folder: a shell leaves it as it is in `--out=~/x`."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")  # which would be the folder one is in
+    return os.path.expanduser(text)
+
+
+def _integer(text: str) -> int:
+    """A whole number, as large as PyTorch takes them."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")
+    return number
 
 
 def _integers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None
+        return [_integer(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        message = f"expected whole numbers of 64 bits with commas between them, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -130,10 +130,13 @@ def train_mnist(
     """All stages, each gone on with where `out` holds a part of it. Writes and returns `teacher.safetensors` and
     `model.safetensors` (float16), and `loss.png`.
 
-    Raises: Stopped: by SIGTERM, after the step at hand; the same call goes on.
+    Raises: Stopped: by SIGTERM, after the step at hand; the same call goes on. ValueError: a stage without steps.
     """
+    steps = {"edm": edm_steps, "shape": shape_steps, "cd": cd_steps, "guided": guided_steps}
+    for name, value in steps.items():
+        if value < 1:
+            raise ValueError(f"{name}_steps must be 1 or more, got {value}")
     with Stop(Ranks()) as stop:
-        steps = {"edm": edm_steps, "shape": shape_steps, "cd": cd_steps, "guided": guided_steps}
         return _train_stages(Path(out), steps, seed, device, progress, stop)
 
 

@@ -130,10 +130,10 @@ def made_by(sampler: Sampler, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
     Raises: ValueError: the model has no classes.
     """
-    pixels = sampler.sample(n, seed=seed, progress=False)
     labels = sampler.labels(n, seed=seed)
     if labels is None:
         raise ValueError("quality is measured of class-conditional models of digits; this one is unconditional")
+    pixels = sampler.sample(n, seed=seed, progress=False)
     return pixels.movedim(-1, 1).float() / 127.5 - 1, labels
 
 
@@ -141,8 +141,13 @@ def report(model: Denoiser, teacher: Denoiser | None = None, *, num: int = 1000,
     """A Markdown table of num images each: real held-out digits, one and two steps of the model, 18 Heun steps of the
     teacher.
 
-    Raises: ValueError: so few images that some have no third neighbour, before any digit is drawn.
+    Raises: ValueError: a model of other images than digits of 10 classes, or so few of them that some have no third
+        neighbour, before any is drawn.
     """
+    for name, each in (("model", model), ("teacher", teacher)):
+        if each is not None and (each.image_shape, each.num_classes) != ((1, 32, 32), 10):
+            made = f"{each.image_shape} of {each.num_classes or 'no'} classes"
+            raise ValueError(f"{name}: quality is measured of digits (1, 32, 32) of 10 classes, and this makes {made}")
     if num <= NEIGHBOURS:
         raise ValueError(f"num must be {NEIGHBOURS + 1} or more, got {num}: precision and recall are of neighbours")
     training, held_out = data.mnist()

@@ -1,5 +1,7 @@
 """The command line: files appear, or a message and exit code 2 do."""
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -68,7 +70,7 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--out", "x.bmp"], ".png or .npz"),
         (["--model", "missing.pt"], "missing.pt"),
         (["--classes", "4"], "from 0 to 3"),
-        (["--steps", "0"], "1 to 39"),
+        (["--steps", "0"], "steps must be "),
         (["--steps", "1", "--ts", "0,39"], "one of steps, sigmas and ts"),
         (["--ts", "0,40"], "from 0 to 39"),
         (["--sampler", "nope"], "known: onestep"),
@@ -78,7 +80,11 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--device", "mps"], "--device must be cuda, cuda:N or cpu, got 'mps'"),
         (["--device", "meta"], "--device must be cuda, cuda:N or cpu, got 'meta'"),
         (["--sigmas", "inf"], "none NaN or infinite"),
-        (["--set", "nope=1"], "nope"),
+        (["--set", "nope=1"], "--set knows no nope; known: preconditioning, sigma_data"),
+        (["--set", "device=cuda"], "--set knows no device"),
+        (["--set", "image_size=1e400"], "image_size must be from 1 to 16,777,216, got inf"),
+        (["--set", "rho=1e-300"], "rho must be above 0"),
+        (["--set", "sigma_max=1e400"], "need 0 < sigma_min < sigma_max"),
         pytest.param(["--cuda-graph", "on"], "cuda_graph=True cannot be had", marks=NO_GPU),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -94,15 +100,47 @@ def test_bad_arguments(checkpoint, tmp_path, monkeypatch, capsys, arguments, mes
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("--ts", "0,x", "argument --ts: expected whole numbers with commas between them, got '0,x'"),
-        ("--classes", "", "argument --classes: expected whole numbers with commas between them, got ''"),
+        ("--ts", "0,x", "argument --ts: expected whole numbers of 64 bits with commas between them, got '0,x'"),
+        ("--classes", "", "argument --classes: expected whole numbers of 64 bits with commas between them, got ''"),
+        ("--classes", "9" * 20, "argument --classes: expected whole numbers of 64 bits with commas"),
+        ("--seed", "9" * 20, "argument --seed: expected a number of 64 bits, got 99999999999999999999"),
+        ("--seed", "x", "argument --seed: expected a whole number, got 'x'"),
+        ("--model", "", "argument --model: expected a path, got ''"),
         ("--sigmas", "80;2", "argument --sigmas: expected numbers with commas between them, got '80;2'"),
     ],
 )
-def test_lists_that_are_none(capsys, option, value, message):
+def test_values_that_are_none(capsys, option, value, message):
     with pytest.raises(SystemExit):
         cli.main(["sample", option, value])
     assert message in capsys.readouterr().err
+
+
+def test_home_folders_and_links(checkpoint, tmp_path, monkeypatch, capsys):
+    """A shell leaves ~ as it is after a =; and a link that cannot be followed shows before any sampling."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["sample", "--model", checkpoint, "--num", "1", "--out=~/x.png"]) == 0
+    assert (tmp_path / "x.png").is_file()
+    monkeypatch.setattr("cmfast.engine.Sampler.sample", None)
+    (tmp_path / "link.png").symlink_to(tmp_path / "missing" / "x.png")
+    assert cli.main(["sample", "--model", checkpoint, "--num", "1", "--out=~/link.png"]) == 2
+    assert "missing: this folder does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes them")
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_output_that_is_closed(closed, tmp_path):
+    """As under cron."""
+    code = f"{sys.executable} -m cmfast sample --num 1 --steps 1 --out x.png {closed}"
+    done = subprocess.run(code, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert Image.open(tmp_path / "x.png").size == (32, 32)
+
+
+def test_letters_that_the_output_lacks(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli, "_info", lambda arguments: print("Fréchet"))
+    assert cli.main(["info"]) == 0 and written.getvalue() == b"Fr\\xe9chet\n"
 
 
 def test_a_gpu_too_many(checkpoint, tmp_path, monkeypatch, capsys):
@@ -196,6 +234,11 @@ def test_unknown_recipe(capsys):
          "recipe mnist has its own settings: leave out --batch-size, --set"),
         (["--recipe", "mnist", "--unlabelled", "--dropout", "0"], "leave out --dropout, --unlabelled"),
         (["--resume"], "--resume needs --out"),
+        (["--recipe", "ect", "--edm-steps", "5"], "--edm-steps: only recipe mnist has these stages"),
+        (["--recipe", "mnist", "--guided-steps", "0"], "guided_steps must be 1 or more, got 0"),
+        (["--recipe", "ect", "--data", "images", "--teacher", "x.pt"], "ect takes no teacher; did you mean --init?"),
+        (["--recipe", "ect", "--network", "tiny", "--init", "x.pt"], "--network makes new weights, and --init names"),
+        (["--recipe", "edm", "--out", cli.__file__], f"--out: {cli.__file__} is a file; name a folder"),
         (["--recipe", "edm", "--resume"], "there is no run to resume in runs/edm: no runs/edm/config.yaml"),
     ],
 )  # fmt: skip
@@ -205,9 +248,43 @@ def test_what_is_trained_is_said(tmp_path, monkeypatch, capsys, arguments, messa
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"recipe": "mnist"}, "recipe mnist has its own settings and is in no file of them"),
+        ({"network": {"model_channels": -32, "num_res_blocks": 1, "attention_resolutions": []}},
+         "network: model_channels is -32, expected a number"),
+        ({"network": {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [], "channel_mult": []}},
+         "network: channel_mult is [], expected a list of numbers"),
+        ({"network": {"model_channels": 33, "num_res_blocks": 1, "attention_resolutions": []}},
+         "network: channels=33 cannot be split"),
+        ({"network": "tiny", "data": {"image_size": 7}}, "images are 7 x 7, and this U-Net takes multiples of 4"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value)[:40],
+)  # fmt: skip
+def test_settings_that_make_no_model(tmp_path, capsys, settings, message):
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    given = {"recipe": "edm", "paths": {"data": str(tmp_path / "images.npz")}, **settings}
+    (tmp_path / "settings.yaml").write_text(json.dumps(given))
+    out = tmp_path / "run"
+    assert cli.main(["train", "--config", str(tmp_path / "settings.yaml"), "--out", str(out), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_what_to_do_about_lost_settings(tmp_path, capsys):
+    (tmp_path / "edm").mkdir()
+    (tmp_path / "edm" / "config.yaml").touch()
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    assert f"; with --recipe mnist --out {tmp_path}, and without --resume, the digits' run" in capsys.readouterr().err
+    (tmp_path / "edm" / "checkpoints").mkdir()
+    (tmp_path / "edm" / "config.yaml").unlink()
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "edm")]) == 2
+    assert "its checkpoints go on if this file says again what the run was given" in capsys.readouterr().err
+
+
 def test_quality_is_of_digits(checkpoint, capsys):
     assert cli.main(["quality", "--model", checkpoint]) == 2
-    assert "--model: quality is measured of digits [1, 32, 32]" in capsys.readouterr().err
+    assert "model: quality is measured of digits (1, 32, 32) of 10 classes" in capsys.readouterr().err
 
 
 def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):

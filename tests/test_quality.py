@@ -52,6 +52,16 @@ def test_the_classifier_learns_and_leaves_the_generator_alone():
     assert measured.accuracy > 0.9 and measured.frechet < 1e-2 and measured.recall == 1.0
 
 
+def test_models_of_something_else_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(data, "mnist", None)
+    digits = Denoiser(torch.nn.Identity(), image_shape=(1, 32, 32), num_classes=10)
+    unconditional = Denoiser(torch.nn.Identity(), image_shape=(1, 32, 32))
+    with pytest.raises(ValueError, match="^model: .* of 10 classes, and this makes .1, 32, 32. of no classes"):
+        quality.report(unconditional)
+    with pytest.raises(ValueError, match="^teacher: quality is measured of digits"):
+        quality.report(digits, unconditional)
+
+
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_too_few_images_are_refused_at_once(num, monkeypatch, capsys):
     def unread():

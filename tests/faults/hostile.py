@@ -30,6 +30,12 @@ FAULTS = {
     "cmfast/cli.py": [
         ("digits whatever was given", "or _beside_mnist(arguments))", ")",
          "tests/test_cli.py::test_what_is_trained_is_said[arguments0---recipe is missing]"),
+        ("no output at all", "        if stream is None:", "        if False:",
+         "tests/test_cli.py::test_output_that_is_closed[>&-]"),
+        ("letters that the output lacks end it", '            stream.reconfigure(errors="backslashreplace")',
+         "            pass", "tests/test_cli.py::test_letters_that_the_output_lacks"),
+        ("~ is a name", "return os.path.expanduser(text)", "return text",
+         "tests/test_cli.py::test_home_folders_and_links"),
         ("a closed pipe is an error", "isinstance(error, BrokenPipeError) and _unread()", "False",
          "tests/test_cli.py::test_a_reader_that_has_seen_enough"),
         ("any broken pipe is a success", "isinstance(error, BrokenPipeError) and _unread()",
@@ -56,10 +62,25 @@ FAULTS = {
          _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/images.py": [
+        ("a link is looked at alone", "Path(os.path.realpath(path))  # of a link", "path  # of a link",
+         "tests/test_images.py::test_output_through_a_link"),
         ("written in place", 'with written_whole(path) as unfinished, open(unfinished, "wb")',
          'with open(path, "wb")', _KILLS + "killed_while_writing_pictures[5-x.npz]"),
     ],
+    "cmfast/quality.py": [
+        ("a model of anything", "if each is not None and (each.image_shape", "if False and (each.image_shape",
+         "tests/test_quality.py::test_models_of_something_else_are_refused_at_once"),
+    ],
+    "cmfast/recipes.py": [
+        ("a teacher that nobody asks", 'if paths["teacher"] is not None and not aim.needs_teacher:', "if False:",
+         "tests/test_cli.py::test_what_is_trained_is_said[arguments7-ect takes no teacher; did you mean --init?]"),
+    ],
+    "cmfast/denoiser.py": [
+        ("any rho", "0 < rho <= RHO_MAX and", "True and", "tests/test_checkpoint_errors.py::test_wrong_arguments"),
+    ],
     "cmfast/whole.py": [
+        ("a full disk without a name", "if error.errno is None or error.filename is not None:", "if True:",
+         "tests/test_images.py::test_a_full_disk_says_what_was_written"),
         ("a link is replaced by a file", "Path(os.path.realpath(path))", "Path(path)",
          "tests/test_checkpoint.py::test_save_replaces_what_a_link_points_to"),
         ("nothing is flushed", "            os.fsync(file.fileno())", "            pass",
@@ -94,6 +115,8 @@ FAULTS = {
         ("pickles run", '"weights_only": True', '"weights_only": False', refused("pt: hostile pickle")),
         ("weights stay part of their file", "{name: tensor.clone() for", "{name: tensor for",
          "tests/test_checkpoint.py::test_the_file_may_be_written_again[.pt]"),
+        ("NaN is a weight", "not all(value.isfinite() for value in tensor.aminmax())", "False",
+         "tests/test_checkpoint_errors.py::test_weights_that_are_no_numbers"),
         ("every image is square", "if image_shape is None and isinstance", "if isinstance",
          "tests/test_checkpoint.py::test_images_that_are_not_square"),
         ("an image's shape beside another size", 'settings.pop("image_shape", None)', "pass",
