@@ -16,8 +16,8 @@ LATENCY_MS = (2.0, 1.0)
 IMAGES_PER_S = (1600.0, 2000.0)
 #: Memory at batch 256, at most so many times that of the weights and of what lives in a forward pass.
 MEMORY_FACTOR = 1.2
-#: Kernels of one forward pass as counted by hand: the least there can be, fused, and in the original.
-KERNELS = {"floor": 260, "fused": 430, "original": 1182}
+#: Kernels of one forward pass, counted: the least there can be, fused (`tests/kernels/test_optimize.py`), the original.
+KERNELS = {"floor": 260, "fused": 370, "original": 1182}
 #: On a CPU: at most so many times the convolutions alone, at least so many times as fast as the original.
 CONVOLUTIONS_FACTOR = 1.06
 ORIGINAL_FACTOR = 1.2
@@ -104,7 +104,7 @@ def _gpu_bars(result: dict[str, Any]) -> list[str]:
     known = ", ".join(f"{kind} {count}" for kind, count in KERNELS.items())
     counted = [r for r in (single, _pick(rows, "reference", 1, "latency")) if r is not None and r.get("kernels")]
     found = ", ".join(f"{r['provider']} {r['kernels']}" for r in counted) or "not measured"
-    return [*lines, f"kernels for one image, one step: {found} (counted by hand for the network: {known})"]
+    return [*lines, f"kernels for one image, one step: {found} (counted for the network: {known})"]
 
 
 def _cpu_bars(rows: list[Row]) -> list[str]:

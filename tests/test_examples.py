@@ -51,6 +51,11 @@ def test_distil_toy(example, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_own_network(example, tmp_path):
+    before, after = example("own_network").main(["--out", str(tmp_path)])
+    assert after < 0.2 * before and (tmp_path / "model.safetensors").exists()
+
+
 def test_own_loop(example):
     start, untrained = example("own_loop").main(["--steps", "0"])
     assert start == pytest.approx(untrained)
