@@ -172,7 +172,7 @@ def _group_norm_fold_kernel(
         mean -= center
         rest += tl.sum(mean * count)
         squares += tl.sum(load_state(partial_ptr, at + channels + (start + k)[None, :], mask) + mean * mean * count)
-    total = tl.cast(pixels * GROUP, tl.float32)
+    total = tl.cast(tl.cast(pixels, tl.int64) * GROUP, tl.float32)
     mean = tl.div_rn(rest, total)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares - mean * rest, total) + as_float32(eps)))
     moments = moments_ptr + (row * groups + group) * 2

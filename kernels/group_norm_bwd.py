@@ -208,7 +208,7 @@ def _group_norm_fold_bwd_kernel(
             grad_scale_ptr, grad_shift_ptr, per_sample_ptr, weight_ptr, bias_ptr, scale_ptr, row, channel, live,
             channels, scale_stride, s_1, s_2, FILM,
         )
-    count = tl.cast(pixels * GROUP, tl.float32)
+    count = tl.cast(tl.cast(pixels, tl.int64) * GROUP, tl.float32)
     means = means_ptr + (row * groups + group) * 2
     tl.store(means, tl.div_rn(total_1, count))
     tl.store(means + 1, tl.div_rn(total_2, count))

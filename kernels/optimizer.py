@@ -5,6 +5,7 @@ The step's first launch makes its scalars, from the device's own step count; the
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -79,20 +80,25 @@ def grad_norm(gradients: list[Tensor], *, grad_scale: Tensor | None = None) -> T
 
 
 @triton.jit
-def _power(BASE: tl.constexpr, exponent):
-    """BASE^exponent in float64, for a whole exponent below 2^24: the count of a float32 goes no further."""
-    result = tl.full((), 1.0, tl.float64)
-    square = tl.full((), BASE, tl.float64)
-    for bit in tl.static_range(24):
-        result = tl.where((exponent >> bit) & 1 != 0, result * square, result)
-        square = square * square
-    return result
+def _as_float64(bits):
+    """The float64 of these bits, an integer: a number with a fraction comes as float32."""
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
+def _power(base, exponent):
+    """base^exponent in float64, for a whole exponent below 2^24: the count of a float32 goes no further."""
+    result = tl.full((), 1.0, tl.float64)
+    for bit in tl.static_range(24):
+        result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
+        base = base * base
+    return result
+
+
+# A schedule may change them at every step.
+@triton.jit(do_not_specialize=["beta_1", "beta_2"])
 def _scalars_kernel(
-    scalars_ptr, step_ptr, lr_ptr, scale_ptr, found_ptr, norm_ptr, lr, weight_decay, max_norm,
-    BETA_1: tl.constexpr, BETA_2: tl.constexpr, EPS: tl.constexpr,
+    scalars_ptr, step_ptr, lr_ptr, scale_ptr, found_ptr, norm_ptr, lr, weight_decay, max_norm, eps, beta_1, beta_2,
     RECTIFIED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, HAS_LR: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, HAS_NORM: tl.constexpr, CLIP: tl.constexpr,
 ):
@@ -101,9 +107,10 @@ def _scalars_kernel(
     scalars_ptr  [6]  float32, out    step_ptr   []  float32, in and out
     lr_ptr       []   if HAS_LR       scale_ptr  []  if HAS_SCALE: gradients are divided by it
     found_ptr    []   if HAS_FOUND: not 0 skips    norm_ptr  []  if HAS_NORM: not finite skips
+    beta_1, beta_2    bits of float64
     Grid (1,). Traffic: these scalars. rho and powers of beta in float64, where float32 misses the threshold rho > 5.
     """
-    lr, weight_decay, max_norm = as_float32(lr), as_float32(weight_decay), as_float32(max_norm)
+    lr, weight_decay, max_norm, eps = as_float32(lr), as_float32(weight_decay), as_float32(max_norm), as_float32(eps)
     skip = tl.full((), 0.0, tl.float32)
     if HAS_FOUND:
         skip = tl.where(tl.load(found_ptr).to(tl.float32) == 0.0, 0.0, 1.0)
@@ -119,23 +126,22 @@ def _scalars_kernel(
     if HAS_LR:
         lr = tl.load(lr_ptr).to(tl.float32)
     t = tl.load(step_ptr) + 1.0
-    beta_1_t, beta_2_t = _power(BETA_1, t.to(tl.int32)), _power(BETA_2, t.to(tl.int32))
+    beta_2 = _as_float64(beta_2)
+    beta_1_t, beta_2_t = _power(_as_float64(beta_1), t.to(tl.int32)), _power(beta_2, t.to(tl.int32))
     root = tl.sqrt_rn((1.0 - beta_2_t).to(tl.float32))
     size = tl.div_rn(lr, (1.0 - beta_1_t).to(tl.float32))
     adapts = t > 0.0
     if RECTIFIED:
-        # A number of its own, since a Python number between tensors of float64 would be cut to float32 first.
-        limit = 2.0 / (1.0 - tl.full((), BETA_2, tl.float64)) - 1.0
+        limit = 2.0 / (1.0 - beta_2) - 1.0
         rho = limit - 2.0 * t.to(tl.float64) * beta_2_t / (1.0 - beta_2_t)
         adapts = rho > 5.0
         square = (rho - 4.0) * (rho - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * rho)
         rectification = tl.sqrt_rn(tl.where(adapts, square, 1.0).to(tl.float32))
         size = tl.where(adapts, size * rectification * root, size)
-        eps = tl.full((), EPS, tl.float32)
     else:
         # m / (sqrt(v / c) + eps) = sqrt(c) m / (sqrt(v) + sqrt(c) eps)
         size = size * root
-        eps = EPS * root
+        eps = eps * root
     tl.store(scalars_ptr, skip)
     tl.store(scalars_ptr + 1, factor)
     tl.store(scalars_ptr + 2, 1.0 - lr * weight_decay if DECOUPLED else 1.0)
@@ -194,6 +200,12 @@ def adam_ema_(*arguments: Any, **options: Any) -> Tensor:
     return _step(False, *arguments, **options)
 
 
+def _bits(value: float) -> int:
+    """Of a float64, as an integer."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
+
+
 def _step(
     rectified: bool,
     parameters: list[Tensor],
@@ -221,9 +233,9 @@ def _step(
     given = [x if isinstance(x, Tensor) else scalars for x in (lr, grad_scale, found_inf, grad_norm)]
     launch(
         _scalars_kernel, 1, scalars, step, *given, 0.0 if isinstance(lr, Tensor) else float(lr), float(weight_decay),
-        float(max_norm or 0), BETA_1=betas[0], BETA_2=betas[1], EPS=float(eps), RECTIFIED=rectified,
-        DECOUPLED=decoupled_weight_decay, MAXIMIZE=maximize, HAS_LR=isinstance(lr, Tensor),
-        HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None, HAS_NORM=grad_norm is not None,
+        float(max_norm or 0), float(eps), *map(_bits, betas), RECTIFIED=rectified, DECOUPLED=decoupled_weight_decay,
+        MAXIMIZE=maximize, HAS_LR=isinstance(lr, Tensor), HAS_SCALE=grad_scale is not None,
+        HAS_FOUND=found_inf is not None, HAS_NORM=grad_norm is not None,
         CLIP=max_norm is not None and max_norm < float("inf"), warps=1,
     )  # fmt: skip
     weights = 1.0 - betas[0], float(betas[1]), 1.0 - betas[1], 0.0 if decoupled_weight_decay else float(weight_decay)

@@ -20,10 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import cmfast.kernels
+from cmfast import ops
 from cmfast.ops import _dispatch
 from tests.aot import evidence
 from tests.aot.record import Launch, launches_of, recording
-from tests.aot.uses import USES
+from tests.aot.uses import USES, step
 
 if _dispatch.INTERPRETING:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted here, not compiled", allow_module_level=True)
@@ -92,6 +93,16 @@ def test_a_program_is_sound(use, target, launches, findings):
     assert any(each.narrow for each in found) == bool(use.exempt), "an exemption that nothing needs"
     if target.backend == "cuda":
         assert any(each.exponential for each in found) == use.exponential, "an exponential that is not there"
+
+
+@pytest.mark.parametrize("op", [ops.radam_ema_, ops.adam_ema_], ids=["RAdam", "Adam"])
+def test_a_schedule_of_betas_makes_no_programs(op):
+    """Nor does one of any other number: a learning rate that follows one cycle changes beta1 at every step."""
+    keys = []
+    for n in (0.5, 0.9, 0.875, 0.95):
+        numbers = {"lr": n, "betas": (n, n), "eps": n * 1e-8, "weight_decay": n, "max_norm": n}
+        keys += [launch.key(SM_90) for launch in launches_of(step(op, 1, **numbers))]
+    assert len(keys) == 4 * len(set(keys))
 
 
 def test_every_kernel_is_launched(launches, report):

@@ -299,6 +299,8 @@ NORM_TILES = [
 ]  # fmt: skip
 
 NORM = [
+    ("a count in 32 bits", "tl.cast(tl.cast(pixels, tl.int64) * GROUP, tl.float32)",
+     "tl.cast(pixels * GROUP, tl.float32)", T_NORM + "test_a_group_of_more_than_2_to_the_31_elements"),
     ("statistics of the sum before it is rounded", "value = rounded.to(tl.float32)", "value = value.to(tl.float32)",
      T_NORM + "test_dtypes[one launch-bfloat16-contiguous]"),
     ("the bias where there is no element", "tl.where(mask, value + x_bias[None, :], 0.0)", "value + x_bias[None, :]",
@@ -322,6 +324,8 @@ NORM = [
 ]  # fmt: skip
 
 NORM_BWD = [
+    ("a count in 32 bits", "tl.cast(tl.cast(pixels, tl.int64) * GROUP, tl.float32)",
+     "tl.cast(pixels * GROUP, tl.float32)", T_NORM + "test_a_group_of_more_than_2_to_the_31_elements"),
     ("slope of SiLU without its second part", "dz *= s * (1.0 + z * rest)", "dz *= s", norm("plain")),
     ("1 - sigmoid as a difference", "z * rest)", "z * (1.0 - s))",
      T_NORM + "test_slope_far_from_zero[one launch-30.0-contiguous]"),

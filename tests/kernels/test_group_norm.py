@@ -9,7 +9,7 @@ import torch
 
 import cmfast
 from cmfast import ops, reference
-from cmfast.kernels import group_norm_tiles, launch
+from cmfast.kernels import group_norm, group_norm_bwd, group_norm_tiles, launch
 from tests.ops.matrix import upstream
 from tests.ops.norms import KINDS, Norm, check_path, layout, make
 
@@ -318,6 +318,29 @@ def test_tensors_made_in_inference_mode(device):
     others, (value, _) = other.graph("triton", "x")
     grads = (torch.autograd.grad(r, x["x"], upstream(r))[0] for r, x in ((y, leaves), (value, others)))
     assert value.equal(y) and torch.equal(*grads)
+
+
+def test_a_group_of_more_than_2_to_the_31_elements(device):
+    """Its count goes beyond 32 bits: of the kernels that fold, whose inputs are small. Channels have mean 3 and
+    variance 4, and sums of as much as there are pixels."""
+    channels, pixels = 64, 2**25 + 5
+    affine, moments, means = (torch.zeros(1, n, 2 * channels, device=device) for n in (3, 1, 1))
+    weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    partial = torch.tensor([[3.0], [4.0 * pixels]], device=device).expand(2, channels).contiguous()
+    sizes = 1, 1, channels, pixels
+    options = {"scale_stride": 1, "shift_stride": 1, "FILM": False, "GROUP": channels, "PART": pixels, "PARTS": 1}
+    parameters = weight, bias, weight, bias
+    launch.launch(
+        group_norm._group_norm_fold_kernel, 1, affine, moments, partial, bias, *parameters, *sizes,
+        eps=0.0, X_BIAS=False, CHANNELS=channels, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(moments.flatten()[:2].tolist(), [3.0, 0.5])
+    sums = torch.full((2, channels), float(pixels), device=device)
+    launch.launch(
+        group_norm_bwd._group_norm_fold_bwd_kernel, 1, means, affine, affine, affine, sums, *parameters, *sizes,
+        CHANNELS=channels, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(means.flatten()[:2].tolist(), [1.0, 1.0])
 
 
 @layouts
