@@ -226,6 +226,7 @@ try:
     for _ in batches:
         pass
 except OSError as error:
+    kept = error  # and its traceback the iterator
     sys.exit(str(error))
 """
 
