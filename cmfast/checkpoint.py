@@ -185,12 +185,19 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
+    write_tensors(tensors, path, {_HEADER_KEY: json.dumps(header)})
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """A file of safetensors, whole or not at all. Raises: OSError: it cannot be written."""
     with written_whole(path) as file:
         mode = file.stat().st_mode
         try:
-            save_file(tensors, file, {_HEADER_KEY: json.dumps(header)})
+            save_file(tensors, file, metadata)
         except SafetensorError as error:  # a full disk, among others
-            raise OSError(f"cannot write {path}: {error}") from error
+            raise OSError(f"cannot write {path}: {str(error).strip()}") from error
         file.chmod(mode)  # save_file leaves a file that only its owner may read
 
 

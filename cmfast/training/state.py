@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmfast import checkpoint
@@ -73,8 +71,10 @@ class State:
         }
 
         def write(path: Path) -> None:
-            with _as_oserror(path):
+            try:
                 torch.save(state, path)
+            except RuntimeError as error:  # PyTorch's writer, where the disk is full
+                raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
         yield STATE, write
 
@@ -178,17 +178,7 @@ def save_weights(model: Denoiser, path: Path) -> None:
         # Weights that are tied are one memory by two names, and a file takes memory by one alone.
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if place in places else tensor.contiguous()
         places.add(place)
-    with _as_oserror(path):
-        save_file(tensors, path)
-
-
-@contextmanager
-def _as_oserror(path: Path) -> Iterator[None]:
-    """What a writer that is no Python raises on a full disk is an OSError as well."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+    checkpoint.write_tensors(tensors, path)
 
 
 def _load(model: Denoiser, path: Path) -> None:
