@@ -144,7 +144,8 @@ def denoise_with(
 
 
 def stated(network: Any, name: str) -> Any:
-    """What a model or network says of itself, or the one that a wrapper such as `DistributedDataParallel` holds."""
+    """What a model or network says of itself under a name, or the one that a wrapper such as
+    `DistributedDataParallel` holds does; None if it does not."""
     value = getattr(network, name, None)
     inner = getattr(network, "module", None)
     return stated(inner, name) if value is None and isinstance(inner, nn.Module) else value

@@ -85,7 +85,9 @@ def test_gradients():
         check(fast[name], eager[name], exact[name], FLOOR[torch.float32], scale, name)
 
 
-@pytest.mark.parametrize("timestep", [7, 7.0, 5.5, -5.5, torch.tensor(7), torch.tensor(7.0), torch.tensor([7.0])], ids=str)
+@pytest.mark.parametrize(
+    "timestep", [7, 7.0, 5.5, -5.5, torch.tensor(7), torch.tensor(7.0), torch.tensor([7.0])], ids=str
+)
 def test_forms_of_a_timestep(timestep):
     model = make("added")
     x = inputs(model)[0]
