@@ -62,7 +62,9 @@ def at(draw: ops.Draw) -> Iterator[None]:
 def _first(draw: ops.Draw) -> ops.Draw:
     """The draw of layer 0. The draw number goes into the seed, for its own word counts layers."""
     seed, index, number = draw
-    if not isinstance(seed, Tensor):
+    if isinstance(seed, Tensor):
+        seed = seed.to(torch.int64)
+    else:
         # Made on the device: a copy from the host would break the capture of a CUDA graph.
         seed = index.new_full((), _signed(seed), dtype=torch.int64)
     if isinstance(number, Tensor):

@@ -30,7 +30,9 @@ levels_jit = triton.jit(do_not_specialize=["blocks", "seed", "seed_high", "draw"
 
 @triton.jit
 def _exponential(x):
-    """e^x to a few units in the last place, for |x| below 80: the hardware's exponential of the part below ln 2."""
+    """e^x to a few units in the last place, from e^-87 to e^88, which are the ends: the hardware's exponential of the
+    part below ln 2."""
+    x = tl.minimum(tl.maximum(x, -87.0), 88.0)
     count = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
     rest = (x - count * 0.693145751953125) - count * 1.42860682030941723e-06
     return tl.exp(rest) * ((count.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)

@@ -35,9 +35,10 @@ Grads = tuple[Tensor | None, ...]
 
 @triton.jit
 def _noise_scale(next_level, sigma_min):
-    """sqrt(sigma'^2 - sigma_min^2) as a product of differences: exactly zero at sigma_min, and zero below."""
+    """sqrt(sigma'^2 - sigma_min^2) as a product of differences: exactly zero at sigma_min, zero below, NaN of NaN."""
     sigma_min = as_float32(sigma_min)
-    return tl.sqrt_rn(tl.maximum((next_level - sigma_min) * (next_level + sigma_min), 0.0))
+    square = (next_level - sigma_min) * (next_level + sigma_min)
+    return tl.sqrt_rn(tl.where(square < 0.0, 0.0, square))
 
 
 @drawing_jit

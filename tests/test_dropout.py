@@ -105,6 +105,16 @@ def test_masks_follow_from_the_draw():
     assert 0.4 < expected.float().mean() * 2 < 0.6
 
 
+def test_a_seed_of_fewer_bits():
+    """Is mixed with the draw number in 64, as any."""
+    x, layer = torch.ones(2, 8, 5), Dropout(0.5, layer=0)
+    made = []
+    for seed in (7, torch.tensor(7), torch.tensor(7, dtype=torch.int32)):
+        with paired(ops.Draw(seed, torch.arange(2), 3)):
+            made.append(layer(x))
+    assert made[0].equal(made[1]) and made[0].equal(made[2])
+
+
 def test_outside_it_is_torchs():
     """Bit for bit, also inside where a layer has no number, and in evaluation mode."""
     ours, plain = Dropout(0.3, layer=0), nn.Dropout(0.3)

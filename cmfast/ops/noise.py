@@ -39,7 +39,8 @@ def normal(
     _check.sample_index(index)
     _check.integer("seed", seed, index.device)
     _check.integer("draw", draw, index.device)
-    _check.input_format(index, dtype, None)
+    if dtype not in _check.DTYPES:
+        raise TypeError(f"dtype must be floating, got {dtype}")
     shape = _check.sizes("shape", shape)
     if use_kernel("normal", Draw(seed, index, draw), dtypes=(dtype,)):
         from cmfast.kernels.normal import normal_fwd

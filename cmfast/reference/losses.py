@@ -19,7 +19,7 @@ def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float 
 def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
     """`loss_weight` from the signal-to-noise ratio."""
     if weighting == "snr":
-        return snr
+        return snr.clone()
     if weighting == "snr+1":
         return snr + 1
     if weighting == "karras":

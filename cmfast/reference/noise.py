@@ -37,11 +37,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
 def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
     """The four Philox words of `groups` consecutive groups of elements, each [B, groups]."""
     index = index.to(torch.int64)[:, None]
-    seed = seed.to(torch.int64) if isinstance(seed, Tensor) else seed
+    seed = seed.to(torch.int64).reshape(()) if isinstance(seed, Tensor) else seed
     group = torch.arange(groups, device=index.device)[None, :] & _MASK
     shape = (index.shape[0], groups)
-    # Made on the device: a copy from the host would break the capture of a CUDA graph.
-    draw_word = draw.to(torch.int64) & _MASK if isinstance(draw, Tensor) else index.new_full((), draw & _MASK)
+    if isinstance(draw, Tensor):
+        draw_word = draw.to(torch.int64).reshape(()) & _MASK
+    else:
+        # Made on the device: a copy from the host would break the capture of a CUDA graph.
+        draw_word = index.new_full((), draw & _MASK)
     counter = (
         group.expand(shape),
         draw_word.expand(shape),

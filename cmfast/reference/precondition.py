@@ -35,7 +35,7 @@ def scalings(
 def c_noise(sigma: Tensor, *, sigma_data: float | None = 0.5) -> Tensor:
     """What the network is told of the noise level: 250 ln(sigma + 1e-44), or sigma itself if it is the denoiser."""
     if sigma_data is None:
-        return sigma
+        return sigma.clone()
     dtype, sigma = sigma.dtype, sigma.to(compute_dtype(sigma))
     return (250.0 * torch.log(sigma + 1e-44)).to(dtype)
 
@@ -66,7 +66,9 @@ def denoise(
 ) -> Tensor:
     """D = c_skip x_t + c_out F in the dtype of x_t, clamped to [-1, 1] if `clip`."""
     wide = compute_dtype(model_output, x_t)
-    return _denoise(model_output, x_t, sigma, sigma_data, boundary, clip, wide).to(x_t.dtype)
+    denoised = _denoise(model_output, x_t, sigma, sigma_data, boundary, clip, wide)
+    # A tensor of its own where it is the output itself, too.
+    return denoised.to(x_t.dtype, copy=sigma_data is None and not clip)
 
 
 def _denoise(

@@ -228,8 +228,10 @@ PRECONDITION = [
 RENOISE = [
     ("sigma_min forgotten in the noise's scale", "(next_level - sigma_min) * (next_level + sigma_min)",
      "next_level * next_level", T_BOUNDARY),
-    ("NaN below sigma_min", "tl.maximum((next_level - sigma_min) * (next_level + sigma_min), 0.0)",
-     "(next_level - sigma_min) * (next_level + sigma_min)", T_EXACT + "test_nothing_is_added_below_sigma_min"),
+    ("a level that is lost", "tl.where(square < 0.0, 0.0, square)", "tl.maximum(square, 0.0)",
+     T_EXACT + "test_a_next_level_that_is_lost"),
+    ("NaN below sigma_min", "tl.where(square < 0.0, 0.0, square)", "square",
+     T_EXACT + "test_nothing_is_added_below_sigma_min"),
     ("c_in of the level before", "input_scale(next_level, sigma_data, PLAIN) * value",
      "input_scale(load_level(sigma_ptr, row, PER_ROW), sigma_data, PLAIN) * value", kernel("renoise")),
     ("noise clamped with D", "(clamp(value) if CLIP else value) + _noise_scale(next_level, sigma_min) * eps",

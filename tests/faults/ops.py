@@ -119,6 +119,8 @@ NOISE_OPS = [
 ]  # fmt: skip
 
 REFERENCE_PRECONDITION = [
+    ("a denoiser's output itself", "copy=sigma_data is None and not clip)", "copy=False)",
+     T_FORMULAS + "test_results_are_tensors_of_their_own[reference]"),
     ("c_skip without the boundary", "sigma_data**2) / (offset**2 + sigma_data**2)",
      "sigma_data**2) / (sigma**2 + sigma_data**2)", "tests/test_golden.py::test_scalings_and_denoise[bc]"),
     ("c_skip by a reciprocal", "torch.full_like(offset, sigma_data**2) /", "sigma_data**2 /",
@@ -150,6 +152,8 @@ REFERENCE_LOSSES = [
 ]  # fmt: skip
 
 REFERENCE_NOISE = [
+    ("a seed has one shape", "seed.to(torch.int64).reshape(())", "seed.to(torch.int64)",
+     "tests/kernels/test_draw.py::test_seeds_and_draws_of_any_shape_and_dtype[reference-torch.uint8-(1, 1, 1)]"),
     ("nine rounds of Philox", "for _ in range(10):", "for _ in range(9):",
      T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
     ("a digit of a multiplier", "0xCD9E8D57", "0xCD9E8D37",

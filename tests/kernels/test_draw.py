@@ -86,6 +86,28 @@ def test_dropout_is_that_of_the_reference(shape, layout, dtype, device):
     torch.testing.assert_close(grad.float(), mask / 0.7, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("mean", [-100.0, 100.0])
+def test_levels_far_out(mean, device):
+    """At the ends of what float32 has: no other sign, nor infinity."""
+    x, draw = torch.zeros(3, 2, device=device), ops.Draw(0, torch.arange(3, device=device))
+    with cmfast.backend("triton"):
+        drawn = ops.draw_pair(x, draw, ops.LogNormal(mean, 1.0), pair=False)
+    assert drawn.sigma.isfinite().all() and (drawn.sigma > 0).all() and (drawn.sigma.log() * mean > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_seeds_and_draws_of_any_shape_and_dtype(backend, dtype, shape, device):
+    x, index = torch.zeros(2, 3, device=device), torch.arange(2, device=device)
+    seed, number = (torch.full(shape, value, dtype=dtype, device=device) for value in (72, 5))
+    levels = ops.LogNormal()
+    with cmfast.backend(backend):
+        given, numbers = (ops.draw_pair(x, draw, levels, pair=False) for draw in
+                          (ops.Draw(seed, index, number), ops.Draw(72, index, 5)))  # fmt: skip
+    assert given.sigma.equal(numbers.sigma) and given.first[0].equal(numbers.first[0])
+
+
 def test_gradients_of_dropout_many_at_once_and_from_inference_mode(device):
     x = torch.ones(2, 5, 3, device=device, requires_grad=True)
     with torch.inference_mode():

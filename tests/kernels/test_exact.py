@@ -11,7 +11,7 @@ import torch
 import cmfast
 from cmfast import ops
 from cmfast.kernels import losses
-from cmfast.ops import _dispatch
+from cmfast.ops import _check, _dispatch
 from tests.ops.cases import CASES
 from tests.ops.matrix import DTYPES, check_path, dtype_id, make
 
@@ -40,6 +40,13 @@ def test_nothing_is_added_below_sigma_min(device):
     with cmfast.backend("triton"):
         value, *_ = ops.renoise(x, x, sigma, torch.tensor(0.001, device=device), noise)
         assert torch.equal(value, ops.denoise(x, x, sigma))
+
+
+def test_a_next_level_that_is_lost(device):
+    """Values of levels are not looked at on a GPU: NaN goes on to what is made of it."""
+    x, levels = torch.ones(1, 3, 4, 4, device=device), torch.tensor([1.0, math.nan], device=device)
+    with cmfast.backend("triton"), _check.unread():
+        assert all(r.isnan().all() for r in ops.renoise(x, x, levels[0], levels[1], x))
 
 
 def test_an_infinite_state_does_not_reach_a_denoiser(device):

@@ -94,6 +94,25 @@ def test_distances(norm, expected):
     assert value.item() == pytest.approx(2 * expected)
 
 
+def test_results_are_tensors_of_their_own(both_forms):
+    """Where they are an argument, number by number, too: a write into one changes no other."""
+    output, sigma = torch.ones(2, 3), torch.tensor([1.0, 2.0])
+    expanded = output[:1].expand(2, 3)
+    results = [
+        ops.denoise(output, output, sigma, sigma_data=None), ops.denoise(expanded, output, sigma, sigma_data=None),
+        *ops.scale_input(output, sigma, sigma_data=None), ops.c_noise(sigma, sigma_data=None),
+        ops.snr_weight(sigma, "snr"),
+    ]  # fmt: skip
+    for result in results:
+        result.fill_(7.0)
+    assert output.eq(1).all() and sigma.tolist() == [1.0, 2.0]
+
+
+def test_a_dtype_of_noise_is_asked_for():
+    with pytest.raises(TypeError, match="dtype must be floating, got None"):
+        ops.normal(0, torch.arange(2), (3,), dtype=None)
+
+
 @pytest.mark.parametrize("norm", ops.losses.NORMS)
 def test_losses_of_large_images(norm):
     """Of differences that are all alike, the worst case for a sum in float32: with gradients and without."""
