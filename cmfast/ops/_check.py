@@ -190,7 +190,7 @@ def part(name: str, value: Any) -> None:
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """The shape of a sample."""
     shape = tuple(value) if isinstance(value, Iterable) else None
-    if shape is None or not all(isinstance(size, int | torch.SymInt) and size >= 0 for size in shape):
+    if shape is None or not all(isinstance(n, int | torch.SymInt) and type(n) is not bool and n >= 0 for n in shape):
         raise TypeError(f"{name} must be a shape of integers of 0 or more, got {value!r}")
     return shape
 

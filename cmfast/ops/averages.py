@@ -72,11 +72,16 @@ def check_averages(
 def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:
     """`rates` as a tensor [count] on the device. Numbers are filled in there: a copy from the host would wait for it.
 
-    Raises: ValueError: not so many, on another device, or of an integer dtype.
+    Raises: TypeError: neither. ValueError: not so many, not from 0 to 1, on another device, or of an integer dtype.
     """
     if not isinstance(rates, Tensor):
-        numbers = [torch.full((), float(rate), dtype=torch.float64, device=device) for rate in rates]
-        rates = torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64, device=device)
+        if not isinstance(rates, tuple | list):
+            raise TypeError(f"rates must be a tensor or numbers, got {type(rates).__name__}")
+        numbers = [float(rate) for rate in rates]
+        if not all(0 <= rate <= 1 for rate in numbers):
+            raise ValueError(f"rates must be from 0 to 1, got {rates}")
+        filled = [torch.full((), rate, dtype=torch.float64, device=device) for rate in numbers]
+        rates = torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)
     if rates.shape != (count,) or rates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"rates must be [{count}] for {count} averages, float32 or float64, got {rates.dtype} {list(rates.shape)}"

@@ -49,8 +49,7 @@ def snr_weight(snr: Tensor, weighting: str = "uniform", *, sigma_data: float = 0
 
 def _check_norm(norm: str, huber_c: float) -> None:
     _check.choice("norm", norm, NORMS)
-    if not huber_c >= 0:
-        raise ValueError(f"huber_c must be 0 or more, got {huber_c}")
+    _check.number("huber_c", huber_c)
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:

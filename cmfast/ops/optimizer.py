@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast import reference
-from cmfast.ops import _lists
+from cmfast.ops import _check, _lists
 from cmfast.ops._dispatch import plain_list, use_kernel
 from cmfast.ops.averages import as_rates, check_averages
 
@@ -153,15 +153,16 @@ def _step(
     for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
         if options[kind] is not None and not (kind == "lr" and isinstance(lr, float | int)):
             _lists.scalar(kind, options[kind], device)
-    beta1, beta2 = options["betas"]
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and options["eps"] >= 0 and options["weight_decay"] >= 0):
-        raise ValueError(
-            f"betas must be in [0, 1), eps and weight_decay 0 or more, got {options['betas']}, {options['eps']} and "
-            f"{options['weight_decay']}"
-        )
-    if options["max_norm"] is not None:
-        if not options["max_norm"] > 0:
-            raise ValueError(f"max_norm must be positive, got {options['max_norm']}")
+    betas, max_norm = options["betas"], options["max_norm"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    for beta in betas:
+        _check.part("each of betas", beta)
+    for kind in ("eps", "weight_decay", *(() if isinstance(lr, Tensor) else ("lr",))):
+        _check.number(kind, options[kind])
+    if max_norm is not None:
+        if not (isinstance(max_norm, float | int) and max_norm > 0):
+            raise ValueError(f"max_norm must be positive, got {max_norm!r}")
         if options["grad_norm"] is None:
             options["grad_norm"] = grad_norm(gradients, grad_scale=grad_scale)
     rates = as_rates(rates, len(averages), device)

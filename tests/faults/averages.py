@@ -72,7 +72,7 @@ FAULTS = {
         ("unseen writes", "    torch.autograd.graph.increment_version(", "    list(", _KERNEL + "writes_are_counted"),
     ],
     "cmfast/ops/averages.py": [
-        ("rates of float32", "torch.full((), float(rate), dtype=torch.float64", "torch.full((), float(rate)",
+        ("rates of float32", "torch.full((), rate, dtype=torch.float64", "torch.full((), rate",
          _OPS + "numbers_for_rates_are_exact"),
         ("no rates in the default dtype", "torch.empty(0, dtype=torch.float64,", "torch.empty(0,",
          _OPS + "no_averages_under_another_default"),

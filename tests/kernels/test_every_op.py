@@ -291,7 +291,7 @@ def bad_calls(device):
         "x_t2 and next_sigma go together": lambda: ops.consistency_loss(x, x, sigma, x, "snr", x),
         "unknown weight 'sn'": lambda: ops.consistency_loss(x, x, sigma, x, "sn"),
         "unknown norm 'l3'": lambda: ops.weighted_loss(x, x, sigma, norm="l3"),
-        "huber_c must be 0 or more": lambda: ops.weighted_loss(x, x, sigma, norm="huber", huber_c=-1.0),
+        "huber_c must be a number of 0 or more": lambda: ops.weighted_loss(x, x, sigma, norm="huber", huber_c=-1.0),
         "sigma_data must be positive": lambda: ops.denoise(x, x, sigma, sigma_data=0.0),
         "index must be an integer tensor": lambda: ops.normal(0, sigma, (3,)),
         "seed must be an integer": lambda: ops.normal(0.5, noise.index, (3,)),

@@ -97,6 +97,8 @@ def test_a_parameter_that_needs_gradients():
         ({"averages": [[torch.ones(3, device="meta"), torch.ones(2)]]}, ValueError, "on one device"),
         ({"copies": [torch.ones(3)]}, ValueError, "copies has 1 tensors"),
         ({"rates": [0.5, 0.5]}, ValueError, r"rates must be \[1\] for 1 averages"),
+        ({"rates": None}, TypeError, "rates must be a tensor or numbers, got NoneType"),
+        *(({"rates": [rate]}, ValueError, "rates must be from 0 to 1") for rate in (-1.0, 2.0, float("nan"))),
         ({"rates": torch.ones(1).int()}, ValueError, "float32 or float64"),
         ({"rates": torch.ones(1, device="meta")}, ValueError, "rates is on meta"),
     ],
