@@ -14,6 +14,7 @@ Results = list[dict[str, Any]]
 COLOURS = {
     "cmfast": "#c0392b", "reference": "#7f8c8d", "openai": "#2e86c1", "diffusers": "#28b463", "inductor": "#9b59b6"
 }  # fmt: skip
+OTHER = "#bbbbbb"
 #: Bars of a plot of speed at most: the best and the worst of each suite would not fit a page.
 BARS = 40
 
@@ -34,7 +35,7 @@ def draw(devices: dict[str, Results], folder: Path) -> list[Path]:
             if drawn(figure, results):
                 path = folder / f"{name}-{device}.png"
                 figure.tight_layout()
-                figure.savefig(path, dpi=70, metadata={"Software": None})
+                figure.savefig(path, dpi=70, metadata={"Software": None}, bbox_inches="tight")
                 paths.append(path)
             pyplot.close(figure)
     return paths
@@ -48,9 +49,14 @@ def speed(figure: Any, results: Results) -> bool:
     figure.set_size_inches(9, 1 + 0.24 * len(found))
     axes = figure.add_subplot()
     for i, c in enumerate(found):
-        axes.barh(i, c.p50, color=COLOURS.get(c.rival, "#bbbbbb"))
+        axes.barh(i, c.p50, color=COLOURS.get(c.rival, OTHER))
         axes.plot([c.p20, c.p80], [i, i], color="black", linewidth=1)
     axes.set_yticks(range(len(found)), [f"{c.suite} {c.case}: {c.rival}" for c in found], fontsize=6)
+    rivals = {c.rival for c in found}
+    for provider, colour in [*COLOURS.items(), ("others", OTHER)]:
+        if provider in rivals or (provider == "others" and rivals - COLOURS.keys()):
+            axes.barh([], [], color=colour, label=provider)
+    axes.legend(fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time, as a multiple of cmfast's (right of the line: cmfast is faster)")
     return True
