@@ -55,8 +55,8 @@ def speed(figure: Any, results: Results) -> bool:
     rivals = {c.rival for c in found}
     for provider, colour in [*COLOURS.items(), ("others", OTHER)]:
         if provider in rivals or (provider == "others" and rivals - COLOURS.keys()):
-            axes.barh([], [], color=colour, label=provider)
-    axes.legend(fontsize=7)
+            axes.plot([], [], "s", color=colour, label=provider)
+    axes.legend(fontsize=7, loc="lower right")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time, as a multiple of cmfast's (right of the line: cmfast is faster)")
     return True
