@@ -13,6 +13,8 @@ SEED        := $(or $(SEED),$(shell date +%s))
 GPU_PYTHON  ?= $(PYTHON)
 OUT         ?=
 DRY         ?=
+LONG        ?=
+PACK        ?=
 QUICK       ?=
 OPENAI      ?=
 
@@ -36,7 +38,7 @@ help:
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
 	@echo "make report  the tables and plots of the results in benchmarks/results"
-	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them"
+	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them; LONG=1 more"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
 demo: $(VENV)/.core
@@ -81,7 +83,8 @@ report: $(VENV)/.dev
 	$(BIN)/python -m cmfast.benchmarks.report
 
 gpu:
-	$(GPU_PYTHON) -m cmfast.benchmarks.gpu --out $(if $(OUT),$(OUT),out/gpu) $(if $(OPENAI),--openai $(OPENAI)) $(if $(DRY),--dry)
+	$(GPU_PYTHON) -m cmfast.benchmarks.gpu --out $(if $(OUT),$(OUT),out/gpu) $(if $(OPENAI),--openai $(OPENAI)) \
+		$(if $(DRY),--dry) $(if $(LONG),--long) $(if $(PACK),--pack)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

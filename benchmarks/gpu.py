@@ -12,26 +12,33 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from cmfast.benchmarks.home import CHECKOUT
-from cmfast.benchmarks.steps import SECONDS, Step, failed, listing, run_all
+from cmfast.benchmarks.steps import PACKED, SECONDS, Step, failed, listing, run_all
 
-#: Seconds for all steps together.
+#: Seconds for all steps together; --long has as many as its steps.
 TOTAL_S = 530
 #: Steps that can measure beside the original's code.
 BESIDE_OPENAI = ("sampling", "training", "startup", "profile")
-#: Kernel tests that compute-sanitizer, which is slow, runs: every operation and gradient, once at a size that fills no
-#: block, once in many blocks.
-SANITIZED = "test_one_level_for_all or test_same_bits_on_repetition or test_mixed_dtypes or test_clips_by_its_own_norm"
-#: Kernel tests that come first: every operation in the dtypes of use, and what only a GPU shows. The others, which
-#: compile hundreds of kernels more, take the time that is left at the end.
-CORE = "float32-bfloat16 or test_gpu or test_noise or test_exact or test_engine_gpu or test_optimize or test_averages"
-CORE += " or test_lpips"
-PYTEST = ["-m", "pytest", "tests/kernels", "tests/test_engine_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+#: Where the tests lie, and those that come first, in their order.
+FILES = ["tests/kernels", "tests/test_engine_gpu.py"]
+FIRST = [
+    *(f"tests/kernels/test_{name}.py" for name in ("every_op", "group_norm", "gpu")), FILES[1],
+    *(f"tests/kernels/test_{name}.py" for name in ("lpips", "averages", "optimizer")),
+]
+#: Of these: every operation in the dtypes of use, and what only a GPU shows.
+SMOKE = "float32-bfloat16 or test_kinds or test_gpu and not compiled_whole or test_engine_gpu or repetition"
+SMOKE += " or test_low_dtypes or test_number_of_averages"
+#: Of those, what compute-sanitizer, which is slow, runs: operations and gradients whose kernels are compiled by then,
+#: at a size that fills no block and in many blocks, and nothing else on the device.
+SANITIZED = "test_every_op and repetition or test_auto_takes_the_kernel"
+#: Threads of a block share memory in reductions alone.
+REDUCTIONS = "repetition and (test_group_norm or test_lpips or loss)"
 
 
 def _no_pytest() -> str | None:
@@ -46,11 +53,22 @@ def _no_sanitizer() -> str | None:
     return _no_pytest()
 
 
-def _sanitizer(tool: str, seconds: float) -> Step:
+def _tests(name: str, seconds: float, files: list[str], chosen: str, *options: str) -> Step:
+    """Tests of some files, their names chosen as by pytest's -k."""
+    words = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "tests.at_once", *options]
     return Step(
-        tool,
-        [*PYTEST, "-x", "-k", SANITIZED],
+        name,
+        ["-m", "pytest", *files, *words, "-k", chosen],
         seconds,
+        missing=_no_pytest,
+        # Else every process of tests starts one for each core.
+        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "1"),),
+    )
+
+
+def _sanitizer(tool: str, seconds: float, chosen: str) -> Step:
+    return replace(
+        _tests(tool, seconds, FIRST, chosen, "-x"),
         # The children of these tests are compilers.
         wrapper=("compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--target-processes",
                  "application-only"),
@@ -60,7 +78,8 @@ def _sanitizer(tool: str, seconds: float) -> Step:
     )
 
 
-def steps(out: Path) -> list[Step]:
+def steps(out: Path, long: bool = False) -> list[Step]:
+    """The important first: results of those that bars are about, in 9 minutes. long: all there is, in two hours."""
     def suite(name: str, seconds: float, *arguments: str, needs: str | None = None) -> Step:
         """One of `cmfast.benchmarks.suites`; needs: a package without which it cannot run at all."""
         missing = None if needs is None or find_spec(needs) else f"{needs} is not installed for this Python"
@@ -69,22 +88,34 @@ def steps(out: Path) -> list[Step]:
 
     # Most of a test's time is its kernels' compilation, on the CPU.
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []
+    environment = Step("environment", ["-m", "cmfast.benchmarks.environment"], 10)
+    smoke = _tests("smoke", 60, FIRST, SMOKE, *workers)
+    if not long:
+        # Without rivals that compile for minutes.
+        return [
+            environment,
+            smoke,
+            suite("sampling", 115, "--no-compile", "--batches", "1,256"),
+            suite("training", 130, "--no-compile"),
+            suite("kernels", 85),
+            suite("parameters", 25, "--no-compile"),
+            _sanitizer("memcheck", 45, SANITIZED),
+            suite("profile", 50),
+        ]
     return [
-        Step("environment", ["-m", "cmfast.benchmarks.environment"], 15),
-        Step("tests", [*PYTEST, *workers, "-k", CORE], 95, missing=_no_pytest),
-        suite("kernels", 95),
-        # Its compiled rivals take minutes to start: `--only sampling --seconds 1500` has them for them.
-        suite("sampling", 75),
-        # The same: what this is enough for is the first trial.
-        suite("training", 90),
-        suite("parameters", 35),
-        suite("profile", 25),
-        # Its compiled rival takes most of this to start.
-        suite("perceptual", 25, needs="torchvision"),
-        suite("startup", 20, "--no-compile"),
-        _sanitizer("memcheck", 25),
-        _sanitizer("racecheck", 25),
-        Step("all-tests", [*PYTEST, *workers, "-k", f"not ({CORE})"], 15, missing=_no_pytest),
+        environment,
+        smoke,
+        suite("sampling", 1800),
+        suite("training", 1200),
+        suite("kernels", 900),
+        suite("parameters", 400),
+        _sanitizer("memcheck", 120, SANITIZED),
+        suite("profile", 120),
+        suite("perceptual", 400, needs="torchvision"),
+        suite("startup", 900),
+        _tests("compiled", 300, FILES, "compiled_whole", *workers),
+        _tests("all-tests", 900, FILES, f"not ({SMOKE}) and not compiled_whole", *workers),
+        _sanitizer("racecheck", 300, REDUCTIONS),
     ]
 
 
@@ -100,19 +131,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cmfast.benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for the results")
     parser.add_argument("--dry", action="store_true", help="list the steps and their limits, run none")
-    parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all steps together (default {TOTAL_S})")
+    parser.add_argument("--long", action="store_true", help="all there is to test and measure, in two hours")
+    parser.add_argument("--pack", action="store_true", help=f"leave two files: report.json, and {PACKED} with the rest")
+    parser.add_argument("--seconds", type=float, help=f"for all steps together (default {TOTAL_S})")
     parser.add_argument("--openai", type=Path, metavar="CHECKOUT", help="for what is measured beside it")
     parser.add_argument("--only", metavar="STEP", action="append", help="run this step alone; may be given again")
     options = parser.parse_args(argv)
-    chosen = steps(options.out if options.dry else options.out.resolve())
-    unknown = set(options.only or ()) - {step.name for step in chosen}
-    if unknown:
-        parser.error(f"unknown steps {', '.join(sorted(unknown))}; known: {', '.join(step.name for step in chosen)}")
-    chosen = [_beside(step, options.openai) for step in chosen if not options.only or step.name in options.only]
-    if options.dry:
-        print(listing(chosen, options.seconds))
-        return 0
-    return int(failed(run_all(chosen, options.out.resolve(), options.seconds)))
+    with tempfile.TemporaryDirectory(prefix="cmfast-gpu-") as folder:
+        given = options.out if options.dry else options.out.resolve()
+        out = Path(folder) if options.pack and not options.dry else given
+        chosen = steps(out, options.long)
+        unknown = set(options.only or ()) - {step.name for step in chosen}
+        if unknown:
+            known = ", ".join(step.name for step in chosen)
+            parser.error(f"unknown steps {', '.join(sorted(unknown))}; known: {known}")
+        chosen = [_beside(step, options.openai) for step in chosen if not options.only or step.name in options.only]
+        seconds = options.seconds or (sum(step.seconds for step in chosen) if options.long else TOTAL_S)
+        if options.dry:
+            print(listing(chosen, seconds))
+            return 0
+        return int(failed(run_all(chosen, out, seconds, given if options.pack else None)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from cmfast.benchmarks.home import CHECKOUT, HOME
-from cmfast.whole import write_text
+from cmfast.whole import write_text, written_whole
 
 #: The end of a step's output that the report holds, in characters.
 TAIL = 4000
 #: Seconds that a process has between being asked to stop and being killed.
 GRACE_S = 5
+#: All files of a run in one, where few files come back from a machine.
+PACKED = "gpu.tar.gz"
 #: See `Step`.
 SECONDS, FINISH_S = "SECONDS", 30
 
@@ -52,8 +55,8 @@ class Step:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its children."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End a process and its children. First it is interrupted, as from a keyboard: pytest then says what has failed."""
+    for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
             process.wait(GRACE_S)
@@ -73,6 +76,8 @@ def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
         return entry | {"status": "missing", "seconds": 0.0, "reason": reason}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), environment.get("PYTHONPATH")]))
+    # Else what a process that is killed has printed is lost.
+    environment["PYTHONUNBUFFERED"] = "1"
     environment |= dict(step.environment)
     start = time.monotonic()
     log = out / f"{step.name}.log"
@@ -110,8 +115,11 @@ def listing(steps: Sequence[Step], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def run_all(steps: Sequence[Step], out: Path, seconds: float) -> dict[str, Any]:
-    """All of them, in `seconds` together; each may use what those before it left over. What OUT/report.json holds."""
+def run_all(steps: Sequence[Step], out: Path, seconds: float, pack: Path | None = None) -> dict[str, Any]:
+    """All of them, in `seconds` together; each may use what those before it left over. What OUT/report.json holds.
+
+    pack: a folder that gets, after each step, that report and all of OUT in `PACKED`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "steps": []
@@ -128,7 +136,13 @@ def run_all(steps: Sequence[Step], out: Path, seconds: float) -> dict[str, Any]:
             print(f"{step.name}: at most {limit:.0f} s ...", flush=True)
             entry = run(step, sys.executable, out, limit)
         report["steps"].append(entry)
-        write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+        text = json.dumps(report, indent=1) + "\n"
+        write_text(out / "report.json", text)
+        if pack is not None:
+            pack.mkdir(parents=True, exist_ok=True)
+            write_text(pack / "report.json", text)
+            with written_whole(pack / PACKED) as path, tarfile.open(path, "w:gz") as archive:
+                archive.add(out, ".")
         print(f"{step.name}: {entry['status']} after {entry['seconds']} s {entry.get('reason', '')}", flush=True)
         if "tail" in entry:
             print("    " + entry["tail"][-1500:].rstrip().replace("\n", "\n    "), flush=True)

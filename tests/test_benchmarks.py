@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -235,25 +237,53 @@ def test_bars(tmp_path):
 
 
 class TestGpuSteps:
-    def test_dry(self, capsys):
-        assert gpu.main(["--dry"]) == 0
+    @pytest.mark.parametrize("long", [False, True])
+    def test_dry(self, long, capsys):
+        assert gpu.main(["--dry", *(["--long"] if long else [])]) == 0
         out = capsys.readouterr().out
-        measured = ("kernels", "sampling", "training", "parameters", "profile", "perceptual", "startup")
-        for name in ("environment", "tests", *measured, "memcheck", "racecheck"):
+        names = ("environment", "smoke", "sampling", "training", "kernels", "parameters", "memcheck", "profile")
+        for name in (*names, *(("perceptual", "startup", "compiled", "all-tests", "racecheck") if long else ())):
             assert f"\n{name} " in f"\n{out}"
-        assert sum(step.seconds for step in gpu.steps(Path("out"))) <= 540
+        assert long or sum(step.seconds for step in gpu.steps(Path("out"))) <= gpu.TOTAL_S <= 530
 
-    def test_one_failure_stops_nothing(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("pack", [False, True])
+    def test_one_failure_stops_nothing(self, tmp_path, monkeypatch, pack):
         steps = [
             gpu.Step("fails", ["-c", "print('this is why'); raise SystemExit(3)"], 5),
-            gpu.Step("hangs", ["-c", "import time; print('begun', flush=True); time.sleep(60)"], 1),
+            gpu.Step("hangs", ["-c", "import time; print('begun'); time.sleep(60)"], 1),
             gpu.Step("misses", ["-c", ""], 10, missing=lambda: "no such tool"),
             gpu.Step("works", ["-c", "import cmfast; print('done')"], 5),
         ]
-        monkeypatch.setattr(gpu, "steps", lambda out: steps)
-        assert gpu.main(["--out", str(tmp_path), "--seconds", "7"]) == 1
+        monkeypatch.setattr(gpu, "steps", lambda out, long: steps)
+        assert gpu.main(["--out", str(tmp_path), "--seconds", "7", *(["--pack"] if pack else [])]) == 1
+        if pack:
+            assert {path.name for path in tmp_path.iterdir()} == {"report.json", "gpu.tar.gz"}
+            with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+                assert archive.extractfile("./report.json").read() == (tmp_path / "report.json").read_bytes()
+                archive.extractall(tmp_path, filter="data")
         report = json.loads((tmp_path / "report.json").read_text())["steps"]
         assert [step["status"] for step in report] == ["failed", "timeout", "missing", "ok"]
         assert "this is why" in report[0]["tail"] and report[0]["exit_code"] == 3
         assert "begun" in (tmp_path / "hangs.log").read_text() and report[1]["seconds"] < 8
         assert report[2]["reason"] == "no such tool"
+
+    @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
+    def test_what_failed_is_said_at_once(self, tmp_path, workers):
+        (tmp_path / "test_hangs.py").write_text(
+            "import time\ndef test_fails(): assert 1 + 1 == 3, 'this is why'\ndef test_hangs(): time.sleep(600)\n"
+        )
+        words = ["-m", "pytest", str(tmp_path), "-q", "-p", "no:cacheprovider", "-p", "tests.at_once", *workers]
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert any("this is why" in line for line in process.stdout)
+                assert process.poll() is None
+            finally:
+                process.kill()
+
+    def test_chosen_tests(self):
+        """The names are those of tests that are there."""
+        for name in gpu.FIRST:
+            assert (ROOT / name).is_file()
+        text = "".join(gpu.FIRST) + "".join((ROOT / name).read_text() for name in gpu.FIRST)
+        for part in re.findall(r"\w+", f"{gpu.SMOKE} {gpu.SANITIZED} {gpu.REDUCTIONS}"):
+            assert part in text, part
