@@ -50,6 +50,7 @@ class Ours:
             dtype=trial.dtype, seed=SEED,
         )  # fmt: skip
         student: Any = start.denoiser("student")
+        student.requires_grad_(True)
         self.training = TrainStep(
             student, objective, options, teacher_model=start.denoiser("teacher"), lpips=start.perceptual()
         )
