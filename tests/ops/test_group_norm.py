@@ -100,7 +100,7 @@ def test_large_means_in_channels_last(shape, groups, mean):
 @pytest.mark.parametrize("lost", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_sample_that_is_lost_leaves_the_others_alone(layout, lost):
-    """PyTorch's kernel for channels_last puts NaN into all of them."""
+    """The largest mean of the batch is NaN then, and says nothing of theirs."""
     x = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0)) + 30
     x[1, 3, 2, 2] = lost
     x = x.contiguous(memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
@@ -108,6 +108,12 @@ def test_a_sample_that_is_lost_leaves_the_others_alone(layout, lost):
     expected = reference.group_norm_silu(x, 2, torch.ones(8), torch.zeros(8))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert y[::2].isfinite().all() and y[1].isnan().any()
+
+
+@pytest.mark.parametrize("mean", [0.5, 3.0, 1000.0])
+def test_the_rule_in_channels_last(mean):
+    """Values and gradients as good as those of the reference."""
+    check_path(make((2, 96, 16, 16), 32, "film", last=True, mean=mean), "auto")
 
 
 def test_other_layouts_on_the_cpu():
