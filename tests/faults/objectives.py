@@ -24,8 +24,10 @@ CURRICULA = [
 ]  # fmt: skip
 
 REFERENCE = [
-    ("levels from noise's own counter", "LEVEL_DRAW - draw.draw, 1)", "draw.draw, 1)",
+    ("levels from noise's own counter", "return LEVEL_DRAW - (", "return (",
      _LEVELS.format("alike-1099511627779-3-False")),
+    ("a number of few bits wraps", "draw.draw.to(torch.int64) if isinstance", "draw.draw if isinstance",
+     "tests/kernels/test_draw.py::test_seeds_and_draws_of_any_shape_and_dtype[reference-torch.uint8-()]"),
     ("r not cut off at 0", "(1 - _part(sigma, below))).clamp(min=0)", "(1 - _part(sigma, below)))",
      _F + "ect_second_level[2.0-8.0-1.0-0]"),
     ("the gap not cut off at sigma", "_part(sigma, below).clamp(max=1)", "_part(sigma, below)",
