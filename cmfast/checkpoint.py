@@ -191,7 +191,10 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
 def write_tensors(
     tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """A file of safetensors, whole or not at all. Raises: OSError: it cannot be written."""
+    """Write tensors by their names, and metadata beside them, to a file of safetensors at `path`, whole or not at all.
+
+    Raises: OSError: it cannot be written.
+    """
     with written_whole(path) as file:
         mode = file.stat().st_mode
         try:

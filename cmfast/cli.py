@@ -128,15 +128,17 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--model", type=_path, help="a .pt or .safetensors checkpoint or a diffusers folder; default: bundled"
     )
     parser.add_argument("--preconditioning", choices=("consistency", "edm"), help="of a checkpoint that does not say")
-    parser.add_argument("--sampler", default="multistep", help="multistep (default), heun, euler, dpm, ancestral, ...")
+    parser.add_argument("--sampler", default="multistep",
+                        help="multistep (default), onestep, heun, euler, dpm, ancestral or progdist")  # fmt: skip
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
-    parser.add_argument("--ts", type=_integers, help="indices of the 40-level grid instead, such as 0,22,39")
+    parser.add_argument("--ts", type=_integers, help="indices of a grid of levels instead, such as 0,22,39")
+    parser.add_argument("--num-scales", type=int, default=40, help="levels of that grid (default: 40)")
     parser.add_argument("--sigmas", type=_numbers, help="noise levels instead, such as 80,1.382")
     # Two names, since torchrun takes `--num` for a beginning of its own --numa-binding.
     parser.add_argument("--num", "--num-images", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--classes", type=_integers, help="such as 3 or 0,1,2, in turn; default: drawn from the seed")
-    parser.add_argument("--seed", type=_integer, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=_integer, default=0, help="of noise and classes (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per network call (default: 64)")
     parser.add_argument("--device", help="cuda or cpu; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="what the network computes in; default: as the checkpoint")
     parser.add_argument("--compile", choices=("auto", "off", "whole", "regional"), default="auto", help="torch.compile")
@@ -151,6 +153,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="model option that the checkpoint does not hold, such as num_head_channels=64",
     )
+    parser.add_argument("--option", action="append", default=[], type=_override, dest="options", metavar="NAME=VALUE",
+                        help="of the sampler, such as s_churn=10 or clip_denoised=False")  # fmt: skip
     parser.set_defaults(run=_sample)
 
 
@@ -184,17 +188,16 @@ def _sampler(arguments: argparse.Namespace, local_rank: int | None) -> Sampler:
 
     from cmfast.engine import Sampler
 
-    return Sampler(
-        _load(arguments, local_rank),
-        min(arguments.batch_size, arguments.num),
-        steps=arguments.steps,
-        ts=arguments.ts,
-        sigmas=arguments.sigmas,
-        sampler=arguments.sampler,
-        compile=arguments.compile,
-        cuda_graph=GRAPHS[arguments.cuda_graph],
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-    )
+    model = _load(arguments, local_rank)
+    levels = {name: getattr(arguments, name) for name in ("steps", "ts", "sigmas", "num_scales")}
+    how = {"compile": arguments.compile, "cuda_graph": GRAPHS[arguments.cuda_graph], "sampler": arguments.sampler}
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    try:
+        return Sampler(
+            model, min(arguments.batch_size, arguments.num), dtype=dtype, **levels, **how, **dict(arguments.options)
+        )
+    except TypeError as error:  # what --option gives is none of this sampler's
+        raise ValueError(str(error)) from error
 
 
 def _load(arguments: argparse.Namespace, local_rank: int | None = None) -> Denoiser:
@@ -268,12 +271,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=_path, help="folder of the run (default: runs/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--config", type=_path,
-                        help="a YAML file of settings, such as a run's config.yaml; arguments go first")  # fmt: skip
+                        help="a YAML file of settings, such as a run's config.yaml; arguments here win")  # fmt: skip
     parser.add_argument("--teacher", type=_path, help="the checkpoint of a diffusion model to distil (cd, pd)")
     parser.add_argument("--init", type=_path, help="a checkpoint to start from; default: the teacher, or new weights")
     parser.add_argument("--network", help="new weights: tiny, small (default), imagenet64, lsun256")
     for name, kind, text in (
-        ("steps", int, "optimizer steps"),
+        ("steps", int, "optimizer steps (default: the paper's, hundreds of thousands)"),
         ("batch_size", int, "images per step, of all processes together (default: 64)"),
         ("microbatch", int, "images per forward pass"),
         ("learning_rate", float, "default: the paper's"),
@@ -289,12 +292,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         ("on_nan", str, "stop (default) or skip"),
     ):
         flags = [f"--{name.replace('_', '-')}"]
-        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}")
+        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}", metavar=name.upper())
     parser.add_argument("--checkpointing", action="store_true", default=None, dest="options.checkpointing",
                         help="less memory, a third more time")  # fmt: skip
-    parser.add_argument("--loss-norm", dest="objective.loss_norm", help="l1, l2, l2-32, huber or lpips")
+    parser.add_argument("--loss-norm", dest="objective.loss_norm", metavar="NORM",
+                        help="l1, l2, l2-32, huber or lpips (of cd, ct and pd the default)")  # fmt: skip
     parser.add_argument("--dropout", type=float, help="of the student")
-    parser.add_argument("--image-size", type=int, dest="data.image_size", help="crop and resize images to it")
+    parser.add_argument("--image-size", type=int, dest="data.image_size", metavar="SIZE",
+                        help="crop and resize images to it")  # fmt: skip
     parser.add_argument("--flip", action="store_true", default=None, dest="data.flip", help="mirror half of the images")
     parser.add_argument("--unlabelled", action="store_false", default=None, dest="data.labelled", help="ignore labels")
     parser.add_argument("--skip-unreadable", action="store_true", default=None, dest="data.skip_unreadable",
@@ -311,8 +316,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from cmfast.training import Stopped
 
-    alone = arguments.recipe is None and not (arguments.resume or _beside_mnist(arguments))
-    digits = arguments.recipe == "mnist" or alone
+    digits = arguments.recipe == "mnist"
     try:
         (_train_mnist if digits else _train_recipe)(arguments)
     except Stopped as stopped:

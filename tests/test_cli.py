@@ -49,6 +49,20 @@ def test_npz_holds_the_labels(checkpoint, tmp_path):
         assert (arrays["arr_1"] == drawn).all()
 
 
+def test_options_of_the_sampler(checkpoint, tmp_path):
+    """The original's launch.sh has a grid of 151 levels."""
+    for given, options in (
+        (["--ts", "0,67,150", "--num-scales", "151"], {"ts": (0, 67, 150), "num_scales": 151}),
+        (["--sampler", "heun", "--steps", "3", "--option", "s_churn=2.0", "--option", "clip_denoised=False"],
+         {"sampler": "heun", "steps": 3, "s_churn": 2.0, "clip_denoised": False}),
+    ):  # fmt: skip
+        out = tmp_path / "x.npz"
+        assert cli.main(["sample", "--model", checkpoint, "--num", "2", *given, "--out", str(out)]) == 0
+        wanted = cmfast.Sampler(cmfast.load(checkpoint).eval(), 2, **options).sample(2)
+        with np.load(out) as file:
+            assert np.array_equal(file["arr_0"], wanted.numpy())
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -75,6 +89,8 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--ts", "0,40"], "from 0 to 39"),
         (["--sampler", "nope"], "known: onestep"),
         (["--num", "0"], "--num"),
+        (["--option", "s_churn=1"], "unknown option s_churn of the multistep sampler; known: noise_fn"),
+        (["--option", "sampler=heun"], "multiple values for keyword argument 'sampler'"),
         (["--batch-size", "0"], "batch_size"),
         (["--device", "nope"], "nope"),
         (["--device", "mps"], "--device must be cuda, cuda:N or cpu, got 'mps'"),
@@ -230,6 +246,8 @@ def test_unknown_recipe(capsys):
     "arguments, message",
     [
         (["--data", "images", "--steps", "2"], "--recipe is missing"),
+        ([], "--recipe is missing"),
+        (["--seed", "3", "--out", "x"], "--recipe is missing"),
         (["--recipe", "mnist", "--batch-size", "4", "--set", "options.warmup=1"],
          "recipe mnist has its own settings: leave out --batch-size, --set"),
         (["--recipe", "mnist", "--unlabelled", "--dropout", "0"], "leave out --dropout, --unlabelled"),
@@ -310,7 +328,7 @@ def test_train_writes_models_and_a_curve(tmp_path, capsys):
     out = tmp_path / "run"
     stages = ["edm", "shape", "cd", "guided"]
     steps = [argument for stage in stages for argument in (f"--{stage}-steps", "1")]
-    assert cli.main(["train", "--out", str(out), *steps]) == 0
+    assert cli.main(["train", "--recipe", "mnist", "--out", str(out), *steps]) == 0
     written = {"teacher.safetensors", "model.safetensors", "loss.png"} | set(stages)
     assert {p.name for p in out.iterdir()} == written
     assert cmfast.load(out / "teacher.safetensors").preconditioner.name == "edm"

@@ -28,6 +28,7 @@ from cmfast.data import decode, npz, open_data
 from cmfast.ranks import Ranks
 from cmfast.training import Trainer, TrainOptions, config, lock, state
 from cmfast.unet_config import from_shapes
+from tests.training import toys
 
 X = torch.zeros(2, 3, 4, 4)
 ONE = torch.ones(2)
@@ -177,9 +178,15 @@ def test_compressed_arrays_that_are_refused(tmp_path, monkeypatch):
         open_data(path)
 
 
-def test_what_a_writer_raises_is_an_oserror(tmp_path):
-    with pytest.raises(OSError, match="cannot write .*x: no space"), state._as_oserror(tmp_path / "x"):
+def test_what_a_writer_raises_is_an_oserror(tmp_path, monkeypatch):
+    """PyTorch's is no Python."""
+
+    def full(*args):
         raise RuntimeError("no space\nleft")
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(OSError, match="cannot write .*state.pt: no space$"):
+        toys.trainer("ect", tmp_path).save()
 
 
 def test_a_lock_that_fails_for_another_reason(tmp_path, monkeypatch):
