@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast import UNetModel
+from cmfast.checkpoint import meta_network
 
 
 class Missing(Exception):
@@ -94,9 +95,10 @@ def original_unet(
     device = next(network.parameters()).device
     with importing(path, device) as stand_ins:
         unet = importlib.import_module("cm.unet")
-        model = unet.UNetModel(**{**network.config, "use_fp16": fp16})
+        # Without memory at first: initialising it takes seconds, of which nothing stays.
+        model = meta_network({**network.config, "use_fp16": fp16}, unet.UNetModel)
+    model = model.to_empty(device=device)
     model.load_state_dict({name: tensor.float() for name, tensor in network.state_dict().items()})
-    model = model.to(device)
     note = f"stand-ins for {' and '.join(stand_ins)}; attention by PyTorch's fused one" if stand_ins else None
     if training:
         return model.train().requires_grad_(True), note

@@ -197,7 +197,7 @@ def start(
 ) -> tuple[dict[str, Any], runs.Measure]:
     """What the result says of itself; and what measures a trial."""
     name, dtype = options.network, torch.bfloat16 if device.type == "cuda" else torch.float32
-    alive = {str(b): forward_peak(name, b, dtype) for b in sorted({t.batch for t in chosen})}
+    alive: dict[str, int] = {}
     budget_s = QUICK_S if options.quick else BUDGET_S[device.type]
 
     @functools.lru_cache(maxsize=1)
@@ -205,6 +205,8 @@ def start(
         return Models(name, device, dtype, options.openai)
 
     def measured(trial: Trial, number: int) -> runs.Found:
+        if str(trial.batch) not in alive:
+            alive[str(trial.batch)] = forward_peak(name, trial.batch, dtype)
         of_trial = getattr(torch, trial.dtype) if trial.dtype else dtype
         return measure(models(of_trial), trial, budget_s=budget_s, rounds=options.rounds)
 

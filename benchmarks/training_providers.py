@@ -203,15 +203,15 @@ def trials(device_type: str, network: str | None, compile: bool, quick: bool = F
     if quick:
         return [Trial(network or "unet32", 2, ("reference", "openai", "cmfast"))]
     if device_type == "cuda":
-        # Two at a time: each holds 8 to 10 GB of weights and moments.
+        # Few at a time: each holds 8 to 10 GB of weights and moments. The first trial may be the only one.
         large = functools.partial(Trial, "imagenet64", 64)
-        rivals = ("openai", "reference", *(COMPILED if compile else ()))
         found = [
-            large(("openai", "cmfast"), loss_norm="lpips", dtype="bfloat16"),
-            *(large((rival, "cmfast"), loss_norm="lpips", dtype="bfloat16") for rival in rivals[:0:-1]),
+            large(("cmfast", "reference", "openai"), loss_norm="lpips", dtype="bfloat16"),
             *(large(("openai", "cmfast"), recipe=recipe, dtype="bfloat16") for recipe in ("cd", "ct")),
             large(("openai", "cmfast"), loss_norm="lpips", dtype="float16"),
-            Trial("unet32", 128, (*rivals, "cmfast"), dtype="bfloat16"),
+            Trial("unet32", 128, ("openai", "reference", "cmfast"), dtype="bfloat16"),
+            *([large(("inductor", "cmfast"), loss_norm="lpips", dtype="bfloat16")] if compile else []),
+            *([Trial("unet32", 128, ("inductor", "cmfast"), dtype="bfloat16")] if compile else []),
         ]
     else:
         small = functools.partial(Trial, "unet32", 16)

@@ -72,9 +72,8 @@ class Start:
     def __init__(self, trial: Trial, device: torch.device, openai: Path | None = None) -> None:
         self.trial, self.device, self.openai = trial, device, openai
         #: Each has weights of its own, so that one in the place of another shows.
-        self.weights = {"student": _weights(trial.network, 0), "target": _weights(trial.network, 1)}
-        if trial.recipe == "cd":
-            self.weights["teacher"] = _weights(trial.network, 2)
+        roles = ("student", "target", *(["teacher"] if trial.recipe == "cd" else []))
+        self.weights = {role: _weights(trial.network, device, seed) for seed, role in enumerate(roles)}
         self.rates = AVERAGES.get(trial.network, ONE_AVERAGE)
         generator = torch.Generator().manual_seed(SEED)
         shape = self.weights["student"].image_shape
@@ -121,8 +120,8 @@ class Start:
 
 # Random weights take seconds to draw, and two or three trials in a row want the same.
 @functools.lru_cache(maxsize=3)
-def _weights(network: str, seed: int) -> Denoiser:
-    return networks.denoiser(network, torch.device("cpu"), torch.float32, seed)
+def _weights(network: str, device: torch.device, seed: int) -> Denoiser:
+    return networks.denoiser(network, device, torch.float32, seed)
 
 
 @functools.cache
