@@ -47,9 +47,20 @@ def flat(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
 
 
+#: By device and number of samples. A region that is compiled takes those that are there: in one that makes them, 2^33
+#: is a number of 32 bits to inductor.
+_indices: dict[str, Tensor] = {}
+
+
 def draw(x: Tensor) -> ops.Draw:
     """A draw for the samples of x: large indices, a seed of more than 32 bits, not the first draw."""
-    return ops.Draw(2**40 + 7, torch.arange(x.shape[0], device=x.device) + 2**33, 3)
+    key = f"{x.shape[0]} on {x.device}"
+    index = _indices.get(key)
+    if index is None:
+        index = torch.arange(x.shape[0], device=x.device) + 2**33
+        if type(index) is Tensor and not (torch.compiler.is_compiling() or index.is_inference()):
+            _indices[key] = index
+    return ops.Draw(2**40 + 7, index, 3)
 
 
 def _init(s, v, dtype=None, **options):

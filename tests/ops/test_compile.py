@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import cmfast
 from cmfast import ops
 from cmfast.ops import _dispatch
-from tests.ops import perceptual
+from tests.ops import cases, perceptual
 from tests.ops.cases import CASES, flat
 from tests.ops.norms import make
 
@@ -26,6 +26,8 @@ MODE = FakeTensorMode()
 def as_with_a_gpu(monkeypatch):
     # Dynamo wraps kernels only where it sees a GPU.
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    # Real ones of other tests do not go with fake tensors.
+    monkeypatch.setattr(cases, "_indices", {})
     torch._dynamo.reset()
 
 
@@ -101,6 +103,22 @@ def test_dropout(gradient):
 def test_normal():
     results, kernels = traced(lambda index: ops.normal(3, index, (3, 8, 8)), cuda(2, dtype=torch.int64))
     assert kernels == 1 and results[0].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("drawn")])
+def test_large_indices_are_no_part_of_a_region(name):
+    """Inductor takes a sum of `arange` and 2^33 for one of 32 bits, which Triton refuses. Users' indices are given."""
+    states = {k: torch.ones(2, 3, 8, 8) for k in CASES[name].states}
+    sigmas = {k: torch.ones(2) for k in CASES[name].sigmas}
+    CASES[name].call(states, sigmas)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(CASES[name].call, fullgraph=True, backend=keep)(states, sigmas)
+    assert len(graphs) == 1 and str(2**33) not in graphs[0]
 
 
 def test_seeds_on_the_device():
