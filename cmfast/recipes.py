@@ -79,7 +79,7 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = copy.deepcopy(SETTINGS)
     for name, value in given.items():
-        if name == "data_fingerprint":  # of a run that is gone on with
+        if name in ("data_fingerprint", "teacher_fingerprint"):  # of a run that is gone on with
             continue
         if name not in settings:
             raise ValueError(f"settings know no {name}; known: {', '.join(settings)}")

@@ -20,7 +20,7 @@ from cmfast.ranks import Ranks
 from cmfast.training import checkpoints, config, pictures
 from cmfast.training.config import TrainOptions
 from cmfast.training.lock import Locked, locked
-from cmfast.training.state import State, read, save_weights
+from cmfast.training.state import State, fingerprint, read, save_weights
 from cmfast.training.step import Pending, Reading, TrainStep
 from cmfast.training.stop import Stop, Stopped
 from cmfast.whole import write_text
@@ -92,6 +92,8 @@ class Trainer:
             **(settings or {}),
             "objective": {"name": type(objective).__name__, **config.plain(objective)},
             "data_fingerprint": data.fingerprint,
+            # Not its path: the file may have moved.
+            "teacher_fingerprint": fingerprint(teacher_model),
             "options": config.plain(options),
         }
         found = self.group.together(lambda: self._checkpoint(resume))
@@ -147,7 +149,7 @@ class Trainer:
                 if self.step.renews(self.done):
                     # A NaN of the last stage is to be stopped at while its teacher is there.
                     self._settle(bar)
-                batch = next(batches)
+                batch = self._next(batches, bar)
                 self.step(batch, self.done)
                 self.done += 1
                 bar.update()
@@ -229,6 +231,8 @@ class Trainer:
                 f"another process has written {newest[0][1]} since this one looked, and this one is at step "
                 f"{self.done}: start again, with resume=True"
             )
+        if (home := checkpoints.folder(self.out)).exists():
+            checkpoints.check_links(self.out, home)
         write_text(self.out / SETTINGS, config.written(self.settings))
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
         write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
@@ -266,6 +270,17 @@ class Trainer:
             "images_per_s": round(speed, 2),
             "memory_gb": round(memory(self.step.device) / 1e9, 3),
         }
+
+    def _next(self, batches: Any, bar: Any) -> Any:
+        """A batch. Where it cannot be read, for one bad image among millions, the steps so far are kept; not of
+        several processes, of which the others can read theirs."""
+        try:
+            return next(batches)
+        except Exception:
+            if self.group.size == 1 and self.done:
+                self._settle(bar)
+                self.save()
+            raise
 
     def _settle(self, bar: Any) -> None:
         """Wait for the numbers of all steps so far: a NaN in one of them shows before a checkpoint is written, or a

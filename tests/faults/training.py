@@ -56,6 +56,12 @@ STEP = [
 ]  # fmt: skip
 
 LOOP = [
+    ("what was done before a broken image is lost", "if self.group.size == 1 and self.done:", "if False:",
+     _LOOP + "steps_before_an_image_that_cannot_be_read_are_kept"),
+    ("checkpoints are written elsewhere", "            checkpoints.check_links(self.out, home)\n", "            pass\n",
+     _LOOP + "checkpoints_are_not_written_elsewhere"),
+    ("another teacher goes on", '"teacher_fingerprint": fingerprint(teacher_model),', '"teacher_fingerprint": None,',
+     _LOOP + "another_teacher_is_another_run"),
     ("data from the start again", "start_step=self.done,", "start_step=0,",
      _LOOP + "resumed_is_uninterrupted[edm-float32]"),
     ("the log keeps steps that are done again", 'if line["step"] <= self.done]', "]",

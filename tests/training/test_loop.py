@@ -1,10 +1,12 @@
 """The loop: interrupted anywhere, it ends in the bits of a run that was not; and nothing is ever lost."""
 
+import copy
 import json
 import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,6 +141,40 @@ def test_a_compiled_unet_is_one_in_its_file(tmp_path):
     model.network = torch.compile(model.network, backend="eager")
     state.save_weights(model, tmp_path / "x.safetensors")
     assert torch.equal(weights(cmfast.load(tmp_path / "x.safetensors")), weights(unet()))
+
+
+def test_steps_before_an_image_that_cannot_be_read_are_kept(tmp_path):
+    class Broken(ImageData):
+        def batches(self, *args, **options):
+            yield from islice(super().batches(*args, **options), 2)
+            raise ValueError("x.png cannot be read")
+
+    whole = trainer("edm", tmp_path / "whole", replace(OPTIONS, steps=3)).run(progress=False)
+    broken = Broken(DATA.images, DATA.labels)
+    with pytest.raises(ValueError, match="x.png"):
+        trainer("edm", tmp_path / "run", replace(OPTIONS, steps=3), data=broken).run(progress=False)
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000002"
+    resumed = trainer("edm", tmp_path / "run", replace(OPTIONS, steps=3), resume=True)
+    assert torch.equal(weights(resumed.run(progress=False)), weights(whole))
+
+
+def test_checkpoints_are_not_written_elsewhere(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="checkpoints is a link out of the run"):
+        trainer("edm", tmp_path / "run").run(progress=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_another_teacher_is_another_run(tmp_path):
+    """Wherever the file of either is."""
+    one, other = teacher(OBJECTIVES["cd"]), teacher(OBJECTIVES["cd"], seed=2)
+    trainer("cd", tmp_path, replace(OPTIONS, steps=1), teacher_model=one).run(progress=False)
+    longer = replace(OPTIONS, steps=2)
+    with pytest.raises(ValueError, match="teacher_fingerprint: [0-9a-f]{16}, now [0-9a-f]{16}"):
+        trainer("cd", tmp_path, longer, teacher_model=other, resume=True)
+    trainer("cd", tmp_path, longer, teacher_model=copy.deepcopy(one), resume=True).run(progress=False)
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "state.pt", "average-0.9.safetensors"])

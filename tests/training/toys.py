@@ -62,9 +62,8 @@ def teacher(objective, seed: int = 1):
 
 def trainer(name, out, options=OPTIONS, network=None, data=DATA, **more) -> Trainer:
     objective = OBJECTIVES[name] if isinstance(name, str) else name
-    return Trainer(
-        denoiser(objective, network), objective, data, options, out, teacher_model=teacher(objective), **more
-    )
+    more = {"teacher_model": teacher(objective), **more}
+    return Trainer(denoiser(objective, network), objective, data, options, out, **more)
 
 
 def weights(model) -> torch.Tensor:
