@@ -28,7 +28,7 @@ FAULTS = {
          _STOP + "the_step_at_hand_is_the_last"),
     ],
     "cmfast/cli.py": [
-        ("digits whatever was given", "or _beside_mnist(arguments))", ")",
+        ("digits whatever was given", 'digits = arguments.recipe == "mnist"', "digits = arguments.recipe is None",
          "tests/test_cli.py::test_what_is_trained_is_said[arguments0---recipe is missing]"),
         ("no output at all", "        if stream is None:", "        if False:",
          "tests/test_cli.py::test_output_that_is_closed[>&-]"),
