@@ -249,6 +249,12 @@ CASES = {
 
 #: Measured first, and what the bars of `kernels_summary.py` are about.
 FIRST = ("denoise", "euler_step", "weighted_loss l2", "renoise drawn")
+#: At one size each, these are the first on a GPU: there may be no time for more.
+OVERVIEW = (
+    "denoise", "renoise drawn", "consistency_loss + backward", "group_norm_silu", "group_norm_silu + backward",
+    "lpips_layer", "lpips_layer + backward", "euler_step", "weighted_loss l2", "group_norm_silu on chip",
+    "draw_pair drawn", "dropout drawn",
+)  # fmt: skip
 #: What a quick run has.
 QUICK = (*FIRST, "consistency_loss + backward")
 
@@ -325,9 +331,12 @@ def configs(device_type: str, quick: bool = False) -> list[Config]:
     regions = [name for name, case in CASES.items() if case.compiled]
     rest = [name for name in plain if name not in FIRST]
     large = ((3, 64, 64), 256)
-    return [
+    maps = _of_maps(torch.bfloat16)
+    overview = {c.case: c for c in reversed([*(Config(name, *MAIN_SIZES[-1]) for name in images), *maps])}
+    found = [
+        *(overview[name] for name in OVERVIEW),
         *(Config(case, *size) for size in MAIN_SIZES for case in FIRST),
-        *_of_maps(torch.bfloat16),
+        *maps,
         *(Config(case, *MAIN_SIZES[-1]) for case in ("heun_predictor", "heun_corrector")),
         *(Config(case, *large) for case in [*rest, *regions]),
         *(Config(case, *size) for size in MAIN_SIZES if size != large for case in rest
@@ -338,6 +347,7 @@ def configs(device_type: str, quick: bool = False) -> list[Config]:
         *(Config(case, *MAIN_SIZES[-1], dtypes=all_float32) for case in FIRST),
         *(Config(case, *size) for size in MAIN_SIZES if size != large for case in regions),
     ]
+    return list(dict.fromkeys(found))
 
 
 def make_inputs(config: Config, sets: int, device: torch.device, seed: int) -> list[Inputs]:
