@@ -61,7 +61,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Hardware, versions, commit and date; `device_type` says whether times are a GPU's or a CPU's."""
+    """Hardware, versions, commit and date; `device_type` says whether times are a GPU's or a CPU's.
+
+    A copy of a checkout that has no .git gets the commit from CMFAST_COMMIT.
+    """
     device = torch.device(device)
     gpu = _gpu(device) if device.type == "cuda" else None
     # An installed package may lie in a folder of some other repository.
@@ -77,7 +80,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "cmfast": __version__,
-        "commit": _output("git", "rev-parse", "HEAD") if CHECKOUT else None,
+        "commit": os.environ.get("CMFAST_COMMIT") or (_output("git", "rev-parse", "HEAD") if CHECKOUT else None),
         "uncommitted_changes": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

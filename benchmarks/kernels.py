@@ -121,7 +121,7 @@ def reason_of(error: Exception) -> str:
 
     Raises: torch.AcceleratorError: the device is lost to this process.
     """
-    if isinstance(error, torch.AcceleratorError):
+    if runs.lost(error):
         raise error
     return f"{type(error).__name__}: {error}"
 
@@ -210,11 +210,13 @@ def measure(
     torch._dynamo.reset()
     case = CASES[config.case]
     sets = make_inputs(config, timing.sets_for(config.floor_bytes, l2_bytes), device, seed)
-    contenders, first_call_s, failures, missing = {}, {}, [], {}
+    contenders: dict[str, timing.Contender] = {}
+    first_call_s, failures, missing = {}, [], {}
     refusal = inductor_refusal(device)
     for name in trial.providers:
-        if refusal and name not in PLAIN:
-            missing[name] = refusal
+        reason = refusal if refusal and name not in PLAIN else runs.left_out(contenders)
+        if reason:
+            missing[name] = reason
             continue
         candidate = contender(name, config, device, sets)
         start = time.perf_counter()

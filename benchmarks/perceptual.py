@@ -96,6 +96,10 @@ PROVIDERS: dict[str, tuple[Callable[[LPIPS], Distance], bool]] = {
 }
 
 
+#: Those that take minutes to start.
+COMPILED = ("inductor",)
+
+
 def make(device: torch.device, dtype: torch.dtype | None) -> LPIPS:
     """VGG-16 with average pooling; the same weights each time, rounded to the dtype."""
     torch.manual_seed(0)
@@ -135,11 +139,12 @@ def wrong(distance: Distance, model: LPIPS, batch: int) -> str | None:
 def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
     """Rows, failures and missing providers of one batch size."""
     x, y = images(trial.batch, device)
-    stopwatch, slices, about = timing.Stopwatch(device), {}, {}
+    stopwatch, about = timing.Stopwatch(device), {}
+    slices: dict[str, Callable[[], float]] = {}
     found: runs.Found = {"rows": [], "failures": [], "missing": {}}
     for name in trial.providers:
         maker, by_default = PROVIDERS[name]
-        refusal = inductor_refusal(device) if name == "inductor" else None
+        refusal = runs.left_out(slices) or (inductor_refusal(device) if name == "inductor" else None)
         torch._dynamo.reset()
         try:
             if refusal:
@@ -206,7 +211,13 @@ def chosen_trials(options: argparse.Namespace, device: torch.device) -> list[Tri
         return []  # One image takes a second.
     # Of the default's dtype there is only one on a CPU.
     names = tuple(name for name in PROVIDERS if not (name == "cmfast_float32" and device.type == "cpu"))
-    found = [Trial(batch, names) for batch in ([options.batch] if options.batch else BATCHES[device.type])]
+    batches = [options.batch] if options.batch else BATCHES[device.type]
+    if device.type == "cpu":
+        found = [Trial(batch, names) for batch in batches]
+    else:
+        # Apart from the rest, which would be lost with what compiles for too long.
+        found = [Trial(batch, tuple(name for name in names if name not in COMPILED)) for batch in batches]
+        found += [Trial(batch, (*COMPILED, "cmfast")) for batch in batches if runs.compiles(options, device)]
     return runs.of_providers(found, options.providers, dataclasses.replace)
 
 
@@ -224,7 +235,7 @@ def line(trial: Trial, found: runs.Found) -> str:
 
 SUITE = runs.Suite(
     "perceptual", "the LPIPS loss with its gradient", tuple(PROVIDERS), chosen_trials, start, line, text,
-    options=add_options, own=("batch",),
+    COMPILED, add_options, ("batch",),
 )  # fmt: skip
 main = SUITE.main
 

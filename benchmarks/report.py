@@ -48,13 +48,15 @@ BLOCK = re.compile(r"(<!-- benchmarks: ([a-z]+) -->\n).*?(<!-- /benchmarks -->)"
 
 
 def load(folder: Path) -> Devices:
-    """Every result below a folder, by device.
+    """Every result below a folder, by device; a report of `make gpu`, which lies beside them, is none.
 
     Raises: ValueError: a file is no result of these programs, or of an older version of them.
     """
     found: Devices = {}
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text())
+        if "steps" in result:
+            continue
         if result.get("schema") != 2:
             raise ValueError(f"{path}: schema {result.get('schema')}, not 2: measure it again")
         found.setdefault(path.parent.name, []).append(result)

@@ -127,7 +127,11 @@ class Suite:
         fields, measure = self.start(options, device, trials)
         record = Record(self.name, options.out, device, self.command(options), rates=[], missing={}, **fields)
         record.result["rates"].append(timing.rates(device, options.quick))
-        self._run(record, trials, measure, options.seconds, begun)
+        timing.end = math.inf if options.seconds is None else begun + options.seconds
+        try:
+            self._run(record, trials, measure, options.seconds, begun)
+        finally:
+            timing.end = math.inf
         record.result["rates"].append(timing.rates(device, options.quick))
         record.write()
         print(self.text(record.result))
@@ -153,11 +157,11 @@ class Suite:
                 reason = f"{type(error).__name__}: {error}"
                 failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
                 found = {"rows": [], "missing": {}, "failures": failures}
-                if isinstance(error, torch.AcceleratorError):
+                if lost(error):
                     result["failures"] += failures
                     result["truncated"], result["not_started"] = True, [str(t) for t in trials[i + 1 :]]
                     record.write()
-                    raise  # The device is lost to this process.
+                    raise
             longest = max(longest, time.perf_counter() - start)
             known = {"name": trial.name, "trial": i}
             result["rows"] += [rated(known | row, result["rates"][0]) for row in found["rows"]]
@@ -165,6 +169,22 @@ class Suite:
             result["missing"] |= found["missing"]
             record.write()
             print(f"[{time.perf_counter() - begun:6.1f} s] {self.line(trial, found)}", flush=True)
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error means that the device is lost to this process; one of a call alone a run survives."""
+    if not isinstance(error, torch.AcceleratorError):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # The latter where PyTorch has no CUDA.
+        return True
+    return False
+
+
+def left_out(made: Collection[Any]) -> str | None:
+    """Why a provider is not begun where others of its trial are `made`; None for one that may be."""
+    return "no time was left for it" if made and timing.late() else None
 
 
 def rated(row: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:

@@ -117,9 +117,9 @@ def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> di
     torch._dynamo.reset()
     found: dict[str, Any] = {"rows": [], "failures": [], "missing": {}}
     gate = Gate(models, trial)
-    contenders = []
+    contenders: list[Contender] = []
     for name in trial.providers:
-        refusal = inductor_refusal(models.device) if name in COMPILED else None
+        refusal = runs.left_out(contenders) or (inductor_refusal(models.device) if name in COMPILED else None)
         try:
             if refusal:
                 raise Missing(refusal)

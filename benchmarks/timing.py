@@ -24,6 +24,10 @@ SLICE_S = 2e-3
 MAX_SETS = 256
 #: Times the L2 cache that the inputs and outputs of a rotation fill.
 L2_FACTOR = 2.5
+#: Rounds of a trial that is late.
+LEAST_ROUNDS = 3
+#: By `time.perf_counter()`, when a run is to be over; of one with `--seconds` it is `runs.Suite.main` that sets it.
+end = math.inf
 #: Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -142,17 +146,23 @@ def sliced(stopwatch: Stopwatch, work: Callable[[int], Any], calls_each: int = 1
     return lambda: elapsed(count) / (count * calls_each)
 
 
+def late() -> bool:
+    """Whether the time of a run is over: what a trial has by then is made a row of, and nothing else is begun."""
+    return time.perf_counter() > end
+
+
 def interleave(
     slices: dict[str, Callable[[], float]], budget_s: float, rounds: tuple[int, int] = (7, 1000)
 ) -> dict[str, list[float]]:
     """Samples of every slice, taken in turn, so that a drift of clocks falls on all alike.
 
-    Every other round goes backwards. `rounds`: at least so many, then until the budget is spent, and at most so many.
+    Every other round goes backwards. `rounds`: at least so many, then until the budget is spent, and at most so many;
+    of a run that is `late`, LEAST_ROUNDS.
     """
     samples: dict[str, list[float]] = {name: [] for name in slices}
     start = time.perf_counter()
     for i in range(rounds[1]):
-        if i >= rounds[0] and time.perf_counter() - start > budget_s:
+        if i >= rounds[0] and time.perf_counter() - start > budget_s or i >= LEAST_ROUNDS and late():
             break
         for name in list(slices)[:: 1 if i % 2 == 0 else -1]:
             samples[name].append(slices[name]())

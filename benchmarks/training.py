@@ -94,9 +94,9 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
     torch._dynamo.reset()
     start = gate.start
     found: runs.Found = {"rows": [], "failures": [], "missing": {}}
-    contenders = []
+    contenders: list[Contender] = []
     for name in trial.providers:
-        refusal = inductor_refusal(start.device) if name in COMPILED else None
+        refusal = runs.left_out(contenders) or (inductor_refusal(start.device) if name in COMPILED else None)
         try:
             if refusal:
                 raise Missing(refusal)

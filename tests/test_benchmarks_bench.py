@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmfast import cli
-from cmfast.benchmarks import bench, profile, providers, report, startup, steps, timing
+from cmfast.benchmarks import bench, environment, profile, providers, report, runs, startup, steps, timing
 from cmfast.benchmarks.suites import SUITES
 
 RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
@@ -160,3 +160,86 @@ def test_what_would_be_cut_off_is_not_started(tmp_path, monkeypatch, capsys):
     assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.7"]) == 0
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["not_started"] == [str(trials[1])]
+
+
+def of_providers(made):
+    """A way to measure, as suites do, that makes one provider after the other; the second is slow."""
+    def measure(trial, number):
+        found = {"rows": [], "failures": [], "missing": {}}
+        for name in trial.providers:
+            reason = runs.left_out(made)
+            if reason:
+                found["missing"][name] = reason
+                continue
+            made.append(name)
+            time.sleep(0.6 * (len(made) == 2))
+        samples = timing.interleave({name: lambda: 1.0 for name in made}, 60.0)
+        found["rows"] = [{"provider": name, **timing.statistics_ms(times)} for name, times in samples.items()]
+        return found
+
+    return measure
+
+
+def test_what_is_there_when_time_is_over_makes_rows(tmp_path, monkeypatch):
+    """In the middle of a trial: no third provider is begun, and two are timed for a few rounds."""
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    trial = startup.Trial("tiny", 1, ("reference", "cmfast", "openai"))
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: [trial], start=lambda *arguments: ({}, of_providers([])),
+        line=lambda *arguments: "", text=lambda result: "",
+    )  # fmt: skip
+    assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.5"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [(row["provider"], row["samples"]) for row in result["rows"]] == [("reference", 3), ("cmfast", 3)]
+    assert result["missing"] == {"openai": "no time was left for it"}
+    assert not timing.late()
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["a call failed", "the device is gone"])
+def test_a_device_that_is_lost_ends_a_run(tmp_path, monkeypatch, gone):
+    """And one that answers does not, whatever became of a call."""
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    error = torch.AcceleratorError("this is why")
+
+    def synchronize():
+        if gone:
+            raise error
+
+    def measure(trial, number):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    trials = [startup.Trial("tiny", batch, ("cmfast",)) for batch in (1, 2)]
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: trials, start=lambda *arguments: ({}, measure)
+    )
+    words = ["--device", "cpu", "--out", str(tmp_path)]
+    if gone:
+        with pytest.raises(torch.AcceleratorError):
+            suite.main(words)
+    else:
+        assert suite.main(words) == 1
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert len(result["failures"]) == (1 if gone else 2) and "this is why" in result["failures"][0]["reason"]
+    assert result["not_started"] == ([str(trials[1])] if gone else [])
+
+
+def test_startup_on_a_gpu_takes_each_process_once(monkeypatch):
+    began = []
+
+    def child(trial, name, *rest):
+        began.append(name)
+        return {"missing": "not here"}
+
+    monkeypatch.setattr(startup, "child", child)
+    options = startup.SUITE.arguments(["--device", "cuda"])
+    startup.measure(startup.Trial("tiny", 1, ("cmfast", "reference")), options, torch.device("cuda"))
+    assert began == ["cmfast", "reference"]
+
+
+def test_the_commit_of_a_copy(monkeypatch):
+    """Without a .git beside it."""
+    monkeypatch.setenv("CMFAST_COMMIT", "0123abc")
+    assert environment.environment("cpu")["commit"] == "0123abc"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cmfast.benchmarks import parameters, timing
+from cmfast.benchmarks import parameters, perceptual, timing
 from cmfast.benchmarks.networks import NETWORKS
 
 RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
@@ -56,6 +56,16 @@ def test_bars_of_a_gpu(monkeypatch):
     text = parameters.text({"rows": rows, "failures": [], "missing": {}, "truncated": False})
     assert "bar: averages at 91.0% of copy, 90% wanted" in text
     assert "bar: averages 1.40 times as fast as foreach, 1.25 wanted" in text
+
+
+@pytest.mark.parametrize("suite", [parameters.SUITE, perceptual.SUITE], ids=lambda suite: suite.name)
+def test_what_compiles_on_a_gpu_comes_last(suite, monkeypatch):
+    """In trials of its own, and not at all where nobody wants it."""
+    monkeypatch.undo()
+    compiled = ["inductor" in t.providers for t in suite.chosen(suite.arguments(["--device", "cuda"]))]
+    assert compiled == sorted(compiled) and any(compiled) and not all(compiled)
+    plain = suite.chosen(suite.arguments(["--device", "cuda", "--no-compile"]))
+    assert len(plain) == compiled.count(False) and not any("inductor" in t.providers for t in plain)
 
 
 def test_sizes():
