@@ -38,6 +38,15 @@ FAULTS = {
          "tests/test_benchmarks.py::test_percentiles"),
         ("the slowest called the median", "return ordered[low] + (at - low) * (ordered[high] - ordered[low])",
          "return ordered[-1]", "tests/test_benchmarks.py::test_percentiles"),
+        ("a round that is late", " or i >= LEAST_ROUNDS and late():", ":",
+         BENCH + "test_what_is_there_when_time_is_over_makes_rows"),
+    ],
+    "benchmarks/steps.py": [
+        ("logs that stay behind", 'archive.add(out, ".")', 'archive.add(out / "report.json", "report.json")',
+         "tests/test_benchmarks.py::TestGpuSteps::test_one_failure_stops_nothing[True]"),
+    ],
+    "benchmarks/environment.py": [
+        ("a copy of no commit", 'os.environ.get("CMFAST_COMMIT") or ', "", BENCH + "test_the_commit_of_a_copy"),
     ],
     "benchmarks/bench.py": [
         ("a failure that is no failure", "return int(failed(report))", "return 0",
@@ -67,5 +76,10 @@ FAULTS = {
         ("a share of the last rates", 'round(100 * row["gb_per_s"] / rates["copy"]["gb_per_s"], 2)',
          'round(row["gb_per_s"] / rates["copy"]["gb_per_s"], 2)',
          "tests/test_benchmarks_parameters.py::test_every_provider"),
+        ("a provider begun too late", "if made and timing.late() else None", "if False else None",
+         BENCH + "test_what_is_there_when_time_is_over_makes_rows"),
+        ("a device given up for one call", "    try:\n        torch.cuda.synchronize()\n",
+         "    try:\n        raise error\n",
+         BENCH + "test_a_device_that_is_lost_ends_a_run[a call failed]"),
     ],
 }  # fmt: skip
