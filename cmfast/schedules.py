@@ -75,7 +75,8 @@ def karras_sigmas(
     sigmas: Any = karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     if append_zero:
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-    made: Tensor = sigmas.to(dtype=dtype, device=torch.get_default_device() if device is None else device)
+    # The default device, by a question that Dynamo traces.
+    made: Tensor = sigmas.to(dtype=dtype, device=torch.empty(0).device if device is None else device)
     return made
 
 

@@ -112,7 +112,7 @@ def test_empty_batch(name):
         ({"sampler": "heun", "sigmas": [1.0, 2.0]}, "decrease"),
         ({"sampler": "heun", "sigmas": [1.0, float("nan")]}, "none NaN"),
         ({"sampler": "multistep", "sigmas": [float("inf")]}, "none NaN or infinite"),
-        ({"sampler": "heun", "steps": 0}, "num_scales"),
+        ({"sampler": "heun", "steps": 0}, "steps must be 1 or more"),
         ({"sampler": "multistep", "ts": (0, 99)}, "from 0 to 39"),
         ({"sampler": "multistep", "ts": (0, 22)}, "end at 39"),
     ],

@@ -74,8 +74,6 @@ INPLACE = [
      "tests/ops/test_group_norm.py::test_large_means_in_channels_last"),
     ("large means stay", "x - of_channels.unflatten(1, (-1, *(1,) * (x.ndim - 2)))", "x",
      "tests/ops/test_group_norm.py::test_the_rule_in_channels_last[1000.0]"),
-    ("means of 3 deviations are small", "LARGE_MEAN = 1\n", "LARGE_MEAN = 4\n",
-     "tests/ops/test_group_norm.py::test_the_rule_in_channels_last[3.0]"),
     ("NaN passes for a small mean", "if not (mean * rstd).abs().max().item() <= LARGE_MEAN:",
      "if (mean * rstd).abs().max().item() > LARGE_MEAN:",
      "tests/ops/test_group_norm.py::test_a_sample_that_is_lost_leaves_the_others_alone[channels_last-nan]"),

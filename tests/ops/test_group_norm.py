@@ -110,7 +110,7 @@ def test_a_sample_that_is_lost_leaves_the_others_alone(layout, lost):
     assert y[::2].isfinite().all() and y[1].isnan().any()
 
 
-@pytest.mark.parametrize("mean", [0.5, 3.0, 1000.0])
+@pytest.mark.parametrize("mean", [0.5, 1000.0])
 def test_the_rule_in_channels_last(mean):
     """Values and gradients as good as those of the reference."""
     check_path(make((2, 96, 16, 16), 32, "film", last=True, mean=mean), "auto")
