@@ -199,7 +199,9 @@ def _recorded(x: Tensor) -> torch.cuda.Event | None:
     """The moment when a tensor on a GPU is made; None on a CPU, and in a capture, where it is made at each replay."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return None
-    return torch.cuda.current_stream(x.device).record_event()
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(x.device))
+    return ready
 
 
 def _layout(packed: Tensor) -> bytes:
