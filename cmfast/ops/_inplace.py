@@ -26,8 +26,8 @@ LEAST, LEAST_WITH_GRADIENTS = 2**16, 2**17
 HALF = ("group_norm_silu",)
 
 #: From how many deviations on a group's mean is too large for variances of E[x^2] - E[x]^2, which lose a digit by then.
-#: Below it errors are those of PyTorch in this layout. A limit of 1 has those of the other layout, and costs a network of
-#: digits 15% of its time.
+#: Below it errors are those of PyTorch in this layout. A limit of 1 has those of the other one, and costs a network
+#: of digits 15% of its time.
 LARGE_MEAN = 4
 
 _Sizes = dict[str, Any]
