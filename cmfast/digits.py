@@ -39,7 +39,7 @@ _COMMON = TrainOptions(
 MNIST_EDM = replace(_COMMON, steps=1000, averages=("warmup:0.995",))
 MNIST_SHAPE = replace(MNIST_EDM, steps=600, seed=1)
 MNIST_CD = replace(_COMMON, steps=1500, batch_size=32, learning_rate=4e-4, averages=("warmup:0.99",), seed=2)
-MNIST_GUIDED = replace(MNIST_CD, steps=1000, learning_rate=3e-4, warmup=20, seed=3)
+MNIST_GUIDED = replace(MNIST_CD, steps=250, learning_rate=3e-4, warmup=20, seed=3)
 #: How far the teacher of the last stage is pushed away from the other classes.
 MNIST_GUIDANCE = 0.4
 #: Levels of the grid that the distillation steps along, in its first half and in its second: few first, because
