@@ -66,6 +66,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+def _interruptible() -> None:
+    """For a child: what a shell runs in the background ignores interrupts, and so would the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
     """One step: its status, its seconds, and the end of what it printed."""
     entry: dict[str, Any] = {
@@ -86,6 +91,7 @@ def run(step: Step, python: str, out: Path, limit_s: float) -> dict[str, Any]:
             process = subprocess.Popen(
                 step.command(python, limit_s), cwd=CHECKOUT or out, env=environment,
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_interruptible,
             )
         except OSError as error:
             return entry | {"status": "failed", "seconds": 0.0, "reason": str(error)}

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,7 +14,7 @@ import torch
 
 import cmfast
 from cmfast import ops, reference
-from cmfast.benchmarks import cases, gpu, kernels, kernels_summary, perceptual, timing
+from cmfast.benchmarks import cases, gpu, kernels, kernels_summary, perceptual, steps, timing
 from cmfast.perceptual import LPIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,6 +246,17 @@ class TestGpuSteps:
         for name in (*names, *(("perceptual", "startup", "compiled", "all-tests", "racecheck") if long else ())):
             assert f"\n{name} " in f"\n{out}"
         assert long or sum(step.seconds for step in gpu.steps(Path("out"))) <= gpu.TOTAL_S <= 530
+
+    def test_a_run_in_the_background_stops_its_steps(self, tmp_path):
+        """There a shell has interrupts ignored."""
+        hangs = gpu.Step("hangs", ["-c", "import time; print('begun'); time.sleep(60)"], 1)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            entry = steps.run(hangs, sys.executable, tmp_path, 1)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert entry["status"] == "timeout" and entry["seconds"] < 1 + steps.GRACE_S
+        assert "KeyboardInterrupt" in entry["tail"]
 
     @pytest.mark.parametrize("pack", [False, True])
     def test_one_failure_stops_nothing(self, tmp_path, monkeypatch, pack):
