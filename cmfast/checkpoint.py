@@ -75,7 +75,7 @@ def load(
             (or `num_heads`), which are known for the published models and must be given for others.
 
     Raises:
-        FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
+        FileNotFoundError, PermissionError: the file cannot be read.
         CheckpointError (a ValueError): not a checkpoint, or not one of this network, with what to check.
         ValueError: an unknown preconditioning, dtype or device. TypeError: an unknown keyword.
         ImportError: a diffusers model, without diffusers.

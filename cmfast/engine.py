@@ -29,7 +29,8 @@ class Sampler:
 
     On a GPU the loop is captured once for each shape and replayed. Before each batch the model is looked at: weights
     written in place are used as they are; replaced weights, modules or methods make it capture again; a model with
-    hooks is called as it is, without a graph. Only a write through `.data` needs a call of `refresh()`.
+    hooks is called as it is, without a graph. Only a write through `.data`, or to a setting of one of torch's own
+    layers such as `padding_mode`, needs a call of `refresh()`.
     The model is in evaluation mode for as long as a batch is started, and then in its own again.
     Threads may share it. Copied, pickled or sent to another process it is a sampler of its own; in a forked process it
     goes on where PyTorch can, and says so where not.
@@ -137,7 +138,8 @@ class Sampler:
         return self._runner.explain(self._host_work())
 
     def refresh(self) -> None:
-        """Take the weights as they are now, after a write through `.data`, which nothing else shows."""
+        """Take the model as it is now, after a write through `.data` or to a setting of torch's own layers, which
+        nothing else shows."""
         self._runner.refresh()
 
     def sample(self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False) -> Tensor:

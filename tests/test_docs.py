@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cmfast
+from cmfast import objectives, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/mathematics.md", "docs/migration.md", "docs/kernels.md", "docs/performance.md", "CHANGELOG.md")
@@ -274,6 +275,17 @@ def faults_of_numbers(text):
     found = [f"not in benchmarks/README.md: {row}" for row in rows if row not in known]
     rest = ours.replace(derived[1], "") if derived else ours
     return found + MEASURED.findall(rest)
+
+
+def test_defaults_of_recipes_are_those_of_the_code():
+    row = re.compile(r"^\| `(\w+)` \| ([\d,]+) \| (\S+?)(, falling to 0)? \| ([\d.]+) \| (\w+) \|$", re.M)
+    rows = {name: rest for name, *rest in row.findall(page("README.md"))}
+    assert rows.keys() == recipes.PRESETS.keys()
+    for name, (steps, rate, falling, average, loss) in rows.items():
+        preset = recipes.PRESETS[name]
+        assert int(steps.replace(",", "")) == preset["steps"] and float(rate) == preset["learning_rate"], name
+        assert bool(falling) == ("decay" in preset) and average == preset["averages"][0], name
+        assert loss == getattr(objectives.OBJECTIVES[name], "loss_norm", loss), name
 
 
 def test_numbers_of_performance_are_those_of_the_results():
