@@ -199,9 +199,9 @@ FAST_WINOGRAD = [
 
 FAST_NETWORK = [
     (
-        "compiling asks nothing",
+        "compiling asks once",
         "return _dispatch.transform_refusal() is None and _passes[number].refusal is None",
-        "return True",
+        "return _passes[number]._plan is not None or _passes[number].refusal is None",
         _FAST + "compiling_sees_what_changed_before",
     ),
     ("transforms take the fast pass", "_dispatch.transform_refusal() is None and", "",
