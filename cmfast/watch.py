@@ -91,7 +91,7 @@ class Watch:
         self._part_sizes = list(map(len, self._parts))
         self._members = list(chain.from_iterable(map(dict.values, self._parts)))
         self._hooks = [vars(module)[name] for module in self.modules for name in _HOOKS]
-        # The attributes of torch's own modules are many and seldom written: only their number is looked at.
+        # The attributes of torch's own modules are many and seldom written: only a `forward` is looked for.
         self._watched = [(module, vars(module)) for module in self.modules if not _is_torchs(module)]
         self._live = [attributes for _, attributes in self._watched]
         self._look_at_attributes()
@@ -105,12 +105,9 @@ class Watch:
         self._look_at_tensors()
 
     def _look_at_attributes(self) -> None:
-        self._sizes, self._torchs = list(map(len, self._objects)), self._torchs_sizes()
+        self._sizes = list(map(len, self._live))
         self._saved = [dict(attributes) for attributes in self._live]
         self._values = list(chain.from_iterable(map(dict.values, self._live)))
-
-    def _torchs_sizes(self) -> list[int]:
-        return [len(vars(module)) for module in self.modules if _is_torchs(module)]
 
     def _look_at_tensors(self) -> None:
         tensors = [member for member in self._members if isinstance(member, Tensor)]
@@ -166,11 +163,11 @@ class Watch:
             return True
         if not all(map(is_, [attributes.get("forward") for attributes in self._objects], self._forwards)):
             return True
-        if list(map(len, self._objects)) == self._sizes and all(
+        if list(map(len, self._live)) == self._sizes and all(
             map(is_, chain.from_iterable(map(dict.values, self._live)), self._values)
         ):
             return False
-        return bool(self._attribute_changes() - self._own) or self._torchs_sizes() != self._torchs
+        return bool(self._attribute_changes() - self._own)
 
     def _attribute_changes(self) -> set[tuple[nn.Module, str]]:
         return {

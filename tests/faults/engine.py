@@ -115,7 +115,6 @@ WATCH = [
      CHANGED + "what_counts_as_another_structure[class]"),
     ("a cast is a move", "return Change.STRUCTURE if cast else Change.STORAGE", "return Change.STORAGE",
      CHANGED + "what_counts_as_another_structure[half]"),
-    ("methods of torch's own modules", " or self._torchs_sizes() != self._torchs", "", CHANGED + "what_changed"),
     ("whatever is at that place", "self._own = {(module, name) for module, name in self._own if module in present}",
      "self._own = {(module, name) for module in present for _, name in self._own}",
      CHANGED + "what_a_module_writes_stays_that_modules"),
