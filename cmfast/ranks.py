@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,15 @@ class Lost(RankError):
 
 
 class Ranks:
-    """The processes of a run: this one's number (rank), its number on this machine, and how many there are."""
+    """The processes of a run: this one's number (rank), its number on this machine, and how many there are.
 
-    def __init__(self, rank: int = 0, local_rank: int = 0, size: int = 1) -> None:
-        self.rank, self.local_rank, self.size = rank, local_rank, size
+    messages: torch's group that the methods speak in; None for the default one.
+    """
+
+    def __init__(
+        self, rank: int = 0, local_rank: int = 0, size: int = 1, messages: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.local_rank, self.size, self.messages = rank, local_rank, size, messages
 
     def together(self, work: Callable[[], Result]) -> Result:
         """What `work` returns here, if it returns everywhere.
@@ -48,10 +53,10 @@ class Ranks:
             failure = error
         failed = torch.tensor([int(failure is not None)])
         try:
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.messages)
             messages: list[str | None] = [None] * self.size
             if failed.item():
-                dist.all_gather_object(messages, None if failure is None else _described(failure))
+                dist.all_gather_object(messages, None if failure is None else _described(failure), self.messages)
         except RuntimeError as error:
             raise Lost(f"rank {self.rank} lost the connection to another: {error}") from (failure or error)
         for rank, message in enumerate(messages):
@@ -75,7 +80,7 @@ class Ranks:
         if self.size == 1:
             return lambda: yes
         flag = torch.tensor([int(yes)])
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.messages, async_op=True)
 
         def answer() -> bool:
             work.wait()
@@ -86,14 +91,14 @@ class Ranks:
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks of a tensor on the CPU, on each."""
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.messages)
             x = x / self.size
         return x
 
     def least(self, x: Tensor) -> Tensor:
         """The least over all ranks of a tensor on the CPU, on each."""
         if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MIN)
+            dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.messages)
         return x
 
     def same(self, number: int) -> bool:
@@ -106,7 +111,7 @@ class Ranks:
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
-        dist.gather(x, parts or None)
+        dist.gather(x, parts or None, group=self.messages)
         return parts
 
 
@@ -130,7 +135,14 @@ def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
     if tensors_on == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo")
+    # A group of its own for messages is gone at the end, and its threads with it; DDP and FSDP keep the default one. A
+    # thread lets go of a message a little after that has come, under Python's lock: one that is there while Python ends
+    # aborts the process.
+    messages: Any = dist.new_group(backend="gloo")
+    group = Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0)), size, messages)
+    del messages
     try:
-        yield Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0)), size)
+        yield group
     finally:
+        group.messages = None
         dist.destroy_process_group()

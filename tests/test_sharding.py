@@ -59,12 +59,12 @@ def in_threads(monkeypatch, size, work):
     """What `work(ranks)` returns or raises on each of `size` ranks."""
     exchange, results = Exchange(size), [None] * size
 
-    def gather(x, parts):
+    def gather(x, parts, group):
         for part, given in zip(parts or [], exchange(x), strict=False):
             part.copy_(given)
 
-    monkeypatch.setattr(dist, "all_reduce", lambda x, op: x.fill_(max(int(given) for given in exchange(x.clone()))))
-    monkeypatch.setattr(dist, "all_gather_object", lambda out, x: out.__setitem__(slice(None), exchange(x)))
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op, group: x.fill_(max(int(g) for g in exchange(x.clone()))))
+    monkeypatch.setattr(dist, "all_gather_object", lambda out, x, group: out.__setitem__(slice(None), exchange(x)))
     monkeypatch.setattr(dist, "gather", gather)
 
     def start(rank):
@@ -125,7 +125,7 @@ def test_a_rank_that_fails_later(monkeypatch, failing):
 
 
 def test_a_connection_that_is_lost(monkeypatch):
-    def lost(x, op):
+    def lost(x, op, group):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(dist, "all_reduce", lost)

@@ -141,7 +141,7 @@ class State:
         if self.group.size == 1:
             return [mine]
         states: list[Any] = [None] * self.group.size
-        dist.all_gather_object(states, mine)
+        dist.all_gather_object(states, mine, self.group.messages)
         return states
 
     def _restore(self, states: list[Any], device: torch.device) -> None:

@@ -178,6 +178,9 @@ def main(folder: str) -> None:
             found = case(out, group)
             saved = [step for step, _ in checkpoints.saved(out)]
             Path(folder, f"{case.__name__}-{group.rank}.json").write_text(json.dumps([found, saved]))
+        threads = [len(os.listdir("/proc/self/task"))]
+    threads.append(len(os.listdir("/proc/self/task")))
+    Path(folder, f"threads-{group.rank}.json").write_text(json.dumps([threads, []]))
 
 
 if __name__ == "__main__":

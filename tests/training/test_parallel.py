@@ -133,3 +133,9 @@ def test_both_start_alike(pair):
     """Though each made other weights and buffers."""
     (one, other), _ = pair("where_they_start")
     assert one == other and one[0] == one[1]
+
+
+def test_no_thread_is_left_with_a_message(pair):
+    """Which took the process with it where Python ended first; those of torch's default group, DDP keeps."""
+    for before, after in pair("threads")[0]:
+        assert after <= before - 3
