@@ -187,7 +187,7 @@ SHARDING = [
 RANKS = [
     ("the other ranks wait", "failed = torch.tensor([int(failure is not None)])", "failed = torch.tensor([0])",
      "tests/test_sharding.py::test_a_rank_that_fails_later[1]"),
-    ("messages in torch's own group", ", size, messages)", ", size)",
+    ("messages in torch's own group", 'messages: Any = dist.new_group(backend="gloo")', "messages: Any = None",
      "tests/training/test_parallel.py::test_no_thread_is_left_with_a_message"),
 ]  # fmt: skip
 
