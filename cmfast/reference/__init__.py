@@ -23,17 +23,9 @@ from cmfast.reference.group_norm import dropout_mask, group_norm_silu
 from cmfast.reference.images import to_uint8
 from cmfast.reference.losses import WEIGHTINGS, consistency_loss, loss_weight, snr_weight, weighted_loss
 from cmfast.reference.lpips import lpips_input, lpips_layer
-from cmfast.reference.noise import (
-    Draw,
-    add_noise,
-    add_noise_pair,
-    init_noise,
-    normal,
-    philox4x32,
-    renoise,
-    uniform_int,
-)
+from cmfast.reference.noise import Draw, add_noise, add_noise_pair, init_noise, normal, renoise, uniform_int
 from cmfast.reference.optimizer import adam_ema_, grad_norm, radam_ema_
+from cmfast.reference.philox import philox4x32
 from cmfast.reference.precondition import c_noise, denoise, denoise_to_uint8, scale_input, scalings
 from cmfast.reference.solvers import euler_step, heun_corrector, heun_predictor, midpoint_corrector
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype
-from cmfast.reference.noise import Draw, add_noise, add_noise_pair, draw_words, normal
+from cmfast.reference.noise import Draw, add_noise, add_noise_pair, normal
+from cmfast.reference.philox import draw_words
 
 #: The draw number of levels that go with noise of draw number 0: noise counts up, levels count down.
 LEVEL_DRAW = 0xFFFFFFFD

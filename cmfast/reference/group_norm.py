@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype
-from cmfast.reference.noise import Draw, draw_words
+from cmfast.reference.noise import Draw
+from cmfast.reference.philox import draw_words
 
 
 def group_norm_silu(

@@ -1,7 +1,6 @@
 """Noising, and noise that depends on (seed, sample index, draw number, element) alone.
 
-The generator is Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (element // 4, draw, sample index low,
-high), so that a sample's noise is the same for any batch size, rank count and device. Normals by Box-Muller.
+The counter of an element is (element // 4, draw, sample index low, high). Normals by Box-Muller.
 """
 
 import math
@@ -11,47 +10,8 @@ import torch
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype, per_sample
+from cmfast.reference.philox import draw_words
 from cmfast.reference.precondition import _denoise, scale_input
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-
-
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on a counter of four int64 tensors holding 32-bit words; four tensors of such words.
-
-    Products of two 32-bit words wrap in int64, but keep their low 64 bits: the two halves are then shifts and masks.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
-        high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
-    """The four Philox words of `groups` consecutive groups of elements, each [B, groups]."""
-    index = index.to(torch.int64)[:, None]
-    seed = seed.to(torch.int64).reshape(()) if isinstance(seed, Tensor) else seed
-    group = torch.arange(groups, device=index.device)[None, :] & _MASK
-    shape = (index.shape[0], groups)
-    if isinstance(draw, Tensor):
-        draw_word = draw.to(torch.int64).reshape(()) & _MASK
-    else:
-        # Made on the device: a copy from the host would break the capture of a CUDA graph.
-        draw_word = index.new_full((), draw & _MASK)
-    counter = (
-        group.expand(shape),
-        draw_word.expand(shape),
-        (index & _MASK).expand(shape),
-        ((index >> 32) & _MASK).expand(shape),
-    )
-    return philox4x32(counter, seed)
 
 
 class Draw(NamedTuple):
@@ -87,9 +47,9 @@ def normal(
         u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
         angle = b.double() * (2 * math.pi * 2.0**-32)
         radius = torch.sqrt(-2 * torch.log(u.double()))
-        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+        pairs += [(radius * torch.cos(angle)).to(dtype), (radius * torch.sin(angle)).to(dtype)]
     z = torch.stack(pairs, dim=-1).flatten(1)[:, :numel]
-    return z.to(dtype).reshape(index.shape[0], *shape)
+    return z.reshape(index.shape[0], *shape).contiguous()
 
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """Operations: dispatch, gradients, the forms for the CPU, the references."""
 
-from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_NOISE, T_NORM, here, kernel
+from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_NORM, here, kernel
 
 NORM_OP = [
     ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
@@ -153,19 +153,37 @@ REFERENCE_LOSSES = [
      T_FORMULAS + "test_distances"),
 ]  # fmt: skip
 
-REFERENCE_NOISE = [
+T_WORDS = "tests/reference/test_philox.py::"
+
+REFERENCE_PHILOX = [
     ("a seed has one shape", "seed.to(torch.int64).reshape(())", "seed.to(torch.int64)",
-     "tests/kernels/test_draw.py::test_seeds_and_draws_of_any_shape_and_dtype[reference-torch.uint8-(1, 1, 1)]"),
-    ("nine rounds of Philox", "for _ in range(10):", "for _ in range(9):",
+     T_WORDS + "test_words_of_tensors"),
+    ("nine rounds of Philox", "for _ in range(ROUNDS):", "for _ in range(ROUNDS - 1):",
      T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
     ("a digit of a multiplier", "0xCD9E8D57", "0xCD9E8D37",
      T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
-    ("high word of the key is 0", "seed & _MASK, (seed >> 32) & _MASK", "seed & _MASK, 0",
+    ("high word of the key is 0", "seed & MASK, (seed >> 32) & MASK\n", "seed & MASK, 0\n",
      T_FORMULAS + "TestCounterNoise::test_philox_known_answers"),
-    ("high word of the index ignored", "((index >> 32) & _MASK).expand(shape)", "(index * 0).expand(shape)",
-     T_NOISE + "test_normals_are_those_of_the_reference[torch.float32-(5,)]"),
+    ("high word of the index ignored", "((index >> 32) & MASK).expand(shape)", "(index * 0).expand(shape)",
+     T_WORDS + "test_numpys_words[a few]"),
     ("draw ignored", "draw_word.expand(shape)", "(0 * draw_word).expand(shape)",
-     T_FORMULAS + "TestCounterNoise::test_draws_seeds_and_indices_differ"),
+     T_WORDS + "test_numpys_words[a few]"),
+    ("high word of NumPy's key is 0", "[seed & MASK, (seed >> 32) & MASK], np", "[seed & MASK, 0], np",
+     T_WORDS + "test_numpys_words[a few]"),
+    ("halves in one order", "keys[1::2] = keys[1::2, ::-1]", "pass", T_WORDS + "test_numpys_words[a few]"),
+    ("the first block alone", "for start in range(0, counters, _BLOCK):", "for start in range(0, 1):",
+     T_WORDS + "test_numpys_words[two blocks and a tail]"),
+    ("an index of 32 bits", "samples >> _WORD", "samples & np.uint64(0)", T_WORDS + "test_numpys_words[a few]"),
+    ("transforms by NumPy", "torch._C._functorch.peek_interpreter_stack() is not None", "False",
+     T_WORDS + "test_where_numpy_stays_away[vmap]"),
+    ("modes by NumPy", " or torch._C._len_torch_dispatch_stack()", "",
+     T_WORDS + "test_where_numpy_stays_away[a mode]"),
+    ("traces by NumPy", " or torch._C._get_tracing_state()", "", T_WORDS + "test_where_numpy_stays_away[trace]"),
+    ("one thread where there are many", "torch.get_num_threads() <= _FEW_THREADS", "True",
+     T_WORDS + "test_where_torch_has_threads"),
+]  # fmt: skip
+
+REFERENCE_NOISE = [
     ("radius without the factor 2", "torch.sqrt(-2 * torch.log(", "torch.sqrt(-torch.log(",
      T_FORMULAS + "TestCounterNoise::test_is_normal"),
     ("sigma_min forgotten in the noise's scale", "((level - sigma_min) * (level + sigma_min))", "(level * level)",
@@ -204,6 +222,7 @@ FAULTS = {
     "cmfast/ops/noise.py": NOISE_OPS,
     "cmfast/reference/precondition.py": REFERENCE_PRECONDITION,
     "cmfast/reference/losses.py": REFERENCE_LOSSES,
+    "cmfast/reference/philox.py": REFERENCE_PHILOX,
     "cmfast/reference/noise.py": REFERENCE_NOISE,
     "cmfast/reference/solvers.py": REFERENCE_SOLVERS,
     "cmfast/reference/images.py": REFERENCE_IMAGES,
