@@ -81,27 +81,45 @@ class Liveness(TorchDispatchMode):
         return peak
 
 
+class _Fused(torch.autograd.Function):
+    """What attention's kernels make, and keep for their gradient; all of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 class _Attention(TorchFunctionMode):
     """Attention as one operation, without the matrix of all pairs that it falls into where there is no kernel."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
+            return _Fused.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-def forward_peak(name: str, batch: int, dtype: torch.dtype) -> int:
+def forward_peak(name: str, batch: int, dtype: torch.dtype, training: bool = False) -> int:
     """Bytes alive at most in one forward pass of a network of `NETWORKS`, its skip connections among them.
 
-    Walked in float32, in which the plain network makes no casts, and counted in `dtype`.
+    training: and in the backward pass that follows, with what it needs of the forward pass; gradients of weights are
+    not counted. Walked in float32, in which the plain network makes no casts, and counted in `dtype`.
     """
-    network = without_memory(name, torch.float32)
+    network = without_memory(name, torch.float32).requires_grad_(training)
     size = network.image_size
     x = torch.empty(batch, network.in_channels, size, size, device="meta")
     timesteps = torch.empty(batch, device="meta")
     labels = None if network.num_classes is None else torch.empty(batch, dtype=torch.int64, device="meta")
-    with torch.no_grad(), Liveness() as liveness, _Attention():
-        network(x, timesteps, labels)
+    with torch.set_grad_enabled(training), Liveness() as liveness, _Attention():
+        out = network(x, timesteps, labels)
+        if training:
+            out.backward(torch.empty_like(out))
     return liveness.peak() * dtype.itemsize // torch.float32.itemsize
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -254,6 +255,25 @@ def test_liveness_by_hand():
         h = torch.cat([h, h])  # 400 of skip, 400 of h, 800 of the result
         torch.cat([h, skip])  # 800, 400, 1200
     assert live.peak() == 2400
+
+
+def test_memory_that_the_docs_name():
+    table = re.findall(r"^\| (ImageNet-64|LSUN-256) \|(.+)\|$", (ROOT / "docs/running.md").read_text(), re.M)
+    assert len(table) == 2
+    for name, row in table:
+        network = name.lower().replace("-", "")
+        found = [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*(?=[ ,]|$)", row)]
+        weights = weight_bytes(network, torch.float32)
+        counted = [weights / 4e6, weights / 1e9]
+        for training in (False, True):
+            counted += [forward_peak(network, 1, t, training) / 1e6 for t in (torch.float32, torch.bfloat16)]
+        assert found == pytest.approx(counted, rel=0.02)
+
+
+def test_liveness_of_a_step():
+    """The backward pass needs what the forward pass made: of every layer, not of one."""
+    forward, step = (forward_peak("tiny", 4, torch.float32, training) for training in (False, True))
+    assert step > 3 * forward and step == pytest.approx(4 * forward_peak("tiny", 1, torch.float32, True), rel=0.03)
 
 
 def test_liveness_of_networks():

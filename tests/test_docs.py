@@ -12,7 +12,8 @@ import cmfast
 from cmfast import objectives, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/mathematics.md", "docs/migration.md", "docs/kernels.md", "docs/performance.md", "CHANGELOG.md")
+PAGES = tuple(f"docs/{name}.md" for name in ("mathematics", "migration", "kernels", "performance", "running"))
+PAGES += ("CHANGELOG.md",)
 LINKED = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINKED.append(ROOT / "benchmarks" / "README.md")
 
