@@ -109,7 +109,8 @@ if not TYPE_CHECKING:  # a checker reads the imports above, and so sees a name t
 
             close = [] if name.startswith("__") else difflib.get_close_matches(name, __all__)
             hint = f". Did you mean: {', '.join(close)}?" if close else ""
-            raise AttributeError(f"module 'cmfast' has no attribute {name!r}{hint}")
+            # With a name of its own it gets no second suggestion, which Python from 3.12 on would make.
+            raise AttributeError(f"module 'cmfast' has no attribute {name!r}{hint}", name=name)
         module = importlib.import_module(f"cmfast.{_HOME.get(name, name)}")
         value = getattr(module, name) if name in _HOME else module
         globals()[name] = value

