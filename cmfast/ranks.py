@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, default_pg_timeout  # type: ignore[attr-defined]  # exported, untyped
+from torch.distributed.rendezvous import rendezvous
 
 Result = TypeVar("Result")
 
@@ -121,6 +125,29 @@ def _described(error: Exception) -> str:
     return str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
 
 
+def _unused(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that no process has used before.
+
+    torchrun keeps a store while it starts processes again (PyTorch 2.11 to 2.14), and addresses of those that are gone
+    would be taken for theirs. So each writes a name of its own, and all take that of the first, once it has named them.
+    """
+    own, others = uuid.uuid4().hex, range(1, size)
+    end = time.monotonic() + default_pg_timeout.total_seconds()
+    store.set(f"cmfast/{rank}", own)
+    while time.monotonic() < end:
+        if rank == 0:
+            store.set("cmfast/called", " ".join([own, *(store.get(f"cmfast/{r}").decode() for r in others)]))
+            if store.check([f"cmfast/{own}/{r}" for r in others]):
+                return PrefixStore(own, store)
+        else:
+            first, *called = store.get("cmfast/called").decode().split()
+            if own in called:
+                store.set(f"cmfast/{first}/{rank}", "")
+                return PrefixStore(first, store)
+        time.sleep(0.01)
+    raise Lost(f"rank {rank} waited for the others, and not all of them came")
+
+
 @contextmanager
 def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
     """The processes that torchrun started, connected; this one alone if it did not.
@@ -134,12 +161,14 @@ def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
         return
     if tensors_on == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_unused(store, rank, size), rank=rank, world_size=size)
     # A group of its own for messages is gone at the end, and its threads with it; DDP and FSDP keep the default one. A
     # thread lets go of a message a little after that has come, under Python's lock: one that is there while Python ends
     # aborts the process.
     messages: Any = dist.new_group(backend="gloo")
-    group = Ranks(dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0)), size, messages)
+    group = Ranks(rank, int(os.environ.get("LOCAL_RANK", 0)), size, messages)
     del messages
     try:
         yield group

@@ -15,6 +15,7 @@ def patch() -> None:
     _patch_once(interpreter)
     _round_bfloat16(interpreter)
     _sum_by_trees(interpreter)
+    _index_by_one_element(interpreter)
 
 
 def _patch_once(interpreter: Any) -> None:
@@ -74,6 +75,19 @@ def _sum_by_trees(interpreter: Any) -> None:
         return self.to_tensor(data, input.dtype)
 
     operations.sum = total
+
+
+def _index_by_one_element(interpreter: Any) -> None:
+    """The end of a loop, where the launch gives it: Triton 3.6 makes a number of an array, which NumPy 2.5 refuses."""
+    whole = getattr(interpreter, "_patch_lang_tensor", None)
+    if whole is None or len(inspect.signature(whole).parameters) != 2:
+        return
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        whole(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def bits_of(data: np.ndarray, dtype: type) -> np.ndarray:

@@ -23,11 +23,11 @@ def torchrun(folder, name, kind, steps, *more):
     launch("parallel_run.py", name, kind, str(folder), str(steps), *more)
 
 
-def launch(script, *arguments):
+def launch(script, *arguments, restarts=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(HERE.with_name(script)), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command = [*launcher, "--max-restarts", str(restarts), str(HERE.with_name(script)), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 if restarts else 240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -139,3 +139,9 @@ def test_no_thread_is_left_with_a_message(pair):
     """Which took the process with it where Python ended first; those of torch's default group, DDP keeps."""
     for before, after in pair("threads")[0]:
         assert after <= before - 3
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_processes_that_start_again_do_not_call_those_that_are_gone(late):
+    """Whose addresses torchrun keeps."""
+    launch("restart_run.py", late, restarts=1)
