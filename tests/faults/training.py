@@ -23,7 +23,7 @@ STEP = [
     ("steps without finite gradients taken", "options.max_norm or math.inf", "options.max_norm",
      _STEP + "a_bad_step_can_be_left_out"),
     ("float16 without scaling", 'if options.dtype == "float16" else None', "if False else None",
-     _STEP + "overflow_in_float16_is_counted_and_goes_on"),
+     _STEP + "gradients_that_no_scale_makes_finite_are_no_overflow"),
     ("the teacher stays", "                ours.copy_(students)", "                pass",
      _STEP + "the_student_becomes_the_teacher"),
     ("the optimizer stays",
