@@ -176,7 +176,7 @@ RECIPES = [
 PARALLEL = [
     ("weights without a gradient are waited for", "    if unused:", "    if False:",
      _PAIR + "a_weight_without_gradient_is_named"),
-    ("each process starts from its own weights", "        tensor.copy_(whole)", "        pass",
+    ("each process starts from its own weights", "        dist.broadcast(whole, 0)", "        pass",
      _PAIR + "both_start_alike"),
     ("a target's own tensors stay put together", ", reshard_after_forward=True", "",
      "tests/training/test_parallel.py::test_two_processes_learn_what_one_does[cd-fsdp]"),
