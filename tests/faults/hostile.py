@@ -73,7 +73,7 @@ FAULTS = {
     ],
     "cmfast/recipes.py": [
         ("a teacher that nobody asks", 'if paths["teacher"] is not None and not aim.needs_teacher:', "if False:",
-         "tests/test_cli.py::test_what_is_trained_is_said[arguments6-ect takes no teacher; did you mean --init?]"),
+         "tests/test_cli.py::test_what_is_trained_is_said[arguments8-ect takes no teacher; did you mean --init?]"),
     ],
     "cmfast/denoiser.py": [
         ("any rho", "0 < rho <= RHO_MAX and", "True and", "tests/test_checkpoint_errors.py::test_wrong_arguments"),
