@@ -117,6 +117,15 @@ def test_without_torchvision(folder, monkeypatch):
     assert equal(take(without, 3), expected)
 
 
+def test_who_decodes(tmp_path, monkeypatch):
+    """JPEG alone is torchvision's, where it is there."""
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(decode, "_by_pillow", lambda path: None)
+    for suffix, by, pillow in (("jpg", "Pillow", True), ("jpg", "torchvision", False), ("png", "torchvision", True)):
+        write(tmp_path / f"a.{suffix}", pixels(3, 4, 4))
+        assert (decode.decode(tmp_path / f"a.{suffix}", by) is None) == pillow
+
+
 def test_sizes_and_channels(tmp_path):
     write(tmp_path / "a.png", pixels(3, 4, 6))
     write(tmp_path / "b.png", pixels(3, 8, 5))

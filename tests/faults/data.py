@@ -52,7 +52,7 @@ DECODE = [
      FOLDER + "a_png_is_pillows"),
     ("a WebP is torchvision's", ', b"RIF")', ")", FOLDER + "both_decoders_read_the_same[WebP of two frames]"),
     ("torchvision where it is not", 'if by == "Pillow" or content', "if content",
-     FOLDER + "without_torchvision"),
+     FOLDER + "who_decodes"),
 ]  # fmt: skip
 
 READER = [

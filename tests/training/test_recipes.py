@@ -75,8 +75,9 @@ def test_resume_and_yaml(images, tmp_path, capsys):
     assert train(*data, "--out", tmp_path / "part") == 2 and "resume it" in capsys.readouterr().err
 
 
-def test_settings_of_the_command_line(images, tmp_path):
-    out = tmp_path / "run"
+def test_settings_of_the_command_line(images, tmp_path, monkeypatch):
+    out, made, model_of = tmp_path / "run", [], recipes._model
+    monkeypatch.setattr(recipes, "_model", lambda *arguments: made.append(model_of(*arguments)) or made[-1])
     more = ["--flip", "--dropout", "0.3", "--averages", "0.9,power:0.1", "--dtype", "bfloat16", "--microbatch", "2"]
     more += ["--set", "options.warmup=3", "--set", "objective.end_scales=9", "--unlabelled", "--image-size", "16"]
     data = ["--data", images / "classes", "--recipe", "ct", "--loss-norm", "huber"]
@@ -86,6 +87,7 @@ def test_settings_of_the_command_line(images, tmp_path):
     assert saved["objective"]["end_scales"] == 9 and saved["objective"]["total_steps"] == 2
     model = cmfast.load(out / "model.safetensors")
     assert model.num_classes is None and model.image_shape == (3, 16, 16)
+    assert {layer.p for layer in made[0].modules() if isinstance(layer, torch.nn.Dropout)} == {0.3}
 
 
 @pytest.mark.parametrize(
