@@ -27,7 +27,7 @@ def launch(script, *arguments, restarts=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "--max-restarts", str(restarts), str(HERE.with_name(script)), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 if restarts else 240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120 if restarts else 240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
