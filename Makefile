@@ -26,7 +26,7 @@ PYRIGHT = @$(BIN)/python -m pyright --version >/dev/null 2>&1 || { echo "pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test coverage lint wheel mutants fuzz bench report gpu clean
+.PHONY: help demo test coverage lint wheel mutants fuzz bench report docs gpu clean
 
 help:
 	@echo "make demo    sample from the bundled model"
@@ -38,6 +38,7 @@ help:
 	@echo "make fuzz    1,000 drawn calls of every operation on every path: FUZZ=n for others, SEED=n for the same again"
 	@echo "make bench   benchmarks, 10 minutes at most; QUICK=1 two; OPENAI=checkout measures beside the original; DRY=1 lists"
 	@echo "make report  the tables and plots of the results in benchmarks/results"
+	@echo "make docs    docs/reference.md, from docstrings, settings and the command line"
 	@echo "make gpu     on a GPU machine: GPU tests, benchmarks, compute-sanitizer, into OUT=dir; DRY=1 lists them; LONG=1 more"
 	@echo "make clean   remove caches and build products; $(VENV) and what runs wrote stay"
 
@@ -81,6 +82,9 @@ bench: $(VENV)/.dev
 
 report: $(VENV)/.dev
 	$(BIN)/python -m cmfast.benchmarks.report
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/make_reference.py
 
 gpu:
 	$(GPU_PYTHON) -m cmfast.benchmarks.gpu --out $(if $(OUT),$(OUT),out/gpu) $(if $(OPENAI),--openai $(OPENAI)) \

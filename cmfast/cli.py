@@ -243,7 +243,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=_path, default="out", help="folder for the pictures, made if need be (default: out)"
     )
-    parser.add_argument("--seed", type=_integer, default=0)
+    parser.add_argument("--seed", type=_integer, default=0, help="of noise (default: 0)")
     parser.set_defaults(run=_demo, model=None, device=None)
 
 
@@ -438,7 +438,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=_path, help="a checkpoint of MNIST digits; default: the bundled one")
     parser.add_argument("--teacher", type=_path, help="its teacher, to compare with 18 Heun steps")
     parser.add_argument("--num", type=int, default=1000, help="images per measurement (default: 1000)")
-    parser.add_argument("--seed", type=_integer, default=0)
+    parser.add_argument("--seed", type=_integer, default=0, help="of noise (default: 0)")
     parser.set_defaults(run=_quality, device=None)
 
 

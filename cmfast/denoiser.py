@@ -24,7 +24,8 @@ class Denoiser(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): Song et al. 2023, eq. 5.
 
     Args:
-        network: F(x, timesteps) or, if class-conditional, F(x, timesteps, labels); [B, C, ...] to the same shape.
+        network: F(x, timesteps) or, if class-conditional, F(x, timesteps, labels); [B, C, ...] to the same shape. x has
+            the network's `input_dtype`, if it has one, or the dtype of its first parameter.
         preconditioner: default: that of a consistency model.
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
         image_shape: (C, H, W) the model makes; None if not known.

@@ -148,12 +148,30 @@ def _unused(store: Store, rank: int, size: int) -> Store:
     raise Lost(f"rank {rank} waited for the others, and not all of them came")
 
 
+def connect(backend: str) -> int:
+    """Make torch's default group of the processes that torchrun started, in this attempt of its; returns the number of
+    this one.
+
+    Raises: Lost: not all of them came, or where they meet (MASTER_ADDR, MASTER_PORT) cannot be reached. ValueError: a
+        variable of torchrun's is missing.
+    """
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=_unused(store, rank, size), rank=rank, world_size=size)
+    except dist.DistError as error:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise Lost(f"rank {os.environ['RANK']} could not meet the others at {place}: {error}") from error
+    return rank
+
+
 @contextmanager
 def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
     """The processes that torchrun started, connected; this one alone if it did not.
 
     tensors_on: "cuda" where gradients travel between GPUs. Images and messages travel on the host, where gloo does all
     that is needed, with GPUs or without.
+
+    Raises: as `connect`.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "RANK" not in os.environ:
@@ -161,9 +179,7 @@ def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
         return
     if tensors_on == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    store, rank, size = next(rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_unused(store, rank, size), rank=rank, world_size=size)
+    rank = connect("cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo")
     # A group of its own for messages is gone at the end, and its threads with it; DDP and FSDP keep the default one. A
     # thread lets go of a message a little after that has come, under Python's lock: one that is there while Python ends
     # aborts the process.

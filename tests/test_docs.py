@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cmfast import objectives, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(f"docs/{name}.md" for name in ("mathematics", "migration", "kernels", "performance", "running"))
-PAGES += ("CHANGELOG.md",)
+PAGES += ("docs/reference.md", "CHANGELOG.md")
 LINKED = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINKED.append(ROOT / "benchmarks" / "README.md")
 
@@ -287,6 +288,13 @@ def test_defaults_of_recipes_are_those_of_the_code():
         assert int(steps.replace(",", "")) == preset["steps"] and float(rate) == preset["learning_rate"], name
         assert bool(falling) == ("decay" in preset) and average == preset["averages"][0], name
         assert loss == getattr(objectives.OBJECTIVES[name], "loss_norm", loss), name
+
+
+def test_the_reference_is_that_of_the_code():
+    """`make docs` writes it; what is public is described."""
+    made = runpy.run_path(str(ROOT / "docs/make_reference.py"))["page"]()
+    assert page("docs/reference.md") == made
+    assert not re.findall(r"^.*\|  \|$", made, re.M)
 
 
 def test_numbers_of_performance_are_those_of_the_results():

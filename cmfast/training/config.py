@@ -38,8 +38,13 @@ class TrainOptions:
     steps            optimizer steps
     batch_size       images per step, of all processes together
     microbatch       images per forward pass of a process; None: its share of the batch
-    optimizer        radam, adam or adamw, with betas, eps and weight_decay
-    learning_rate    after `warmup` steps; then as `decay` has it: constant, or to 0 at the last step
+    optimizer        radam, adam or adamw
+    betas            how much of the moments of gradients and of their squares each step keeps
+    eps              what the optimizer adds to the root of the second one
+    weight_decay     of the optimizer: L2, or with adamw what each step takes off weights, times learning_rate
+    learning_rate    of the optimizer, at its highest
+    warmup           steps in which it rises from near 0
+    decay            what becomes of it: constant, or linear or cosine to 0 at the last step
     max_norm         to which the norm of all gradients is clipped; None: not
     averages         rates of averaged weights, as `cmfast.ema.Averages` takes them: one or more, the first sampled from
     dtype            what networks compute in; weights, loss and averages are float32. float16 scales its gradients
@@ -49,7 +54,8 @@ class TrainOptions:
     graphs           on a GPU, teacher and target as CUDA graphs
     seed             of everything random
     log_interval     steps between readings of the loss; what was lost when it became NaN is no more than these
-    save_interval    steps between checkpoints, of which the last `keep` stay (None: all)
+    save_interval    steps between checkpoints
+    keep             how many of the last checkpoints stay; None: all
     sample_interval  steps between pictures of samples and of the loss (0: none)
     workers          processes that decode images
     on_nan           stop: a NaN loss ends the run with the weights before it. skip: its step does nothing

@@ -287,7 +287,7 @@ class TrainStep:
             return model
         half = getattr(torch, self.options.dtype)
         # None would be the weights' own: of a teacher from a file in half precision, not what was asked for.
-        own = half == torch.float32 and not _low_precision(model)
+        own = half == torch.float32 and not any(map(_low_precision, model.parameters()))
         return fast.optimize(model, dtype=None if own else half, pack=pack)
 
     def _frozen(self, model: Denoiser | None) -> Denoiser | None:
@@ -348,14 +348,16 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
     if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
         raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
     _check_weights(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     # Of a progressive distillation, students become the teacher.
-    trained = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
-    for what, each in trained.items():
-        dtypes = _low_precision(each)
+    changed = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
+    for what, each in changed.items():
+        dtypes = {p.dtype for name, p in each.named_parameters() if name in trained and _low_precision(p)}
         if dtypes:
             raise ValueError(
                 f"the weights of {what} are {', '.join(sorted(map(str, dtypes)))}, and float32 is what is trained: "
-                f"call {what}.float() first; options.dtype says what networks compute in"
+                f"call {what}.float() first, or requires_grad_(False) on what stays as it is; options.dtype says what "
+                "networks compute in"
             )
 
 
@@ -374,9 +376,9 @@ def _check_weights(model: Denoiser) -> None:
         )
 
 
-def _low_precision(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes of parameters with fewer bits than float32."""
-    return {p.dtype for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32}
+def _low_precision(parameter: Tensor) -> bool:
+    """Whether it has fewer bits than float32."""
+    return parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
 
 
 def _recompute(model: Denoiser) -> None:

@@ -110,6 +110,11 @@ BLOCKS = [
      "tests/compat/test_openai_util.py::test_the_layers_of_a_network_are_these"),
 ]  # fmt: skip
 
+DIST_UTIL = [
+    ("a store as torchrun left it", "        connect(backend)\n", "        dist.init_process_group(backend)\n",
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
+]  # fmt: skip
+
 TRAINING_LOSSES = [
     ("progressive: states of 16 bits", "x_start = x_start.to(_check.sigma_dtype(x_start))", "pass",
      "tests/test_losses.py::test_progressive_distillation_of_16_bit_images[given-fp16]"),
@@ -133,4 +138,5 @@ FAULTS = {
     OPENAI + "image_datasets.py": DATASETS,
     OPENAI + "resample.py": SAMPLERS,
     OPENAI + "script_util.py": SCRIPT_UTIL,
+    OPENAI + "dist_util.py": DIST_UTIL,
 }

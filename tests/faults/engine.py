@@ -190,11 +190,13 @@ RANKS = [
     ("messages in torch's own group", 'messages: Any = dist.new_group(backend="gloo")', "messages: Any = None",
      "tests/training/test_parallel.py::test_no_thread_is_left_with_a_message"),
     ("addresses of those that are gone", "store=_unused(store, rank, size)", "store=store",
-     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0]"),
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-ours]"),
     ("the first believes what it finds", "if store.check([f\"cmfast/{own}/{r}\" for r in others]):", "if True:",
-     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[1]"),
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[1-ours]"),
     ("another believes what it finds", "            if own in called:\n", "            if True:\n",
-     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0]"),
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-ours]"),
+    ("nobody answers, in torch's words", "except dist.DistError as error", "except dist.DistBackendError as error",
+     "tests/training/test_parallel.py::test_nobody_to_meet"),
 ]  # fmt: skip
 
 FAULTS = {

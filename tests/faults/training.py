@@ -8,6 +8,8 @@ _RECIPES = "tests/training/test_recipes.py::test_"
 _DIGITS = "tests/training/test_digits.py::test_"
 
 STEP = [
+    ("what is not trained has to be float32", "if name in trained and _low_precision(p)", "if _low_precision(p)",
+     _STEP + "what_is_not_trained_may_be_in_half_precision[edm-float32]"),
     ("the loss read at every step", "        self._note(total, number)\n",
      "        self._note(total, number)\n        total.item()\n", _STEP + "nothing_is_read_on_the_host[edm-float32]"),
     ("mean of microbatches", ".sum() / size", ".mean()", _STEP + "microbatches_change_nothing[edm]"),

@@ -1,17 +1,21 @@
 """Two processes do what one does with the whole batch: the same losses, the same weights; and a resumed pair too. What
 befalls one of them, both know of."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmfast import ranks
 from cmfast.tolerances import TRAINING
 from cmfast.training import pictures, state
 from tests.training.toys import OBJECTIVES, PAIRED, denoiser, trainer, weights
@@ -141,7 +145,20 @@ def test_no_thread_is_left_with_a_message(pair):
         assert after <= before - 3
 
 
-@pytest.mark.parametrize("late", ["0", "1"])
-def test_processes_that_start_again_do_not_call_those_that_are_gone(late):
+@pytest.mark.parametrize("late, kind", [("0", "ours"), ("1", "ours"), ("0", "original")])
+def test_processes_that_start_again_do_not_call_those_that_are_gone(late, kind):
     """Whose addresses torchrun keeps."""
-    launch("restart_run.py", late, restarts=1)
+    launch("restart_run.py", late, kind, restarts=1)
+
+
+def test_nobody_to_meet(monkeypatch):
+    """Names where that was to be, as an error of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    soon = functools.partial(ranks.rendezvous, timeout=timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "rendezvous", soon)
+    with pytest.raises(ranks.Lost, match=f"rank 1 could not meet the others at 127.0.0.1:{port}: .*"), ranks.ranks():
+        pass

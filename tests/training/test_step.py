@@ -1,5 +1,6 @@
 """One training step: nothing reads a value on the host, and what must not matter does not."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -10,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast import backend
-from cmfast.data import Batch
+from cmfast.data import Batch, ImageData
 from cmfast.objectives import EDM, ConsistencyDistillation
 from cmfast.tolerances import TRAINING
 from cmfast.training import TrainStep
 from tests.host_reads import NoHostReads
-from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, unet, weights
+from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, trainer, unet, weights
 
 
 def batches(count, size=6, start=0):
@@ -140,6 +141,43 @@ def test_weights_in_half_precision_are_not_trained(dtype):
         TrainStep(denoiser(EDM()), OBJECTIVES["pd"], OPTIONS, teacher_model=torso)
     step = TrainStep(denoiser(OBJECTIVES["cd"]), OBJECTIVES["cd"], OPTIONS, teacher_model=torso)
     assert torch.isfinite(torch.tensor(run(step, 1).loss))
+
+
+class Adapted(nn.Module):
+    """A layer in bfloat16 that stays as it is, and a small one beside it that is trained."""
+
+    input_dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Conv2d(3, 3, 1).to(torch.bfloat16).requires_grad_(False)
+        self.adapter = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, t, y=None):
+        return self.base(x.to(torch.bfloat16)).to(x.dtype) + self.adapter(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["edm", "pd"])
+def test_what_is_not_trained_may_be_in_half_precision(name, dtype, tmp_path):
+    """As of a large network that is tuned by small parts; an average of it is itself, and a resumed run ends alike."""
+    def train(folder, steps):
+        torch.manual_seed(0)
+        network, others = Adapted(), {"teacher_model": None}
+        if name == "pd":
+            others["teacher_model"] = denoiser(EDM(), Adapted())
+        options = replace(OPTIONS, steps=steps, dtype=dtype, save_interval=2)
+        run = trainer(name, tmp_path / folder, options, network, ImageData(DATA.images), resume="auto", **others)
+        before = copy.deepcopy(network)
+        run.run(progress=False)
+        assert torch.equal(network.base.weight, before.base.weight) and network.base.weight.dtype == torch.bfloat16
+        average = run.step.averages.module(0, run.step.model).network
+        assert torch.equal(average.base.weight, before.base.weight)
+        return before.adapter, network.adapter, average.adapter
+
+    (start, whole, average), _, (_, again, same) = train("one", 4), train("two", 2), train("two", 4)
+    assert not torch.equal(start.weight, whole.weight) and not torch.equal(average.weight, whole.weight)
+    assert torch.equal(whole.weight, again.weight) and torch.equal(average.weight, same.weight)
 
 
 class Bad(nn.Module):

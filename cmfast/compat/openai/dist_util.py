@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmfast.checkpoint import read_pickle
+from cmfast.ranks import connect
 
 #: The GPU of a rank is rank % GPUS_PER_NODE where LOCAL_RANK is not set.
 GPUS_PER_NODE = 8
@@ -20,7 +21,8 @@ GPUS_PER_NODE = 8
 def setup_dist() -> None:
     """Make the default process group, if there is none: nccl with a GPU, gloo without.
 
-    Raises: RuntimeError: started by mpiexec with several ranks, or with more ranks on this machine than GPUs.
+    Raises: RuntimeError: started by mpiexec with several ranks, or with more ranks on this machine than GPUs; as
+        `cmfast.ranks.connect`.
     """
     if dist.is_initialized():
         return
@@ -34,7 +36,7 @@ def setup_dist() -> None:
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        connect(backend)
         return
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1)))
     if ranks > 1:
