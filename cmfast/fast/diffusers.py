@@ -196,7 +196,8 @@ def fast_unet2d(model: Any, dtype: torch.dtype | None, pack: bool = True) -> Any
 
 @functools.cache
 def _fast_class(base: Any) -> Any:
-    """A subclass of UNet2DModel with the fast pass. It keeps the base's name: configurations are saved under it."""
+    """A subclass of UNet2DModel with the fast pass. It keeps the base's name and module: configurations are saved under
+    the one, and pipelines under both."""
 
     class Fast(base):  # type: ignore[misc]  # known at run time
         def forward(
@@ -219,7 +220,7 @@ def _fast_class(base: Any) -> Any:
         forward.__doc__ = base.forward.__doc__
 
         def __reduce__(self) -> Any:
-            # By name pickle would look here for diffusers' class.
+            # By name pickle would find diffusers' class.
             return _of_class, (base,), self.__dict__
 
         def refresh(self, force: bool = False) -> bool:
@@ -243,6 +244,7 @@ def _fast_class(base: Any) -> Any:
             return self._fast.refusal
 
     Fast.__name__ = Fast.__qualname__ = base.__name__
+    Fast.__module__ = base.__module__
     return Fast
 
 

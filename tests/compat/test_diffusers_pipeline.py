@@ -245,6 +245,22 @@ def test_saved_as_diffusers_own(tmp_path):
     assert same_bits(loaded.unet, fast.unet)
 
 
+@pytest.mark.parametrize("kind", ["DDPM", "ConsistencyModel", "accelerated"])
+def test_saved_with_an_optimised_network(kind, tmp_path):
+    unet = cmfast.optimize(small_unet())
+    if kind == "DDPM":
+        pipeline = diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler(num_train_timesteps=10))
+        pipeline.unet = unet
+    else:
+        pipeline = diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler())
+        pipeline = accelerate(pipeline) if kind == "accelerated" else pipeline
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    for cls in (diffusers.DiffusionPipeline, getattr(diffusers, type(pipeline).__name__)):
+        loaded = cls.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+        assert type(loaded.unet) is diffusers.UNet2DModel and same_bits(loaded.unet, unet)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
 def test_copies(copied):
     fast = accelerate(small_pipeline(), dtype=torch.float32)

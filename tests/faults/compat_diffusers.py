@@ -88,6 +88,8 @@ DIFFUSERS_NETWORK = [
 ]  # fmt: skip
 
 FAST = [
+    ("saved under this module's name", "    Fast.__module__ = base.__module__\n", "",
+     ACCELERATED + "saved_with_an_optimised_network[DDPM]"),
     ("a timestep that is not cut off", "torch.full((1,), int(timestep),", "torch.full((1,), float(timestep),",
      "tests/fast/test_diffusers.py::test_forms_of_a_timestep[5.5]"),
     ("whole numbers come out", "if not sample.is_floating_point():", "if False:",
