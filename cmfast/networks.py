@@ -45,7 +45,7 @@ def prepare(model: Any, *, optimize: str | bool, compile: str, dtype: torch.dtyp
     prepared, reason = _optimised(model, optimize, dtype, compile)
     _check_dtype(model, dtype, reason)
     optimised = ("as given", reason) if reason else ("optimised", "the same weights in fewer passes over memory")
-    refresh = _refresher(prepared)
+    refresh = refresher(prepared)
     if compile == "auto":
         why = "compile='auto' does not: start-up would take a minute or more; compile=True does"
         return Prepared(prepared, optimised, ("off", why), refresh)
@@ -75,7 +75,7 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
         return model, "optimize=False was asked for"
     if not isinstance(model, nn.Module):
         reason: str | None = "the model is a function"
-    elif _refresher(model) is not None:
+    elif refresher(model) is not None:
         return model, "the model brings its own derived weights"
     elif compile == "regional":
         reason = "compile='regional' compiles the blocks of the network as given"
@@ -108,11 +108,14 @@ def _check_dtype(model: Any, dtype: torch.dtype | None, reason: str | None) -> N
         )
 
 
-def _refresher(model: Any) -> Callable[..., Any] | None:
-    """The method of a model or its network that brings derived weights up to date, if there is one."""
+def refresher(model: Any) -> Callable[..., bool] | None:
+    """The `refresh` of a model or its network that brings derived weights up to date, as `cmfast.fast.FastUNet` has it.
+
+    None if neither has one. The name says little, and modules of others use it: `derives_weights` goes with it.
+    """
     for owner in (model, getattr(model, "network", None)):
-        method: Callable[..., Any] | None = getattr(owner, "refresh", None)
-        if isinstance(owner, nn.Module) and callable(method):
+        if isinstance(owner, nn.Module) and getattr(owner, "derives_weights", None) is True:
+            method: Callable[..., bool] = getattr(owner, "refresh")  # noqa: B009  nn.Module's own is no function
             return method
     return None
 

@@ -71,7 +71,8 @@ class Watch:
     Seen: parameters and buffers that were written in place, moved, replaced, cast; modules that were replaced, added
     or removed, or given another class; methods that were replaced in an object or a class; attributes of modules that
     are not torch's own; hooks. Not seen: a write through `.data`, which leaves no trace; a setting of a module of
-    torch's, such as a convolution's `padding_mode`; what is inside an attribute, such as an item of a list.
+    torch's, such as a convolution's `padding_mode`; what is inside an attribute, such as an item of a list; what is
+    inside of a module of torch.jit.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,24 +84,29 @@ class Watch:
 
     def _look(self) -> None:
         """Take everything down as it is now: in lists, so that comparing them is one call each."""
-        self.modules = list(self.model.modules())
-        objects = [vars(module) for module in self.modules]
-        parts = [vars(module)[name] for module in self.modules for name in ("_parameters", "_buffers", "_modules")]
+        every = list(self.model.modules())
+        #: Those with a mode, which what torch.jit has frozen is without.
+        self.modules = [module for module in every if hasattr(module, "training")]
+        # Their tables of parts are no dicts, and what is in them is made up whenever it is asked for.
+        self._scripted = [module for module in every if isinstance(module, torch.jit.ScriptModule)]
+        self._looked_at = seen = [module for module in every if not isinstance(module, torch.jit.ScriptModule)]
+        objects = [vars(module) for module in seen]
+        parts = [vars(module)[name] for module in seen for name in ("_parameters", "_buffers", "_modules")]
         self._objects = objects
         self._empty, self._parts = [part for part in parts if not part], [part for part in parts if part]
         self._part_sizes = list(map(len, self._parts))
         self._members = list(chain.from_iterable(map(dict.values, self._parts)))
-        self._hooks = [vars(module)[name] for module in self.modules for name in _HOOKS]
+        self._hooks = [vars(module)[name] for module in seen for name in _HOOKS]
         # The attributes of torch's own modules are many and seldom written: only a `forward` is looked for.
-        self._watched = [(module, vars(module)) for module in self.modules if not _is_torchs(module)]
+        self._watched = [(module, vars(module)) for module in seen if not _is_torchs(module)]
         self._live = [attributes for _, attributes in self._watched]
         self._look_at_attributes()
-        present = set(self.modules)
+        present = set(seen)
         self._own = {(module, name) for module, name in self._own if module in present}
-        classes = sorted({type(module) for module in self.modules}, key=id)
+        classes = sorted(set(map(type, seen)), key=id)
         self._methods = [(cls, name) for cls in classes for name in _METHODS if hasattr(cls, name)]
         self._bodies = [getattr(cls, name) for cls, name in self._methods]
-        self._classes = list(map(type, self.modules))
+        self._classes = list(map(type, seen))
         self._forwards = [attributes.get("forward") for attributes in objects]
         self._look_at_tensors()
 
@@ -126,7 +132,9 @@ class Watch:
         )
         #: Why changes of this model could not be seen; None if they can.
         self.unseen: str | None = None
-        if special:
+        if self._scripted:
+            self.unseen = f"{self.name(self._scripted[0])} is of torch.jit, inside of which no change is seen"
+        elif special:
             self.unseen = f"a {special[0]} among the weights is not a plain tensor"
         elif len(devices) > 1:
             self.unseen = f"the model lies on several devices: {', '.join(devices)}"
@@ -159,7 +167,7 @@ class Watch:
             return True
         if not all(getattr(cls, name) is body for (cls, name), body in zip(self._methods, self._bodies)):
             return True
-        if not all(map(is_, map(type, self.modules), self._classes)):
+        if not all(map(is_, map(type, self._looked_at), self._classes)):
             return True
         if not all(map(is_, [attributes.get("forward") for attributes in self._objects], self._forwards)):
             return True
@@ -191,7 +199,7 @@ class Watch:
         if not any(self._hooks[skipped:]):
             return None
         number = next(i for i, hooks in enumerate(self._hooks) if hooks and i >= skipped) // len(_HOOKS)
-        return f"{self.name(self.modules[number])} has a hook"
+        return f"{self.name(self._looked_at[number])} has a hook"
 
     def name(self, module: nn.Module) -> str:
         """What to call a module in a message."""

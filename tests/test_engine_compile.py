@@ -138,6 +138,7 @@ class Fast(nn.Module):
     """An optimised network: weights of its own, made of the given ones."""
 
     num_classes = 7
+    derives_weights = True
 
     def __init__(self, network):
         super().__init__()

@@ -97,7 +97,8 @@ def refusal(model: Any) -> str | None:
 def _held(model: Any) -> tuple[str, nn.Module] | None:
     """The network that a module holds, and its name; None if it has none of its own. What a wrapper says to have by
     its `__getattr__` is another's, as with `torch.compile`."""
-    parts = model._modules if isinstance(model, nn.Module) else {}
+    own = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+    parts = model._modules if own else {}
     return next(((name, inner) for name in ("network", "unet") if (inner := parts.get(name)) is not None), None)
 
 

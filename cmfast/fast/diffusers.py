@@ -223,6 +223,8 @@ def _fast_class(base: Any) -> Any:
             # By name pickle would find diffusers' class.
             return _of_class, (base,), self.__dict__
 
+        derives_weights = True
+
         def refresh(self, force: bool = False) -> bool:
             """As `cmfast.fast.FastUNet.refresh`."""
             return bool(self._fast.refresh(force))

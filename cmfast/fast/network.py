@@ -173,6 +173,9 @@ class FastUNet(UNetModel):
     #: The layout it computes in; the next input follows that of the output.
     input_format = torch.channels_last
 
+    #: It keeps what is made of weights: whoever captures it calls `refresh` before a replay.
+    derives_weights = True
+
     def refresh(self, force: bool = False) -> bool:
         """Make anew what was made of weights that have changed since; the forward pass does so itself.
 

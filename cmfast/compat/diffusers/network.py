@@ -15,7 +15,7 @@ SCHEDULER = "CMStochasticIterativeScheduler"
 
 
 #: Attributes of a network that `cmfast.optimize` made; see `cmfast.fast.FastUNet`. Others do not have them.
-_OPTIMISED = ("refresh", "compile_parts", "input_dtype", "input_format", "refusal")
+_OPTIMISED = ("derives_weights", "refresh", "compile_parts", "input_dtype", "input_format", "refusal")
 
 
 class UNet2DNetwork(nn.Module):
