@@ -73,8 +73,8 @@ def edit(
         edited = inverse(torch.lerp(transform(denoised), known, mask))
         if i + 1 == len(levels) and end_sigma is None:
             return edited
-        # Noise like the state: `edited` may lie transposed in memory, where torch's generator fills in another order.
-        x, _, _ = ops.add_noise(edited, noise_fn(x), noise_scale[i + 1])
+        # The state keeps its layout: `edited` may lie transposed, where torch's generator fills in another order.
+        x, _, _ = ops.add_noise(torch.empty_like(x).copy_(edited), noise_fn(x), noise_scale[i + 1])
     return x
 
 

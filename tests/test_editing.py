@@ -90,3 +90,15 @@ def test_dtypes(dtype, of):
     ):
         out, reference = run()
         assert out.dtype == reference.dtype == x.dtype and out.isfinite().all()
+
+
+def test_the_state_keeps_its_layout():
+    """Where noise is drawn like the state, that does not lie as the maps to and from a transform leave an image."""
+    seen = []
+
+    def noise_fn(x):
+        seen.append(x.is_contiguous())
+        return torch.zeros_like(x)
+
+    editing.colorize(model, IMAGES, X, SIGMAS, noise_fn=noise_fn)
+    assert seen == [True] * 2

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cmfast import Denoiser, samplers, schedules
+from cmfast import Denoiser, backend, editing, samplers, schedules
+from cmfast.ops import _inplace
 from cmfast.samplers import SAMPLERS
 from tests.toy import ToyNetwork
 
@@ -140,3 +141,41 @@ def test_a_model_brings_its_own_noise_range():
     samplers.sample(model, NOISE[:2].float(), sigmas=[10.0, 1.0], **options)
     added = out[1]["x"] - out[0]["denoised"]
     torch.testing.assert_close(added, torch.full_like(added, (1.0 - 0.1**2) ** 0.5))
+
+
+def softened(x, sigma):
+    """A denoiser whose neighbouring pixels and channels matter, and that makes differences no larger."""
+    return 0.3 * torch.tanh(x.roll(1, 1) / (1 + sigma.view(-1, 1, 1, 1)))
+
+
+def in_channels_last(x, sigma):
+    return softened(x, sigma).contiguous(memory_format=torch.channels_last)
+
+
+MIXED = {
+    "multistep": lambda model, x: samplers.sample_multistep(model, x, [80.0, 5.0, 1.0]),
+    "heun": lambda model, x: samplers.sample_heun(model, x, [80.0, 5.0, 1.0, 0.0], s_churn=1.0),
+    "dpm": lambda model, x: samplers.sample_dpm(model, x, [80.0, 5.0, 1.0, 0.0], s_churn=1.0),
+    "ancestral": lambda model, x: samplers.sample_euler_ancestral(model, x, [80.0, 5.0, 1.0, 0.0]),
+    "inpaint": lambda model, x: editing.inpaint(
+        model, torch.zeros_like(x), x, [80.0, 5.0, 1.0], (torch.arange(16) > 7).float()
+    )[0],
+}
+
+
+@pytest.mark.parametrize("batch", [2, 86], ids=["few", "many"])
+@pytest.mark.parametrize("state", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", MIXED)
+def test_noise_of_a_seed_does_not_depend_on_the_layout_of_the_model(name, state, batch):
+    """torch's generator fills a tensor in the order of its memory: the state's own, whatever the model returns."""
+    x = 80 * torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=state)
+    assert (x.numel() >= _inplace.LEAST) == (batch > 2)
+    made = []
+    for path in ("auto", "reference"):
+        for model in (softened, in_channels_last):
+            torch.manual_seed(3)
+            with backend(path):
+                made.append(MIXED[name](model, x))
+    for other in made[1:]:
+        torch.testing.assert_close(other, made[0], atol=1e-5, rtol=0)
+    assert all(each.is_contiguous(memory_format=state) for each in made)

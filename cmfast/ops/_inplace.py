@@ -54,7 +54,7 @@ def _denoised(
 ) -> Tensor:
     """D in memory of its own."""
     if sigma_data is None:
-        denoised = model_output.to(torch.float32, copy=True)
+        denoised = torch.empty_like(x_t).copy_(model_output)  # as the state lies, which it may become
     else:
         c_skip, c_out, _ = _scalings(sigma, x_t, sigma_data, boundary)
         denoised = (x_t * c_skip).addcmul_(model_output, c_out)

@@ -21,6 +21,18 @@ def clip_unit(x: Tensor, clip: bool) -> Tensor:
     return x.clamp(-1, 1) if clip else x
 
 
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, ...] in the order that `like` has in memory; a copy where it must be.
+
+    A state keeps its layout whatever a model returns: torch's generator fills a tensor in the order of its memory.
+    """
+    strides = like.stride()
+    if like.is_contiguous() or 0 in strides:
+        return x.contiguous()
+    order = sorted(range(like.ndim), key=lambda dim: strides[dim], reverse=True)
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(like.ndim)])
+
+
 def as_input(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format | None) -> Tensor:
     """A network input in its dtype and, if one is asked for, in a memory format."""
     x = x.to(dtype)

@@ -7,7 +7,7 @@ A plain function D(x, sigma) so goes through the same solvers as a network with 
 import torch
 from torch import Tensor
 
-from cmfast.reference._common import as_input, clip_unit, compute_dtype, per_sample
+from cmfast.reference._common import as_input, clip_unit, compute_dtype, laid_out_as, per_sample
 from cmfast.reference.images import to_uint8
 
 
@@ -83,7 +83,7 @@ def _denoise(
     """D in the accumulation dtype, for the operations that go on computing with it."""
     if sigma_data is None:
         # c_skip = 0 must not let an infinite x_t through as NaN.
-        return clip_unit(model_output.to(wide), clip)
+        return clip_unit(laid_out_as(model_output.to(wide), x_t), clip)
     c_skip, c_out, _ = scalings(per_sample(sigma, x_t, wide), sigma_data=sigma_data, boundary=boundary)
     return clip_unit(c_skip * x_t.to(wide) + c_out * model_output.to(wide), clip)
 

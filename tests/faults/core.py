@@ -85,6 +85,11 @@ SAMPLERS = [
      "tests/test_samplers.py::test_midpoint_ancestral_takes_the_time_of_the_midpoint"),
 ]  # fmt: skip
 
+EDITING = [
+    ("the state laid out as what was edited", "torch.empty_like(x).copy_(edited)", "edited",
+     "tests/test_editing.py::test_the_state_keeps_its_layout"),
+]  # fmt: skip
+
 FAULTS = {
     "cmfast/precondition.py": PRECONDITIONER,
     "cmfast/denoiser.py": DENOISER,
@@ -92,4 +97,5 @@ FAULTS = {
     "cmfast/distances.py": DISTANCES,
     "cmfast/losses.py": TRAINING_LOSSES,
     "cmfast/samplers.py": SAMPLERS,
+    "cmfast/editing.py": EDITING,
 }

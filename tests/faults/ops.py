@@ -1,6 +1,6 @@
 """Operations: dispatch, gradients, the forms for the CPU, the references."""
 
-from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_NORM, here, kernel
+from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_LAYOUT, T_NORM, here, kernel
 
 NORM_OP = [
     ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
@@ -81,7 +81,9 @@ INPLACE = [
      "squared = torch.linalg.vector_norm(delta, dim=1).square_()", T_FORMULAS + "test_losses_of_large_images[l2]"),
     ("the batch overwritten by a sum", "if records or total is x else total.add_(residual)", "if records else "
      "total.add_(residual)", "tests/ops/test_group_norm.py::test_nothing_that_was_given_changes[residual-contiguous]"),
-    ("a denoiser's output overwritten", "model_output.to(torch.float32, copy=True)", "model_output.to(torch.float32)",
+    ("the state laid out as a denoiser's output", "torch.empty_like(x_t).copy_(model_output)", "model_output.clone()",
+     T_LAYOUT + "[ancestral-contiguous-many]"),
+    ("a denoiser's output overwritten", "torch.empty_like(x_t).copy_(model_output)", "model_output",
      "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise plain]"),
     ("the state overwritten", "(x_t * c_skip).addcmul_", "x_t.mul_(c_skip).addcmul_",
      "tests/ops/test_every_op.py::test_nothing_that_was_given_changes[denoise]"),
@@ -121,6 +123,8 @@ NOISE_OPS = [
 ]  # fmt: skip
 
 REFERENCE_PRECONDITION = [
+    ("the state laid out as a denoiser's output", "laid_out_as(model_output.to(wide), x_t)", "model_output.to(wide)",
+     T_LAYOUT + "[multistep-contiguous-few]"),
     ("a denoiser's output itself", "copy=sigma_data is None and not clip)", "copy=False)",
      T_FORMULAS + "test_results_are_tensors_of_their_own[reference]"),
     ("c_skip without the boundary", "sigma_data**2) / (offset**2 + sigma_data**2)",
