@@ -89,11 +89,14 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
 def _fast(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
     """The model made fast; or as it is, and why."""
     try:
-        from cmfast.fast import optimize, refusal
+        from cmfast.fast import Refused, optimize
     except ImportError:
         return model, "this version has no optimised networks"
-    reason = refusal(model)
-    return (model, reason) if reason else (optimize(model, dtype=dtype).eval(), None)
+    # Hooks, which come and go, are no reason here: they are asked for at each call.
+    try:
+        return optimize(model, dtype=dtype).eval(), None
+    except Refused as refused:
+        return model, str(refused)
 
 
 def _check_dtype(model: Any, dtype: torch.dtype | None, reason: str | None) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 import cmfast
 from cmfast import Denoiser, Sampler, UNetModel, networks
+from cmfast.fast import Refused
 from cmfast.graphs import GraphError
 from cmfast.networks import sharing
 from cmfast.tolerances import GOLDEN_VALUE
@@ -109,6 +110,22 @@ def test_hooks_are_called_all_the_same(compiled, compile):
     assert calls == [1] and not compiled and "has a hook" in sampler.explain()["compile"][1]
 
 
+@pytest.mark.parametrize("where", ["middle_block", ""], ids=["part", "network"])
+def test_hooks_that_were_there_first(where):
+    """They are called; once they are gone the network is the optimised one."""
+    model, calls = tiny(), []
+    handle = model.network.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    sampler, plain = Sampler(model, 2), Sampler(tiny(), 2, optimize=False)
+    assert torch.equal(sampler.sample(2), plain.sample(2)) and calls == [1]
+    path, why = sampler.explain()["network"]
+    assert path == "as given" and why.endswith("has a hook")
+    model.note = "another structure, while it has a hook"
+    sampler.sample(2)
+    handle.remove()
+    assert sampler.explain()["network"][0] == "optimised"
+    assert torch.equal(sampler.sample(2), Sampler(tiny(), 2).sample(2)) and calls == [1, 1]
+
+
 def test_compiled_and_captured(compiled, emulated):
     model = toy()
     sampler, plain = Sampler(model, 2, steps=2, compile=True), Sampler(model, 2, steps=2, cuda_graph=False)
@@ -161,14 +178,13 @@ def optimizer(monkeypatch):
     module, calls = types.ModuleType("cmfast.fast"), []
 
     def optimize(model, dtype=None):
+        kind = type(model.network.conv1).__name__
+        if kind != "Conv2d":
+            raise Refused(f"conv1 is a {kind}")
         calls.append(dtype)
         return Denoiser(Fast(model.network), image_shape=model.image_shape)
 
-    def refusal(model):
-        kind = type(model.network.conv1).__name__
-        return None if kind == "Conv2d" else f"conv1 is a {kind}"
-
-    module.optimize, module.refusal = optimize, refusal
+    module.optimize, module.Refused = optimize, Refused
     monkeypatch.setitem(sys.modules, "cmfast.fast", module)
     return calls
 

@@ -13,11 +13,14 @@ import torch
 import cmfast
 from cmfast.compat.diffusers import CMStochasticIterativeScheduler, accelerate
 from cmfast.compat.diffusers import pipeline as module
+from cmfast.fast import Refused
 from cmfast.tolerances import DIFFUSERS_VALUE, FLOOR
 from tests.checkpoint_utils import same_bits
 from tests.compat.diffusers_utils import diffusers, small_pipeline, small_unet
 from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401
+
+attention_processor = pytest.importorskip("diffusers.models.attention_processor")
 
 STEPS = {
     "one": {},
@@ -324,6 +327,38 @@ def test_hooks_see_what_diffusers_hands_on():
     assert relative_error(found, expected) < DIFFUSERS_VALUE and torch.equal(again, found)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before accelerate", "after"])
+def test_hooks_on_parts_come_and_go(first):
+    plain, calls = small_pipeline(), []
+    fast = None if first else accelerate(plain)
+    handle = plain.unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
+    fast = fast or accelerate(plain)
+    expected, *found = (call(p, 2, output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(*found, expected) < DIFFUSERS_VALUE and calls == [1, 1]
+    assert fast.explain()["network"] == ("as given", "mid_block (UNetMidBlock2D) has a hook")
+    handle.remove()
+    assert fast.explain()["network"][0] == "optimised"
+    assert relative_error(call(fast, 2, output_type="pt")[0], expected) < DIFFUSERS_VALUE and calls == [1, 1]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before accelerate", "after"])
+def test_parts_of_another_kind_come_and_go(first):
+    class Own(attention_processor.AttnProcessor2_0):
+        pass
+
+    plain = small_pipeline()
+    fast, own = None if first else accelerate(plain), plain.unet.mid_block.attentions[0].processor
+    plain.unet.mid_block.attentions[0].set_processor(Own())
+    fast = fast or accelerate(plain)
+    expected, found = (call(p, 2, output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    path, why = fast.explain()["network"]
+    assert path == "as given" and "mid_block.attentions.0.processor is a Own" in why
+    plain.unet.mid_block.attentions[0].set_processor(own)
+    assert fast.explain()["network"][0] == "optimised"
+    assert relative_error(call(fast, 2, output_type="pt")[0], expected) < DIFFUSERS_VALUE
+
+
 @pytest.mark.parametrize("part", ["postprocess_image", "numpy_to_pil"])
 @pytest.mark.parametrize("where", ["subclass", "instance"])
 def test_images_made_in_a_way_of_their_own(part, where):
@@ -526,7 +561,10 @@ def test_subclasses_keep_what_is_theirs():
 
 
 def test_a_dtype_needs_a_fast_network(monkeypatch):
-    monkeypatch.setattr(module, "refusal", lambda unet: "of its shape")
+    def refused(unet, dtype):
+        raise Refused("of its shape")
+
+    monkeypatch.setattr(module, "optimize", refused)
     with pytest.raises(ValueError, match="dtype=torch.bfloat16 needs a network that can be made fast: of its shape"):
         accelerate(small_pipeline(), dtype=torch.bfloat16)
     assert accelerate(small_pipeline()).explain()["network"] == ("as given", "of its shape")

@@ -156,6 +156,9 @@ WATCH = [
 NETWORKS = [
     ("torch.compile gives up at eight", "    with torch._dynamo.config.patch(limits):\n", "    if True:\n",
      COMPILED + "the_blocks_of_a_network"),
+    ("hooks of the start are for ever", "    # Hooks, which come and go, are no reason",
+     "    from cmfast.fast import refusal\n    if why := refusal(model):\n        return model, why\n    #",
+     COMPILED + "hooks_that_were_there_first[part]"),
     ("any refresh is one of ours", 'getattr(owner, "derives_weights", None) is True', 'hasattr(owner, "refresh")',
      CHANGED + "a_refresh_that_is_something_else"),
     ("a copy's children are the original's", "copy.__dict__[\"_modules\"] = dict(module._modules)", "pass",

@@ -18,7 +18,7 @@ from cmfast.compat.diffusers.network import UNet2DNetwork
 from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler, like
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
-from cmfast.fast import optimize, refusal
+from cmfast.fast import Refused, optimize, refusal
 from cmfast.precondition import Preconditioner
 
 # diffusers resolves its names when they are asked for, which type checkers do not follow.
@@ -109,7 +109,9 @@ class _Engine:
     def explain(self) -> dict[str, tuple[str, str]]:
         """As `Sampler.explain`, of the sampler used last."""
         last = next(reversed(self._samplers), (self.model.sigma_max,))
-        network = ("as given", self.reason) if self.reason else ("optimised", "the same weights in fewer passes")
+        # Of now: hooks and parts of another kind come and go.
+        reason = self.reason or refusal(self.network)
+        network = ("as given", reason) if reason else ("optimised", "the same weights in fewer passes")
         return {**self.sampler(last).explain(), "network": network}
 
 
@@ -123,9 +125,10 @@ def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str |
 
     Raises: ValueError: it cannot be made fast, and should compute in another dtype than its own.
     """
-    reason = refusal(unet)
-    if reason is None:
+    try:
         return optimize(unet, dtype=dtype), None
+    except Refused as refused:
+        reason = str(refused)
     if dtype not in (None, unet.dtype):
         raise ValueError(f"dtype={dtype} needs a network that can be made fast: {reason}. Or cast it: pipe.to({dtype})")
     return unet, reason
@@ -167,8 +170,9 @@ class _Accelerated(ConsistencyModelPipeline):
         """The engine for the network and scheduler that the pipeline has now."""
         engine, unet, config = self._engine, self.unet, self.scheduler.config
         if engine is None or engine.unet is not unet or engine.passes != _passes(unet) or engine.config != config:
-            engine = _Engine(unet, config, self._options)
-            self._engine = engine
+            engine = self._engine = _Engine(unet, config, self._options)
+        elif engine.reason and engine.reason != fast_network(unet, self._options["dtype"])[1]:
+            engine = self._engine = _Engine(unet, config, self._options)
         return engine
 
     @torch.no_grad()
