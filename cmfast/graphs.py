@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.errors import Unavailable
-from cmfast.memory import out_of_memory
+from cmfast.memory import capturing, out_of_memory
 from cmfast.samplers import keep_levels
-from cmfast.watch import fork_safe, name_of
+from cmfast.watch import name_of
 
 #: What a loop is given: tensors; numbers, which a graph reads from a scalar; ranges, as int64 [n].
 Value = Tensor | int | float | range
@@ -25,10 +25,8 @@ Loop = Callable[[dict[str, Any]], Tensor]
 
 T = TypeVar("T")
 
-#: Runs before a capture: kernels are compiled and chosen, and libraries take their workspaces.
+#: Runs before a capture: kernels are compiled and chosen, and libraries are loaded.
 WARM_UPS = 2
-#: Only one capture at a time in a process: PyTorch's allocator knows no more.
-_capturing = fork_safe(0)
 #: Graphs whose capture broke: PyTorch's allocators still know them by their addresses.
 _broken: list[torch.cuda.CUDAGraph] = []
 
@@ -45,7 +43,9 @@ class CudaSpace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        # PyTorch hands out its streams in turn, 32 of each priority. Those of the other one are for captures alone:
+        # what another thread launched on such a stream would become part of the graph.
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = torch.cuda.graph_pool_handle()
         self._lock = threading.RLock()
         self._done = torch.cuda.Event()
@@ -81,7 +81,7 @@ class CudaSpace:
             graph.register_generator_state(generator)
         current = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with _workspaces_in_the_pool(), self._capture(graph):
                 result = function()
         except BaseException:
             torch.cuda.set_stream(current)
@@ -95,21 +95,47 @@ class CudaSpace:
     def _mend(self, broken: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
         """After a capture that broke: PyTorch ends the stream's part of it and then raises, so that its allocators and
         generators go on as if in a capture, in which nothing can be captured, no memory be given back, and no number be
-        drawn. The first is ended here, the pool left alone, and a whole capture brings the generators back."""
-        with suppress(RuntimeError):  # Nothing is recorded: the capture was ended, as what broke was no part of CUDA's.
+        drawn. The first is ended here, the pool given up, and a whole capture brings the generators back."""
+        with suppress(RuntimeError):  # Nothing is recorded: PyTorch has ended it, and its graph gives up the pool.
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             _broken.append(broken)
-        self.pool = torch.cuda.graph_pool_handle()
+            # A graph whose capture did not end never gives up its part of the pool, which would be kept for ever.
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
+        self.renew_pool()
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
         place = torch.empty(1, device=self.device)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with self._capture(graph):
             place.zero_()
 
+    def _capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        return torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+
     def drain(self) -> None:
-        """Wait until nothing runs: before graphs are thrown away."""
-        torch.cuda.synchronize(self.device)
+        """Wait until no program runs: before graphs are thrown away. Waiting for the whole device would break a capture
+        of another thread."""
+        with self._lock:
+            self._done.synchronize()
+
+    def renew_pool(self) -> None:
+        """Take another pool, when all graphs of this one are gone: PyTorch, which is to give it back, lets no capture
+        begin in it."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def _workspaces_in_the_pool() -> Iterator[None]:
+    """Around a capture, cuBLAS takes its memory anew, from the graph's pool, and leaves it there.
+
+    PyTorch keeps a workspace for each stream, whose address a graph records, and gives it back when any graph of that
+    stream is destroyed, or torch.compile makes one of its own; the graph would go on writing to it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 #: By type of device. Tests put an emulation beside it.
@@ -128,6 +154,8 @@ class Program:
     def __init__(
         self, loop: Loop, values: Values, space: Any, model: object, generators: Sequence[torch.Generator] = ()
     ) -> None:
+        # A graph keeps their states alone. Their ids, by which a program is found, are to stay theirs.
+        self._generators = tuple(generators)
         self._buffers = {name: _buffer(value, space.device) for name, value in values.items()}
         self._filled: dict[str, Value] = {}
         self._levels: dict[Any, Tensor] = {}
@@ -178,7 +206,7 @@ def run_eagerly(loop: Loop, values: Values, device: torch.device, levels: dict[A
 def _captured(
     function: Callable[[], Tensor], space: Any, model: object, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Callable[[], None]]:
-    with _capturing, _no_collection():
+    with capturing, _no_collection():
         try:
             return space.capture(function, generators)
         except Exception as error:
@@ -281,6 +309,10 @@ class ProgramCache:
 
     def clear(self, space: Any) -> None:
         """Let go of all."""
-        if space is not None and self._programs:
+        if not self._programs:
+            return
+        if space is not None:
             space.drain()
         self._programs.clear()
+        if space is not None:
+            space.renew_pool()

@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from cmfast.watch import fork_safe
+
+#: Held while a CUDA graph is captured, one at a time in a process: PyTorch's allocator knows no more, and gives no
+#: memory back meanwhile.
+capturing = fork_safe(0)
 #: What PyTorch's allocators and libraries say, where they raise no OutOfMemoryError.
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -45,5 +50,6 @@ def _fits(run: Callable[[int], object], size: int) -> bool:
         return False
     finally:
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            with capturing:
+                torch.cuda.empty_cache()
     return True

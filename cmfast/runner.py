@@ -208,7 +208,9 @@ class Runner:
 
     def forget(self) -> None:
         """Let go of all programs, and of their memory."""
-        self._programs.clear(self._space)
+        # Not while another thread takes or keeps one.
+        with self._lock:
+            self._programs.clear(self._space)
 
     @contextmanager
     def _first(self, key: Hashable) -> Iterator[None]:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 
 import torch
 from torch import Tensor
+
+
+class _Own(threading.local):
+    """Streams for copies, of each thread its own: PyTorch hands out 32 in turn, so that one for every call would sooner
+    or later be the one on which another thread works."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_own = _Own()
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """This thread's for copies from a GPU; None for another device."""
+    if device.type != "cuda":
+        return None
+    if device not in _own.streams:
+        _own.streams[device] = torch.cuda.Stream(device)
+    return _own.streams[device]
 
 
 class HostCopies:
@@ -18,7 +39,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.ahead = 1 if device.type == "cuda" else 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device)
         self._sent: deque[_Copy] = deque()
         self._free: list[_Copy] = []
 

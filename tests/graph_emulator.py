@@ -7,6 +7,7 @@ read on the host, tensors made of the host's values, generators that are not reg
 
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -63,6 +64,10 @@ class EmulatedSpace:
 
     def __init__(self, device) -> None:
         self.device, self.lock = device, threading.RLock()
+        self.renew_pool()
+
+    def renew_pool(self) -> None:
+        self.graphs, self.used = weakref.WeakSet(), False
 
     @contextmanager
     def turn(self):
@@ -75,11 +80,16 @@ class EmulatedSpace:
 
     def capture(self, function, generators):
         EmulatedSpace.captures += 1
+        if self.used and not self.graphs:
+            pytest.fail("PyTorch lets no capture begin in a pool whose graphs are all gone")
+        self.used = True
         try:
             with Recorder([*generators, torch.default_generator]) as recorder:
                 result = function()
         except Exception:
+            self.renew_pool()
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        self.graphs.add(recorder)
 
         def replay() -> None:
             EmulatedSpace.replays += 1

@@ -1,5 +1,7 @@
 """The Sampler: images follow from (seed, index), whatever the batch."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import cmfast
 from cmfast import Denoiser, Sampler, ops, samplers, sharding
 from cmfast.exact import MixtureDenoiser
+from cmfast.memory import capturing, largest_that_fits
 from cmfast.ranks import Ranks
 from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.training import TrainOptions, TrainStep
@@ -144,6 +147,36 @@ def test_batches_are_handed_out_one_later_where_copies_travel(model, monkeypatch
         seen.append((images, labels, len(started)))
     assert [count for *_, count in seen] == [2, 3, 4, 4] and [len(labels) for _, labels, _ in seen] == [2, 2, 2, 1]
     assert all(torch.equal(images, other) for (images, *_), other in zip(seen, wanted, strict=True))
+
+
+def test_streams_for_copies(monkeypatch):
+    """One of each thread for each device, however often it samples: PyTorch has 32."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+
+    def work():
+        for index in (0, 1, 0, 1):
+            HostCopies(torch.device("cuda", index))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert [device.index for device in made] == [0, 1, 0, 1]
+    assert HostCopies(torch.device("cpu"))._stream is None
+
+
+def test_no_memory_is_given_back_while_a_graph_is_captured(monkeypatch):
+    free = []
+
+    def empty_cache():
+        thread = threading.Thread(target=lambda: free.append(capturing.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    assert largest_that_fits(lambda size: None, 4) == 3 and free == [False, False]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 5, 7])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import cmfast
 from cmfast import Denoiser, Sampler, watch
 from cmfast.fast.network import _looking
-from cmfast.graphs import _capturing
+from cmfast.memory import capturing
 from tests.golden_utils import small_unet
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -244,7 +244,7 @@ def test_a_fork_takes_locks_in_the_order_of_a_capture():
     inside, looked = threading.Event(), []
 
     def capture():
-        with _capturing:
+        with capturing:
             inside.set()
             time.sleep(0.2)
             looked.append(_looking.acquire(timeout=5))

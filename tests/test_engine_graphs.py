@@ -1,6 +1,7 @@
 """Graphs, emulated on the CPU: the bits of a run call by call, whatever buffers hold; errors that name the culprit."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -131,6 +132,29 @@ def test_the_cache_has_a_bound(model, emulated):
         x = torch.randn(1, 3, size, 8)
         assert torch.equal(sampler.denoise(x, 1.0, torch.tensor([1])), model(x, 1.0, torch.tensor([1])))
     assert emulated.captures == 4 and emulated.drains == 2 and len(sampler._runner._programs) == 2
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(model, emulated):
+    sampler = Sampler(model, 2)
+    before = sampler.sample(2)
+    sampler.refresh()
+    assert torch.equal(sampler.sample(2), before) and emulated.captures == 2 and emulated.drains == 1
+
+
+def test_programs_are_forgotten_when_none_runs(model, emulated):
+    """Of one sampler in two threads, of which one finds that its batch is too large."""
+    sampler, kept = Sampler(model, 2), []
+
+    def take(pixels):
+        thread = threading.Thread(target=sampler._runner.forget)
+        thread.start()
+        thread.join(0.1)
+        kept.append(len(sampler._runner._programs))
+        return thread
+
+    sampler._make(range(2), 0, torch.tensor([1, 1]), lambda pixels: kept.append(take(pixels)))
+    kept[1].join()
+    assert kept[0] == 1 and len(sampler._runner._programs) == 0
 
 
 def test_a_backend_is_captured_for_itself(model, emulated):
@@ -284,7 +308,10 @@ def test_how_a_real_space_calls_torch(monkeypatch):
     for name in ("Stream", "Event", "CUDAGraph", "graph", "current_stream", "set_stream", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, Noted(name))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: calls.append(("clear",)), raising=False)
     space = CudaSpace(torch.device("cuda", 0))
+    # From another ring of streams than those that threads and copies have.
+    assert ("Stream", -1) in calls
     calls.clear()
     with space.turn():
         space.warm_up(lambda: calls.append("run"))
@@ -297,6 +324,9 @@ def test_how_a_real_space_calls_torch(monkeypatch):
         assert (
             names.index("cudagraph.register_generator_state") < names.index("enter graph") < names.index("exit graph")
         )
+        # Workspaces of cuBLAS are taken in the capture, and left to the pool.
+        around = [name for name in names if name in ("clear", "enter graph", "exit graph")]
+        assert around == ["clear", "enter graph", "exit graph", "clear"]
         assert next(call for call in calls if call[0] == "graph")[1:] == (
             "cudagraph",
             "pool",
@@ -309,6 +339,8 @@ def test_how_a_real_space_calls_torch(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         ended = lambda *arguments: calls.append(("end", *arguments))  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+        released = lambda *arguments: calls.append(("release", *arguments))  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
         monkeypatch.setattr(torch, "empty", lambda *sizes, device: Noted("place"))
         monkeypatch.setattr(graphs, "_broken", [])
         before = len(calls)
@@ -316,12 +348,69 @@ def test_how_a_real_space_calls_torch(monkeypatch):
             space.capture(lambda: {}["x"], [Noted("generator")])
         assert calls[-1] == ("set_stream", "user") and space.pool == "fresh pool" and len(graphs._broken) == 1
         mended = calls[before:]
+        assert [name for name, *_ in mended if name in ("clear", "exit graph")][:3] == ["clear", "exit graph", "clear"]
         mended = mended[mended.index(("end", 0, "pool")):]
+        assert mended[1] == ("release", 0, "pool")
         assert [call for call in mended if call[0] == "graph"] == [
             ("graph", "cudagraph", "fresh pool", space.stream, "thread_local")
         ]
         assert ("cudagraph.register_generator_state", "generator") in mended and ("place.zero_",) in mended
     assert calls.index(("user.wait_event", "event")) < ready and ("event.record", "user") in calls[-3:]
+
+
+def test_what_a_real_space_gives_up_after_a_capture_that_broke(monkeypatch):
+    """From PyTorch 2.14 on, which ends the capture itself and has the graph give up the pool: nothing."""
+    given_up = []
+
+    def ended(device, pool):
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    for name in ("Stream", "Event", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: torch.zeros(sizes))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *arguments: given_up.append(arguments), raising=False)
+    monkeypatch.setattr(graphs, "_broken", [])
+    space = CudaSpace(torch.device("cuda", 0))
+    pool = space.pool
+    space._mend(object(), ())
+    assert not given_up and not graphs._broken and space.pool is not pool
+
+
+def test_a_real_space_waits_for_its_own_programs(monkeypatch):
+    """Also for the one that another thread runs; and for no other stream, of which one may be in a capture."""
+    calls = []
+
+    class Event:
+        def record(self, stream):
+            calls.append("done")
+
+        def synchronize(self):
+            calls.append("waited")
+
+    class Stream:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def wait_event(self, event):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("all"))
+    space = CudaSpace(torch.device("cuda", 0))
+    thread = threading.Thread(target=space.drain)
+    with space.turn():
+        thread.start()
+        thread.join(0.1)
+        assert not calls
+    thread.join()
+    assert calls == ["done", "waited"]
 
 
 class OnHost(TorchDispatchMode):

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -409,6 +410,19 @@ def test_another_generator(emulated):
         sampler.noise = "counter"
         made += [sampler.sample(2, classes=1)]
     assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]) and not torch.equal(made[0], made[1])
+
+
+def test_the_id_of_a_generator_stays_its_own(emulated, monkeypatch):
+    """For as long as there is a program that is found by it: a graph of CUDA's keeps the state alone."""
+    monkeypatch.setattr(emulated, "capture", lambda space, function, generators: (function(), lambda: None))
+    sampler = Sampler(toy(), 2, steps=2, cuda_graph=True, noise=torch.Generator().manual_seed(1))
+    sampler.sample(2, classes=1)
+    known = weakref.ref(sampler.noise)
+    sampler.noise = "counter"
+    sampler.sample(2, classes=1)
+    assert known() is not None
+    sampler._runner.forget()
+    assert known() is None
 
 
 @pytest.mark.parametrize("graph", [True, False])

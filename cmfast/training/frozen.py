@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cmfast import dropout, ops
 from cmfast.denoiser import Denoiser
 from cmfast.graphs import SPACES, GraphError, Program, ProgramCache, kind
+from cmfast.networks import refresher
 from cmfast.training.parallel import with_network
 
 #: Graphs that a network keeps: for whole microbatches and the last, in each layout that inputs come in.
@@ -53,10 +54,11 @@ class Frozen(nn.Module):
             values |= {"seed": draw.seed, "index": draw.index}
         if self.refusal is not None:
             return self._call(values)
-        refresh = getattr(self.network, "refresh", None)
-        if refresh is not None and refresh():
-            self._programs.clear(self._space)
+        refresh = refresher(self.network)
         with self._space.turn():
+            # In turn with replays, which read on another thread's stream what this writes.
+            if refresh is not None and refresh():
+                self._programs.clear(self._space)
             key = kind(values)
             program = self._programs.get(key)
             if program is None:
