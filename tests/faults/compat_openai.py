@@ -113,6 +113,8 @@ BLOCKS = [
 DIST_UTIL = [
     ("a store as torchrun left it", "        connect(backend)\n", "        dist.init_process_group(backend)\n",
      "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
+    ("a group that nobody ends", "        atexit.register(_end)\n", "        pass\n",
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
 ]  # fmt: skip
 
 TRAINING_LOSSES = [

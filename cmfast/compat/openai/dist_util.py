@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +39,8 @@ def setup_dist() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         connect(backend)
+        # Nobody else ends it: scripts of the original do not.
+        atexit.register(_end)
         return
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1)))
     if ranks > 1:
@@ -47,6 +51,13 @@ def setup_dist() -> None:
     # A store inside the process: one process needs no port.
     store: Any = getattr(dist, "HashStore")  # noqa: B009  exported at run time alone
     dist.init_process_group(backend, store=store(), rank=0, world_size=1)
+
+
+def _end() -> None:
+    """End the group before Python ends: a thread of it that lets go of a message meanwhile aborts the process."""
+    if dist.is_initialized():
+        gc.collect()  # what DDP has wrapped; threads that it keeps all the same have let go by then
+        dist.destroy_process_group()
 
 
 def get_rank() -> int:
