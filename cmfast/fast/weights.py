@@ -138,7 +138,7 @@ class _Kept:
     def __init__(self, parameters: tuple[Tensor, ...], make: Make) -> None:
         self.parameters, self._make = parameters, make
         self._seen, self.value = self._look(), self._made()
-        self._ready = _recorded(self.value)
+        self._ready, self._streams = _recorded(self.value), _streams(self.value)
 
     def current(self) -> Tensor:
         """The tensor, made again if it is out of date."""
@@ -148,10 +148,20 @@ class _Kept:
         return self.value
 
     def wait(self) -> None:
-        """Have the current stream of a GPU wait for the one on which another thread has made the tensor."""
-        ready = self._ready
+        """Have the current stream of a GPU wait for the one on which another thread has made the tensor, and the memory
+        stay until both have read it."""
+        ready, streams, value = self._ready, self._streams, self.value
+        if streams is None:
+            return
+        here = _current_stream(value)
         # A capture must not look outside; all is made before it, on the same stream.
-        if ready is None or torch.cuda.is_current_stream_capturing():
+        if (ready is None and here in streams) or torch.cuda.is_current_stream_capturing():
+            return
+        if here not in streams:
+            # Of itself, memory that is given up is free at once to the stream on which it was taken.
+            value.record_stream(torch.cuda.current_stream(value.device))
+            streams.add(here)
+        if ready is None:
             return
         if ready.query():
             self._ready = None
@@ -182,7 +192,7 @@ class _Kept:
         fits = (made.shape, made.dtype, made.device, made.layout) == (old.shape, old.dtype, old.device, old.layout)
         replaced = not fits or made.is_mkldnn
         if replaced:
-            self.value = made
+            self.value, self._streams = made, _streams(made)
         else:
             old.copy_(made)
         self._ready = _recorded(self.value)
@@ -193,6 +203,17 @@ class _Kept:
 
 def _cast(dtype: torch.dtype | None, parameter: Tensor) -> Tensor:
     return parameter if dtype is None else parameter.to(dtype)
+
+
+def _streams(x: Tensor) -> set[int] | None:
+    """Streams that a new tensor's memory is kept for, as numbers; None on a CPU, and of a capture's own memory."""
+    return None if not x.is_cuda or torch.cuda.is_current_stream_capturing() else {_current_stream(x)}
+
+
+def _current_stream(x: Tensor) -> int:
+    """The current one of a tensor's GPU, as a number, in a fraction of a microsecond."""
+    number: int = torch._C._cuda_getCurrentRawStream(x.device.index)
+    return number
 
 
 def _recorded(x: Tensor) -> torch.cuda.Event | None:

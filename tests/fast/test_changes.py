@@ -413,6 +413,8 @@ def test_streams_wait_for_what_another_made(monkeypatch):
             waits.append(event)
 
     monkeypatch.setattr(weights, "_recorded", lambda x: Event())
+    monkeypatch.setattr(weights, "_streams", lambda x: {1})
+    monkeypatch.setattr(weights, "_current_stream", lambda x: 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     model = small_unet().eval()
@@ -436,3 +438,32 @@ def test_streams_wait_for_what_another_made(monkeypatch):
         changed_in_place(model)
         fast(*args)
         assert waits and not set(waits) & set(kept)
+
+
+def test_memory_is_kept_for_all_streams_that_read_it(monkeypatch):
+    """Of itself, PyTorch gives away at once what was let go of, to the stream on which it was taken."""
+    here, kept, capturing = [1], [], []
+    monkeypatch.setattr(weights, "_streams", lambda x: set(here))
+    monkeypatch.setattr(weights, "_current_stream", lambda x: here[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: kept.append((id(x), stream)))
+    parameter = torch.ones(3)
+    one = weights._Kept((parameter,), lambda p: p.half())
+
+    def reads():
+        kept.clear()
+        for stream in (1, 2, 2, 1):
+            here[0] = stream
+            one.current()
+        return kept
+
+    capturing.append(True)
+    assert reads() == []
+    capturing.clear()
+    assert reads() == [(id(one.value), 2)] and reads() == []
+    parameter.mul_(2)
+    assert reads() == []  # the same memory
+    here[0], one._make = 2, lambda p: p.double()
+    one.make_again()
+    assert reads() == [(id(one.value), 1)]

@@ -133,7 +133,12 @@ FAST_WEIGHTS = [
      _CHANGES + "weights_of_inference_mode"),
     ("nobody waits", "        self.wait()\n        return self.value", "        return self.value",
      _CHANGES + "streams_wait_for_what_another_made"),
-    ("a capture waits", "if ready is None or torch.cuda.is_current_stream_capturing():", "if ready is None:",
+    ("memory that another stream still reads",
+     "            value.record_stream(torch.cuda.current_stream(value.device))\n", "", _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
+    ("memory is kept once for all", "self.value, self._streams = made, _streams(made)", "self.value = made",
+     _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
+    ("a capture waits", " or torch.cuda.is_current_stream_capturing():\n            return\n        if here", ":\n"
+     "            return\n        if here",
      _CHANGES + "streams_wait_for_what_another_made"),
     ("what is kept keeps its keeper", "self._cast = functools.partial(_cast, dtype)",
      "self._cast = lambda p: _cast(self.dtype, p)", _CHANGES + "memory_is_given_back_at_once"),
