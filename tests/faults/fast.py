@@ -134,7 +134,8 @@ FAST_WEIGHTS = [
     ("nobody waits", "        self.wait()\n        return self.value", "        return self.value",
      _CHANGES + "streams_wait_for_what_another_made"),
     ("memory that another stream still reads",
-     "            value.record_stream(torch.cuda.current_stream(value.device))\n", "", _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
+     "            value.record_stream(torch.cuda.current_stream(value.device))\n", "",
+     _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
     ("memory is kept once for all", "self.value, self._streams = made, _streams(made)", "self.value = made",
      _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
     ("a capture waits", " or torch.cuda.is_current_stream_capturing():\n            return\n        if here", ":\n"
