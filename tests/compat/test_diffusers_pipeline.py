@@ -532,6 +532,35 @@ def test_what_is_in_the_way_is_said(caplog):
     check("CMStochasticIterativeScheduler, not cmfast's")
 
 
+@pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["whole", "callback"])
+@pytest.mark.parametrize(
+    "kind, labels",
+    [
+        ("timestep", torch.tensor([1.5, 2.5])),
+        ("timestep", [11, 12]),
+        ("identity", torch.linspace(-1, 1, 256).view(2, 128)),
+    ],
+    ids=["timestep-floats", "timestep-whole", "identity"],
+)
+def test_labels_that_are_no_classes(kind, labels, callback):
+    plain = small_pipeline(class_embed_type=kind, num_class_embeds=10)
+    expected, found = both(plain, 2, labels, num_inference_steps=2, output_type="pt", callback=callback)
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    why = f"labels of class_embed_type={kind!r} are no classes"
+    assert accelerate(plain).explain()["loop"] == ("diffusers", why)
+
+
+@pytest.mark.parametrize("config", [{"sigma_min": 0.0}, {"sigma_max": 0.001}, {"sigma_data": 0.0}], ids=str)
+def test_levels_that_a_denoiser_does_not_take(config):
+    plain = small_pipeline(scheduler=diffusers.CMStochasticIterativeScheduler(**config))
+    path, why = accelerate(plain).explain()["loop"]
+    assert path == "diffusers" and why.startswith("cmfast has no such levels as the scheduler's: ")
+    if "sigma_min" in config:
+        for steps in ({}, STEPS["[30, 12, 5]"]):
+            expected, found = both(plain, 2, output_type="pt", **steps)
+            assert relative_error(found, expected) < DIFFUSERS_VALUE
+
+
 def test_what_cannot_be_accelerated():
     with pytest.raises(TypeError, match="expected a ConsistencyModelPipeline, got a DDPMPipeline"):
         accelerate(diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler()))

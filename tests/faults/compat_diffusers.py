@@ -67,6 +67,8 @@ DIFFUSERS_PIPELINE = [
     ("pixels cut off", '"nearest" if', '"trunc" if', ACCELERATED + "output_types[3-pil]"),
     ("offloading is passed over", 'if any("_hf_hook" in vars(m) or', "if any(",
      ACCELERATED + "what_is_in_the_way_is_said"),
+    ("labels of any kind are classes", "if self.unet.config.class_embed_type is not None:", "if False:",
+     ACCELERATED + "labels_that_are_no_classes[identity-whole]"),
     ("parts are looked at once", "self.reason or refusal(self.network)", "self.reason",
      ACCELERATED + "hooks_on_parts_come_and_go[after]"),
     ("refused once is refused for ever", "elif engine.reason and engine.reason !=", "elif False and engine.reason !=",

@@ -43,7 +43,8 @@ def accelerate(
 
     A call runs as a whole, from noise to pixels: on a GPU as one CUDA graph. Noise and labels are drawn as diffusers
     draws them, so a seed gives the same images. With a callback the steps run one by one, without a graph; where
-    offloading, `torch.autocast` or another scheduler are in the way, diffusers' own loop runs. `explain()` says which.
+    offloading, `torch.autocast`, another scheduler, labels that are no classes or a sigma_min of 0 are in the way,
+    diffusers' own loop runs. `explain()` says which.
 
     Args:
         pipe: its scheduler must be a CMStochasticIterativeScheduler.
@@ -85,14 +86,8 @@ class _Engine:
     def __init__(self, unet: Any, config: Any, options: dict[str, Any]) -> None:
         self.unet, self.passes, self.config = unet, _passes(unet), config
         self.network, self.reason = fast_network(unet, options["dtype"])
-        self.model = Denoiser(
-            UNet2DNetwork(self.network),
-            Preconditioner.consistency(config.sigma_data, config.sigma_min),
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            rho=config.rho,
-            image_shape=(unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
-        )
+        shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+        self.model = _denoiser(UNet2DNetwork(self.network), config, shape)
         self._options = {"compile": options["compile"], "cuda_graph": options["cuda_graph"], "optimize": False}
         self._samplers: OrderedDict[tuple[float, ...], Sampler] = OrderedDict()
 
@@ -113,6 +108,18 @@ class _Engine:
         reason = self.reason or refusal(self.network)
         network = ("as given", reason) if reason else ("optimised", "the same weights in fewer passes")
         return {**self.sampler(last).explain(), "network": network}
+
+
+def _denoiser(network: nn.Module, config: Any, image_shape: tuple[int, int, int] | None = None) -> Denoiser:
+    """A network with the levels of a scheduler's configuration."""
+    return Denoiser(
+        network,
+        Preconditioner.consistency(config.sigma_data, config.sigma_min),
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        rho=config.rho,
+        image_shape=image_shape,
+    )
 
 
 def _passes(unet: Any) -> tuple[type, Any]:
@@ -164,6 +171,12 @@ class _Accelerated(ConsistencyModelPipeline):
             return "torch.autocast is on: call accelerate(pipe, dtype=...) instead"
         if self.unet.training and self.unet.config.dropout > 0:
             return "the network is in training mode and has dropout"
+        if self.unet.config.class_embed_type is not None:
+            return f"labels of class_embed_type={self.unet.config.class_embed_type!r} are no classes"
+        try:
+            _denoiser(nn.Identity(), self.scheduler.config)
+        except ValueError as error:
+            return f"cmfast has no such levels as the scheduler's: {error}"
         return None
 
     def _ready(self) -> _Engine:
