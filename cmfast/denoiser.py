@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmfast import ops
 from cmfast.ops import _check
-from cmfast.precondition import Preconditioner
+from cmfast.precondition import Preconditioner, overridden
 
 #: A larger rho is no other in effect: levels are evenly spaced in log sigma.
 RHO_MAX = 1e6
@@ -101,11 +101,29 @@ class Denoiser(nn.Module):
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(float(sigma), dtype=_check.sigma_dtype(x), device=x.device)
         self.check_labels(labels, x.shape[0])
+        if overridden(self.preconditioner):
+            return self._by_methods(x, sigma, labels, clip)
         sigma_data, boundary = self.preconditioner.sigma_data, self.preconditioner.boundary
         options: dict[str, Any] = {"dtype": self.input_dtype, "memory_format": self.input_format}
         model_input, c_noise = ops.scale_input(x, sigma, sigma_data=sigma_data, **options)
         model_output = self.network_output(model_input, c_noise, labels)
         return ops.denoise(model_output, x, sigma, sigma_data=sigma_data, boundary=boundary, clip=clip)
+
+    def _by_methods(self, x: Tensor, sigma: Tensor, labels: Tensor | None, clip: bool) -> Tensor:
+        """`forward` with the preconditioner's own `scalings` and `c_noise`."""
+        _check.float_tensor("x", x)
+        _check.sigma_level("sigma", sigma, x)
+        wide = _check.sigma_dtype(x)
+        levels = sigma.to(wide)
+        parts = self.preconditioner.scalings(levels)
+        c_skip, c_out, c_in = (c.to(wide).reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in parts)
+        model_input = (c_in * x.to(wide)).to(self.input_dtype or x.dtype)
+        if self.input_format is not None:
+            model_input = model_input.contiguous(memory_format=self.input_format)
+        c_noise = self.preconditioner.c_noise(levels).expand(x.shape[0])
+        model_output = self.network_output(model_input, c_noise, labels)
+        denoised = c_skip * x.to(wide) + c_out * model_output.to(wide)
+        return (denoised.clamp(-1, 1) if clip else denoised).to(x.dtype)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:
         """ValueError unless `labels` fit this model and a batch of that size."""
@@ -160,6 +178,14 @@ def _intercepted(model: Denoiser) -> bool:
     return replaced or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
 
 
+def unfused(model: object) -> str | None:
+    """Why a Denoiser's own scalings are not what steps compute with; None if they are."""
+    if not isinstance(model, Denoiser) or not (methods := overridden(model.preconditioner)):
+        return None
+    owner = type(model.preconditioner).__name__
+    return f"{owner} overrides {' and '.join(methods)}: each step calls for D, which is plain PyTorch"
+
+
 def check_model(model: object) -> None:
     """Raises: TypeError: a network F(x, timesteps) in the place of D(x, sigma), which takes the same arguments."""
     if getattr(model, "is_network", False):
@@ -173,8 +199,8 @@ class Evaluator:
     """A model as solvers and losses see it: scaled input in, network output out, and the scalings between.
 
     A `Denoiser` is evaluated through its network, so that a step can be computed from the network's output without
-    storing D. Anything else that maps (x, sigma[, labels]) to a denoised batch, a wrapped or overridden Denoiser
-    included, counts as a network that is itself the denoiser.
+    storing D. Anything else that maps (x, sigma[, labels]) to a denoised batch, counts as a network that is itself the
+    denoiser: a wrapped or overridden Denoiser, or one whose preconditioner has methods of its own, included.
 
     `dtype` is what the model is given its input in; default: what a Denoiser's network takes, else that of the state.
     `labels` int64 [B] go with every call, `clip` clamps D to [-1, 1].
@@ -194,6 +220,7 @@ class Evaluator:
         self.labels, self.clip = labels, clip
         self.model: Any = model
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward and not _intercepted(model)
+        self.fused = self.fused and not unfused(model)
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
         self.dtype, self.memory_format = dtype, None
         self._check: Callable[[Tensor | None, int], None] | None = None

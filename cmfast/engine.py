@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated, unfused
 from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
@@ -135,7 +135,12 @@ class Sampler:
         >>> Sampler(lambda x, sigma: 0.1 * x, image_shape=(1, 8, 8)).explain()["loop"]
         ('eager', 'the model is on a cpu device: CUDA graphs are for GPUs')
         """
-        return self._runner.explain(self._host_work())
+        said = self._runner.explain(self._host_work())
+        reason = unfused(self.model)
+        if reason is not None:
+            path, why = said["network"]
+            said["network"] = path, f"{why}; {reason}"
+        return said
 
     def refresh(self) -> None:
         """Take the model as it is now, after a write through `.data` or to a setting of torch's own layers, which

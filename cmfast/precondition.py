@@ -17,6 +17,8 @@ PRECONDITIONINGS = ("consistency", "edm")
 class Preconditioner:
     """c_skip, c_out, c_in and c_noise around a network (Karras et al. 2022, table 1; Song et al. 2023, appendix C).
 
+    A subclass may have other `scalings` and `c_noise`. They are called for, and D is plain PyTorch.
+
     Args:
         sigma_data: standard deviation of the data, in data units.
         boundary: the noise level at which D is the identity: sigma_min for a consistency model, 0 for EDM.
@@ -71,3 +73,12 @@ class Preconditioner:
     def c_noise(self, sigma: Tensor) -> Tensor:
         """250 ln(sigma + 1e-44); shape of `sigma`."""
         return ops.c_noise(sigma)
+
+
+# As they are here: a subclass, or a patch of the class, may have others.
+_OWN_METHODS = {name: vars(Preconditioner)[name] for name in ("scalings", "c_noise")}
+
+
+def overridden(preconditioner: Preconditioner) -> list[str]:
+    """The names of the methods that a preconditioner's class has in the place of `Preconditioner`'s."""
+    return [name for name, own in _OWN_METHODS.items() if getattr(type(preconditioner), name, None) is not own]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmfast import Denoiser, Preconditioner, losses, samplers
+from cmfast import Denoiser, Preconditioner, Sampler, losses, ops, samplers
 from cmfast.denoiser import Evaluator
 from tests.toy import ToyNetwork
 
@@ -127,3 +127,96 @@ def test_a_function_in_low_precision_keeps_the_state_in_float32():
 
     out = samplers.sample_euler(model, X, [3.0, 1.0, 0.5])
     assert seen == [torch.float32] * 2 and out.dtype == torch.float32
+
+
+class Karras(Preconditioner):
+    """Scalings of its own, and the time that EDM's networks are given."""
+
+    def scalings(self, sigma):
+        c_skip, c_out, c_in = super().scalings(sigma)
+        return 0.5 * c_skip, 2 * c_out, c_in
+
+    def c_noise(self, sigma):
+        return sigma.log() / 4
+
+
+class Timed(Preconditioner):
+    """The same scalings, and another time."""
+
+    def c_noise(self, sigma):
+        return sigma.log() / 4
+
+
+def by_hand(network, preconditioner):
+    """D(x, sigma, labels) from what the preconditioner's methods say."""
+
+    def denoise(x, sigma, labels=None):
+        column = sigma.expand(len(x)).to(torch.float64).view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = (c.to(x.dtype) for c in preconditioner.scalings(column))
+        own = () if labels is None else (labels,)
+        output = network((c_in * x).to(x.dtype), preconditioner.c_noise(column).flatten().to(x.dtype), *own)
+        return c_skip * x + c_out * output
+
+    return denoise
+
+
+@pytest.mark.parametrize("kind", [Karras, Timed])
+class TestOverriddenPreconditioner:
+    """Methods of a subclass are what a Denoiser computes with, at every step and in every loss."""
+
+    def test_denoises_by_them(self, kind, model):
+        model.preconditioner = kind(0.7)
+        assert not Evaluator(model, labels=Y).fused
+        wanted = by_hand(model.network, model.preconditioner)
+        for sigma in (torch.tensor([0.5, 80.0, 1.5]), torch.tensor(3.0)):
+            torch.testing.assert_close(model(X, sigma, Y), wanted(X, sigma, Y))
+        clipped = model(9 * X, 0.5, Y, clip=True)
+        assert torch.equal(clipped, model(9 * X, 0.5, Y).clamp(-1, 1)) and clipped.abs().max() == 1
+        with pytest.raises(ValueError, match="noise levels and must be 0 or more"):
+            model(X, -1.0, Y)
+        with pytest.raises(ValueError, match="labels are missing"):
+            model(X, 1.0)
+
+    @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+    def test_sampling(self, kind, sampler, model):
+        model.preconditioner = kind()
+        wanted = by_hand(model.network, model.preconditioner)
+        sigmas = [80.0] if sampler == "onestep" else [80.0, 5.0, 1.0]
+        options = {"noise_fn": torch.ones_like} if sampler not in ("euler", "progdist") else {}
+        options |= {"sampler": sampler, "sigmas": sigmas, "labels": Y}
+        torch.testing.assert_close(samplers.sample(model, X, **options), samplers.sample(wanted, X, **options))
+
+    def test_losses(self, kind, model):
+        model.preconditioner = kind()
+        wanted = by_hand(model.network, model.preconditioner)
+        teacher = Denoiser(model.network, Preconditioner.edm())
+        draw = ops.Draw(0, torch.arange(3))
+        for loss in (
+            lambda model: losses.denoising_loss(model, X, torch.tensor([0.5, 1.0, 7.0]), noise=X.flip(0), labels=Y),
+            lambda model: losses.consistency_loss(model, model, X, 18, draw=draw, labels=Y),
+            lambda model: losses.consistency_loss(model, model, X, 18, teacher_model=teacher, draw=draw, labels=Y),
+            lambda model: losses.consistency_loss(teacher, teacher, X, 18, teacher_model=model, draw=draw, labels=Y),
+            lambda model: losses.easy_consistency_loss(model, X, 0, draw=draw, labels=Y),
+            lambda model: losses.progressive_distillation_loss(model, teacher, X, 4, draw=draw, labels=Y),
+        ):
+            torch.testing.assert_close(loss(model)["loss"], loss(wanted)["loss"], rtol=1e-4, atol=1e-5)
+
+    def test_a_sampler_says_so(self, kind, model):
+        model.preconditioner = kind()
+        sampler = Sampler(model, 3, image_shape=(3, 8, 6), steps=2)
+        assert f"{kind.__name__} overrides" in sampler.explain()["network"][1]
+        wanted = samplers.sample(by_hand(model.network, model.preconditioner), X, sigmas=sampler.sigmas, labels=Y,
+                                 noise_fn=torch.ones_like)  # fmt: skip
+        torch.testing.assert_close(sampler.generate(X, Y, noise_fn=torch.ones_like), wanted)
+
+    def test_half_networks_take_their_own_dtype(self, kind):
+        half, seen = Denoiser(ToyNetwork().bfloat16(), kind()), []
+        half.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+        assert half(X, 1.0, Y).dtype == torch.float32 and half(X.double(), 1.0, Y).dtype == torch.float64
+        assert seen == [torch.bfloat16] * 2
+
+    def test_one_graph(self, kind, model):
+        model.preconditioner = kind()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(X, torch.ones(3), Y), model(X, torch.ones(3), Y))

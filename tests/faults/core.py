@@ -18,6 +18,10 @@ DENOISER = [
      "tests/test_engine_changes.py::test_a_changed_model[eager-hook_the_denoiser]"),
     ("an overridden Denoiser evaluated by its network", " and type(model).forward is Denoiser.forward", "",
      "tests/test_denoiser.py::test_an_overridden_denoiser_is_called_as_a_whole"),
+    ("an overridden preconditioner evaluated by its sigma_data", "self.fused = self.fused and not unfused(model)",
+     "pass", "tests/test_denoiser.py::TestOverriddenPreconditioner::test_sampling[heun-Timed]"),
+    ("an overridden preconditioner not asked by D", "if overridden(self.preconditioner):", "if False:",
+     "tests/test_denoiser.py::TestOverriddenPreconditioner::test_denoises_by_them[Karras]"),
     ("boundary of the default model for all", '"boundary": preconditioner.boundary}', '"boundary": 0.002}',
      loop("euler.5.plain.edm.noclip")),
 ]  # fmt: skip
