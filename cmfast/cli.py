@@ -333,13 +333,11 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     out = _folder(arguments.out or f"runs/{settings.get('recipe')}")
     device = _device(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
     with ranks(tensors_on=device.type) as group:
-        run = group.together(
-            lambda: recipes.trainer(
+        try:
+            run = recipes.trainer(
                 settings, out, device=device, group=group, resume=arguments.resume,
                 tensorboard=bool(arguments.tensorboard),
             )  # fmt: skip
-        )
-        try:
             run.run(progress=sys.stderr.isatty())
         except Exception as error:
             # Here alone: the others only see that this process is gone. A NaN all of them see, and a RankError.

@@ -136,8 +136,18 @@ def trainer(
 ) -> Trainer:
     """A run, ready to start or to go on, from the settings that are given and the recipe's.
 
-    Raises: ValueError, OSError, ImportError: settings, data or checkpoints that do not go together, and why.
+    Raises: ValueError, OSError, ImportError: settings, data or checkpoints that do not go together, and why. RankError:
+        one of these, on another process.
     """
+    group = group or Ranks()
+    # Apart from what processes do together in a Trainer: one that failed here would answer the others' next question.
+    parts = group.together(lambda: _parts(given, device))
+    with group.connected():
+        return Trainer(**parts, out=out, group=group, resume=resume, tensorboard=tensorboard)
+
+
+def _parts(given: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """What a Trainer is made of, by the names of its arguments."""
     settings = complete(given)
     aim, paths = objective(settings), settings["paths"]
     if paths["data"] is None:
@@ -158,19 +168,15 @@ def trainer(
         opening["labelled"] = start.num_classes is not None
     images = data.open_data(paths["data"], **opening)
     model = _model(settings, aim, images, start)
-    return Trainer(
-        model.to(device),
-        aim,
-        images,
-        config.make(TrainOptions, settings["options"], "options"),
-        out,
-        teacher_model=None if teacher is None else teacher.to(device),
-        lpips=_lpips(settings, device) if settings["objective"].get("loss_norm") == "lpips" else None,
-        group=group,
-        resume=resume,
-        settings=settings,
-        tensorboard=tensorboard,
-    )
+    return {
+        "model": model.to(device),
+        "objective": aim,
+        "data": images,
+        "options": config.make(TrainOptions, settings["options"], "options"),
+        "teacher_model": None if teacher is None else teacher.to(device),
+        "lpips": _lpips(settings, device) if settings["objective"].get("loss_norm") == "lpips" else None,
+        "settings": settings,
+    }
 
 
 def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

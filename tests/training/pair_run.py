@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from cmfast import Denoiser, Preconditioner
+from cmfast import Denoiser, Preconditioner, recipes
 from cmfast.data import ImageData
 from cmfast.objectives import EDM
 from cmfast.ranks import Ranks, ranks
@@ -122,6 +123,19 @@ def the_end(out, group):
         loop.save_weights = save
 
 
+def images_on_one_machine(out, group):
+    """A recipe whose images the second process does not find."""
+    if group.rank == 0:
+        np.savez(out.with_suffix(".npz"), np.zeros((4, 8, 8, 3), np.uint8))
+    data = {"data": str(out.with_suffix(".npz")) if group.rank == 0 else "nowhere.npz"}
+    options = {"steps": 1, "batch_size": 2}
+    settings = {"recipe": "edm", "paths": data, "network": "tiny", "options": options}
+    try:
+        return [recipes.trainer(settings, out, group=group).done]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
 class Odd(Network):
     """A part of it is never used, or one drops by torch's generator; each process would make another."""
 
@@ -157,6 +171,7 @@ def where_they_start(out, group):
 
 
 CASES = [
+    images_on_one_machine,
     a_weight_without_gradient,
     masks,
     where_they_start,

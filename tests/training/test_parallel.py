@@ -101,6 +101,13 @@ def test_both_stop_at_a_step_just_saved(pair):
     assert found[0] == found[1]  # the same folder is named
 
 
+def test_both_learn_what_one_of_them_lacks(pair):
+    """Before they do anything together as a run, in which one that has failed would answer another question."""
+    found, _ = pair("images_on_one_machine")
+    (kind, message), other = found
+    assert kind == "RankError" and message.startswith("rank 1: nowhere.npz: no such file") and other == [kind, message]
+
+
 def test_both_see_a_nan_again(pair):
     """At the first step after a checkpoint: the one that is to be written is there."""
     found, saved = pair("a_nan_that_comes_again")
