@@ -1,5 +1,6 @@
 """Models of diffusers: pipelines, networks and their folders."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,31 @@ def test_diffusers_folders(folder, pipeline, pipeline_folder):
     assert same_bits(model.network.unet, pipeline.unet)
     assert model.sigma_max == (80.0 if folder else 40.0)
     assert load(pipeline_folder / folder, dtype=torch.bfloat16).network.unet.dtype == torch.bfloat16
+
+
+pytest_form = None
+@pytest.mark.parametrize("form", ["one file", "several files", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_diffusers_folders_of_another_dtype(dtype, form, tmp_path):
+    """It is that of the file, as it is with other checkpoints."""
+    options = {"several files": {"max_shard_size": "40KB"}, "pickle": {"safe_serialization": False}}.get(form, {})
+    from tests.compat.diffusers_utils import small_unet
+
+    small_unet(num_class_embeds=10).save_pretrained(tmp_path, variant="fp32")  # which nobody asks for
+    unet = small_unet(num_class_embeds=10).to(dtype)
+    unet.save_pretrained(tmp_path, **options)
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {dtype} and same_bits(model.network.unet, unet)
+    assert {p.dtype for p in load(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
+    for made in (model, load(tmp_path, convert=True)):
+        assert cmfast.Sampler(made, 2).sample(2).shape == (2, 8, 8, 3)
+
+
+def test_diffusers_folders_of_several_dtypes(pipeline, tmp_path):
+    unet = copy.deepcopy(pipeline.unet)
+    unet.conv_in.half()
+    unet.save_pretrained(tmp_path)
+    assert same_bits(load(tmp_path).network.unet, unet.float())
 
 
 def test_diffusers_errors(pipeline, pipeline_folder, tmp_path):

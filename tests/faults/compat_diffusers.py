@@ -89,6 +89,10 @@ DIFFUSERS_PIPELINE = [
 ]  # fmt: skip
 
 DIFFUSERS_NETWORK = [
+    ("float32 of every folder", "dtype = _dtype_of(unet_folder)", "dtype = None",
+     "tests/compat/test_diffusers.py::test_diffusers_folders_of_another_dtype[torch.float16-one file]"),
+    ("the dtype of a variant", "if re.fullmatch(", "if re.match(",
+     "tests/compat/test_diffusers.py::test_diffusers_folders_of_another_dtype[torch.float16-one file]"),
     ("an output that is asked for by name", "return_dict=False)[0]", "return_dict=True).sample",
      ACCELERATED + "a_forward_pass_of_the_networks_own"),
 ]  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from cmfast.checkpoint import SCHEDULE_KEYWORDS, CheckpointError
@@ -16,6 +20,10 @@ SCHEDULER = "CMStochasticIterativeScheduler"
 
 #: Attributes of a network that `cmfast.optimize` made; see `cmfast.fast.FastUNet`. Others do not have them.
 _OPTIMISED = ("derives_weights", "refresh", "compile_parts", "input_dtype", "input_format", "refusal")
+
+
+#: As safetensors calls them.
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 class UNet2DNetwork(nn.Module):
@@ -97,13 +105,45 @@ def _read_folder(folder: Path, UNet2DModel: Any) -> tuple[nn.Module, dict[str, A
     _check_size(unet_folder, config)
     from diffusers.utils import is_accelerate_available  # type: ignore[attr-defined]  # exported at run time alone
 
+    dtype = _dtype_of(unet_folder)
     try:
         unet = UNet2DModel.from_pretrained(
-            unet_folder, local_files_only=True, low_cpu_mem_usage=is_accelerate_available()
+            unet_folder, local_files_only=True, low_cpu_mem_usage=is_accelerate_available(), torch_dtype=dtype
         )
+        unet = unet if dtype is None else unet.to(dtype)  # of several dtypes diffusers leaves some as they are
     except Exception as error:  # a damaged file leads its readers to whatever
         raise CheckpointError(f"{unet_folder} could not be loaded by diffusers: {str(error)[:1000]}") from error
     return unet, _read_json(folder / "scheduler" / "scheduler_config.json") or {}
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    """Of the weights that diffusers reads: it makes float32 of them where nothing is said.
+
+    None: there are none, or none that can be read, of which diffusers speaks.
+    """
+    dtypes: set[torch.dtype] = set()
+    for suffix in (".safetensors", ".bin"):
+        try:
+            for path in folder.glob(f"diffusion_pytorch_model*{suffix}"):
+                # Not those of a variant, such as .fp16.safetensors.
+                if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?", path.stem):
+                    dtypes |= _dtypes_in(path)
+        except Exception:  # a damaged file leads its readers to whatever
+            return None
+        if dtypes:
+            break
+    # Of several that which holds all of them.
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _dtypes_in(path: Path) -> set[torch.dtype]:
+    """Of a file's floating-point tensors, of which none is read."""
+    if path.suffix == ".bin":
+        tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True).values()
+        return {x.dtype for x in tensors if x.is_floating_point()} & set(_DTYPES.values())
+    with safe_open(path, framework="pt") as file:
+        found = {file.get_slice(name).get_dtype() for name in file.keys()}
+    return {dtype for name, dtype in _DTYPES.items() if name in found}
 
 
 def _check_size(folder: Path, config: dict[str, Any]) -> None:
