@@ -493,12 +493,14 @@ def _numbers(text: str) -> list[float]:
 
 
 def _override(text: str) -> tuple[str, object]:
-    """NAME=VALUE, the value read as Python would read a literal, else as text."""
+    """NAME=VALUE, the value read as Python would read a literal, or as `true` or `false`, else as text."""
     import ast
 
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

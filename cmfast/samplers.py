@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -380,12 +381,40 @@ _AS: dict[str, Callable[..., Tensor]] = {
 _OWN = {"model", "x", "sigmas", "labels", "first", "pixels", "midpoint"}
 
 
-def check_options(sampler: str, options: Iterable[str]) -> None:
-    """Raises: TypeError: an option that the sampler does not have."""
-    known = [name for name in inspect.signature(_AS.get(sampler, SAMPLERS[sampler])).parameters if name not in _OWN]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+#: What an option must be, by its annotation: in words, and whether a value is that.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "bool": ("True or False", lambda value: isinstance(value, bool | np.bool_)),
+    "float": ("a number", _is_number),
+    "float | None": ("a number or None", lambda value: value is None or _is_number(value)),
+    "NoiseFn": ("a function of x", callable),
+    "Callback | None": ("a function or None", lambda value: value is None or callable(value)),
+}
+
+
+def check_options(sampler: str, options: Mapping[str, Any]) -> None:
+    """Raises: TypeError: an option that the sampler does not have, or a value that is none for it."""
+    parameters = inspect.signature(_AS.get(sampler, SAMPLERS[sampler])).parameters
+    known = [name for name in parameters if name not in _OWN]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)} of the {sampler} sampler; known: {', '.join(known)}")
+    for name, value in options.items():
+        what, fits = _KINDS[parameters[name].annotation]
+        if not fits(value):
+            raise TypeError(f"option {name} of the {sampler} sampler must be {what}, got {value!r}")
+
+
+def _one_of(sampler: str, levels: list[float], source: str) -> list[float]:
+    """The levels. Raises: ValueError: more than one for the onestep sampler, which would leave the others out."""
+    if sampler == "onestep" and len(levels) > 1:
+        raise ValueError(
+            f"the onestep sampler takes one step, got {source} with {len(levels)} levels; use sampler='multistep'"
+        )
+    return levels
 
 
 def sampler_sigmas(
@@ -423,13 +452,13 @@ def sampler_sigmas(
         levels = _floats(sigmas, least=1 if few else 2)
         if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
             raise ValueError(f"sigmas must decrease, got {levels}")
-        return levels
+        return _one_of(sampler, levels, "sigmas")
     if ts is not None:
         levels = schedules.multistep_sigmas(ts, num_scales, **options)
         if ts[-1] != num_scales - 1:
             raise ValueError(f"ts must end at {num_scales - 1}, where sigma is sigma_min; got {list(ts)}")
         # The last index is where sampling ends; noise of sigma_min adds nothing.
-        return levels[:-1] if few else [*levels, 0.0]
+        return _one_of(sampler, levels[:-1], "ts") if few else [*levels, 0.0]
     if sampler == "onestep" and steps not in (None, 1):
         raise ValueError(f"the onestep sampler takes one step, got steps={steps}; use sampler='multistep'")
     if few:

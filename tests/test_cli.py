@@ -49,6 +49,11 @@ def test_npz_holds_the_labels(checkpoint, tmp_path):
         assert (arrays["arr_1"] == drawn).all()
 
 
+def test_values_are_read_as_python_or_as_words():
+    for text, value in (("false", False), ("TRUE", True), ("True", True), ("1e3", 1e3), ("(1, 2)", (1, 2)), ("x", "x")):
+        assert cli._override(f"a.b={text}") == ("a.b", value)
+
+
 def test_options_of_the_sampler(checkpoint, tmp_path):
     """The original's launch.sh has a grid of 151 levels."""
     for given, options in (
@@ -90,6 +95,9 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--sampler", "nope"], "known: onestep"),
         (["--num", "0"], "--num"),
         (["--option", "s_churn=1"], "unknown option s_churn of the multistep sampler; known: noise_fn"),
+        (["--sampler", "heun", "--option", "s_churn=1O"], "s_churn of the heun sampler must be a number, got '1O'"),
+        (["--option", "clip_denoised=no"], "clip_denoised of the multistep sampler must be True or False, got 'no'"),
+        (["--sampler", "onestep", "--ts", "0,22,39"], "takes one step, got ts with 2 levels"),
         (["--option", "sampler=heun"], "multiple values for keyword argument 'sampler'"),
         (["--batch-size", "0"], "batch_size"),
         (["--device", "nope"], "nope"),

@@ -1,5 +1,8 @@
 """Samplers on distributions whose answer is known, and on bad arguments. Golden numbers: test_golden.py."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +112,8 @@ def test_empty_batch(name):
         ({"sampler": "nope"}, "known: onestep, multistep, heun"),
         ({"sampler": "multistep", "steps": 2, "ts": (0, 39)}, "one of steps, sigmas and ts"),
         ({"sampler": "onestep", "steps": 2}, "takes one step"),
+        ({"sampler": "onestep", "sigmas": [80.0, 2.0]}, "takes one step, got sigmas with 2 levels"),
+        ({"sampler": "onestep", "ts": (0, 22, 39)}, "takes one step, got ts with 2 levels"),
         ({"sampler": "heun", "sigmas": [1.0]}, "2 or more"),
         ({"sampler": "heun", "sigmas": [1.0, 2.0]}, "decrease"),
         ({"sampler": "heun", "sigmas": [1.0, float("nan")]}, "none NaN"),
@@ -123,7 +128,39 @@ def test_bad_schedules(options, message):
         samplers.sampler_sigmas(**options)
 
 
+@pytest.mark.parametrize(
+    "sampler, option, value, message",
+    [
+        ("heun", "s_churn", "10", "option s_churn of the heun sampler must be a number, got '10'"),
+        ("heun", "s_churn", True, "must be a number"),
+        ("dpm", "s_tmin", float("nan"), "must be a number"),
+        ("multistep", "clip_denoised", "false", "must be True or False, got 'false'"),
+        ("euler", "clip_denoised", 0, "must be True or False"),
+        ("progdist", "progress", None, "must be True or False"),
+        ("onestep", "end_sigma", "0", "must be a number or None"),
+        ("ancestral", "noise_fn", None, "must be a function of x"),
+        ("heun", "callback", 1, "must be a function or None"),
+    ],
+)
+def test_bad_options(sampler, option, value, message):
+    with pytest.raises(TypeError, match=message):
+        samplers.check_options(sampler, {option: value})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_options_as_they_may_be(sampler):
+    """What an option is by default fits it, and so do NumPy's numbers."""
+    parameters = inspect.signature(samplers._AS.get(sampler, SAMPLERS[sampler])).parameters
+    options = {name: each.default for name, each in parameters.items() if name not in samplers._OWN}
+    assert "clip_denoised" in options
+    samplers.check_options(sampler, options)
+    samplers.check_options(sampler, {"clip_denoised": np.bool_(True), "callback": print})
+    if "s_churn" in options:
+        samplers.check_options(sampler, {"s_churn": np.float32(1), "s_tmax": 50})
+
+
 def test_defaults():
+    assert samplers.sampler_sigmas("onestep", ts=(0, 39)) == samplers.sampler_sigmas("onestep", sigmas=[80]) == [80.0]
     assert samplers.sampler_sigmas("multistep") == [80.0] and len(samplers.sampler_sigmas("heun")) == 19
     assert (
         samplers.sampler_sigmas("progdist", steps=4)[-1] == 0 and len(samplers.sampler_sigmas("progdist", steps=4)) == 6

@@ -138,8 +138,8 @@ REFERENCE_PRECONDITION = [
     ("c_in: root missing", "c_in = 1 / (sigma**2 + sigma_data**2) ** 0.5", "c_in = 1 / (sigma**2 + sigma_data**2)",
      "tests/test_golden.py::test_scalings_and_denoise[edm]"),
     ("EDM's c_noise", "250.0 * torch.log(sigma + 1e-44)", "0.25 * torch.log(sigma + 1e-44)", T_FORMULAS + "test_steps"),
-    ("an infinite state reaches a denoiser", "return clip_unit(model_output.to(wide), clip)",
-     "return clip_unit(0 * x_t.to(wide) + model_output.to(wide), clip)",
+    ("an infinite state reaches a denoiser", "laid_out_as(model_output.to(wide), x_t), clip)",
+     "0 * x_t.to(wide) + model_output.to(wide), clip)",
      T_FORMULAS + "test_a_function_is_its_own_denoiser"),
 ]  # fmt: skip
 
