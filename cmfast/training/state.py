@@ -44,11 +44,19 @@ class State:
 
     model: the student before it was shared out between processes, of which a copy is kept on the CPU: what is written
     is put together in it, one set of weights after the other.
+
+    Raises: ValueError: the network keeps more than tensors.
     """
 
     def __init__(self, model: Denoiser, group: Ranks) -> None:
         self.group = group
         self._shadow = copy.deepcopy(model).to("cpu").eval()
+        for name, value in self._shadow.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} of the network's state is a {type(value).__name__}, and the files of a run hold tensors "
+                    "alone: leave out get_extra_state, or make a buffer of it"
+                )
 
     def names(self, step: TrainStep) -> list[str]:
         """The files of the averages."""
@@ -102,7 +110,8 @@ class State:
             raise checkpoint.CheckpointError(_damaged(folder, error)) from error
 
     def _read(self, step: TrainStep, folder: Path) -> int:
-        state = read(folder)
+        # On a CPU the optimizer goes on with these tensors, which are not to be parts of a file that is removed.
+        state = read(folder, mmap=step.device.type != "cpu")
         _load(step.model, folder / MODEL)
         if step.objective.teacher_follows:
             _load(step.teacher_model, folder / TEACHER)  # type: ignore[arg-type]  # a teacher that follows is there
@@ -128,10 +137,22 @@ class State:
         self._restore(state["random"], step.device)
         return int(state["step"])
 
+    def check(self, step: TrainStep) -> None:
+        """After a step: ValueError where the network made tensors in it, which nothing trains, averages or saves."""
+        ours, theirs = (_plain(cast(Any, model.network).state_dict()) for model in (self._shadow, step.model))
+        changed = [name for name in {**ours, **theirs} if _shape(ours.get(name)) != _shape(theirs.get(name))]
+        if changed:
+            names = ", ".join(changed[:3]) + " and others" * (len(changed) > 3)
+            raise ValueError(
+                f"the network has made or changed {names} in its first step, too late to be trained, averaged and "
+                "saved: call it once before it is trained, or make all of it in __init__"
+            )
+
     def _copy(self, model: Denoiser) -> None:
+        ours, theirs = (_plain(each.state_dict()) for each in (self._shadow, model))
         with torch.no_grad():
-            for ours, theirs in zip(self._shadow.state_dict().values(), model.state_dict().values(), strict=True):
-                ours.copy_(whole(theirs))
+            for name, tensor in ours.items():
+                tensor.copy_(whole(theirs[name]))
 
     def _generators(self, device: torch.device) -> list[Any]:
         """The states of torch's generators on every rank."""
@@ -154,10 +175,14 @@ class State:
             torch.cuda.set_rng_state(mine["cuda"], device)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What `state.pt` of a checkpoint holds. Raises: CheckpointError: damaged, or the state of another step;
-    FileNotFoundError."""
-    state: dict[str, Any] = checkpoint.read_pickle(folder / STATE, map_location="cpu")
+def read(folder: Path, *, mmap: bool = True) -> dict[str, Any]:
+    """What `state.pt` of a checkpoint holds; mmap: tensors stay in the file. Raises: CheckpointError: it is not there,
+    damaged, or the state of another step."""
+    try:
+        options = {} if mmap else {"mmap": False}
+        state: dict[str, Any] = checkpoint.read_pickle(folder / STATE, map_location="cpu", **options)
+    except (checkpoint.CheckpointError, FileNotFoundError) as error:
+        raise checkpoint.CheckpointError(_damaged(folder, error)) from error
     kinds = {"step": int, "settings": dict, "optimizer": dict, "averages": dict, "random": list}
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
@@ -199,6 +224,10 @@ def _load(model: Denoiser, path: Path) -> None:
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(distributed_like(tensors[name], tensor))
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

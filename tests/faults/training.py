@@ -123,6 +123,12 @@ CONFIG = [
 ]  # fmt: skip
 
 STATE = [
+    ("what a network makes late goes unseen", "        if changed:\n", "        if False:\n",
+     "tests/training/test_state.py::test_a_network_that_grows_is_found_at_once[module]"),
+    ("a file that is removed is held", 'mmap=step.device.type != "cpu")', "mmap=True)",
+     "tests/training/test_state.py::test_nothing_of_a_checkpoint_is_held_open"),
+    ("a damaged state, and no word of what to do", "_damaged(folder, error)) from error\n    kinds",
+     "str(error)) from error\n    kinds", "tests/training/test_state.py::test_a_damaged_state_says_what_to_do[cut]"),
     ("the optimizer starts anew", '        step.optimizer.load_state_dict(state["optimizer"])\n', "",
      _LOOP + "resumed_is_uninterrupted[edm-float32]"),
     ("one number for a tensor", "        if got.shape != tensor.shape or", "        if False or",
