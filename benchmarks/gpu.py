@@ -28,17 +28,21 @@ BESIDE_OPENAI = ("sampling", "training", "startup", "profile")
 #: Where the tests lie, and those that come first, in their order.
 FILES = ["tests/kernels", "tests/test_engine_gpu.py"]
 FIRST = [
-    *(f"tests/kernels/test_{name}.py" for name in ("every_op", "group_norm", "gpu")), FILES[1],
+    *(f"tests/kernels/test_{name}.py" for name in ("every_op", "group_norm", "gpu", "optimizer_gpu")), FILES[1],
     *(f"tests/kernels/test_{name}.py" for name in ("lpips", "averages", "optimizer")),
 ]
 #: Of these: every operation in the dtypes of use, and what only a GPU shows.
 SMOKE = "float32-bfloat16 or test_kinds or test_gpu and not compiled_whole or test_engine_gpu or repetition"
-SMOKE += " or test_low_dtypes or test_number_of_averages"
+SMOKE += " or test_optimizer_gpu or test_low_dtypes or test_number_of_averages"
 #: Of those, what compute-sanitizer, which is slow, runs: operations and gradients whose kernels are compiled by then,
 #: at a size that fills no block and in many blocks, and nothing else on the device.
 SANITIZED = "test_every_op and repetition or test_auto_takes_the_kernel"
 #: Threads of a block share memory in reductions alone.
 REDUCTIONS = "repetition and (test_group_norm or test_lpips or loss)"
+#: Else every process starts one for each core, to compile a few kernels at a time.
+ONE_COMPILER = (("TORCHINDUCTOR_COMPILE_THREADS", "1"),)
+#: Where kernels are counted, the profiler is to be gone when the next trial is timed.
+NO_PROFILER = (("TEARDOWN_CUPTI", "1"),)
 
 
 def _no_pytest() -> str | None:
@@ -61,8 +65,7 @@ def _tests(name: str, seconds: float, files: list[str], chosen: str, *options: s
         ["-m", "pytest", *files, *words, "-k", chosen],
         seconds,
         missing=_no_pytest,
-        # Else every process of tests starts one for each core.
-        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "1"),),
+        environment=ONE_COMPILER,
     )
 
 
@@ -84,7 +87,8 @@ def steps(out: Path, long: bool = False) -> list[Step]:
         """One of `cmfast.benchmarks.suites`; needs: a package without which it cannot run at all."""
         missing = None if needs is None or find_spec(needs) else f"{needs} is not installed for this Python"
         command = ["-m", f"cmfast.benchmarks.{name}", "--device", "cuda", "--out", str(out), *arguments]
-        return Step(name, [*command, "--seconds", SECONDS], seconds, missing=lambda: missing)
+        environment = {"kernels": ONE_COMPILER, "sampling": NO_PROFILER, "training": NO_PROFILER}.get(name, ())
+        return Step(name, [*command, "--seconds", SECONDS], seconds, missing=lambda: missing, environment=environment)
 
     # Most of a test's time is its kernels' compilation, on the CPU.
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if find_spec("xdist") else []

@@ -133,10 +133,11 @@ def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> di
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
             continue
-        contender.about["kernels"] = timing.count_kernels(models.device, functools.partial(contender.batches, 1))
         contenders.append(contender)
     del gate
     samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))
+    for contender in contenders:
+        contender.about["kernels"] = timing.count_kernels(models.device, functools.partial(contender.batches, 1))
     flops = forward_flops(models.name, trial.batch) * network_calls(trial)
     abouts = {contender.name: contender.about for contender in contenders}
     for key, times in samples.items():

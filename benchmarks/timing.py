@@ -204,13 +204,20 @@ def statistics_ms(samples: list[float]) -> dict[str, Any]:
 
 
 def count_kernels(device: torch.device, work: Callable[[], None]) -> int | None:
-    """Kernels that some work launches on the device; None on a CPU, or where the profiler may not look."""
+    """Kernels that some work launches on the device; None on a CPU, or where the profiler may not look.
+
+    When all is timed: where the profiler stays, launches are slower from then on.
+    """
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         work()
+        torch.cuda.synchronize(device)
+    # With TEARDOWN_CUPTI=1, a thread of the profiler's takes it away at the end of some call after: of these.
+    for _ in range(5):
+        time.sleep(0.01)
         torch.cuda.synchronize(device)
     ran = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]  # type: ignore[attr-defined]  # at run time alone
     marks = ("Memcpy", "Memset")

@@ -60,7 +60,6 @@ class Contender:
         memory.settled(self.device)
         self.steps(2)
         self._memory("")
-        self.about["kernels"] = timing.count_kernels(self.device, lambda: self.steps(1))
 
     def steps(self, count: int) -> None:
         """So many steps, with noise of the provider's own."""
@@ -118,6 +117,7 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
     samples = timing.interleave(slices(contenders, start.device), budget_s, rounds=(rounds, 1000))
+    timed: list[Contender] = []
     for contender in contenders:
         times = samples[contender.name]
         if not math.isfinite(contender.provider.loss()):
@@ -139,6 +139,9 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
             parts = phases(contender.provider.training, functools.partial(contender.steps, 1), PHASE_STEPS)
             row["phases_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in parts.items()}
         found["rows"].append(row)
+        timed.append(contender)
+    for contender, row in zip(timed, found["rows"]):
+        row["kernels"] = timing.count_kernels(start.device, functools.partial(contender.steps, 1))
     return found
 
 

@@ -292,6 +292,17 @@ class TestGpuSteps:
             finally:
                 process.kill()
 
+    def test_what_only_a_gpu_shows_comes_first(self):
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*gpu.py")}
+        assert files == set(gpu.FIRST[2:5]) and all(f"or {Path(name).stem}" in gpu.SMOKE for name in files)
+
+    def test_environments(self):
+        """Kernels are counted by a profiler, which is to be gone when the next trial is timed."""
+        environments = {step.name: dict(step.environment) for step in gpu.steps(Path("out"), long=True)}
+        counting = {name for name, each in environments.items() if each.get("TEARDOWN_CUPTI") == "1"}
+        assert counting == {"sampling", "training"}
+        assert environments["smoke"] == environments["kernels"] == {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
     def test_chosen_tests(self):
         """The names are those of tests that are there."""
         for name in gpu.FIRST:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmfast.benchmarks import choices, gpu, networks, providers, sampling, sampling_summary
+from cmfast.benchmarks import choices, gpu, networks, providers, sampling, sampling_summary, timing
 from cmfast.benchmarks.convolutions import Convolutions, convolutions_of
 from cmfast.benchmarks.liveness import Liveness, forward_peak, weight_bytes
 from cmfast.benchmarks.original import _stand_ins, original_unet
@@ -155,6 +155,16 @@ def test_a_wrong_baseline_is_caught_too(tmp_path, monkeypatch):
     monkeypatch.setattr(F, "group_norm", lambda x, *a, **k: norm(x, *a, **k) * (1 + 1e-4 * (x.dtype == torch.float32)))
     status, result = recorded(tmp_path, "--batches", "1", "--providers", "reference")
     assert status == 1 and "plain PyTorch" in result["failures"][0]["reason"]
+
+
+def test_kernels_are_counted_when_all_is_timed(tmp_path, monkeypatch):
+    """A profiler slows down launches for as long as it is attached."""
+    done, interleave = [], timing.interleave
+    monkeypatch.setattr(timing, "interleave", lambda *a, **more: (interleave(*a, **more), done.append("timed"))[0])
+    monkeypatch.setattr(timing, "count_kernels", lambda device, work: (work(), done.append("counted"), 7)[2])
+    status, result = recorded(tmp_path, "--batches", "2", "--providers", "reference,cmfast")
+    assert status == 0 and done == ["timed", "counted", "counted"]
+    assert [row["kernels"] for row in result["rows"]] == [7, 7]
 
 
 def test_other_samplers(tmp_path, monkeypatch):

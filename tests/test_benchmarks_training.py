@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cmfast import perceptual
-from cmfast.benchmarks import gpu, memory, networks, original_training, phases, training
+from cmfast.benchmarks import gpu, memory, networks, original_training, phases, timing, training
 from cmfast.benchmarks import training_providers as providers
 from cmfast.benchmarks import training_summary as summary
 from cmfast.benchmarks.training_start import Trial
@@ -174,6 +174,18 @@ def test_lpips(tmp_path, checkout, one_trial, monkeypatch):
     assert status == 0, result["failures"]
     assert {row["provider"] for row in result["rows"]} == {"openai", "cmfast"} and result["rows"][0]["batch"] == 1
     assert "lpips" in result["rows"][-1]["phases_ms"]
+
+
+def test_kernels_are_counted_when_all_is_timed(tmp_path, one_trial, monkeypatch):
+    """Also the parts of a step: a profiler slows down launches for as long as it is attached."""
+    done, interleave, parts = [], timing.interleave, training.phases
+    monkeypatch.setattr(timing, "interleave", lambda *a, **more: (interleave(*a, **more), done.append("timed"))[0])
+    monkeypatch.setattr(training, "phases", lambda *args: (parts(*args), done.append("parts"))[0])
+    monkeypatch.setattr(timing, "count_kernels", lambda device, work: (work(), done.append("counted"), 7)[2])
+    one_trial("reference", "cmfast")
+    status, result = recorded(tmp_path)
+    assert status == 0 and done == ["timed", "parts", "counted", "counted"]
+    assert [row["kernels"] for row in result["rows"]] == [7, 7]
 
 
 def test_half_precision(tmp_path, one_trial):

@@ -1,14 +1,21 @@
 """The engine with real graphs, on a GPU."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import cmfast
 from cmfast import Denoiser, Sampler, samplers
 from cmfast.graphs import GraphError
+from cmfast.objectives import ConsistencyDistillation
+from cmfast.training import TrainStep
+from cmfast.training.frozen import Frozen
+from tests.golden_utils import small_unet
 from tests.toy import ToyNetwork
+from tests.training.toys import DATA, PAIRED, denoiser, teacher, unet, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -17,6 +24,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def model():
     torch.manual_seed(0)
     return Denoiser(ToyNetwork(), image_shape=(3, 8, 8)).eval().cuda()
+
+
+def small():
+    """A U-Net, of which a half is linear layers and attention."""
+    return Denoiser(small_unet(num_classes=7), image_shape=(3, 8, 8)).eval().cuda()
 
 
 def plain(model, batch=3, **options):
@@ -87,13 +99,18 @@ def test_a_broken_capture_names_the_module_and_leaves_nothing_behind(model):
     assert generated.sample(2).shape == (2, 3, 8, 8)
 
 
-def test_threads_on_streams_of_their_own(model):
-    shared, made = Sampler(model, 3, steps=2, cuda_graph=True), [None] * 4
-    wanted = [plain(model, steps=2).sample(20, seed=i) for i in range(4)]
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("make", [lambda model: model, lambda _: cmfast.optimize(small(), torch.bfloat16)],
+                         ids=["plain", "optimised"])
+def test_threads_on_streams_of_their_own(model, make, graph):
+    """What is made of an optimised network's weights by the first of them, all others use."""
+    wanted = [plain(make(model), steps=2).sample(20, seed=i) for i in range(4)]
+    model = make(model)
+    shared, made = Sampler(model, 3, steps=2, cuda_graph=graph), [None] * 4
 
     def work(i):
         with torch.cuda.stream(torch.cuda.Stream()):
-            sampler = shared if i < 2 else Sampler(model, 3, steps=2, cuda_graph=True)
+            sampler = shared if i < 2 else Sampler(model, 3, steps=2, cuda_graph=graph)
             made[i] = sampler.sample(20, seed=i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -102,6 +119,50 @@ def test_threads_on_streams_of_their_own(model):
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_a_graph_that_goes_leaves_the_others_their_memory():
+    """With it, PyTorch gives back the workspaces that cuBLAS has for its stream."""
+    sampler, labels = Sampler(small(), cache_size=2, cuda_graph=True), torch.tensor([1], device="cuda")
+
+    def denoised(size):
+        x = torch.linspace(-1, 1, 3 * size**2, device="cuda").view(1, 3, size, size)
+        return sampler.denoise(x, 1.0, labels)
+
+    denoised(8)
+    wanted = denoised(16)
+    for _ in range(2):
+        denoised(24)
+        assert len(sampler._runner._programs) == 2
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        # Whatever was given back is someone else's now.
+        others = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+        assert torch.equal(denoised(16), wanted)
+        torch.cuda.synchronize()
+        assert all(x.isnan().all() for x in others)
+        # As torch.compile(mode="reduce-overhead") does.
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_a_run_with_graphs_is_one_without(optimize):
+    """Of a teacher and a target, in microbatches of two sizes; convolutions add up in one order, and in float32."""
+    objective, ends = ConsistencyDistillation(loss_norm="l2", start_scales=6), []
+    for graphs in (True, False):
+        options = replace(PAIRED, graphs=graphs, optimize=optimize, microbatch=4)
+        models = denoiser(objective, unet(dropout=0.2)).cuda(), teacher(objective).cuda()
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            step, batches = TrainStep(models[0], objective, options, teacher_model=models[1]), DATA.batches(6, seed=0)
+            start = weights(step.model)
+            for number in range(options.steps):
+                step(next(batches), number)
+        ends.append(torch.cat([weights(step.model), weights(step.target_model)]))
+        networks = [step._target.network, step._teacher.network]
+        assert all(isinstance(network, Frozen) == graphs for network in networks)
+        assert not graphs or all(network.refusal is None and len(network._programs) > 1 for network in networks)
+    assert (weights(step.model) - start).abs().max() > 1e-3
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_that_does_not_fit(model):
