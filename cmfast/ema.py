@@ -13,6 +13,8 @@ from cmfast import ops
 from cmfast.rates import Given, Rate, parse_rate
 
 Parameters = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+#: The layer that owns a buffer, and its name there: a layer may put another tensor in the place of its own.
+Place = tuple[nn.Module, str]
 
 
 class Averages:
@@ -69,7 +71,8 @@ class Averages:
             self._averages = [[_average_of(p) for p in self._parameters] for _ in self.schedules]
         #: Weights of targets in another dtype, and the averages they are rounded from.
         self._rounded: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        #: Where buffers of targets are, and those that they follow.
+        self._followed: list[tuple[Place, Place]] = []
         for k, target in (targets or {}).items():
             self._share(k, unwrap(target))
         self._position = {id(p): i for i, p in enumerate(self._parameters)}
@@ -97,11 +100,14 @@ class Averages:
     def advance(self, skipped: Tensor | None = None) -> None:
         """What follows an update of the averages: count it, unless `skipped` is 1, and bring the targets along."""
         self.step.add_(1 if skipped is None else (1 - skipped).to(torch.int64))
-        self._follow()
+        self.follow()
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        for values, sources in (self._rounded, self._buffers):
+    def follow(self) -> None:
+        """Bring the targets along: their weights in another dtype, and their buffers."""
+        found = [(held(ours), held(theirs)) for ours, theirs in self._followed]
+        pairs = [(x, y) for x, y in found if x is not None and y is not None and x.shape == y.shape]
+        for values, sources in (self._rounded, ([x for x, _ in pairs], [y for _, y in pairs])):
             if values:
                 torch._foreach_copy_(values, sources)
 
@@ -177,7 +183,7 @@ class Averages:
         given = [rate for rate in self.schedules if isinstance(rate, Given)]
         for rate, value in zip(given, state["given"], strict=True):
             rate.value.copy_(value)
-        self._follow()
+        self.follow()
 
     @torch.no_grad()
     def _share(self, k: int, target: nn.Module) -> None:
@@ -193,9 +199,8 @@ class Averages:
             else:
                 self._rounded[0].append(local(weight.detach()))
                 self._rounded[1].append(local(average))
-        for buffer, source in zip(*self._buffers_of(target)):
-            self._buffers[0].append(buffer)
-            self._buffers[1].append(source)
+        followed = {} if self.model is None else places(self.model)
+        self._followed += [(place, followed[name]) for name, place in places(target).items() if name in followed]
 
     def _parameters_of(self, module: nn.Module) -> list[Tensor]:
         """A module's parameters, in the order of `names`."""
@@ -227,6 +232,22 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = inner
         else:
             return module
+
+
+def places(module: nn.Module) -> dict[str, Place]:
+    """Where a module's buffers are, by their names, one by two names once."""
+    found: dict[int, tuple[str, Place]] = {}
+    for prefix, inner in module.named_modules():
+        for name, tensor in inner._buffers.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (f"{prefix}.{name}" if prefix else name, (inner, name)))
+    return dict(found.values())
+
+
+def held(place: Place) -> Tensor | None:
+    """The buffer that is there now."""
+    module, name = place
+    return module._buffers.get(name)
 
 
 def local(tensor: Tensor) -> Tensor:

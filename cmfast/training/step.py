@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmfast import fast, ops
 from cmfast.data import Batch, to_unit
 from cmfast.denoiser import Denoiser, check_model
-from cmfast.ema import Averages
+from cmfast.ema import Averages, Place, held, places
 from cmfast.objectives import Objective, Stage
 from cmfast.optim import Adam, RAdam
 from cmfast.ranks import Ranks
@@ -77,6 +77,44 @@ class Pending:
         return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
+class Buffers:
+    """What the forward passes of a step may write beside gradients: a network's buffers, as of BatchNorm. Those that
+    are there at the start; nothing is done where there are none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = list(places(model).values())
+        #: Of each dtype: where they are, the tensors, and what these held, end to end.
+        self._kept: list[tuple[list[Place], list[Tensor], Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy what they hold now."""
+        kinds: dict[torch.dtype, tuple[list[Place], list[Tensor]]] = {}
+        for place in self._places:
+            tensor = held(place)
+            if tensor is not None:
+                where, tensors = kinds.setdefault(tensor.dtype, ([], []))
+                where.append(place)
+                tensors.append(tensor)
+        self._kept = [(where, tensors, _end_to_end(tensors)) for where, tensors in kinds.values()]
+
+    @torch.no_grad()
+    def put_back(self, skipped: Tensor) -> None:
+        """What was kept, if `skipped`, a flag on the device; else what is there now."""
+        for where, before, kept in self._kept:
+            now = [
+                old if new is None or (new.shape, new.dtype) != (old.shape, old.dtype) else new
+                for old, new in zip(before, map(held, where))
+            ]
+            parts = torch.where(skipped, kept, _end_to_end(now)).split([x.numel() for x in now])
+            torch._foreach_copy_(now, [part.view(x.shape) for part, x in zip(parts, now)])
+        self._kept = []
+
+
+def _end_to_end(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
 class TrainStep:
     """A student with all that a step of it needs: `step(batch, number)` does one.
 
@@ -90,9 +128,10 @@ class TrainStep:
     no overflow, and the step is a bad one.
 
     Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
-    the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight; with
-    `on_nan="stop"` neither does any step after it, until the host reads of it: the weights are those before. Read
-    before a step that `renews`: teacher, averages and optimizer are replaced in it.
+    the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight and
+    no buffer; with `on_nan="stop"` neither does any step after it, until the host reads of it: they are those before
+    (torch's generator, by which a network of your own may drop, has drawn on). Read before a step that `renews`:
+    teacher, averages and optimizer are replaced in it.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
         noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps,
@@ -145,6 +184,7 @@ class TrainStep:
         self._target_rate = Given(self.stage.target_rate or 0.0)
         self.averages = self._averages()
         self.optimizer = self._optimizer()
+        self._buffers = Buffers(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type) if options.dtype == "float16" else None
         self._kept_scale: Any = None
         # Of losses, and how many they are.
@@ -164,6 +204,7 @@ class TrainStep:
         micro = min(self.options.microbatch or size, size)
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.keep()
         for start in range(0, size, micro):
             part = slice(start, start + micro)
             with parallel.synchronising(self.student, start + micro >= size):
@@ -257,6 +298,9 @@ class TrainStep:
                 self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        # As of the weights: the norm is that of all processes, and says what the optimizer has passed over.
+        self._buffers.put_back(~self.optimizer.grad_norm.isfinite().reshape(()))
+        self.averages.follow()
 
     def _note(self, total: Tensor, number: int) -> None:
         """Count a step and its loss, and whether it was bad."""

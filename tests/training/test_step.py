@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pytest
 import torch
@@ -191,6 +192,20 @@ class Bad(nn.Module):
         return self.conv(x) * (self.value if self.now else 1.0)
 
 
+class Normed(Bad):
+    """With buffers that a forward pass writes: in place, whole numbers among them, and by another tensor."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x, t, y=None):
+        x = super().forward(x, t)
+        self.last = x.detach().mean()
+        return self.norm(x)
+
+
 def bad_at(step, numbers, count):
     for number, batch in enumerate(batches(count)):
         step.model.network.now = number in numbers
@@ -216,6 +231,35 @@ def test_a_bad_step_can_be_left_out():
     step = step_of(EDM(), replace(OPTIONS, on_nan="skip", optimize=False), Bad())
     reading = bad_at(step, {1, 3}, 6)
     assert reading.skipped == 2 and torch.isfinite(weights(step.model)).all() and reading.loss > 0
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+@pytest.mark.parametrize("name, dtype", [("edm", "float32"), ("edm", "float16"), ("cd", "float32")])
+def test_a_bad_step_leaves_buffers_as_they_were(name, dtype, on_nan):
+    """The student's and, which follow them, the target's."""
+    options = replace(OPTIONS, dtype=dtype, on_nan=on_nan, optimize=False)
+    network, objective = Normed(), OBJECTIVES[name]
+    others = {"teacher_model": denoiser(EDM(), Bad())} if name == "cd" else {}
+    bad, short = (TrainStep(denoiser(objective, copy.deepcopy(network)), objective, options, **others) for _ in "12")
+    with NoHostReads():
+        for number, batch in enumerate(islice(DATA.batches(6, seed=0), 6)):
+            bad.model.network.now = number == 3
+            plain = Batch(batch.images, None, batch.index)
+            bad(plain, number)
+            if number != 3 and (number < 3 or on_nan == "skip"):
+                short(plain, number)
+    assert bad.post(6).read().skipped == (1 if on_nan == "skip" else 3)
+    assert bad.model.network.norm.num_batches_tracked == (5 if on_nan == "skip" else 3)
+    for model in ("model", *(["target_model"] if name == "cd" else [])):
+        found, expected = (dict(getattr(step, model).named_buffers()) for step in (bad, short))
+        assert len(found) == 4 and all(torch.equal(x, expected[name]) for name, x in found.items()), model
+
+
+def test_an_overflow_leaves_buffers_as_they_were():
+    step = step_of(EDM(), replace(OPTIONS, dtype="float16", optimize=False), Normed(1.0))
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    reading = bad_at(step, (), 40)
+    assert 20 < reading.skipped < 40 and step.model.network.norm.num_batches_tracked == 40 - reading.skipped
 
 
 @dataclass(frozen=True)
