@@ -20,7 +20,8 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("cmfast/cli.py: _device", "cmfast/compat/openai/dist_util.py: *", "cmfast/data/stream.py: Batch.pin_memory",
          "cmfast/dropout.py: Pairing._restore", "cmfast/engine.py: Sampler.__init__",
-         "cmfast/engine.py: _default_generator", "cmfast/graphs.py: *", "cmfast/info.py: _devices",
+         "cmfast/engine.py: _default_generator", "cmfast/fast/weights.py: _current_stream",
+         "cmfast/fast/weights.py: _recorded", "cmfast/graphs.py: *", "cmfast/info.py: _devices",
          "cmfast/memory.py: _fits", "cmfast/noise.py: _IndexedGenerator._on", "cmfast/ops/_check.py: integer",
          "cmfast/ops/_dispatch.py: *", "cmfast/ops/draw.py: _check_levels", "cmfast/ranks.py: ranks",
          "cmfast/training/loop.py: memory", "cmfast/training/state.py: State._generators",
