@@ -47,7 +47,8 @@ class Forward:
     """One pass.
 
     dtype: of all activations; live: gradients flow to the weights; packed: a CPU's convolutions, which have none;
-    waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications.
+    waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications; workspace: of what is
+    packed.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Forward:
         packed: bool = False,
         waits: bool = False,
         compiled: bool = False,
+        workspace: winograd.Workspace | None = None,
     ) -> None:
         self.plan, self.weights, self.dtype = plan, weights, dtype
         self.live, self.packed, self.waits, self.compiled = live, packed, waits, compiled
+        self.workspace = workspace
         self._draw: ops.Draw | None = None
 
     def __call__(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -199,7 +202,8 @@ class Forward:
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
         if self.packed and winograd.fits(conv, h):
-            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual, compiled=self.compiled)
+            options: dict[str, Any] = {"workspace": self.workspace, "compiled": self.compiled}
+            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual, **options)
         if self.packed:
             return self._packed(h, (conv,), residual, spare)
         vector = self._plain(conv.bias) if bias else None

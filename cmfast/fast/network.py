@@ -33,7 +33,7 @@ class FastPass:
         self, model: nn.Module, make_plan: Callable[[Any], Plan], dtype: torch.dtype | None, pack: bool = True
     ) -> None:
         self._model, self._make_plan, self.dtype, self._pack = _twin(model), make_plan, dtype, pack
-        self._weights = Weights(dtype)
+        self._weights, self._workspace = Weights(dtype), winograd.Workspace()
         self._plan: Plan | None = None
         self._reason: str | None = None
         self._watch: Watch | None = None
@@ -116,7 +116,8 @@ class FastPass:
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
             # Asked last of oneDNN, which Dynamo does not trace.
             packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and has_onednn(dtype)
-            options = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
+            options: dict[str, Any] = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
+            options["workspace"] = self._workspace if packed else None
             return Forward(plan, weights, dtype, **options)(x, emb)
 
 

@@ -83,27 +83,56 @@ def spread(bias: Tensor) -> Tensor:
     return F.pad(bias[None], (0, 0, 5, 10)).flatten()
 
 
+class Workspace(threading.local):
+    """Memory that one convolution leaves to the next, as fresh pages cost as much as the arithmetic: that of a strip,
+    in each thread its own. It goes with its thread, or with what holds this object."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of whatever was in it, until this name is next taken."""
+        count = math.prod(shape)
+        buffer = self.by_name.get(name)
+        if buffer is None or buffer.numel() < count:
+            with torch.inference_mode(False):
+                # Said, as defaults may be others.
+                buffer = self.by_name[name] = torch.empty(count, dtype=torch.float32, device="cpu")
+        return buffer[:count].view(shape)
+
+
 def convolve(
-    h: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None = None, *, compiled: bool = False
+    h: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    workspace: Workspace | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus residual.
 
-    packed, bias: of `pack` for the strips of h, and of `spread`. compiled: the transforms, by inductor.
+    packed, bias: of `pack` for the strips of h, and of `spread`. workspace: of the network; None: of this call alone.
+    compiled: the transforms, by inductor.
     """
-    tiles, untile = _compiled_transforms() if compiled else (_tiles, _untile)
+    workspace = workspace or Workspace()
+    tiles, untile = _compiled_transforms() if compiled else _transforms(workspace)
     batch, channels, height, width = h.shape
-    outputs = bias.numel() // 16
-    padded = _workspace("padded", batch, height + 2, width + 2, channels)
-    for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
-        edge.zero_()
-    padded[:, 1:-1, 1:-1].copy_(h.permute(0, 2, 3, 1))
-    out = torch.empty(batch, height, width, outputs, dtype=h.dtype, device=h.device)
-    added = None if residual is None else residual.permute(0, 2, 3, 1)
+    image, added = h.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
+    out = torch.empty(batch, height, width, bias.numel() // 16, dtype=h.dtype, device=h.device)
 
     samples, _, rows, _ = strip_shape(h.shape)
+    strip = workspace.take("padded", samples, 2 * rows + 2, width + 2, channels)
+    for side in (strip[:, :, 0], strip[:, :, -1]):
+        side.zero_()
     for b in range(0, batch, samples):
         for r in range(0, height // 2, rows):
-            strip = padded[b : b + samples, 2 * r : 2 * (r + rows) + 2]
+            # The rows of its tiles, and one on either side where the image goes on.
+            start, end = 2 * r - 1, 2 * (r + rows) + 1
+            first, last = max(start, 0), min(end, height)
+            for outside in (strip[:, : first - start], strip[:, last - start :]):
+                outside.zero_()
+            strip[:, first - start : last - start, 1:-1].copy_(image[b : b + samples, first:last])
             products = torch.ops.mkldnn._convolution_pointwise(
                 tiles(strip), packed, bias, [0, 0], [1, 1], [1, 1], 16, "none", [], ""
             )
@@ -112,15 +141,19 @@ def convolve(
     return out.permute(0, 3, 1, 2)
 
 
-def _tiles(strip: Tensor) -> Tensor:
+def _transforms(workspace: Workspace) -> tuple[Any, Any]:
+    return functools.partial(_tiles, workspace), functools.partial(_untile, workspace)
+
+
+def _tiles(workspace: Workspace, strip: Tensor) -> Tensor:
     """B' d B of a padded strip [b, 2 r + 2, W + 2, C], as an image [b, 16 C, r, W / 2] in channels_last."""
     batch, height, width, channels = strip.shape
     rows, columns = height // 2 - 1, width // 2 - 1
-    half = _workspace("half", batch, rows, 4, width, channels)
+    half = workspace.take("half", batch, rows, 4, width, channels)
     d = [strip[:, i : i + 2 * rows - 1 : 2] for i in range(4)]
     for place, (first, second, sign) in enumerate(_INPUT):
         torch.add(d[first], d[second], alpha=sign, out=half[:, :, place])
-    whole = _workspace("whole", batch, rows, columns, 4, 4, channels)
+    whole = workspace.take("whole", batch, rows, columns, 4, 4, channels)
     d = [half[:, :, :, i : i + 2 * columns - 1 : 2].transpose(2, 3) for i in range(4)]
     for place, (first, second, sign) in enumerate(_INPUT):
         torch.add(d[first], d[second], alpha=sign, out=whole[:, :, :, :, place])
@@ -131,11 +164,11 @@ def _tiles(strip: Tensor) -> Tensor:
 _INPUT = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
 
 
-def _untile(products: Tensor, out: Tensor, residual: Tensor | None) -> None:
+def _untile(workspace: Workspace, products: Tensor, out: Tensor, residual: Tensor | None) -> None:
     """A' m A of an image [b, 16 K, r, c] in channels_last, plus residual, into out [b, 2 r, 2 c, K]."""
     batch, places, rows, columns = products.shape
     m = products.permute(0, 2, 3, 1).view(batch, rows, columns, 4, 4, places // 16)
-    half = _workspace("folded", batch, rows, columns, 4, 2, places // 16)
+    half = workspace.take("folded", batch, rows, columns, 4, 2, places // 16)
     torch.add(m[..., 0, :], m[..., 1, :], out=half[..., 0, :]).add_(m[..., 2, :])
     torch.sub(m[..., 1, :], m[..., 2, :], out=half[..., 1, :]).sub_(m[..., 3, :])
     # [b, r, row in the tile, c, column in the tile, K]
@@ -176,23 +209,3 @@ def _untile_in_one(products: Tensor, out: Tensor, residual: Tensor | None) -> No
 def _compiled_transforms() -> tuple[Any, Any]:
     """Both, for any shape: one compilation each."""
     return torch.compile(_tiles_in_one, dynamic=True), torch.compile(_untile_in_one, dynamic=True)
-
-
-class _Buffers(threading.local):
-    """Memory that calls of a thread use again: fresh pages cost as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Tensor] = {}
-
-
-_buffers = _Buffers()
-
-
-def _workspace(name: str, *shape: int) -> Tensor:
-    count = math.prod(shape)
-    buffer = _buffers.by_name.get(name)
-    if buffer is None or buffer.numel() < count:
-        with torch.inference_mode(False):
-            # Said, as defaults may be others.
-            buffer = _buffers.by_name[name] = torch.empty(count, dtype=torch.float32, device="cpu")
-    return buffer[:count].view(shape)

@@ -11,7 +11,7 @@ from torch import nn
 
 import cmfast
 from cmfast import dropout, ops
-from cmfast.fast import FastUNet, Refused, optimize, refusal, weights
+from cmfast.fast import FastUNet, Refused, optimize, refusal, weights, winograd
 from cmfast.tolerances import FAST_VALUE, FLOOR
 from cmfast.unet import UNetModel
 from tests.fast.networks import check, inputs, last, run
@@ -395,6 +395,36 @@ def test_memory_is_given_back_at_once():
     gc.disable()
     try:
         del model, sampler, kept
+        assert not [each for each in alive if each() is not None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no Winograd")
+def test_memory_of_convolutions_goes_with_the_thread_and_the_network(monkeypatch):
+    """Each thread has its own; what one call leaves, the next uses."""
+    alive, take = [], winograd.Workspace.take
+
+    def watched(workspace, name, *shape):
+        made = take(workspace, name, *shape)
+        alive.append(weakref.ref(workspace.by_name[name]))
+        return made
+
+    monkeypatch.setattr(winograd.Workspace, "take", watched)
+    model = cmfast.Denoiser(small_unet(model_channels=64), image_shape=(3, 8, 8)).eval()
+    sampler = cmfast.Sampler(model, 2)
+    gc.disable()
+    try:
+        thread = threading.Thread(target=sampler.sample, args=(2,))
+        thread.start()
+        thread.join()
+        assert alive and not [each for each in alive if each() is not None]
+        sampler.sample(2)
+        kept = {id(each()) for each in alive if each() is not None}
+        assert len(kept) == 4
+        sampler.sample(2)
+        assert {id(each()) for each in alive if each() is not None} == kept
+        del sampler
         assert not [each for each in alive if each() is not None]
     finally:
         gc.enable()

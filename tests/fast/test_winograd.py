@@ -18,9 +18,14 @@ def convolution(channels: int, outputs: int) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def check(conv: nn.Conv2d, h: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+def check(
+    conv: nn.Conv2d,
+    h: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    workspace: winograd.Workspace | None = None,
+) -> None:
     packed = winograd.pack(conv.weight, winograd.strip_shape(h.shape))
-    out = winograd.convolve(h, packed, winograd.spread(conv.bias), residual)
+    out = winograd.convolve(h, packed, winograd.spread(conv.bias), residual, workspace=workspace)
     extra = 0 if residual is None else residual.double()
     exact = nn.functional.conv2d(h.double(), conv.weight.double(), conv.bias.double(), padding=1) + extra
     eager = conv(h) + (0 if residual is None else residual)
@@ -45,12 +50,13 @@ def test_transforms_for_a_compiler(shape):
     """In one expression, and with the same bits."""
     batch, channels, height, width = shape
     strip = torch.randn(batch, height + 2, width + 2, channels)
-    assert torch.equal(winograd._tiles_in_one(strip), winograd._tiles(strip))
+    tiles, untile = winograd._transforms(winograd.Workspace())
+    assert torch.equal(winograd._tiles_in_one(strip), tiles(strip))
     assert winograd._tiles_in_one(strip).is_contiguous(memory_format=torch.channels_last)
     products = image(batch, 16 * channels, height // 2, width // 2)
     for residual in (None, torch.randn(batch, height, width, channels)):
         results = [torch.empty(batch, height, width, channels) for _ in range(2)]
-        winograd._untile(products, results[0], residual)
+        untile(products, results[0], residual)
         winograd._untile_in_one(products, results[1], residual)
         assert torch.equal(*results)
 
@@ -62,18 +68,32 @@ def test_shapes_of_the_published_network():
 
 def test_memory_is_used_again_for_another_shape():
     """The zeros around an image are there again after a larger one was in the same memory."""
-    conv = convolution(64, 64)
-    check(conv, 100 + image(2, 64, 12, 12))
-    check(conv, image(1, 64, 4, 6))
-    check(conv, image(1, 64, 6, 4))
+    conv, workspace = convolution(64, 64), winograd.Workspace()
+    check(conv, 100 + image(2, 64, 12, 12), workspace=workspace)
+    memory = {name: buffer.data_ptr() for name, buffer in workspace.by_name.items()}
+    check(conv, image(1, 64, 4, 6), workspace=workspace)
+    check(conv, image(1, 64, 6, 4), workspace=workspace)
+    assert len(memory) == 4 and memory == {name: x.data_ptr() for name, x in workspace.by_name.items()}
+
+
+def test_memory_is_that_of_a_strip(monkeypatch):
+    """Whatever the number of images, and their height."""
+    monkeypatch.setattr(winograd, "STRIP", 1 << 14)
+    conv, sizes = convolution(64, 64), []
+    for shape in [(1, 64, 4, 8), (9, 64, 4, 8), (2, 64, 64, 8)]:
+        workspace = winograd.Workspace()
+        check(conv, image(*shape), workspace=workspace)
+        assert max(buffer.numel() for buffer in workspace.by_name.values()) <= 1 << 14
+        sizes.append(workspace.by_name["padded"].numel())
+    # Rows with a pixel around them: of one image, or eight at once.
+    assert sizes == [6 * 10 * 64, 6 * 10 * 64, 10 * 10 * 64]
 
 
 def test_in_and_out_of_inference_mode():
-    conv = convolution(64, 64)
-    winograd._buffers.by_name.clear()
+    conv, workspace = convolution(64, 64), winograd.Workspace()
     with torch.inference_mode():
-        check(conv, image(1, 64, 4, 4))
-    check(conv, image(1, 64, 4, 4))
+        check(conv, image(1, 64, 4, 4), workspace=workspace)
+    check(conv, image(1, 64, 4, 4), workspace=workspace)
 
 
 def test_strips_are_alike():
