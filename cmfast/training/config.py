@@ -98,6 +98,9 @@ class TrainOptions:
         for name in ("warmup", "sample_interval", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if isinstance(self.averages, (str, float, int)):
+            rate = self.averages
+            raise ValueError(f"averages must be several rates, or a tuple of one, got {rate!r}: averages=({rate!r},)")
         if not self.averages:
             raise ValueError("averages must have one rate or more: the first average is the result of a run")
         if not self.learning_rate > 0 or math.isinf(self.learning_rate):

@@ -21,7 +21,7 @@ from cmfast.training import checkpoints, config, pictures
 from cmfast.training.config import TrainOptions
 from cmfast.training.lock import Locked, locked
 from cmfast.training.state import State, fingerprint, read, save_weights
-from cmfast.training.step import Pending, Reading, TrainStep
+from cmfast.training.step import Pending, Reading, TrainStep, check_denoiser
 from cmfast.training.stop import Stop, Stopped
 from cmfast.whole import write_text
 
@@ -51,7 +51,8 @@ class Trainer:
 
     Raises: ValueError: there are checkpoints in `out`, and no `resume`; or none to resume from; or they are of another
         configuration (the message names what differs); or model and data do not go together; or the processes do not
-        see the same folder. FileNotFoundError. RankError: one of these, on another process.
+        see the same folder. TypeError: model or data are something else, such as a network or a tensor.
+        FileNotFoundError. RankError: one of these, on another process.
 
     >>> import tempfile
     >>> from cmfast.objectives import EDM
@@ -89,6 +90,7 @@ class Trainer:
             raise ValueError(f"batch_size={options.batch_size} cannot be shared by {self.group.size} processes alike")
         check_data(model, data)
         self.settings = {
+        check_denoiser("model", model)
             **(settings or {}),
             "objective": {"name": type(objective).__name__, **config.plain(objective)},
             "data_fingerprint": data.fingerprint,
@@ -339,7 +341,13 @@ class Trainer:
 
 
 def check_data(model: Denoiser, data: Any) -> None:
-    """ValueError where images or labels are not what the model takes; the message says what to change."""
+    """ValueError where images or labels are not what the model takes, TypeError where they are no data set; the message
+    says what to change."""
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"data must be a cmfast.data.Dataset, as open_data gives it, got a {type(data).__name__}: "
+            "cmfast.data.ImageData(images, labels) makes one of tensors"
+        )
     if model.image_shape is not None and tuple(data.image_shape) != tuple(model.image_shape):
         raise ValueError(
             f"the model makes images {list(model.image_shape)} [C, H, W], the data has {list(data.image_shape)}: "

@@ -366,7 +366,9 @@ class TrainStep:
 
 def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpips: Any) -> None:
     """ValueError where these do not go together; the message says what is missing."""
-    check_model(model)
+    check_denoiser("model", model)
+    if teacher_model is not None:
+        check_denoiser("teacher_model", teacher_model)
     name = model.preconditioner.name
     if name != objective.preconditioning:
         raise ValueError(
@@ -408,6 +410,16 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
 def _check_weights(model: Denoiser) -> None:
     """ValueError unless all weights are the network's, and some of them are to be trained."""
     outside = [name for name, _ in model.named_parameters() if not name.startswith("network.")]
+def check_denoiser(what: str, model: object) -> None:
+    """TypeError unless it is a Denoiser; the message says how it becomes one."""
+    check_model(model)
+    if not isinstance(model, Denoiser):
+        raise TypeError(
+            f"{what} must be a cmfast.Denoiser, got a {type(model).__name__}: wrap a network F(x, timesteps) in "
+            "cmfast.Denoiser(network), also one that torch.compile has made"
+        )
+
+
     if outside:
         raise ValueError(
             f"{', '.join(outside)} of the model is no part of its network, whose weights alone are saved and shared "

@@ -47,6 +47,12 @@ STEP = [
      _STEP + "models_that_do_not_go_together[a weight outside]"),
     ("the target stays", "targets={0: self.target_model}", "targets={}",
      _STEP + "the_target_is_an_average_of_the_student"),
+    ("a student of another kind than its teacher", "        if one != other:", "        if False:",
+     _STEP + "models_that_do_not_go_together[a wider teacher]"),
+    ("only shapes of weights are compared", ", model.named_buffers())\n    return", ")\n    return",
+     _STEP + "models_that_do_not_go_together[a teacher with a buffer]"),
+    ("anything is taken for a Denoiser", "    if not isinstance(model, Denoiser):", "    if False:",
+     _STEP + "what_is_no_denoiser[compiled]"),
     ("any scalings", "    if name != objective.preconditioning:", "    if False:",
      _STEP + "models_that_do_not_go_together[other scalings]"),
     ("an overflow for ever", "(scale < LEAST_SCALE)", "False",
@@ -62,6 +68,10 @@ STEP = [
 ]  # fmt: skip
 
 LOOP = [
+    ("a model is looked at after the data", '        check_denoiser("model", model)\n', "",
+     _LOOP + "what_is_not_trained_from[a U-Net]"),
+    ("data of any kind", "    if not isinstance(data, Dataset):", "    if False:",
+     _LOOP + "what_is_not_trained_from[a tensor]"),
     ("what was done before a broken image is lost", "if self.group.size == 1 and self.done:", "if False:",
      _LOOP + "steps_before_an_image_that_cannot_be_read_are_kept"),
     ("checkpoints are written elsewhere", "            checkpoints.check_links(self.out, home)\n", "            pass\n",
@@ -120,6 +130,8 @@ CONFIG = [
      _LOOP + "a_nan_loss_is_gone_on_from_as_the_message_says"),
     ("options of any kind", "        if not _is(given[name], hint):", "        if False:",
      _RECIPES + "what_is_refused[arguments14-options: steps must be a whole number, got 1.5]"),
+    ("letters of one rate", "if isinstance(self.averages, (str, float, int)):", "if False:",
+     _LOOP + "one_rate_is_a_tuple_of_one[power:0.1]"),
     ("a run without a result", "        if not self.averages:", "        if False:",
      _RECIPES + "what_is_refused[arguments19-averages must have one rate or more]"),
     ("numbers without a dot are texts", "                given[name] = float(value)", "                pass",

@@ -449,6 +449,27 @@ def test_data_that_does_not_fit(tmp_path, model, data, message):
 
 
 @pytest.mark.parametrize(
+    "model, data, message",
+    [
+        (unet(), DATA, r"a UNetModel, a network F\(x, timesteps\): wrap it in cmfast\.Denoiser"),
+        (nn.Conv2d(3, 3, 1), DATA, r"model must be a cmfast\.Denoiser, got a Conv2d"),
+        (denoiser(OBJECTIVES["edm"]), DATA.images, r"data must be a cmfast\.data\.Dataset, .*got a Tensor: cmfast"),
+    ],
+    ids=["a U-Net", "a network", "a tensor"],
+)
+def test_what_is_not_trained_from(tmp_path, model, data, message):
+    with pytest.raises(TypeError, match=message):
+        Trainer(model, OBJECTIVES["edm"], data, OPTIONS, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rate", [0.999, "0.999", "power:0.1"])
+def test_one_rate_is_a_tuple_of_one(rate):
+    with pytest.raises(ValueError, match=rf"averages must be several rates.*: averages=\({rate!r},\)"):
+        replace(OPTIONS, averages=rate)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"steps": 0}, {"batch_size": 0}, {"save_interval": 0}, {"microbatch": 0}, {"learning_rate": 0.0},

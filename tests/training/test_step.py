@@ -409,3 +409,20 @@ def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
     with pytest.raises(ValueError, match=message):
         TrainStep(model, objective, OPTIONS, **options)
+
+
+@pytest.mark.parametrize(
+    "model, teacher_model, message",
+    [
+        (unet(), None, r"a UNetModel, a network F\(x, timesteps\): wrap it in cmfast\.Denoiser\(network\)"),
+        (nn.Conv2d(3, 3, 1), None, r"model must be a cmfast\.Denoiser, got a Conv2d: wrap a network"),
+        (torch.compile(denoiser(OBJECTIVES["cd"])), None, r"model must be a cmfast\.Denoiser, got a OptimizedModule"),
+        (denoiser(OBJECTIVES["cd"]), nn.Conv2d(3, 3, 1), r"teacher_model must be a cmfast\.Denoiser, got a Conv2d"),
+        (denoiser(OBJECTIVES["cd"]), unet(), r"a UNetModel, a network F\(x, timesteps\)"),
+    ],
+    ids=["a network", "another network", "compiled", "a network for a teacher", "a U-Net for a teacher"],
+)
+def test_what_is_no_denoiser(model, teacher_model, message):
+    others = {"teacher_model": teacher_model or teacher(OBJECTIVES["cd"])}
+    with pytest.raises(TypeError, match=message):
+        TrainStep(model, OBJECTIVES["cd"], OPTIONS, **others)
