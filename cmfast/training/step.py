@@ -134,8 +134,9 @@ class TrainStep:
     teacher, averages and optimizer are replaced in it.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
-        noise levels; or the weights to be trained have fewer bits than float32, so that rounding would take most steps,
-        or are none, or lie outside the network.
+        noise levels; or a teacher that its students are to become is of another kind; or the weights to be trained have
+        fewer bits than float32, so that rounding would take most steps, or are none, or lie outside the network.
+        TypeError: a model is no Denoiser.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -394,6 +395,8 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
     if getattr(objective, "loss_norm", None) == "lpips" and lpips is None:
         raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
     _check_weights(model)
+    if objective.teacher_follows:
+        _check_followed(model, teacher_model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     # Of a progressive distillation, students become the teacher.
     changed = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}
@@ -407,9 +410,6 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
             )
 
 
-def _check_weights(model: Denoiser) -> None:
-    """ValueError unless all weights are the network's, and some of them are to be trained."""
-    outside = [name for name, _ in model.named_parameters() if not name.startswith("network.")]
 def check_denoiser(what: str, model: object) -> None:
     """TypeError unless it is a Denoiser; the message says how it becomes one."""
     check_model(model)
@@ -420,6 +420,9 @@ def check_denoiser(what: str, model: object) -> None:
         )
 
 
+def _check_weights(model: Denoiser) -> None:
+    """ValueError unless all weights are the network's, and some of them are to be trained."""
+    outside = [name for name, _ in model.named_parameters() if not name.startswith("network.")]
     if outside:
         raise ValueError(
             f"{', '.join(outside)} of the model is no part of its network, whose weights alone are saved and shared "
@@ -430,6 +433,26 @@ def check_denoiser(what: str, model: object) -> None:
             "no weight of the model is to be trained: call model.requires_grad_(True), or that of the part that is "
             "(averages and targets are made without)"
         )
+
+
+def _check_followed(model: Denoiser, teacher_model: Denoiser) -> None:
+    """ValueError where a student cannot become the teacher of the next, tensor by tensor."""
+    said = (
+        [f"{each.preconditioner}", f"num_classes={each.num_classes}", *_described(each)]
+        for each in (model, teacher_model)
+    )
+    for one, other in itertools.zip_longest(*said, fillvalue="nothing more"):
+        if one != other:
+            raise ValueError(
+                "a student of a progressive distillation becomes the teacher of the next, and these two are not of one "
+                f"kind: where model has {one}, teacher_model has {other}"
+            )
+
+
+def _described(model: nn.Module) -> list[str]:
+    """Names and shapes of parameters and buffers."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return [f"{name.replace('_orig_mod.', '')} {list(tensor.shape)}" for name, tensor in tensors]
 
 
 def _low_precision(parameter: Tensor) -> bool:

@@ -384,6 +384,16 @@ class Scaled(cmfast.Denoiser):
         self.gain = nn.Parameter(torch.ones(()))
 
 
+def wider(network):
+    network.out[0].weight = nn.Parameter(torch.ones(64))
+    return network
+
+
+def with_buffer(network):
+    network.register_buffer("seen", torch.zeros(()))
+    return network
+
+
 def test_data_is_looked_at_by_weightings_that_depend_on_it():
     step_of(EDM(sigma_data=0.25, weighting="uniform"))
 
@@ -400,10 +410,17 @@ def test_data_is_looked_at_by_weightings_that_depend_on_it():
          r"a model with boundary=0\.002, not 0\.01\."),
         (EDM(sigma_data=0.25), {}, r"a model with sigma_data=0\.25, not 0\.5\."),
         (EDM(), {"model": denoiser(EDM()).requires_grad_(False)}, "no weight of the model is to be trained"),
+        (OBJECTIVES["pd"], {"teacher_model": denoiser(EDM(), wider(unet()))},
+         r"where model has network\.out\.0\.weight \[32\], teacher_model has network\.out\.0\.weight \[64\]"),
+        (OBJECTIVES["pd"], {"teacher_model": denoiser(EDM(), with_buffer(unet()))},
+         r"where model has nothing more, teacher_model has network\.seen \[\]"),
+        (OBJECTIVES["pd"], {"teacher_model": cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(sigma_data=0.25))},
+         r"where model has .*sigma_data=0\.5.*, teacher_model has .*sigma_data=0\.25"),
         (EDM(), {"model": Scaled(unet(), cmfast.Preconditioner.edm())}, "gain of the model is no part of its network"),
     ],
     ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary",
-         "other data", "nothing to train", "a weight outside"],
+         "other data", "nothing to train", "a wider teacher", "a teacher with a buffer", "a teacher of other data",
+         "a weight outside"],
 )
 def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
