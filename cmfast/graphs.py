@@ -81,7 +81,7 @@ class CudaSpace:
             graph.register_generator_state(generator)
         current = torch.cuda.current_stream()
         try:
-            with _workspaces_in_the_pool(), self._capture(graph):
+            with _workspaces_in_the_pool(), self._capture(graph, self.pool):
                 result = function()
         except BaseException:
             torch.cuda.set_stream(current)
@@ -95,7 +95,8 @@ class CudaSpace:
     def _mend(self, broken: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
         """After a capture that broke: PyTorch ends the stream's part of it and then raises, so that its allocators and
         generators go on as if in a capture, in which nothing can be captured, no memory be given back, and no number be
-        drawn. The first is ended here, the pool given up, and a whole capture brings the generators back."""
+        drawn. The first is ended here, the pool given up, and a whole capture, of a pool that goes with it, brings the
+        generators back."""
         with suppress(RuntimeError):  # Nothing is recorded: PyTorch has ended it, and its graph gives up the pool.
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             _broken.append(broken)
@@ -109,8 +110,8 @@ class CudaSpace:
         with self._capture(graph):
             place.zero_()
 
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        return torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+    def _capture(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+        return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
 
     def drain(self) -> None:
         """Wait until no program runs: before graphs are thrown away. Waiting for the whole device would break a capture

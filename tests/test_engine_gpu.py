@@ -1,5 +1,6 @@
 """The engine with real graphs, on a GPU."""
 
+import gc
 import threading
 from dataclasses import replace
 
@@ -97,6 +98,22 @@ def test_a_broken_capture_names_the_module_and_leaves_nothing_behind(model):
     torch.randn(3, device="cuda")
     generated = Sampler(model, 2, noise=torch.Generator("cuda").manual_seed(0), cuda_graph=True)
     assert generated.sample(2).shape == (2, 3, 8, 8)
+
+
+def test_a_broken_capture_keeps_no_memory(model):
+    class Breaks(nn.Module):
+        def forward(self, x):
+            room = torch.zeros(2**26, dtype=torch.uint8, device="cuda")
+            return x if room[0].item() < 1 else -x
+
+    model.network.conv1 = nn.Sequential(Breaks(), model.network.conv1)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.warns(RuntimeWarning, match="goes on without a graph"):
+        Sampler(model, 2).sample(2)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + 2**26
 
 
 @pytest.mark.parametrize("graph", [True, False])

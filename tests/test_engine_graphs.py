@@ -352,7 +352,7 @@ def test_how_a_real_space_calls_torch(monkeypatch):
         mended = mended[mended.index(("end", 0, "pool")):]
         assert mended[1] == ("release", 0, "pool")
         assert [call for call in mended if call[0] == "graph"] == [
-            ("graph", "cudagraph", "fresh pool", space.stream, "thread_local")
+            ("graph", "cudagraph", None, space.stream, "thread_local")
         ]
         assert ("cudagraph.register_generator_state", "generator") in mended and ("place.zero_",) in mended
     assert calls.index(("user.wait_event", "event")) < ready and ("event.record", "user") in calls[-3:]
