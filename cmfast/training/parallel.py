@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +14,6 @@ from torch import Tensor, nn
 
 from cmfast.denoiser import Denoiser
 from cmfast.ranks import Ranks
-
-#: Blocks of a network that are sharded one by one: those that it holds in lists.
-_LISTS = (nn.ModuleList,)
 
 
 @torch.no_grad()
@@ -47,12 +45,33 @@ def shard(model: Denoiser, group: Ranks) -> None:
 
     network: Any = model.network
     mesh = init_device_mesh(model.device.type, (group.size,))
-    for module in list(network.modules()):
-        if isinstance(module, _LISTS):
-            for block in module:
-                fully_shard(block, mesh=mesh)
+    for block in _blocks(network):
+        fully_shard(block, mesh=mesh)
     # Else the network's own tensors stay put together after a pass without gradient, and updates of a target go unseen.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """What is put together at a time: what a network holds in lists, inner blocks before those that they are in.
+
+    Each once, and none without a `forward`, around which it would be put together, nor with weights that are another's
+    too, which have to be in one part of the network.
+    """
+    uses = Counter(_slots(network))
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    found = {id(block): block for blocks in lists for block in blocks if _whole_by_itself(block, uses)}
+    return sorted(found.values(), key=lambda block: sum(1 for _ in block.modules()))
+
+
+def _whole_by_itself(block: nn.Module, uses: Mapping[int, int]) -> bool:
+    called = type(block).forward is not nn.Module.forward
+    return called and all(uses[weight] == times for weight, times in Counter(_slots(block)).items())
+
+
+def _slots(module: nn.Module) -> Iterator[int]:
+    """The weights of a module, one that it has by two names twice."""
+    for inner in module.modules():
+        yield from (id(p) for p in inner._parameters.values() if p is not None)
 
 
 def averaging(model: Denoiser) -> Denoiser:

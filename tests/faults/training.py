@@ -205,6 +205,11 @@ PARALLEL = [
     ("each process starts from its own weights", "        dist.broadcast(whole, 0)", "        pass",
      _PAIR + "both_start_alike"),
     ("a target's own tensors stay put together", ", reshard_after_forward=True", "",
+    ("blocks before those in them", "sorted(found.values(), key=lambda block: sum(1 for _ in block.modules()))",
+     "list(found.values())", _PAIR + "networks_of_any_blocks_are_shared_out"),
+    ("lists of lists are blocks", "return called and ", "return ", _PAIR + "networks_of_any_blocks_are_shared_out"),
+    ("a weight of two blocks is in one part", "return called and all(", "return called and any(",
+     _PAIR + "networks_of_any_blocks_are_shared_out"),
      "tests/training/test_parallel.py::test_two_processes_learn_what_one_does[cd-fsdp]"),
 ]  # fmt: skip
 

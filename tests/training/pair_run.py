@@ -170,7 +170,75 @@ def where_they_start(out, group):
     return found
 
 
+class Block(nn.Module):
+    """A convolution, and others in a list of its own."""
+
+    def __init__(self, inner=0):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(4, 4, 3, padding=1), nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(inner))
+
+    def forward(self, x):
+        x = x + torch.relu(self.conv(x))
+        for inner in self.inner:
+            x = inner(x)
+        return x
+
+
+class Parts(nn.Module):
+    """Has no `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+
+class Listed(nn.Module):
+    """Lists of blocks, of several kinds."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.start, self.end = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+        block = Block(1)
+        blocks = {
+            "lists in blocks": [Block(2), Block(1)],
+            "lists in lists": [nn.ModuleList([Block(), Block(1)]), nn.ModuleList([Block()])],
+            "one block twice": [block, block],
+            "one weight twice": [Block(1), Block(), Block()],
+            "blocks in parts": [Parts(), nn.ModuleDict({"one": Block(), "two": Block()}), nn.Identity()],
+        }
+        self.blocks = nn.ModuleList(blocks[kind])
+        if kind == "one weight twice":
+            self.blocks[1].conv.weight = self.blocks[0].conv.weight
+
+    def forward(self, x, t):
+        x = self.start(x)
+        for block in self.blocks:
+            if isinstance(block, (Parts, nn.ModuleDict)):
+                block = block.children()
+            for each in block if not isinstance(block, nn.Module) or isinstance(block, nn.ModuleList) else [block]:
+                x = each(x)
+        return self.end(x)
+
+
+def blocks_of_all_kinds(out, group):
+    """How far those that are shared out, and resumed, come from those that are not, as a part of how far they came."""
+    found = {}
+    for kind in ("lists in blocks", "lists in lists", "one block twice", "one weight twice", "blocks in parts"):
+        ends = [torch.cat([p.detach().flatten() for p in Listed(kind).parameters()])]
+        for parallel, stops in (("ddp", [4]), ("fsdp", [2, 4])):
+            for steps in stops:
+                place = out / kind.replace(" ", "-") / parallel
+                run = trainer(place, group, Listed(kind), parallel=parallel, steps=steps, resume="auto")
+                run.run(progress=False)
+            ends.append(torch.cat([p.detach().flatten() for p in run.average().parameters()]))
+        start, one, other = ends
+        found[kind] = ((one - other).abs().max() / (one - start).abs().max()).item()
+    return found
+
+
 CASES = [
+    blocks_of_all_kinds,
     images_on_one_machine,
     a_weight_without_gradient,
     masks,

@@ -146,6 +146,12 @@ def test_both_start_alike(pair):
     assert one == other and one[0] == one[1]
 
 
+def test_networks_of_any_blocks_are_shared_out(pair):
+    """Whatever they hold in lists; also where they go on from a checkpoint."""
+    for apart in pair("blocks_of_all_kinds")[0]:
+        assert len(apart) == 5 and max(apart.values()) < TRAINING
+
+
 def test_no_thread_is_left_with_a_message(pair):
     """Which took the process with it where Python ended first; those of torch's default group, DDP keeps."""
     for before, after in pair("threads")[0]:
