@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,13 @@ def model_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pt"
     torch.save({name: 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, path)
     return path
+
+
+def saved_images(folder, pixels):
+    folder.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{'ab'[i % 2]}_{i}.png")
+    return folder
 
 
 def launch(log_dir, script, *, ranks=1, settings=(), options=()):
@@ -83,11 +92,8 @@ def test_script_on_one_rank_and_on_two(tmp_path, model_path):
 
 def test_training_on_two_ranks_and_on_from_there_on_one(tmp_path):
     """On the CPU too gradients come from all ranks: with data and noise of its own, each ends with the same weights."""
-    images = tmp_path / "images"
-    images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(images / f"{'ab'[i % 2]}_{i}.png")
+    images = saved_images(tmp_path / "images", pixels)
     options = ["--data_dir", str(images), "--training_mode", "consistency_training", "--loss_norm", "l2"]
     options += [
         "--schedule_sampler",
@@ -118,6 +124,39 @@ def test_training_on_two_ranks_and_on_from_there_on_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "one").glob("*.pt")) == sorted(names)
 
 
+@pytest.mark.parametrize("where", ["installed", "checkout", "beside a cm"])
+def test_spawned_processes_find_cm_and_settings(where, tmp_path):
+    """Wherever cmfast is found: they are given sys.path and the environment, and nothing else."""
+    images = saved_images(tmp_path / "images", np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    script = SCRIPTS / "spawn_workers.py"
+    if where == "beside a cm":
+        script = shutil.copy(script, tmp_path)
+        (tmp_path / "cm").mkdir()
+        (tmp_path / "cm" / "__init__.py").write_text("raise ImportError('another cm')")
+    # -S and PYTHONPATH: what is installed, but for an editable cmfast.
+    command = [sys.executable, "-S", "-m", "cmfast.compat.openai", "--set", "rho=5", str(script), str(images)]
+    paths = [*([] if where == "checkout" else [str(ROOT)]), sysconfig.get_paths()["purelib"]]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    facts = tmp_path / "facts.json"
+    done = subprocess.run([*command, str(facts)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, repr(done.stderr)
+    assert json.loads(facts.read_text()) == {
+        "rho": 5.0,
+        "module": "cmfast.compat.openai.karras_diffusion",
+        "images": [2, 3, 8, 8],
+        "path": _shim.WORKERS if where == "beside a cm" else str(SCRIPTS),
+    }
+
+
+def test_another_cm_is_found_where_no_script_runs(tmp_path):
+    """Nor does a tool that imports every module there is take the name."""
+    (tmp_path / "cm.py").write_text("mine = True")
+    code = "import cmfast.compat.openai._shim, cmfast.compat.openai._workers.cm, cm; assert cm.mine"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -144,6 +183,7 @@ def test_arguments_after_the_script_are_its_own(monkeypatch, tmp_path):
     for name in ("argv", "path", "meta_path"):
         monkeypatch.setattr(sys, name, list(getattr(sys, name)))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setenv(_shim.SETTINGS, "[]")
     ran = []
     monkeypatch.setattr(runpy, "run_path", lambda path, run_name: ran.append((path, run_name, sys.argv)))
     main([str(script), "--set", "rho=3", "-h", "--", "x"])

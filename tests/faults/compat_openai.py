@@ -117,6 +117,23 @@ DIST_UTIL = [
      "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
 ]  # fmt: skip
 
+SPAWNED = SCRIPTS + "spawned_processes_find_cm_and_settings"
+
+SHIM = [
+    ("a cm beside the script goes first", "0 if beside else 1", "1", SPAWNED + "[beside a cm]"),
+    ("settings stay in the first process", "json.dumps(list(settings))", '"[]"', SPAWNED + "[installed]"),
+]  # fmt: skip
+
+MAIN = [
+    ("spawned processes find no cm", "    _shim.serve_spawned(options.settings)\n", "", SPAWNED + "[installed]"),
+    ("a checkout is found by the first process alone", "sys.path.append(start)", "pass", SPAWNED + "[checkout]"),
+]  # fmt: skip
+
+SPAWNED_CM = [
+    ("takes the name of another cm", 'if __name__ == "cm":', "if True:",
+     SCRIPTS + "another_cm_is_found_where_no_script_runs"),
+]  # fmt: skip
+
 TRAINING_LOSSES = [
     ("progressive: states of 16 bits", "x_start = x_start.to(_check.sigma_dtype(x_start))", "pass",
      "tests/test_losses.py::test_progressive_distillation_of_16_bit_images[given-fp16]"),
@@ -131,6 +148,9 @@ FAULTS = {
     "cmfast/losses.py": TRAINING_LOSSES,
     "cmfast/schedules.py": SCHEDULES,
     "cmfast/unet_blocks.py": BLOCKS,
+    OPENAI + "__main__.py": MAIN,
+    OPENAI + "_shim.py": SHIM,
+    OPENAI + "_workers/cm/__init__.py": SPAWNED_CM,
     OPENAI + "_editing.py": EDITING,
     OPENAI + "karras_diffusion.py": DENOISER,
     OPENAI + "_train_loop.py": TRAIN_LOOP,

@@ -35,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch.distributed as dist  # after the checks above, which so answer at once
 
-    from cmfast.compat.openai.karras_diffusion import KarrasDenoiser
-
     try:
-        _shim.set_defaults(KarrasDenoiser.__init__, options.settings)
+        _shim.install(options.settings)
     except ValueError as error:
         parser.error(str(error))
-    _shim.install()
     sys.argv = [options.script, *options.args]
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(options.script))
+        start, sys.path[0] = sys.path[0], os.path.dirname(os.path.realpath(options.script))
+        if start == _shim.ROOT:
+            sys.path.append(start)  # a checkout that was found as the current folder
+    _shim.serve_spawned(options.settings)
     runpy.run_path(options.script, run_name="__main__")
     if dist.is_initialized():
         dist.destroy_process_group()

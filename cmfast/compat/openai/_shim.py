@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from cmfast.compat.openai import MODULES
 
 PACKAGE = "cmfast.compat.openai"
+#: Its only module is `cm`. On sys.path in a script's processes alone, so that it hides no other package of that name.
+WORKERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_workers")
+#: The folder that `cmfast` is in.
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(WORKERS))))
+#: An environment variable: what --set said, as JSON.
+SETTINGS = "CMFAST_COMPAT_OPENAI_SET"
 
 
 class _Missing:
@@ -29,12 +37,34 @@ class _Missing:
         )
 
 
-def install() -> None:
-    """Make `import cm` and `import cm.x` give the modules here, whatever else of that name is installed."""
+def install(settings: Sequence[str] = ()) -> None:
+    """Make `import cm` and `import cm.x` give the modules here, whatever else of that name is installed.
+
+    settings: of `set_defaults`, for KarrasDenoiser. Raises: ValueError: one of them is none.
+    """
+    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES}
+    set_defaults(modules["karras_diffusion"].KarrasDenoiser.__init__, settings)
     sys.modules["cm"] = importlib.import_module(PACKAGE)
-    for name in MODULES:
-        sys.modules[f"cm.{name}"] = importlib.import_module(f"{PACKAGE}.{name}")
+    sys.modules.update({f"cm.{name}": module for name, module in modules.items()})
     sys.meta_path.append(_Missing)
+
+
+def serve_spawned(settings: Sequence[str]) -> None:
+    """Have processes that the script spawns find `cm`, and `inherited_settings`.
+
+    multiprocessing starts them so on macOS and Windows, and from Python 3.14 on everywhere; they are given sys.path and
+    the environment, and import the script anew.
+    """
+    # After the script's folder, which comes first for `python SCRIPT.py` too, unless that has a `cm` of its own.
+    beside = not sys.path or PathFinder.find_spec("cm", sys.path[:1]) is not None
+    sys.path.insert(0 if beside else 1, WORKERS)
+    os.environ[SETTINGS] = json.dumps(list(settings))
+
+
+def inherited_settings() -> list[str]:
+    """The settings of the process that spawned this one."""
+    settings: list[str] = json.loads(os.environ.get(SETTINGS, "[]"))
+    return settings
 
 
 def set_defaults(function: Callable[..., Any], settings: Sequence[str]) -> None:
