@@ -17,7 +17,7 @@ from cmfast.denoiser import Denoiser
 from cmfast.objectives import OBJECTIVES, Objective
 from cmfast.precondition import Preconditioner
 from cmfast.ranks import Ranks
-from cmfast.training import Trainer, TrainOptions, config
+from cmfast.training import Trainer, TrainOptions, checkpoints, config
 from cmfast.training.step import LEVELS
 from cmfast.unet import UNetModel
 from cmfast.unet_config import PUBLISHED
@@ -141,14 +141,16 @@ def trainer(
     """
     group = group or Ranks()
     # Apart from what processes do together in a Trainer: one that failed here would answer the others' next question.
-    parts = group.together(lambda: _parts(given, device))
+    parts = group.together(lambda: _parts(given, device, Path(out) if resume else None))
     with group.connected():
         return Trainer(**parts, out=out, group=group, resume=resume, tensorboard=tensorboard)
 
 
-def _parts(given: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """What a Trainer is made of, by the names of its arguments."""
+def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | None) -> dict[str, Any]:
+    """What a Trainer is made of, by the names of its arguments. run: the folder that is to be gone on with."""
     settings = complete(given)
+    if run is not None and checkpoints.newest(run) is None:  # then it begins, with the data as they are
+        run = None
     aim, paths = objective(settings), settings["paths"]
     if paths["data"] is None:
         raise ValueError("data is missing: a folder of images, a .npz file, or mnist")
@@ -166,7 +168,7 @@ def _parts(given: Mapping[str, Any], device: torch.device | str) -> dict[str, An
     opening = dict(settings["data"])
     if start is not None and opening["labelled"] is None:
         opening["labelled"] = start.num_classes is not None
-    images = data.open_data(paths["data"], **opening)
+    images = data.open_data(paths["data"], **opening, run=run)
     model = _model(settings, aim, images, start)
     return {
         "model": model.to(device),

@@ -1,13 +1,16 @@
 """Folders of images: what is read from which files, labels, workers, and files that are no images."""
 
+import gzip
 import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ import torch
 from PIL import Image
 
 from cmfast.data import ImageData, decode, open_data
-from cmfast.data.folder import _digest
+from cmfast.data.folder import LISTING
+from cmfast.data.stream import Draw
 from tests.test_data import equal, pixels, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
@@ -371,6 +375,168 @@ def test_a_bomb_that_comes_later(tmp_path, by, monkeypatch):
         take(opened, 1, 1)
 
 
-def test_a_digest_with_a_link_to_nothing(tmp_path):
+def test_a_fingerprint_with_a_link_to_nothing(tmp_path):
+    write(tmp_path / "b.png", pixels(3, 4, 4))
+    without = open_data(tmp_path).fingerprint
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    assert _digest(tmp_path, ["a.png"]) != _digest(tmp_path, [])
+    with pytest.warns(UserWarning, match="a.png .a link to nothing.; they are skipped"):
+        assert open_data(tmp_path, skip_unreadable=True).fingerprint != without
+
+
+@pytest.fixture
+def begun(folder, tmp_path):
+    """(a folder of images, its data, and the folder of a run that began with them)."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(folder, images)
+    run.mkdir()
+    opened = open_data(images, skip_unreadable=True)
+    (run / LISTING).write_bytes(opened.listing)
+    return images, opened, run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [None, 0, 60, 100])
+def test_a_file_that_a_run_lost(begun, size, workers):
+    """It is left out where it was, as it would have been without an interruption; and without leave to, it is named."""
+    images, opened, run = begun
+    for name in ("cat/02.png", "dog/21.png"):
+        if size is None:
+            (images / name).unlink()
+        else:
+            os.truncate(images / name, size)
+    with pytest.warns(UserWarning):
+        expected = take(opened, 9, 6)
+    reason = "it is gone" if size is None else "it is of another size than when the run began"
+    message = f"2 of 23 files .* are no images, or not those of this run: cat/02.png .{reason}., dog/21.png .*"
+    with pytest.raises(ValueError, match=message + "; put them there as they were, or skip them with skip_unreadable"):
+        open_data(images, run=run)
+    with pytest.warns(UserWarning, match=message + "; they are skipped"):
+        resumed = open_data(images, run=run, skip_unreadable=True)
+    assert resumed.fingerprint == opened.fingerprint and resumed.listing == opened.listing
+    assert len(resumed) == 23 and list(resumed.unreadable) == ["cat/02.png", "dog/21.png"]
+    assert equal(take(resumed, 5, 6, start_step=4, workers=workers), expected[4:])
+
+
+def longer(path):
+    """An image that can be read, of more bytes than any other."""
+    write(path, pixels(3, 8, 8, seed=99))
+    path.write_bytes(path.read_bytes() + bytes(99))
+
+
+def test_another_image_in_the_place_of_one(begun):
+    """However well it can be read, it is not of this run."""
+    images, opened, run = begun
+    longer(images / "cat/00.png")
+    with pytest.warns(UserWarning, match="1 of 23 files .*cat/00.png .it is of another size"):
+        resumed = open_data(images, run=run, skip_unreadable=True)
+    assert resumed.image_shape == opened.image_shape and resumed.fingerprint == opened.fingerprint
+    (batch,) = take(resumed, 1, 23)
+    assert (batch.images == pixels(3, 8, 8, seed=2)).flatten(1).all(1).sum() == 2
+
+
+def test_a_class_that_a_run_lost(begun):
+    """The others keep their numbers, and the network its classes."""
+    images, opened, run = begun
+    shutil.rmtree(images / "dog")
+    with pytest.warns(UserWarning, match="11 of 23 files"):
+        resumed = open_data(images, run=run, skip_unreadable=True)
+    assert resumed.classes == ["cat", "dog"] and resumed.fingerprint == opened.fingerprint
+    assert not take(resumed, 1, 23)[0].labels.any()
+    with pytest.raises(ValueError, match="11 of 23 files"):
+        open_data(images, run=run)
+
+
+def test_other_images_than_a_run_has(begun):
+    """New ones, or less than half of its own: the fingerprint is what the folder has now, which a run refuses."""
+    images, opened, run = begun
+    write(images / "cat/24.png", pixels(3, 8, 8, seed=24))
+    (images / "cat/00.png").unlink()
+    more = open_data(images, run=run)
+    assert more.fingerprint == open_data(images).fingerprint != opened.fingerprint and len(more) == 23
+    (images / "cat/24.png").unlink()
+    for number in range(2, 23, 2):
+        (images / f"cat/{number:02}.png").unlink()
+    fewer = open_data(images, run=run, skip_unreadable=True)
+    assert fewer.fingerprint.startswith("11 images") and not fewer.unreadable
+    for number in range(0, 23, 2):
+        longer(images / f"cat/{number:02}.png")
+    others = open_data(images, run=run, skip_unreadable=True)
+    assert others.fingerprint == open_data(images).fingerprint != opened.fingerprint and not others.unreadable
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:40],
+        lambda content: content[:40] + b"xxxx" + content[44:],
+        lambda content: gzip.compress(b"a.png"),
+        lambda content: gzip.compress(b"cat/00.png\0many\0"),
+        lambda content: gzip.compress(bytes(10**8)),
+    ],
+    ids=["empty", "a part", "changed", "no sizes", "no numbers", "a bomb"],
+)
+def test_a_listing_that_is_damaged(begun, damage):
+    """Is none, as of older runs: the folder is as it is."""
+    images, opened, run = begun
+    (run / LISTING).write_bytes(damage(opened.listing))
+    assert open_data(images, run=run).fingerprint == opened.fingerprint
+    (run / LISTING).unlink()
+    assert open_data(images, run=run).fingerprint == opened.fingerprint
+    os.mkfifo(run / LISTING)
+    assert open_data(images, run=run).fingerprint == opened.fingerprint
+
+
+@pytest.fixture
+def many(tmp_path):
+    """2,000 images, read without warnings."""
+    write(tmp_path / "images/0000.png", pixels(3, 4, 4))
+    for number in range(1, 2000):
+        os.link(tmp_path / "images/0000.png", tmp_path / f"images/{number:04}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_goes_away(many, left, workers):
+    """Is seen after some tens of images, not after all of them for each of a batch; each is named once."""
+    opened = open_data(many, skip_unreadable=True)
+    batches = opened.batches(64, seed=0, workers=workers)
+    next(batches)
+    os.rename(many, many.with_name("elsewhere"))
+    if left == "an empty folder":
+        many.mkdir()
+    message = r"images: none of 32 images in a row can be read; \d{4}.png: it is gone"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+        for _ in zip(batches, range(9)):  # more than a worker makes ahead
+            pass
+    assert len(opened.unreadable) == 32
+
+
+def test_too_many_in_a_row(many):
+    """Of which the folder is there. Those that showed at the start are not among them, however many."""
+    opened = open_data(many, skip_unreadable=True)
+    for path in many.glob("0*.png"):
+        path.unlink()
+    names = [f"{number:04}.png" for number in range(1000)]
+    (many / "x.png").touch()
+    message = "none of 1000 images in a row can be read; 0999.png: it is gone"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+        read_rows(opened, [1999, 0])
+    assert list(opened.unreadable) == names
+    for name in names:
+        (many / name).touch()
+    (many / "x.png").unlink()
+    with pytest.warns(UserWarning, match="1000 of 2000 files"):
+        opened = open_data(many, skip_unreadable=True)
+    (many / "1000.png").unlink()
+    with pytest.warns(UserWarning, match="1000.png cannot be read"):
+        read_rows(opened, [1999, 0])
+    assert len(opened.unreadable) == 1001
+
+
+def read_rows(opened, rows):
+    """The batch of some rows of a data set."""
+    draw = Draw(torch.tensor(rows), torch.arange(len(rows)), None)
+    with closing(opened._read(iter([draw]), 0, False)) as batches:
+        return next(batches)

@@ -21,6 +21,7 @@ def open_data(
     flip: bool = False,
     labelled: bool | None = None,
     skip_unreadable: bool = False,
+    run: str | Path | None = None,
 ) -> Dataset:
     """The data set that `source` names.
 
@@ -32,6 +33,8 @@ def open_data(
     flip             mirror images left to right, each time with probability 1/2
     labelled         True: labels are needed; False: they are left out; None: those that are found
     skip_unreadable  files of a folder that are no images are skipped, with a warning, instead of an error
+    run              the folder of a run, of `cmfast.training.Trainer`, that is to go on with a folder of images: those
+                     that are gone since it began are then such files, and the others keep their places
 
     >>> import torch
     >>> data = open_data(ImageData(torch.zeros(5, 1, 8, 8)), image_size=4)
@@ -49,8 +52,10 @@ def open_data(
     else:
         path = Path(source)
         if _is_folder(path):
-            fitted = {"image_size": image_size, "channels": channels}
-            return FolderData(path, **fitted, flip=flip, labelled=labelled, skip_unreadable=skip_unreadable)
+            return FolderData(
+                path, image_size=image_size, channels=channels, flip=flip, labelled=labelled,
+                skip_unreadable=skip_unreadable, run=None if run is None else Path(run),
+            )  # fmt: skip
         data = read_npz(path)
     if not len(data):
         raise ValueError(f"{named} holds no images")

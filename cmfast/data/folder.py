@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gzip
 import hashlib
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ from cmfast.data.stream import Batch, Dataset, Draw, mirrored
 
 #: So many files are named in an error or a warning.
 NAMED = 5
+#: In the folder of a run: the names and sizes of the images that it began with (`FolderData.listing`).
+LISTING = "images.gz"
+#: Bytes of a path, and of a size after it, at the most; and of a listing.
+_LONGEST, _LARGEST = 4096 + 24, 2**30
+#: After so many files in a row that cannot be read, one looks whether the folder is still there; after so many more, no
+#: other is tried: each takes a moment, and a million of them hours.
+_LOOK, _MOST = 32, 1000
 
 
 class FolderData(Dataset):
@@ -30,7 +39,7 @@ class FolderData(Dataset):
 
     Files count by their suffix, `decode.SUFFIXES`; what starts with a dot is passed over. Links are followed, to files
     and to folders, also out of this one: data sets are put together that way.
-    path is the folder; image_size, channels, flip, labelled: as of `open_data`.
+    path is the folder; image_size, channels, flip, labelled, run: as of `open_data`.
 
     classes     the names of the labels, sorted, or None. Labels are the subfolders, if every image is in one and, for
                 `labelled=None`, there are two or more; without subfolders and with `labelled=True`, what stands before
@@ -40,9 +49,12 @@ class FolderData(Dataset):
     With `skip_unreadable`, the next file that can be read stands in for one that cannot. What comes at a position then
     still follows from the files alone, and a run that such a file ended resumes in the same order without it.
 
+    With the `run` that they belong to, its images are those that it began with: one that is gone since, or of another
+    size, is a file that cannot be read. Where there are new ones, or most are gone, these are other images.
+
     Raises: ValueError: no images, none of one size, no labels, or files that are no images, which it names; a folder
-        that cannot be read; a link that leads back to a folder that it lies in. OSError, from its batches: a worker
-        was killed.
+        that cannot be read; a link that leads back to a folder that it lies in; from its batches, a file that cannot be
+        read, or with `skip_unreadable` 1,000 in a row. OSError, from its batches: a worker was killed.
     """
 
     def __init__(
@@ -54,18 +66,25 @@ class FolderData(Dataset):
         flip: bool = False,
         labelled: bool | None = None,
         skip_unreadable: bool = False,
+        run: Path | None = None,
     ) -> None:
         self.path, self.flip, self.skip_unreadable = path, flip, skip_unreadable
-        self.unreadable: dict[str, str] = {}
         self._warned = False
-        names = _images_in(path, skip_unreadable)
-        if not names:
+        found = {name: _size(path / name) for name in _images_in(path, skip_unreadable)}
+        if not found:
             raise ValueError(f"{path} holds no images: no file in it ends in {', '.join(decode.SUFFIXES)}")
+        began = None if run is None else _began_with(run / LISTING, found)
+        files = began or found
+        self.unreadable = {name: _change(found.get(name)) for name in files if files[name] != found.get(name)}
+        names = list(files)
         self.classes, labels = _find_labels(path, names, labelled)
-        height, width = self._check_headers(names, one_size=image_size is None)
+        height, width = self._check_headers(names, one_size=image_size is None, resumed=began is not None)
         shape = (channels or 3, image_size or height, image_size or width)
-        self._reader = _Reader(path, names, labels, shape, image_size, skip_unreadable)
-        self._digest = _digest(path, names)
+        left_out = [name in self.unreadable for name in names]
+        self._reader = _Reader(path, names, labels, shape, image_size, left_out, skip_unreadable)
+        listing = _listing(files)
+        self._digest = hashlib.sha256(listing).hexdigest()[:16]
+        self._listing = gzip.compress(listing, 6, mtime=0)
 
     def __len__(self) -> int:
         return len(self._reader.names)
@@ -87,10 +106,17 @@ class FolderData(Dataset):
         decoder = self._reader.decoder
         return f"{len(self)} images uint8 {list(self.image_shape)} {labels}, read by {decoder}, {self._digest}"
 
-    def _check_headers(self, names: list[str], *, one_size: bool) -> tuple[int, int]:
+    @property
+    def listing(self) -> bytes:
+        """Names and sizes of the files, as gzip: what a run keeps of them."""
+        return self._listing
+
+    def _check_headers(self, names: list[str], *, one_size: bool, resumed: bool) -> tuple[int, int]:
         """(height, width) of the first image, or of all. What is no image shows before a run and not in it."""
         first, size = "", (0, 0)
         for name in names:
+            if name in self.unreadable:  # not what it was
+                continue
             try:
                 this = decode.size_of(self.path / name)
             except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -104,13 +130,15 @@ class FolderData(Dataset):
                     f"{this[1]} x {this[0]}; give image_size, to which each is cropped and resized"
                 )
         if self.unreadable:
-            named = [f"{name} ({reason})" for name, reason in list(self.unreadable.items())[:NAMED]]
-            rest = ", ..." if len(self.unreadable) > NAMED else ""
-            message = (
-                f"{len(self.unreadable)} of {len(names)} files in {self.path} are no images: {', '.join(named)}{rest}"
-            )
+            several = [f"{name} ({reason})" for name, reason in list(self.unreadable.items())[:NAMED]]
+            named = ", ".join(several) + (", ..." if len(self.unreadable) > NAMED else "")
+            of = f"{len(self.unreadable)} of {len(names)}"
+            message, mend = f"{of} files in {self.path} are no images: {named}", "remove them"
+            if resumed:
+                message = f"{of} files in {self.path} are no images, or not those of this run: {named}"
+                mend = "put them there as they were"
             if not self.skip_unreadable or not first:
-                raise ValueError(f"{message}; remove them, or skip them with skip_unreadable=True")
+                raise ValueError(f"{message}; {mend}, or skip them with skip_unreadable=True")
             warnings.warn(f"{message}; they are skipped", stacklevel=4)
         return size
 
@@ -133,7 +161,7 @@ class FolderData(Dataset):
         atexit.register(end)
         try:
             for batch, unreadable in batches:
-                self._note(unreadable)
+                self._note(unreadable, tried=batch if isinstance(batch, int) else 0)
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (message := worker_gone(error)) is None:
@@ -143,8 +171,11 @@ class FolderData(Dataset):
             atexit.unregister(end)
             end()
 
-    def _note(self, unreadable: list[tuple[str, str]]) -> None:
-        """Raises: ValueError: files that cannot be read, and may not be skipped or are all there is."""
+    def _note(self, unreadable: list[tuple[str, str]], tried: int) -> None:
+        """tried: so many in a row, and none can be read.
+
+        Raises: ValueError: files that cannot be read, and may not be skipped or are too many.
+        """
         for name, reason in unreadable:
             known = name in self.unreadable
             self.unreadable[name] = reason
@@ -153,12 +184,15 @@ class FolderData(Dataset):
                     f"{self.path / name} cannot be read: {reason}; with skip_unreadable=True, which changes the order "
                     "of no other image, training goes on without such files"
                 )
-            if len(self.unreadable) == len(self):
-                raise ValueError(f"{self.path}: none of its {len(self)} images can be read; {name}: {reason}")
             if not known and not self._warned:
                 self._warned = True
                 message = f"{self.path / name} cannot be read: {reason}; it and others like it are skipped"
                 warnings.warn(message, stacklevel=3)
+        if tried:
+            name, reason = unreadable[-1]
+            if len(self.unreadable) == len(self):
+                raise ValueError(f"{self.path}: none of its {len(self)} images can be read; {name}: {reason}")
+            raise ValueError(f"{self.path}: none of {tried} images in a row can be read; {name}: {reason}")
 
 
 class _Reader(torch.utils.data.Dataset[Any]):
@@ -171,37 +205,61 @@ class _Reader(torch.utils.data.Dataset[Any]):
         labels: list[int] | None,
         shape: tuple[int, int, int],
         image_size: int | None,
+        left_out: list[bool],
         skip_unreadable: bool,
     ) -> None:
         # One array: a list of a million strings would be copied into every worker as it counts its references.
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = None if labels is None else torch.tensor(labels, device="cpu")
         self.path, self.shape, self.image_size = path, shape, image_size
+        self.left_out = np.array(left_out)
         self.tries = len(names) if skip_unreadable else 1
         self.decoder = decode.decoder()
 
-    def __getitem__(self, draw: Any) -> tuple[Batch, list[tuple[str, str]]]:
-        """The batch, and (file, why) of those that could not be read."""
-        unreadable: list[tuple[str, str]] = []
-        images, rows = zip(*(self._readable(row, unreadable) for row in draw.rows.tolist()))
+    def __getitem__(self, draw: Any) -> tuple[Batch | int, list[tuple[str, str]]]:
+        """The batch, or of how many images in a row none can be read; and (file, why) of each of those."""
+        unreadable: dict[str, str] = {}
+        images, rows = [], []
+        for row in draw.rows.tolist():
+            image, at = self._readable(row, unreadable)
+            if image is None:
+                return at, list(unreadable.items())
+            images.append(image)
+            rows.append(at)
         flips = None if draw.flips is None else torch.from_numpy(draw.flips)
-        labels = None if self.labels is None else self.labels[list(rows)]
-        return Batch(mirrored(torch.stack(images), flips), labels, torch.from_numpy(draw.index)), unreadable
+        labels = None if self.labels is None else self.labels[rows]
+        batch = Batch(mirrored(torch.stack(images), flips), labels, torch.from_numpy(draw.index))
+        return batch, list(unreadable.items())
 
-    def _readable(self, row: int, unreadable: list[tuple[str, str]]) -> tuple[Tensor, int]:
-        """The image of a row, or of the next that can be read, and its row."""
+    def _readable(self, row: int, unreadable: dict[str, str]) -> tuple[Tensor | None, int]:
+        """The image of a row, or of the next that can be read, and its row; or None, and how many were tried."""
+        tried = 0
         for at in range(row, row + self.tries):
             at %= len(self.names)
+            if self.left_out[at]:
+                continue
             name = os.fsdecode(self.names[at])
-            try:
-                image = fit(decode.decode(self.path / name, self.decoder), self.image_size, self.shape[0])
-                if image.shape != self.shape:
-                    raise ValueError(f"it is {list(image.shape)}, the others {list(self.shape)}")
-                return image, at
-            except Exception as error:
-                # As a value: an error that a worker raises comes with its traceback in the message.
-                unreadable.append((name, decode.reason(error)))
-        return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), row
+            if name not in unreadable:  # of an image before it in the batch
+                try:
+                    image = fit(decode.decode(self.path / name, self.decoder), self.image_size, self.shape[0])
+                    if image.shape != self.shape:
+                        raise ValueError(f"it is {list(image.shape)}, the others {list(self.shape)}")
+                    return image, at
+                except Exception as error:
+                    # As a value: an error that a worker raises comes with its traceback in the message.
+                    unreadable[name] = decode.reason(error)
+            tried += 1
+            if tried == _MOST or tried % _LOOK == 0 and self._is_gone():
+                break
+        return None, tried
+
+    def _is_gone(self) -> bool:
+        """Whether nothing is left of the folder; where a disk was unmounted, an empty one is."""
+        try:
+            with os.scandir(self.path) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return True
 
 
 def _by_value(draw: Draw) -> Any:
@@ -292,13 +350,38 @@ def _find_labels(path: Path, names: list[str], labelled: bool | None) -> tuple[l
     return classes, [numbers[name] for name in found]
 
 
-def _digest(path: Path, names: list[str]) -> str:
-    """Of the names and sizes of files."""
-    digest = hashlib.sha256()
-    for name in names:
-        try:
-            size = (path / name).stat().st_size
-        except OSError:  # a link to nothing
-            size = -1
-        digest.update(os.fsencode(f"{name}\0{size}\0"))
-    return digest.hexdigest()[:16]
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 of a link to nothing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _listing(files: Mapping[str, int]) -> bytes:
+    """The names and sizes of files, each ended by a zero."""
+    return b"".join(os.fsencode(f"{name}\0{size}\0") for name, size in files.items())
+
+
+def _began_with(listing: Path, found: Mapping[str, int]) -> dict[str, int] | None:
+    """The files that a run began with, by its listing, where `found` are the same: no new ones, and half of them or
+    more as they were. None: these are others, or there is no such listing, as of older runs: the fingerprint tells."""
+    try:
+        # Not what blocks, or becomes as large as a memory: no more than twice as many files as there are.
+        if not listing.is_file():
+            return None
+        with gzip.open(listing) as file:
+            content = file.read(min(2 * len(found) * _LONGEST, _LARGEST))
+        if content.count(b"\0") > 4 * len(found):
+            return None
+        parts = content.split(b"\0")
+        files = {os.fsdecode(name): int(size) for name, size in zip(parts[:-1:2], parts[1::2])}
+    except (OSError, EOFError, zlib.error, ValueError):  # damaged
+        return None
+    kept = sum(found.get(name) == size for name, size in files.items())
+    return files if found.keys() <= files.keys() and 2 * kept >= len(files) else None
+
+
+def _change(size: int | None) -> str:
+    """Why a file, of this size now, is not what it was; None: there is no such file."""
+    return "it is of another size than when the run began" if size is not None and size >= 0 else "it is gone"

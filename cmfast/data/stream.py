@@ -74,6 +74,11 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """Tells these images from others, in one line that can be read."""
 
+    @property
+    def listing(self) -> bytes | None:
+        """What a run keeps of the data in its folder, to know them again; None: nothing."""
+        return None
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cmfast.data import Dataset, ImageData
+from cmfast.data.folder import LISTING
 from cmfast.denoiser import Denoiser
 from cmfast.objectives import Objective
 from cmfast.ranks import Ranks
@@ -23,7 +24,7 @@ from cmfast.training.lock import Locked, locked
 from cmfast.training.state import State, fingerprint, read, save_weights
 from cmfast.training.step import Pending, Reading, TrainStep, check_denoiser
 from cmfast.training.stop import Stop, Stopped
-from cmfast.whole import write_text
+from cmfast.whole import write_text, written_whole
 
 LOG, SETTINGS, RESULT = "log.jsonl", "config.yaml", "model.safetensors"
 
@@ -36,6 +37,7 @@ class Trainer:
     """Trains a model on data, and leaves in the folder `out`
 
         config.yaml          what it was trained with
+        images.gz            of a folder of images, the files that it began with
         log.jsonl            loss, learning rate, speed at every `log_interval`
         checkpoints/step-…/  the state of the last `keep` steps that were saved (`cmfast.training.checkpoints`)
         samples/, loss.png   pictures, every `sample_interval`
@@ -238,6 +240,9 @@ class Trainer:
         write_text(self.out / SETTINGS, config.written(self.settings))
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
         write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
+        if self.data.listing is not None:
+            with written_whole(self.out / LISTING) as file:
+                file.write_bytes(self.data.listing)
 
     def _report(self, bar: Any) -> None:
         """Take up the numbers that were posted, if any."""

@@ -2,6 +2,7 @@
 
 MEMORY = "tests/test_data.py::test_"
 FOLDER = "tests/test_data_folder.py::test_"
+FAULT = "tests/training/test_faults.py::test_a_"
 
 STREAM = [
     ("one order for every epoch", "torch.tensor([epoch]", "torch.tensor([0]", MEMORY + "order[7-3]"),
@@ -59,10 +60,10 @@ READER = [
     ("names in the order of the disk", "    return sorted(names)", "    return sorted(names, reverse=True)",
      FOLDER + "what_a_folder_holds"),
     ("hidden folders", 'if not name.startswith(".")]', "]", FOLDER + "what_a_folder_holds"),
-    ("the label of the file that is skipped", "self.labels[list(rows)]", "self.labels[torch.from_numpy(draw.rows)]",
+    ("the label of the file that is skipped", "self.labels[rows]", "self.labels[torch.from_numpy(draw.rows)]",
      FOLDER + "the_label_of_a_replacement"),
-    ("a skipped file moves the others", "                return image, at\n", "                return image, row\n",
-     FOLDER + "the_label_of_a_replacement"),
+    ("a skipped file moves the others", "                    return image, at\n",
+     "                    return image, row\n", FOLDER + "the_label_of_a_replacement"),
     ("skipped without being asked", "            if not self.skip_unreadable:\n", "            if False:\n",
      FOLDER + "a_truncated_image_ends_the_run_by_name[0]"),
     ("a warning for every epoch", "if not known and not self._warned:", "if True:",
@@ -71,8 +72,8 @@ READER = [
      FOLDER + "workers_ranks_and_resumes_change_nothing"),
     ("flips are left to nobody", "Batch(mirrored(torch.stack(images), flips),", "Batch(torch.stack(images),",
      FOLDER + "workers_ranks_and_resumes_change_nothing"),
-    ("a worker's error with its traceback", "                unreadable.append((name, decode.reason(error)))\n",
-     "                raise\n", FOLDER + "a_truncated_image_ends_the_run_by_name[1]"),
+    ("a worker's error with its traceback", "                    unreadable[name] = decode.reason(error)\n",
+     "                    raise\n", FOLDER + "a_truncated_image_ends_the_run_by_name[1]"),
     ("prefixes without being asked", "    elif labelled and not folders and", "    elif not folders and",
      FOLDER + "labels"),
     ("one subfolder is a class", "(labelled or len(set(folders)) > 1)", "True", FOLDER + "labels"),
@@ -87,6 +88,18 @@ READER = [
     ("workers are left to multiprocessing at exit", "        atexit.register(end)\n", "",
      FOLDER + "a_worker_that_is_killed_ends_the_run[elsewhere]"),
     ("a folder is passed over", "onerror=unreadable.append, ", "", FOLDER + "a_folder_that_cannot_be_read"),
+    ("a file of another size is what it was", "if files[name] != found.get(name)}", "if name not in found}",
+     FOLDER + "a_file_that_a_run_lost[60-0]"),
+    ("what a run lost is read all the same", "            if self.left_out[at]:\n", "            if False:\n",
+     FOLDER + "another_image_in_the_place_of_one"),
+    ("new images take the places of others", "found.keys() <= files.keys() and ", "",
+     FOLDER + "other_images_than_a_run_has"),
+    ("a few images are the run's", " and 2 * kept >= len(files)", "", FOLDER + "other_images_than_a_run_has"),
+    ("a disk that is gone is looked for again and again", "tried % _LOOK == 0 and self._is_gone()", "False",
+     FOLDER + "a_disk_that_goes_away[0-nothing]"),
+    ("an empty folder is there", "return next(entries, None) is None", "return False",
+     FOLDER + "a_disk_that_goes_away[0-an empty folder]"),
+    ("all of a million are tried", "tried == _MOST or ", "", FOLDER + "too_many_in_a_row"),
     ("images of several sizes", "elif one_size and this != size:", "elif False:", FOLDER + "sizes_and_channels"),
 ]  # fmt: skip
 
@@ -96,4 +109,11 @@ FAULTS = {
     "cmfast/data/pixels.py": PIXELS,
     "cmfast/data/decode.py": DECODE,
     "cmfast/data/folder.py": READER,
+    "cmfast/training/loop.py": [
+        ("a run does not know its images again", "        if self.data.listing is not None:\n", "        if False:\n",
+         FAULT + "run_whose_picture_vanished_ends_in_the_same_bits"),
+    ],
+    "cmfast/recipes.py": [
+        ("a folder is as it is", "**opening, run=run)", "**opening)", FAULT + "picture_that_vanishes[0]"),
+    ],
 }

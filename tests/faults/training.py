@@ -176,8 +176,9 @@ FROZEN = [
 ]  # fmt: skip
 
 RECIPES = [
-    ("each process alone with what it lacks", "parts = group.together(lambda: _parts(given, device))",
-     "parts = _parts(given, device)", "tests/training/test_parallel.py::test_both_learn_what_one_of_them_lacks"),
+    ("each process alone with what it lacks",
+     "group.together(lambda: _parts(given, device, Path(out) if resume else None))", "_parts(given, device, None)",
+     "tests/training/test_parallel.py::test_both_learn_what_one_of_them_lacks"),
     ("the curriculum of the paper's length", 'fields.setdefault("total_steps", steps)', "pass",
      _RECIPES + "settings_of_the_command_line"),
     ("the stages of the paper's length", '"steps_per_stage" not in fields', "False",

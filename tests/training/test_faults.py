@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,8 @@ import torch
 
 import cmfast
 from cmfast import cli
+from cmfast.data import decode, open_data
+from cmfast.data.folder import LISTING
 from cmfast.training import checkpoints
 from tests.training.fault_utils import ENDLESS, ENVIRONMENT, pictures, run
 from tests.training.test_loop import everything
@@ -132,18 +135,62 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_vanishes(tmp_path, workers, capsys):
     """The run ends with its name, and goes on without it, or when it is back."""
-    images = pictures(tmp_path / "images")
+    images, out = pictures(tmp_path / "images"), tmp_path / "run"
     content = (images / "2.png").read_bytes()
     short = ["--recipe", "edm", "--network", "tiny", "--batch-size", "2", "--data", str(images), "--save-interval", "1"]
-    arguments = ["train", "--device", "cpu", "--workers", str(workers), "--out", str(tmp_path / "run")]
-    assert cli.main([*arguments, *short, "--steps", "2"]) == 0
+    arguments = ["train", "--device", "cpu", "--workers", str(workers)]
+    resume = [*arguments, "--resume", "--steps", "4", "--out"]
+    assert cli.main([*arguments, *short, "--steps", "2", "--out", str(out)]) == 0
     opened = cmfast.data.open_data(images)
     (images / "2.png").unlink()
     with pytest.raises(ValueError, match=r"images/2\.png cannot be read: it is gone; with skip_unreadable"):
         for batch, _ in zip(opened.batches(2, seed=0, workers=workers), range(4)):
             assert batch
     capsys.readouterr()
-    assert cli.main([*arguments, "--resume", "--steps", "4"]) == 2
+    assert cli.main([*resume, str(out)]) == 2
+    assert "1 of 4 files in" in (said := capsys.readouterr().err)
+    assert said.endswith("2.png (it is gone); put them there as they were, or skip them with skip_unreadable=True\n")
+    # One that began before runs kept a listing; and one with other images as well.
+    for other in ("old", "more", "without"):
+        shutil.copytree(out, tmp_path / other)
+    (tmp_path / "old" / LISTING).unlink()
+    assert cli.main([*resume, str(tmp_path / "old"), "--skip-unreadable"]) == 2
     assert "is of another configuration" in capsys.readouterr().err  # there are three images now
+    (images / "9.png").write_bytes(content)
+    assert cli.main([*resume, str(tmp_path / "more"), "--skip-unreadable"]) == 2
+    assert "is of another configuration" in capsys.readouterr().err
+    (images / "9.png").unlink()
+    with pytest.warns(UserWarning, match="1 of 4 files .* are skipped"):
+        assert cli.main([*resume, str(tmp_path / "without"), "--skip-unreadable"]) == 0
+    with pytest.warns(UserWarning, match="1 of 4 files .* are skipped"):  # by the run's settings
+        assert cli.main([*arguments, "--resume", "--steps", "5", "--out", str(tmp_path / "without")]) == 0
     (images / "2.png").write_bytes(content)
-    assert cli.main([*arguments, "--resume", "--steps", "4"]) == 0
+    assert cli.main([*resume, str(out)]) == 0
+
+
+def test_a_run_whose_picture_vanished_ends_in_the_same_bits(tmp_path):
+    """As one that was not interrupted, and met it at the same step."""
+    for i, path in enumerate(sorted(pictures(tmp_path / "images").iterdir())):
+        folder = path.with_name("ab"[i % 2])
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    options = replace(OPTIONS, batch_size=1, steps=2)
+    data = open_data(tmp_path / "images")
+    trainer("edm", tmp_path / "part", options, data=data).run(progress=False)
+    seen = [batch.images for batch, _ in zip(data.batches(1, seed=options.seed), range(2))]
+    other = open_data(tmp_path / "images", skip_unreadable=True)
+    whole = trainer("edm", tmp_path / "whole", replace(options, steps=9), data=other)
+    gone = next(
+        path
+        for path in sorted((tmp_path / "images").rglob("*.png"))
+        if not any(torch.equal(decode.decode(path, "Pillow"), images[0]) for images in seen)
+    )
+    gone.unlink()
+    with pytest.warns(UserWarning, match=f"{gone.name} cannot be read: it is gone"):
+        whole.run(progress=False)
+    with pytest.warns(UserWarning, match=f"1 of 4 files .*{gone.name} .it is gone.; they are skipped"):
+        data = open_data(tmp_path / "images", skip_unreadable=True, run=tmp_path / "part")
+    resumed = trainer("edm", tmp_path / "part", replace(options, steps=9), data=data, resume=True)
+    assert resumed.done == 2
+    resumed.run(progress=False)
+    assert all(map(torch.equal, everything(resumed), everything(whole)))
