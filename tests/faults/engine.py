@@ -126,7 +126,7 @@ WATCH = [
      CHANGED + "what_changed"),
     ("containers that were empty", "if any(self._empty) or list(", "if list(",
      CHANGED + "what_counts_as_another_structure[child]"),
-    ("a class of its own", "if not all(map(is_, map(type, self.modules), self._classes)):", "if False:",
+    ("a class of its own", "if not all(map(is_, map(type, self._looked_at), self._classes)):", "if False:",
      CHANGED + "a_changed_model[graph-another_class]"),
     ("a method that was replaced before", 'if not all(map(is_, [attributes.get("forward")',
      'if False and not all(map(is_, [attributes.get("forward")', CHANGED + "a_method_that_is_replaced_twice"),

@@ -286,7 +286,7 @@ FAULTS = {
     "cmfast/fast/weights.py": FAST_WEIGHTS,
     "cmfast/fast/winograd.py": FAST_WINOGRAD,
     "cmfast/fast/__init__.py": [
-        ("attributes of another", "parts = model._modules if isinstance(model, nn.Module) else {}",
+        ("attributes of another", "parts = model._modules if own else {}",
          'parts = {n: getattr(model, n, None) for n in ("network", "unet")}',
          _CHANGES + "what_torch_compile_made_is_left_alone"),
         ("compiled in place", "if model._compiled_call_impl is not None:", "if False:",
