@@ -124,6 +124,19 @@ def test_training_on_two_ranks_and_on_from_there_on_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "one").glob("*.pt")) == sorted(names)
 
 
+def test_ranks_whose_machine_has_no_checkpoint_go_on_as_the_first_does(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "cmfast.compat.openai", str(SCRIPTS / "resume_elsewhere.py"), str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for start, steps in (0, 2), (2, 6):
+        done = subprocess.run([*command, str(steps)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        first, second = json.loads((tmp_path / "facts.json").read_text())
+        assert first == second and (first["start"], first["step"]) == (start, steps)
+    assert not list((tmp_path / "node1").glob("*.pt"))
+
+
 @pytest.mark.parametrize("where", ["installed", "checkout", "beside a cm"])
 def test_spawned_processes_find_cm_and_settings(where, tmp_path):
     """Wherever cmfast is found: they are given sys.path and the environment, and nothing else."""

@@ -388,6 +388,78 @@ def test_hooks_that_users_replace(tmp_path, monkeypatch, log_dir):
     assert "model000000.pt" in names(tmp_path / "bucket")
 
 
+@pytest.mark.parametrize("name", ["RAdam", "MixedPrecisionTrainer", "UniformSampler", "log_loss_dict", "update_ema"])
+def test_names_of_train_util_that_users_replace(name, monkeypatch):
+    """As where `TrainLoop` stood in that module."""
+    used, own = [], getattr(train_util, name)
+    monkeypatch.setattr(train_util, name, lambda *args, **options: used.append(name) or own(*args, **options))
+    cm_loop(schedule_sampler=None).run_step(*next(batches()))
+    assert used
+
+
+def test_a_folder_of_users_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_util, "get_blob_logdir", lambda: str(tmp_path / "runs" / "1"))
+    edm_loop().save()
+    assert "model000000.pt" in names(tmp_path / "runs" / "1")
+
+
+# Subclasses of users
+
+
+class OwnLosses(train_util.CMTrainLoop):
+    """The student teaches itself, in a mode that is not the original's."""
+
+    def forward_backward(self, batch, cond):
+        self.mp_trainer.zero_grad()
+        _, num_scales = self.ema_scale_fn(self.global_step)
+        losses = self.diffusion.consistency_losses(self.ddp_model, batch, num_scales, target_model=self.ddp_model)
+        self.mp_trainer.backward(losses["loss"].mean())
+
+
+class OwnDiffusion(KarrasDenoiser):
+    def consistency_losses(self, model, x_start, num_scales, target_model=None, **options):
+        return super().consistency_losses(model, x_start, num_scales, target_model=model, **options)
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        return super().training_losses(model, x_start, torch.linspace(0.01, 2, 40)[t], model_kwargs, noise)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: cm_loop("ict", OwnLosses, target_model=None),
+        lambda: cm_loop("consistency_training", OwnLosses, target_model=None),
+        lambda: cm_loop(target_model=None, diffusion=OwnDiffusion(distillation=True, loss_norm="l2")),
+        lambda: edm_loop(schedule_sampler=None, diffusion=OwnDiffusion()),
+        lambda: cm_loop("consistency_distillation", teacher_model=Small(5)),
+    ],
+    ids=["own mode", "no target", "no target for own losses", "losses of timesteps", "a wider teacher"],
+)
+def test_what_users_change_is_trained_as_there(make):
+    loop = make()
+    before = copy.deepcopy(loop.model.state_dict())
+    loop.run_step(*next(batches()))
+    assert loop.step == 1 and not same(before, loop.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "mode, options, message",
+    [
+        ("ict", {}, "unknown training_mode 'ict'"),
+        ("consistency_training", {"target_model": None}, "target_model is missing"),
+        ("progdist", {"teacher_model": None}, "teacher_model is missing"),
+    ],
+)
+def test_a_subclass_that_needs_them_hears_what_is_missing_at_its_first_step(mode, options, message):
+    class Logs(train_util.CMTrainLoop):
+        def run_step(self, batch, cond):
+            super().run_step(batch, cond)
+
+    loop = cm_loop(mode, Logs, **options)
+    with pytest.raises(ValueError, match=message):
+        loop.run_step(*next(batches()))
+
+
 def test_a_crash_while_saving_loses_nothing(monkeypatch, log_dir):
     loop = edm_loop()
     loop.save()
@@ -459,7 +531,7 @@ def test_loss_that_stays_nan_ends_the_run():
         (lambda: cm_loop("progdist", teacher_model=None), "teacher_model is missing"),
         (lambda: cm_loop(target_model=None), "target_model is missing"),
         (lambda: cm_loop(target_model=Small(5)), r"target_model is another network.*\[5, 3, 3, 3\] against \[4, 3"),
-        (lambda: cm_loop("consistency_distillation", teacher_model=Small(5)), "teacher_model is another network"),
+        (lambda: cm_loop("progdist", teacher_model=Small(5)), "teacher_model is another network"),
         (lambda: edm_loop(log_interval=0), "log_interval must be 1 or more, got 0"),
         (lambda: edm_loop(schedule_sampler=None).run_loop(), "UniformSampler draws.*--schedule_sampler lognormal"),
         (lambda: edm_loop(data=iter([(torch.zeros(2, 3, 4, 4), {"y": torch.zeros(3)})])).run_loop(), "'y' has 3.*2 im"),

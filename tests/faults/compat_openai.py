@@ -23,9 +23,19 @@ TRAIN_LOOP = [
      TRAINED + "ends_where_the_original_does[consistency_training]"),
     ("timesteps taken for noise levels", "and not t.is_floating_point():", "and False:",
      TRAINED + "errors_name_what_is_wrong[<lambda>-UniformSampler draws.*--schedule_sampler lognormal]"),
+    ("no diffusion takes timesteps", "is _TRAINING_LOSSES", "is not None",
+     TRAINED + "what_users_change_is_trained_as_there[losses of timesteps]"),
+    ("each rank looks for the optimizer's file alone", "        if len(found) > 1:\n", "        if False:\n",
+     SCRIPTS + "ranks_whose_machine_has_no_checkpoint_go_on_as_the_first_does"),
+    ("an optimizer of users is passed over", "_checkpoints.hooks().RAdam(", "torch.optim.RAdam(",
+     TRAINED + "names_of_train_util_that_users_replace[RAdam]"),
 ]  # fmt: skip
 
 TRAIN_UTIL = [
+    ("a mode of a subclass is refused", "if all(getattr(type(self), name) is function for name, function in _OWN.items()):",
+     "if True:", TRAINED + "what_users_change_is_trained_as_there[own mode]"),
+    ("any teacher has the model's shapes", 'if training_mode == "progdist":  # alone', "if True:  # alone",
+     TRAINED + "what_users_change_is_trained_as_there[a wider teacher]"),
     ("a frozen target teaches", "teacher_model=self.teacher_model,", "teacher_model=self.target_model,",
      TRAINED + "progressive_distillation_makes_each_student_the_next_teacher[0]"),
     ("the teacher stays", "update_ema(self.teacher_model.parameters(), self.model.parameters(), rate=0.0)", "pass",
@@ -53,6 +63,8 @@ CHECKPOINTS = [
      TRAINED + "a_crash_while_saving_loses_nothing"),
     ("hooks of users are passed over", "hooks().get_blob_logdir()", "get_blob_logdir()",
      TRAINED + "hooks_that_users_replace"),
+    ("a folder of users must be there", "    path.parent.mkdir(parents=True, exist_ok=True)\n", "",
+     TRAINED + "a_folder_of_users_is_made"),
 ]  # fmt: skip
 
 FP16 = [

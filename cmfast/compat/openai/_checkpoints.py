@@ -50,6 +50,7 @@ def save(state: Any, name: str) -> None:
     Raises: OSError: it could not be written, such as on a full disk; a file of that name stays as it was.
     """
     path = Path(hooks().get_blob_logdir(), name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as unfinished, open(unfinished, "wb") as file:
         try:
             torch.save(state, file)
@@ -57,9 +58,9 @@ def save(state: Any, name: str) -> None:
             raise OSError(f"cannot write {path}: {error}") from error
 
 
-def read(path: str) -> Any:
-    """What `torch.save` wrote, on this process's device, in memory of its own."""
-    return dist_util.load_state_dict(path, map_location=dist_util.dev(), mmap=False)
+def read(path: str, device: torch.device | str | None = None) -> Any:
+    """What `torch.save` wrote, in memory of its own; default: on this process's device."""
+    return dist_util.load_state_dict(path, map_location=dist_util.dev() if device is None else device, mmap=False)
 
 
 def load_into(model: nn.Module, path: str) -> None:

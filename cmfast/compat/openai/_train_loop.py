@@ -11,17 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel.distributed import DistributedDataParallel as DDP
-from torch.optim import RAdam
 
 from cmfast.compat.openai import _checkpoints, dist_util, logger
-from cmfast.compat.openai.fp16_util import MixedPrecisionTrainer
 from cmfast.compat.openai.karras_diffusion import KarrasDenoiser
-from cmfast.compat.openai.nn import update_ema
-from cmfast.compat.openai.resample import LossAwareSampler, UniformSampler
+from cmfast.compat.openai.resample import LossAwareSampler
 
 #: (images [B, C, H, W], {"y": labels [B]} or {}) without end.
 Batches = Iterator[tuple[Tensor, Mapping[str, Tensor]]]
+# As it is here: a subclass, an instance or a patch of the class may hold another, which may take timesteps.
+_TRAINING_LOSSES = KarrasDenoiser.training_losses
 
 
 class TrainLoop:
@@ -35,6 +33,9 @@ class TrainLoop:
         resume_checkpoint: a modelNNNNNN.pt, whose other files lie beside it; "": a new run.
         schedule_sampler: default: uniform timesteps, which EDM cannot use: give `resample.LogNormalSampler()`.
         lr_anneal_steps: steps in which the learning rate falls to 0, where the run ends; 0: neither.
+
+    Which files there are, rank 0 says, and gives what is in them to the others, whose machines may lack them.
+    What a script puts in the place of a name of `cm.train_util`, such as RAdam or log_loss_dict, is used.
 
     With DIFFUSION_TRAINING_TEST in the environment, a run ends after its first checkpoint.
     Raises: ValueError: an argument out of range, or a checkpoint of another network.
@@ -74,15 +75,16 @@ class TrainLoop:
         self.resume_checkpoint = resume_checkpoint
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.schedule_sampler = schedule_sampler or _checkpoints.hooks().UniformSampler(diffusion)
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist.get_world_size()
         self.sync_cuda = torch.cuda.is_available()
+        self._checkpoint: str | None = None
 
         self._load_and_sync_parameters()
-        self.mp_trainer = MixedPrecisionTrainer(
+        self.mp_trainer = _checkpoints.hooks().MixedPrecisionTrainer(
             model=self.model, use_fp16=self.use_fp16, fp16_scale_growth=fp16_scale_growth
         )
         self._load_master_parameters()
@@ -96,15 +98,24 @@ class TrainLoop:
         self.ddp_model = self._distributed() if self.use_ddp else self.model
         self.step = self.resume_step
 
-    def _make_optimizer(self) -> RAdam:
-        return RAdam(self.mp_trainer.master_params, lr=self.lr, weight_decay=self.weight_decay)
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = _checkpoints.hooks().RAdam(
+            self.mp_trainer.master_params, lr=self.lr, weight_decay=self.weight_decay
+        )
+        return optimizer
 
     def _distributed(self) -> nn.Module:
         device = [dist_util.dev()] if torch.cuda.is_available() else None
-        return DDP(self.model, device_ids=device, broadcast_buffers=False, bucket_cap_mb=128)
+        wrapped: nn.Module = _checkpoints.hooks().DDP(
+            self.model, device_ids=device, broadcast_buffers=False, bucket_cap_mb=128
+        )
+        return wrapped
 
     def _main_checkpoint(self) -> str:
-        return _checkpoints.hooks().find_resume_checkpoint() or self.resume_checkpoint
+        """The file to go on from, "" for none: that of rank 0, also where the folders of other machines hold others."""
+        if self._checkpoint is None:
+            self._checkpoint = _of_rank_0(_checkpoints.hooks().find_resume_checkpoint() or self.resume_checkpoint)
+        return self._checkpoint
 
     def _load_and_sync_parameters(self) -> None:
         checkpoint = self._main_checkpoint()
@@ -142,14 +153,23 @@ class TrainLoop:
 
     def _load_optimizer_state(self) -> None:
         path = _checkpoints.beside(self._main_checkpoint(), f"opt{self.resume_step:06}.pt")
-        if path:
+        found: list[Any] = [path is not None] * dist.get_world_size()
+        if len(found) > 1:
+            dist.all_gather_object(found, path is not None)
+        # Of machines that lack it: one that started its moments anew would move its weights away from the others'.
+        if not found[0]:
+            return
+        state = None
+        if path and (all(found) or dist.get_rank() == 0):
             logger.log(f"loading optimizer state from checkpoint: {path}")
-            try:
-                self.opt.load_state_dict(_checkpoints.read(path))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} belongs to another network, or to a run with another use_fp16: {error}"
-                ) from None
+            state = _checkpoints.read(path, "cpu")
+        if not all(found):
+            state = _of_rank_0(state)
+        try:
+            self.opt.load_state_dict(state)
+        except ValueError as error:
+            path = path or f"the optimizer of {self._main_checkpoint()}"
+            raise ValueError(f"{path} belongs to another network, or to a run with another use_fp16: {error}") from None
 
     def run_loop(self) -> None:
         """Train to the end, with logs and checkpoints on the way and a checkpoint at the end."""
@@ -195,12 +215,14 @@ class TrainLoop:
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             loss = (losses["loss"] * weights).mean()
-            log_loss_dict(self.diffusion, t, {key: value * weights for key, value in losses.items()})
+            weighted = {key: value * weights for key, value in losses.items()}
+            _checkpoints.hooks().log_loss_dict(self.diffusion, t, weighted)
             self.mp_trainer.backward(loss)
 
     def _losses(self, images: Tensor, model_kwargs: dict[str, Tensor], t: Tensor) -> dict[str, Tensor]:
         """Losses [B] by name, of which `loss` is trained on."""
-        if isinstance(self.diffusion, KarrasDenoiser) and not t.is_floating_point():
+        own = getattr(getattr(self.diffusion, "training_losses", None), "__func__", None) is _TRAINING_LOSSES
+        if own and not t.is_floating_point():
             raise ValueError(
                 f"{type(self.schedule_sampler).__name__} draws numbers of timesteps, and EDM needs noise levels: "
                 "--schedule_sampler lognormal"
@@ -212,7 +234,7 @@ class TrainLoop:
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
+            _checkpoints.hooks().update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     def _anneal_lr(self) -> None:
         if not self.lr_anneal_steps:
@@ -246,6 +268,15 @@ class TrainLoop:
             logger.log("saving model 0...")
             _checkpoints.save(to_state_dict(self.mp_trainer.master_params), f"model{step:06d}.pt")
         dist.barrier()
+
+
+def _of_rank_0(value: Any) -> Any:
+    """What it is on rank 0, on all ranks; tensors in it are on the CPU."""
+    if dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=dist_util.dev())
+    return values[0]
 
 
 def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> None:

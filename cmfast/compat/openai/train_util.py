@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel.distributed import DistributedDataParallel as DDP
+from torch.optim import RAdam
 
-from cmfast.compat.openai import _checkpoints, logger
+from cmfast.compat.openai import _checkpoints, dist_util, logger
 from cmfast.compat.openai._checkpoints import (
     find_ema_checkpoint,
     find_resume_checkpoint,
@@ -32,21 +34,35 @@ from cmfast.compat.openai._checkpoints import (
 from cmfast.compat.openai._train_loop import TrainLoop, log_loss_dict
 from cmfast.compat.openai.fp16_util import (
     INITIAL_LOG_LOSS_SCALE,
+    MixedPrecisionTrainer,
     get_param_groups_and_shapes,
     make_master_params,
     master_params_to_model_params,
 )
+from cmfast.compat.openai.karras_diffusion import KarrasDenoiser
 from cmfast.compat.openai.nn import update_ema
+from cmfast.compat.openai.resample import LossAwareSampler, UniformSampler
 
 __all__ = [
+    "DDP",
     "INITIAL_LOG_LOSS_SCALE",
     "CMTrainLoop",
+    "LossAwareSampler",
+    "MixedPrecisionTrainer",
+    "RAdam",
     "TrainLoop",
+    "UniformSampler",
+    "dist_util",
     "find_ema_checkpoint",
     "find_resume_checkpoint",
     "get_blob_logdir",
+    "get_param_groups_and_shapes",
     "log_loss_dict",
+    "logger",
+    "make_master_params",
+    "master_params_to_model_params",
     "parse_resume_step_from_filename",
+    "update_ema",
 ]
 
 TRAINING_MODES = ("consistency_distillation", "consistency_training", "progdist")
@@ -69,7 +85,10 @@ class CMTrainLoop(TrainLoop):
     a step late, and students learn from the target, which never moves.) lr_anneal_steps is for one stage; the stages
     of two scales and of one have twice as many.
 
-    Raises: ValueError: an unknown training_mode, progdist without a teacher, a target or teacher of other shapes.
+    A subclass with `forward_backward` of its own may have a training_mode of its own, and no target.
+
+    Raises: ValueError: an unknown training_mode, progdist without a teacher, a target of other shapes than the model,
+        or with progdist a teacher of others.
     """
 
     def __init__(
@@ -83,12 +102,14 @@ class CMTrainLoop(TrainLoop):
         total_training_steps: int,
         **kwargs: Any,
     ) -> None:
-        if training_mode not in TRAINING_MODES:
-            raise ValueError(f"unknown training_mode {training_mode!r}; known: {', '.join(TRAINING_MODES)}")
-        if training_mode == "progdist" and teacher_model is None:
-            raise ValueError("progdist distils a teacher: teacher_model is missing (--teacher_model_path FILE)")
-        if training_mode != "progdist" and target_model is None:
-            raise ValueError("target_model is missing: give an average of the model")
+        # A subclass may compute losses in a way of its own, from a mode of its own, without a target.
+        if all(getattr(type(self), name) is function for name, function in _OWN.items()):
+            _check_mode(training_mode)
+            if training_mode == "progdist" and teacher_model is None:
+                raise ValueError("progdist distils a teacher: teacher_model is missing (--teacher_model_path FILE)")
+            losses = getattr(kwargs.get("diffusion"), "consistency_losses", None)
+            if training_mode != "progdist" and target_model is None and _takes_a_target(losses):
+                raise ValueError("target_model is missing: give an average of the model")
         super().__init__(**kwargs)
         self.training_mode = training_mode
         self.ema_scale_fn = ema_scale_fn
@@ -100,12 +121,14 @@ class CMTrainLoop(TrainLoop):
             logger.warn("consistency_distillation without a teacher_model is consistency training")
 
         if target_model is not None:
-            _checkpoints.check_same_shapes("target_model", target_model, self.mp_trainer.model_params)
+            if type(self)._update_target_ema is _UPDATE_TARGET:
+                _checkpoints.check_same_shapes("target_model", target_model, self.mp_trainer.model_params)
             self._load_and_sync_target_parameters()
             target_model.requires_grad_(False).train(training_mode != "progdist")
             self._make_target_master_params(target_model)
         if teacher_model is not None:
-            _checkpoints.check_same_shapes("teacher_model", teacher_model, self.mp_trainer.model_params)
+            if training_mode == "progdist":  # alone in making the student the teacher
+                _checkpoints.check_same_shapes("teacher_model", teacher_model, self.mp_trainer.model_params)
             self._load_and_sync_teacher_parameters()
             teacher_model.requires_grad_(False).eval()
 
@@ -202,6 +225,7 @@ class CMTrainLoop(TrainLoop):
 
     def _losses(self, images: Tensor, model_kwargs: dict[str, Tensor], t: Tensor) -> dict[str, Tensor]:
         losses: dict[str, Tensor]
+        _check_mode(self.training_mode)
         _, num_scales = self.ema_scale_fn(self.global_step)
         if self.training_mode == "progdist":
             # The first teacher comes with its own scalings, a former student has the model's.
@@ -233,3 +257,19 @@ class CMTrainLoop(TrainLoop):
         if self.training_mode == "progdist":
             others["teacher_model"] = self.teacher_model
         self._save(self.global_step, {name: model for name, model in others.items() if model is not None})
+
+
+def _check_mode(training_mode: str) -> None:
+    if training_mode not in TRAINING_MODES:
+        raise ValueError(f"unknown training_mode {training_mode!r}; known: {', '.join(TRAINING_MODES)}")
+
+
+def _takes_a_target(losses: Any) -> bool:
+    """Whether they are KarrasDenoiser's own, and not those of a subclass, which may do without."""
+    return getattr(losses, "__func__", None) is _CONSISTENCY_LOSSES
+
+
+# As they are here: a subclass or a patch of the class may hold others.
+_OWN = {name: getattr(CMTrainLoop, name) for name in ("run_loop", "run_step", "forward_backward", "_losses")}
+_UPDATE_TARGET = CMTrainLoop._update_target_ema
+_CONSISTENCY_LOSSES = KarrasDenoiser.consistency_losses

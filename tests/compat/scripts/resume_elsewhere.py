@@ -1,0 +1,56 @@
+"""Goes on on two ranks, each of which looks for checkpoints in a folder of its own, as on two machines."""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from cm import dist_util, logger, train_util
+from cm.karras_diffusion import KarrasDenoiser
+from cm.resample import LogNormalSampler
+
+
+class Small(torch.nn.Conv2d):
+    def forward(self, x, timesteps):
+        return super().forward(x)
+
+
+def batches():
+    while True:
+        yield torch.rand(2, 3, 4, 4), {}
+
+
+def main():
+    dist_util.setup_dist()
+    torch.manual_seed(dist.get_rank())
+    folder = os.path.join(sys.argv[1], f"node{dist.get_rank()}")
+    logger.configure(folder, [])
+    last = os.path.join(folder, "model000002.pt")
+    train_util.find_resume_checkpoint = lambda: last if os.path.exists(last) else None
+    loop = train_util.TrainLoop(
+        model=Small(3, 3, 1),
+        diffusion=KarrasDenoiser(),
+        data=batches(),
+        batch_size=2,
+        microbatch=-1,
+        lr=0.1,
+        ema_rate="0.9",
+        log_interval=10,
+        save_interval=-1,
+        resume_checkpoint="",
+        schedule_sampler=LogNormalSampler(),
+        lr_anneal_steps=int(sys.argv[2]),
+    )
+    start = loop.step
+    loop.run_loop()
+    weights = torch.cat([p.detach().flatten() for p in [*loop.model.parameters(), *loop.ema_params[0]]])
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {"start": start, "step": loop.step, "weights": weights.tolist()})
+    if dist.get_rank() == 0:
+        with open(os.path.join(sys.argv[1], "facts.json"), "w") as file:
+            json.dump(everyone, file)
+
+
+if __name__ == "__main__":
+    main()
