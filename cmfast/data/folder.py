@@ -212,6 +212,7 @@ class _Reader(torch.utils.data.Dataset[Any]):
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = None if labels is None else torch.tensor(labels, device="cpu")
         self.path, self.shape, self.image_size = path, shape, image_size
+        # Those that cannot be read as the data are opened: not tried again, and none of those in a row.
         self.left_out = np.array(left_out)
         self.tries = len(names) if skip_unreadable else 1
         self.decoder = decode.decoder()
