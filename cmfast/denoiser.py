@@ -29,9 +29,11 @@ class Denoiser(nn.Module):
         preconditioner: default: that of a consistency model.
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
         image_shape: (C, H, W) the model makes; None if not known.
-        num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one.
+        num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one, of
+            which 0 or less is none.
 
-    Raises: ValueError: not 0 < sigma_min < sigma_max, or a rho that makes no noise levels of them.
+    Raises: ValueError: not 0 < sigma_min < sigma_max, a rho that makes no noise levels of them, or num_classes below 1.
+        TypeError: an image_shape or num_classes that are no whole numbers.
 
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
     >>> x = torch.randn(2, 3, 8, 8)
@@ -58,9 +60,14 @@ class Denoiser(nn.Module):
             raise ValueError(f"rho must be above 0, 7 mostly, with sigma ** (1 / rho) a number, got {rho}")
         self.network = network
         self.preconditioner = preconditioner or Preconditioner.consistency(sigma_min=sigma_min)
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        self.image_shape = tuple(image_shape) if image_shape else None
-        self.num_classes = num_classes if num_classes is not None else stated(network, "num_classes")
+        # Numbers of Python's own, which a file can hold: NumPy's in float32 would make other levels, too.
+        self.sigma_min, self.sigma_max, self.rho = float(sigma_min), float(sigma_max), float(rho)
+        sizes = () if image_shape is None else image_shape
+        self.image_shape = tuple(_check.whole("image_shape", size) for size in sizes) or None
+        if num_classes is not None:
+            self.num_classes: int | None = _check.whole("num_classes", num_classes, least=1)
+        else:
+            self.num_classes = stated_classes(network)
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -168,6 +175,16 @@ def stated(network: Any, name: str) -> Any:
     value = getattr(network, name, None)
     inner = getattr(network, "module", None)
     return stated(inner, name) if value is None and isinstance(inner, nn.Module) else value
+
+
+def stated_classes(network: Any) -> int | None:
+    """The number of classes that a model or network says it has; None if it does not, or says 0 or less.
+
+    Raises: TypeError: that is no whole number.
+    """
+    said = stated(network, "num_classes")
+    count = 0 if said is None else _check.whole("num_classes of the network", said)
+    return count if count > 0 else None
 
 
 def _intercepted(model: Denoiser) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast import ops
+from cmfast.ops import _check
 from cmfast.ops._dispatch import keeping_backend
 
 #: The draw number of a network's first layer that drops; the next layers count up. Noise counts up from 0, too.
@@ -61,7 +62,7 @@ def at(draw: ops.Draw) -> Iterator[None]:
 
 def _first(draw: ops.Draw) -> ops.Draw:
     """The draw of layer 0. The draw number goes into the seed, for its own word counts layers."""
-    seed, index, number = draw
+    seed, index, number = _check.counter("draw", draw)
     if isinstance(seed, Tensor):
         seed = seed.to(torch.int64)
     else:

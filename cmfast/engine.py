@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated, unfused
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated, stated_classes, unfused
 from cmfast.graphs import Values
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
@@ -93,7 +93,7 @@ class Sampler:
             raise ValueError("image_shape=(C, H, W) is needed: the model does not say what it makes")
         self._model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
         self.image_shape, self.num_scales, self.noise = _image_shape(shape), num_scales, noise
-        self.num_classes: int | None = stated(model, "num_classes")
+        self.num_classes = stated_classes(model)
         self._range: dict[str, Any] = noise_range(model)
         self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **self._range)
         check_options(sampler, options)
@@ -178,6 +178,7 @@ class Sampler:
         and progress as of `sample`."""
         self._runner.check_process()
         device, size = self.device, self.batch_size
+        seed = seed if isinstance(seed, Tensor) else _check.integer("seed", seed, device)
         padded = None
         if labels is not None and n:
             # The surplus of the last batch repeats the last label: nothing of it is kept.

@@ -38,6 +38,8 @@ class Preconditioner:
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
         if not (math.isfinite(self.boundary) and self.boundary >= 0):
             raise ValueError(f"boundary must be a noise level of 0 or more, got {self.boundary}")
+        for name in ("sigma_data", "boundary"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # of NumPy's numbers, what a file can hold
 
     @classmethod
     def consistency(cls, sigma_data: float = 0.5, sigma_min: float = 0.002) -> Preconditioner:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -106,7 +107,40 @@ def test_preconditioner_by_name():
     assert Preconditioner.by_name("edm", **options) == Preconditioner(0.7, 0.0)
 
 
+@pytest.mark.parametrize("stated, count", [(0, None), (-1, None), (False, None), (np.int64(7), 7)], ids=str)
+def test_classes_that_a_network_states(stated, count, model):
+    """0 or -1 is how some say that they have none."""
+    network = ToyNetwork()
+    network.num_classes = stated
+    found = Denoiser(network).num_classes
+    assert found == count and type(found) is type(count)
+    assert Sampler(network_of(stated), 2, image_shape=(3, 8, 6)).num_classes == count
+    assert Denoiser(network, num_classes=np.int64(3)).num_classes == 3
+    for wrong, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="num_classes must be"):
+            Denoiser(network, num_classes=wrong)
+
+
+def network_of(classes):
+    """A function D(x, sigma) that says how many classes it has."""
+
+    def denoise(x, sigma):
+        return 0.1 * x
+
+    denoise.num_classes = classes
+    return denoise
+
+
+def test_an_unconditional_network_that_states_no_classes():
+    denoiser = Denoiser(network_of(-1), image_shape=(1, 4, 4))
+    assert Sampler(denoiser, 2).sample(3).shape == (3, 4, 4, 1)
+
+
 def test_bad_constructor_arguments():
+    with pytest.raises(TypeError, match="num_classes of the network must be a whole number, got 2.5"):
+        Denoiser(network_of(2.5))
+    with pytest.raises(TypeError, match="image_shape must be a whole number"):
+        Denoiser(ToyNetwork(), image_shape=(3, 8.5, 8))
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         Denoiser(ToyNetwork(), sigma_min=80.0, sigma_max=0.002)
     with pytest.raises(ValueError, match="sigma_data"):

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from cmfast import noise
+from cmfast import Denoiser, Sampler, losses, noise, ops
 
 X = torch.empty(4, 3, 5, 5)
 
@@ -79,3 +80,38 @@ def test_bad_arguments():
         noise.get_generator("nope")
     with pytest.raises(ValueError, match="num_samples"):
         noise.get_generator("determ")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_seeds_and_draws_of_numpy(kind):
+    """As Python's: a sum of small ones must not wrap."""
+    index, x = torch.arange(2), torch.randn(2, 32, 4, 4)
+    given, plain = ops.Draw(kind(200), index, kind(100)), ops.Draw(200, index, 100)
+    grid = ops.Grid(torch.tensor([80.0, 2.0, 0.002]))
+    sigma = torch.ones(2)
+    for made in (
+        lambda draw: ops.normal(draw.seed, index, (3, 4), draw=draw.draw),
+        lambda draw: ops.uniform_int(draw.seed, index, 9, draw=draw.draw),
+        lambda draw: ops.init_noise(draw, sigma, shape=(3, 4))[0],
+        lambda draw: ops.add_noise(x, draw, sigma)[0],
+        lambda draw: ops.add_noise_pair(x, draw, sigma, sigma)[1][0],
+        lambda draw: ops.renoise(x, x, sigma, sigma, draw)[0],
+        lambda draw: ops.draw_levels(draw, grid)[0],
+        lambda draw: ops.draw_pair(x, draw, grid).second[0],
+        lambda draw: ops.dropout(x, 0.5, draw),
+        lambda draw: losses.denoising_loss(lambda x, sigma: 0.5 * x, x, ops.LogNormal(), draw=draw)["loss"],
+        lambda draw: ops.group_norm_silu(x, 4, torch.ones(32), torch.zeros(32), dropout=0.5, draw=draw),
+    ):
+        assert torch.equal(made(given), made(plain))
+    sampler = Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4))
+    assert torch.equal(sampler.sample(3, seed=kind(200)), sampler.sample(3, seed=200))
+    network = Denoiser(lambda x, t, y: 0.1 * y.view(-1, 1, 1, 1) * x, num_classes=np.int64(5), image_shape=(1, 4, 4))
+    assert torch.equal(Sampler(network, 2).sample(3, seed=kind(200)), Sampler(network, 2).sample(3, seed=200))
+
+
+@pytest.mark.parametrize("seed", [True, 2.0, "3", None], ids=repr)
+def test_seeds_that_are_none(seed):
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        ops.normal(seed, torch.arange(2), (3,))
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4)).sample(3, seed=seed)

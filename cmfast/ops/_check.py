@@ -85,15 +85,18 @@ def input_format(x: Tensor, dtype: object, memory_format: object) -> None:
         raise ValueError(f"memory_format {memory_format} is for batches of {dims} dimensions, got {list(x.shape)}")
 
 
-def integer(name: str, value: object, device: torch.device) -> None:
-    """An integer, or an integer scalar tensor on the device: what seeds and draw numbers are."""
+def integer(name: str, value: Any, device: torch.device) -> Any:
+    """An integer, or an integer scalar tensor on the device: what seeds and draw numbers are. One of NumPy's as
+    Python's, which does not wrap."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.numel() != 1:
             raise TypeError(f"{name} must be an integer or an integer scalar, got {value.dtype} {list(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, index on {device}: move one of them")
-    elif not isinstance(value, int):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer or an integer scalar tensor, got {type(value).__name__}")
+    return value if isinstance(value, int) else operator.index(value)
 
 
 def sample_index(index: object) -> None:
@@ -103,13 +106,13 @@ def sample_index(index: object) -> None:
         raise TypeError(f"index must be an integer tensor [B] of sample indices, got {came}")
 
 
-def noise_like(noise: object, x: Tensor, x_name: str) -> None:
+def noise_like(noise: Any, x: Tensor, x_name: str) -> Tensor | Draw:
     """A floating tensor of the shape and device of x, or a `Draw` of as many samples there."""
     if not isinstance(noise, Draw):
         float_tensor("noise", noise)
-        same_shape(**{x_name: x, "noise": noise})  # type: ignore[arg-type]  # checked above
-        return
-    draw_for("noise", noise, x, x_name)
+        same_shape(**{x_name: x, "noise": noise})
+        return noise
+    return draw_for("noise", noise, x, x_name)
 
 
 def counter(name: str, draw: object) -> Draw:
@@ -117,18 +120,19 @@ def counter(name: str, draw: object) -> Draw:
     if not isinstance(draw, Draw):
         raise TypeError(f"{name} must be a Draw(seed, index, draw), got {type(draw).__name__}")
     sample_index(draw.index)
-    integer(f"{name}.seed", draw.seed, draw.index.device)
-    integer(f"{name}.draw", draw.draw, draw.index.device)
-    return draw
+    seed = integer(f"{name}.seed", draw.seed, draw.index.device)
+    number = integer(f"{name}.draw", draw.draw, draw.index.device)
+    return Draw(seed, draw.index, number)
 
 
-def draw_for(name: str, draw: object, x: Tensor, x_name: str) -> None:
+def draw_for(name: str, draw: object, x: Tensor, x_name: str) -> Draw:
     """A `Draw` of as many samples as x has, on its device."""
     draw = counter(name, draw)
     if draw.index.shape[0] != x.shape[0]:
         raise ValueError(f"{name} draws {draw.index.shape[0]} samples, {x_name} has {x.shape[0]}")
     if draw.index.device != x.device:
         raise ValueError(f"{name}.index is on {draw.index.device}, {x_name} on {x.device}: move one of them")
+    return draw
 
 
 def parameter(name: str, value: object, shape: tuple[int, ...], letters: str, x: Tensor) -> None:

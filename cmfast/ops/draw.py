@@ -59,7 +59,7 @@ def draw_levels(draw: Draw, levels: Levels, *, dtype: torch.dtype = torch.float3
     >>> draw_levels(Draw(0, torch.arange(3)), Grid(torch.tensor([80.0, 0.002])))
     (tensor([80., 80., 80.]), tensor([0.0020, 0.0020, 0.0020]))
     """
-    _check.counter("draw", draw)
+    draw = _check.counter("draw", draw)
     _check_levels(levels, draw.index.device)
     if dtype not in _check.DTYPES:
         raise TypeError(f"dtype must be floating, got {dtype}")
@@ -90,7 +90,7 @@ def draw_pair(
     (torch.Size([2, 3, 8, 8]), torch.Size([2]), None)
     """
     _check.float_tensor("x_start", x_start)
-    _check.draw_for("draw", draw, x_start, "x_start")
+    draw = _check.draw_for("draw", draw, x_start, "x_start")
     _check_levels(levels, x_start.device)
     if not isinstance(pair, bool):
         raise TypeError(f"pair must be True or False, got {pair!r}")

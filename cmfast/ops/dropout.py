@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float, draw: Draw) -> Tensor:
     """
     _check.float_tensor("x", x, min_ndim=2)
     _check.part("p", p)
-    _check.draw_for("draw", draw, x, "x")
+    draw = _check.draw_for("draw", draw, x, "x")
     if not use_kernel("dropout", x, draw, levels=False):
         return reference.dropout(x, p, draw)
     if torch.is_grad_enabled() and x.requires_grad:

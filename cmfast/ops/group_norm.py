@@ -75,7 +75,7 @@ def group_norm_silu(
     if dropout:
         if draw is None:
             raise ValueError("draw is missing: dropout needs a Draw(seed, index, draw)")
-        _check.draw_for("draw", draw, x, "x")
+        draw = _check.draw_for("draw", draw, x, "x")
     draw = draw if dropout else None
     tensors = x, weight, bias, scale, shift, x_bias, residual
     options: dict[str, Any] = {"eps": eps, "silu": silu, "dropout": dropout}

@@ -37,8 +37,8 @@ def normal(
     True
     """
     _check.sample_index(index)
-    _check.integer("seed", seed, index.device)
-    _check.integer("draw", draw, index.device)
+    seed = _check.integer("seed", seed, index.device)
+    draw = _check.integer("draw", draw, index.device)
     if dtype not in _check.DTYPES:
         raise TypeError(f"dtype must be floating, got {dtype}")
     shape = _check.sizes("shape", shape)
@@ -58,8 +58,8 @@ def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Ten
     torch.Size([4])
     """
     _check.sample_index(index)
-    _check.integer("seed", seed, index.device)
-    _check.integer("draw", draw, index.device)
+    seed = _check.integer("seed", seed, index.device)
+    draw = _check.integer("draw", draw, index.device)
     if not isinstance(high, int) or not 0 < high <= 2**31:
         raise ValueError(f"high must be an integer from 1 to 2**31, got {high}")
     return reference.uniform_int(seed, index, high, draw=draw)
@@ -94,7 +94,7 @@ def init_noise(
         options["shape"] = shape = _check.sizes("shape", shape)
         batch = torch.empty(noise.index.shape[0], *shape, dtype=state_dtype, device="meta")
         _check.input_format(batch, state_dtype, None)
-        _check.noise_like(noise, noise.index, "index")
+        noise = _check.draw_for("noise", noise, noise.index, "index")
         _check.sigma_level("sigma", sigma, noise.index)
     else:
         if shape is not None or state_dtype is not None:
@@ -118,12 +118,14 @@ def _check_data(
     sigma_data: float | None,
     dtype: torch.dtype | None,
     memory_format: torch.memory_format | None,
-) -> None:
+) -> Tensor | Draw:
+    """The noise."""
     _check.float_tensor("x_start", x_start)
-    _check.noise_like(noise, x_start, "x_start")
+    noise = _check.noise_like(noise, x_start, "x_start")
     _check.sigma_level("sigma", sigma, x_start)
     _check.sigma_data_value(sigma_data)
     _check.input_format(x_start, dtype, memory_format)
+    return noise
 
 
 def add_noise(
@@ -149,7 +151,7 @@ def add_noise(
     >>> bool((x_t == normal(0, torch.arange(2), (3, 8, 8))).all())
     True
     """
-    _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
+    noise = _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
     if input_sigma is not None:
         _check.sigma_level("input_sigma", input_sigma, x_start)
     inputs = x_start, noise, sigma, input_sigma
@@ -182,7 +184,7 @@ def add_noise_pair(
     >>> x_t.max().item(), x_t2.max().item()
     (2.0, 1.0)
     """
-    _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
+    noise = _check_data(x_start, noise, sigma, sigma_data, dtype, memory_format)
     _check.sigma_level("next_sigma", next_sigma, x_start)
     inputs = x_start, noise, sigma, next_sigma
     options: dict[str, Any] = {"sigma_data": sigma_data, "dtype": dtype, "memory_format": memory_format}
@@ -223,7 +225,7 @@ def renoise(
     tensor([1.])
     """
     check_step(model_output, x_t, sigma, sigma_data, boundary)
-    _check.noise_like(noise, x_t, "x_t")
+    noise = _check.noise_like(noise, x_t, "x_t")
     _check.sigma_level("next_sigma", next_sigma, x_t)
     _check.number("sigma_min", sigma_min)
     _check.input_format(x_t, dtype, None)

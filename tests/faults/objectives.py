@@ -94,8 +94,8 @@ FAST = [
 ]  # fmt: skip
 
 DENOISER = [
-    ("classes of a wrapped network not seen", 'else stated(network, "num_classes")',
-     'else getattr(network, "num_classes", None)', _W + "distributed_models_are_accepted[ddp inside-edm]"),
+    ("classes of a wrapped network not seen", 'said = stated(network, "num_classes")',
+     'said = getattr(network, "num_classes", None)', _W + "distributed_models_are_accepted[ddp inside-edm]"),
     ("a Denoiser compiled in place is passed by", ' or own.get("_compiled_call_impl") is not None', "",
      _W + "compiled_models_are_accepted[compiled in place-edm]"),
 ]  # fmt: skip

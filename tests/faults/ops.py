@@ -109,6 +109,8 @@ INPLACE = [
 ]  # fmt: skip
 
 CHECK = [
+    ("small integers of NumPy wrap", "return value if isinstance(value, int) else operator.index(value)",
+     "return value", "tests/test_noise.py::test_seeds_and_draws_of_numpy[uint8]"),
     ("a number that varies cannot be traced", "_NUMBERS) and 0 <= value < math.inf)",
      "_NUMBERS) and 0 <= value and math.isfinite(value))",
      "tests/ops/test_every_op.py::test_one_graph_for_any_number[denoise]"),
