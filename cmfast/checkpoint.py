@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from cmfast import unet_config, untrusted
 from cmfast.denoiser import Denoiser
-from cmfast.precondition import PRECONDITIONINGS, Preconditioner
+from cmfast.precondition import PRECONDITIONINGS, Preconditioner, overridden
 from cmfast.unet import UNetModel
 from cmfast.whole import written_whole
 
@@ -118,7 +119,7 @@ def load(
     denoiser = _denoiser(source, network, settings, preconditioning)
     if device is not None:
         denoiser.to(device)
-    return _cast(denoiser, dtype or settings.get("dtype"))
+    return _cast(denoiser, dtype, settings)
 
 
 def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Denoiser:
@@ -134,7 +135,7 @@ def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = No
             f"{path} is a consistency model, and a teacher is a diffusion model: what leads from noise to an image in "
             "one step gives no path to follow. Name the model that it was distilled from, or one of recipe edm"
         )
-    return _cast(_denoiser(path, network, settings, "edm"), dtype or settings.get("dtype"))
+    return _cast(_denoiser(path, network, settings, "edm"), dtype, settings)
 
 
 def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -179,13 +180,28 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         "image_shape": denoiser.image_shape,
         "num_classes": denoiser.num_classes,
     }
+    if methods := overridden(model.preconditioner):
+        warnings.warn(
+            f"{path} gets sigma_data and boundary, and {type(model.preconditioner).__name__} overrides "
+            f"{' and '.join(methods)}: after load(), set the model's preconditioner to yours",
+            stacklevel=2,
+        )
+    state = network.state_dict()
     if dtype is not None:
         header["dtype"] = str(network.dtype).removeprefix("torch.")
+        # Else of the torso, as a dtype given to `load` is.
+        header["whole"] = all(tensor.dtype == network.dtype for tensor in state.values())
     tensors = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in network.state_dict().items()
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in state.items()
     }
-    write_tensors(tensors, path, {_HEADER_KEY: json.dumps(header)})
+    write_tensors(tensors, path, {_HEADER_KEY: json.dumps(header, default=_plain_number)})
+
+
+def _plain_number(value: Any) -> Any:
+    """For JSON, a number of NumPy's as Python's: an argument of the network may be one."""
+    if not isinstance(value, np.generic):
+        raise TypeError(f"a {type(value).__name__} among the arguments of a network: {value!r}")
+    return value.item()
 
 
 def write_tensors(
@@ -324,8 +340,11 @@ def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditionin
     )
 
 
-def _cast(denoiser: Denoiser, dtype: torch.dtype | None) -> Denoiser:
-    if dtype in (torch.float16, torch.bfloat16) and isinstance(denoiser.network, UNetModel):
+def _cast(denoiser: Denoiser, dtype: torch.dtype | None, settings: Mapping[str, Any]) -> Denoiser:
+    """In the dtype that is given, or else that of the settings."""
+    whole = dtype is None and settings.get("whole") is True
+    dtype = dtype or settings.get("dtype")
+    if dtype in (torch.float16, torch.bfloat16) and not whole and isinstance(denoiser.network, UNetModel):
         denoiser.network.float().convert_torso(dtype)
     elif dtype is not None:
         denoiser.to(dtype)

@@ -1,13 +1,16 @@
 """Loading and saving: exact round trips, whole files or none."""
 
 import collections
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cmfast import checkpoint, images
@@ -175,6 +178,61 @@ def test_dtype_of_the_file_is_not_that_of_the_model(tmp_path):
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name].half().float())
     assert load(tmp_path / "half.safetensors", dtype=torch.bfloat16).network.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["float32", "torso", "whole", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_converts_back(kind, dtype, tmp_path):
+    """To what the model has: a network that is half as a whole, too, whose torso alone `load(dtype=)` makes half."""
+    network = small_unet()
+    {"float32": network.float, "torso": lambda: network.convert_torso(torch.bfloat16), "whole": network.bfloat16,
+     "float64": network.double}[kind]()  # fmt: skip
+    save(Denoiser(network), tmp_path / "model.safetensors", dtype=dtype)
+    again = load(tmp_path / "model.safetensors").network
+    assert [p.dtype for p in again.parameters()] == [p.dtype for p in network.parameters()]
+    half = load(tmp_path / "model.safetensors", dtype=torch.float16).network
+    assert half.dtype == torch.float16 and half.time_embed[0].weight.dtype == torch.float32
+
+
+def test_files_that_do_not_say_what_is_half(tmp_path):
+    """As they were written before: the torso is."""
+    save(Denoiser(small_unet().bfloat16()), tmp_path / "model.safetensors", dtype=torch.float32)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        header, tensors = json.loads(file.metadata()["cmfast"]), {name: file.get_tensor(name) for name in file.keys()}
+    del header["whole"]
+    checkpoint.write_tensors(tensors, tmp_path / "old.safetensors", {"cmfast": json.dumps(header)})
+    old = load(tmp_path / "old.safetensors").network
+    assert old.dtype == torch.bfloat16 and old.time_embed[0].weight.dtype == torch.float32
+
+
+def test_a_preconditioner_that_no_file_holds(tmp_path):
+    class Own(Preconditioner):
+        def c_noise(self, sigma):
+            return sigma
+
+    with pytest.warns(UserWarning, match="and Own overrides c_noise: after load"):
+        save(Denoiser(small_unet(), Own()), tmp_path / "model.safetensors")
+
+
+def test_numbers_of_numpy(tmp_path):
+    arguments = {"channel_mult": np.array([1, 2]), "num_classes": np.int64(3), "dropout": np.float32(0.5)}
+    network = UNetModel(np.int64(8), 3, np.int32(32), 3, 1, [np.int64(2)], **arguments, num_head_channels=16)
+    assert json.loads(json.dumps(network.config)) == network.config
+    model = Denoiser(network, Preconditioner(np.float32(0.25), np.float64(0.5)), sigma_min=np.float32(0.5),
+                     sigma_max=np.float32(70), rho=np.int64(5), image_shape=np.array([3, 8, 8]))  # fmt: skip
+    model.rho = np.float32(6)
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert again.preconditioner == Preconditioner(0.25, 0.5) and again.network.config == network.config
+    assert (again.sigma_min, again.sigma_max, again.rho, again.image_shape, again.num_classes) == (
+        0.5, 70.0, 6.0, (3, 8, 8), 3
+    )  # fmt: skip
+    for value in (model.sigma_min, model.sigma_max, model.preconditioner.sigma_data, model.preconditioner.boundary):
+        assert type(value) is float
+    assert {type(size) for size in (*model.image_shape, model.num_classes)} == {int}
+    with pytest.raises(TypeError, match="a Tensor among the arguments of a network"):
+        network.config["dropout"] = torch.tensor(0.5)
+        save(model, tmp_path / "model.safetensors")
 
 
 def test_header_and_arguments(tmp_path):

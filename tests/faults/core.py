@@ -22,6 +22,10 @@ DENOISER = [
      "pass", "tests/test_denoiser.py::TestOverriddenPreconditioner::test_sampling[heun-Timed]"),
     ("an overridden preconditioner not asked by D", "if overridden(self.preconditioner):", "if False:",
      "tests/test_denoiser.py::TestOverriddenPreconditioner::test_denoises_by_them[Karras]"),
+    ("0 classes are some", "return count if count > 0 else None", "return count",
+     "tests/test_denoiser.py::test_classes_that_a_network_states[0-None]"),
+    ("0 classes may be asked for", '_check.whole("num_classes", num_classes, least=1)',
+     '_check.whole("num_classes", num_classes)', "tests/test_denoiser.py::test_classes_that_a_network_states[0-None]"),
     ("boundary of the default model for all", '"boundary": preconditioner.boundary}', '"boundary": 0.002}',
      loop("euler.5.plain.edm.noclip")),
 ]  # fmt: skip
@@ -101,6 +105,14 @@ EDITING = [
      "tests/test_editing.py::test_the_state_keeps_its_layout"),
 ]  # fmt: skip
 
+CHECKPOINT = [
+    ("a whole half network loses its kind", 'settings.get("whole") is True', "False",
+     "tests/test_checkpoint.py::test_loading_converts_back[dtype0-whole]"),
+    ("a half torso for a half network", "all(tensor.dtype == network.dtype for tensor in state.values())", "True",
+     "tests/test_checkpoint.py::test_loading_converts_back[dtype0-torso]"),
+    ("numbers of NumPy in no file", ", default=_plain_number)", ")", "tests/test_checkpoint.py::test_numbers_of_numpy"),
+]  # fmt: skip
+
 FAULTS = {
     "cmfast/precondition.py": PRECONDITIONER,
     "cmfast/denoiser.py": DENOISER,
@@ -109,4 +121,5 @@ FAULTS = {
     "cmfast/losses.py": TRAINING_LOSSES,
     "cmfast/samplers.py": SAMPLERS,
     "cmfast/editing.py": EDITING,
+    "cmfast/checkpoint.py": CHECKPOINT,
 }
