@@ -90,9 +90,9 @@ class Trainer:
             torch.manual_seed(torch.initial_seed() + self.group.rank)
         if options.batch_size % self.group.size:
             raise ValueError(f"batch_size={options.batch_size} cannot be shared by {self.group.size} processes alike")
+        check_denoiser("model", model)
         check_data(model, data)
         self.settings = {
-        check_denoiser("model", model)
             **(settings or {}),
             "objective": {"name": type(objective).__name__, **config.plain(objective)},
             "data_fingerprint": data.fingerprint,
@@ -136,7 +136,7 @@ class Trainer:
     def _run(self, progress: bool) -> Denoiser:
         from tqdm.auto import tqdm
 
-        options, group = self.options, self.group
+        options, group, first = self.options, self.group, self.done + 1
         batches: Any = self.data.batches(
             options.batch_size // group.size,
             seed=options.seed,
@@ -156,6 +156,8 @@ class Trainer:
                 batch = self._next(batches, bar)
                 self.step(batch, self.done)
                 self.done += 1
+                if self.done == first:
+                    self.state.check(self.step)
                 bar.update()
                 # The numbers of some steps ago: by now they are there, and nobody waits for them.
                 self._report(bar)
@@ -238,11 +240,11 @@ class Trainer:
         if (home := checkpoints.folder(self.out)).exists():
             checkpoints.check_links(self.out, home)
         write_text(self.out / SETTINGS, config.written(self.settings))
-        kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
-        write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
         if self.data.listing is not None:
             with written_whole(self.out / LISTING) as file:
                 file.write_bytes(self.data.listing)
+        kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
+        write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
 
     def _report(self, bar: Any) -> None:
         """Take up the numbers that were posted, if any."""
@@ -315,12 +317,17 @@ class Trainer:
 
     def _draw(self) -> None:
         average = self.average()
-        if self.group.rank:
-            return
+        # The others wait here for as long as it takes: in the next step, a GPU's collective would give up before.
+        self.group.together(lambda: None if self.group.rank else self._pictures(average))
+
+    def _pictures(self, average: Denoiser) -> None:
         grid, curve = self.out / "samples" / f"step-{self.done:08d}.png", self.out / "loss.png"
         how = {**self.step.objective.sampling(self.step.stage), "image_shape": tuple(self.data.image_shape)}
         for draw in (
-            lambda: pictures.sample_grid(average, grid, seed=self.options.seed, **how),
+            # On a CPU it would take minutes, while a GPU is idle.
+            lambda: pictures.sample_grid(
+                pictures.copy_on(average, self.step.device), grid, seed=self.options.seed, **how
+            ),
             lambda: pictures.plot_losses({self.out.name: self.losses()}, curve),
         ):
             try:

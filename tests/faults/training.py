@@ -96,6 +96,10 @@ LOOP = [
     ("a checkpoint before the numbers of its steps", "self._settle(bar)\n                    self.save()",
      "self._report(bar)\n                    self.save()",
      _LOOP + "a_nan_between_two_readings_shows_before_a_checkpoint[a checkpoint]"),
+    ("pictures on the CPU", "pictures.copy_on(average, self.step.device)", "average",
+     _LOOP + "pictures_are_drawn_where_the_model_is_trained"),
+    ("the others go on without a picture", "self.group.together(lambda: None if self.group.rank else self._p",
+     "(lambda work: work())(lambda: None if self.group.rank else self._p", _PAIR + "both_wait_for_a_picture"),
     ("pictures as of any objective", "{**self.step.objective.sampling(self.step.stage), ", "{",
      _LOOP + "pictures_are_drawn_as_the_objective_says"),
     ("a NaN is saved unseen", "        if self.step.unread:", "        if False:",
@@ -111,6 +115,16 @@ LOOP = [
     ("an unlabelled data set for classes", "if model.num_classes is not None and data.num_classes is None:",
      "if False:",
      _LOOP + "data_that_does_not_fit[no labels]"),
+]  # fmt: skip
+
+PICTURES = [
+    ("the average itself is moved", "copy.deepcopy(model).to(device)", "model.to(device)",
+     _LOOP + "pictures_are_drawn_where_the_model_is_trained"),
+    ("one image at a time", "    for size in larger:", "    for size in ():",
+     _LOOP + "a_grid_is_drawn_as_memory_allows[8]"),
+    ("the backend of the process", "    FigureCanvasAgg(figure)\n",
+     "    FigureCanvasAgg(figure)\n    __import__('matplotlib').use('agg')\n",
+     _LOOP + "a_curve_leaves_matplotlib_as_it_was"),
 ]  # fmt: skip
 
 CHECKPOINTS = [
@@ -205,12 +219,12 @@ PARALLEL = [
      _PAIR + "a_weight_without_gradient_is_named"),
     ("each process starts from its own weights", "        dist.broadcast(whole, 0)", "        pass",
      _PAIR + "both_start_alike"),
-    ("a target's own tensors stay put together", ", reshard_after_forward=True", "",
     ("blocks before those in them", "sorted(found.values(), key=lambda block: sum(1 for _ in block.modules()))",
      "list(found.values())", _PAIR + "networks_of_any_blocks_are_shared_out"),
     ("lists of lists are blocks", "return called and ", "return ", _PAIR + "networks_of_any_blocks_are_shared_out"),
     ("a weight of two blocks is in one part", "return called and all(", "return called and any(",
      _PAIR + "networks_of_any_blocks_are_shared_out"),
+    ("a target's own tensors stay put together", ", reshard_after_forward=True", "",
      "tests/training/test_parallel.py::test_two_processes_learn_what_one_does[cd-fsdp]"),
 ]  # fmt: skip
 
@@ -231,6 +245,7 @@ DIGITS = [
 FAULTS = {
     "cmfast/training/step.py": STEP,
     "cmfast/training/loop.py": LOOP,
+    "cmfast/training/pictures.py": PICTURES,
     "cmfast/training/checkpoints.py": CHECKPOINTS,
     "cmfast/training/config.py": CONFIG,
     "cmfast/training/state.py": STATE,

@@ -18,7 +18,7 @@ from cmfast import Denoiser, Preconditioner, recipes
 from cmfast.data import ImageData
 from cmfast.objectives import EDM
 from cmfast.ranks import Ranks, ranks
-from cmfast.training import Trainer, TrainOptions, TrainStep, checkpoints, loop, state
+from cmfast.training import Trainer, TrainOptions, TrainStep, checkpoints, loop, pictures, state
 
 DATA = ImageData(torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
 OPTIONS = TrainOptions(steps=6, batch_size=2, learning_rate=1e-2, log_interval=1, save_interval=2, averages=("0.9",))
@@ -136,6 +136,26 @@ def images_on_one_machine(out, group):
         return [type(error).__name__, str(error)]
 
 
+def a_slow_picture(out, group):
+    """Whether it is there when a process goes on."""
+    draw, found = pictures.sample_grid, []
+
+    def slow(model, path, **options):
+        time.sleep(0.5)
+        return draw(model, path, **options)
+
+    def act(step, number):
+        if number:
+            found.append((out / "samples" / f"step-{number:08d}.png").exists())
+
+    pictures.sample_grid = slow
+    try:
+        with each_step(act):
+            return [*outcome(trainer(out, group, steps=2, sample_interval=1)), *found]
+    finally:
+        pictures.sample_grid = draw
+
+
 class Odd(Network):
     """A part of it is never used, or one drops by torch's generator; each process would make another."""
 
@@ -249,6 +269,7 @@ CASES = [
     a_full_disk_and_shared_weights,
     a_folder_on_each_machine,
     the_end,
+    a_slow_picture,
 ]
 
 

@@ -8,15 +8,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cmfast
 from cmfast.data import ImageData
+from cmfast.engine import Sampler
 from cmfast.objectives import EDM
 from cmfast.training import NaNLoss, Trainer, checkpoints, config, loop, pictures, state
 from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, trainer, unet, weights
@@ -401,6 +404,68 @@ def test_a_run_is_worth_more_than_its_pictures(tmp_path, channels, drawn):
     with nullcontext() if drawn else pytest.warns(UserWarning, match="a picture is missing at step 1: "):
         run.run(progress=False)
     assert (tmp_path / "samples" / "step-00000001.png").exists() == drawn and (tmp_path / loop.RESULT).exists()
+
+
+def test_pictures_are_drawn_where_the_model_is_trained(tmp_path, monkeypatch):
+    """By a copy of the average, which stays as it is, and which is gone after."""
+    seen = []
+    monkeypatch.setattr(pictures, "sample_grid", lambda model, *_, **__: seen.append((model.device.type, ref(model))))
+    monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
+    run = trainer("edm", tmp_path, replace(OPTIONS, steps=2))
+    monkeypatch.setattr(run.step, "device", torch.device("meta"))
+    before = weights(run.average())
+    run._draw()
+    ((device, model),) = seen
+    assert device == "meta" and model() is None
+    assert torch.equal(weights(run.average()), before)
+
+
+@pytest.mark.parametrize("fits", [8, 3, 0])
+def test_a_grid_is_drawn_as_memory_allows(tmp_path, monkeypatch, fits):
+    """The same images, fewer at a time, and nothing of the model is left behind."""
+    sample, sizes = Sampler._run_batch, []
+
+    def scarce(self, index, *arguments):
+        if len(index) > fits:
+            raise torch.OutOfMemoryError("no more")
+        sizes.append(self.batch_size)
+        return sample(self, index, *arguments)
+
+    model = denoiser(OBJECTIVES["edm"])
+    pictures.sample_grid(model, tmp_path / "all.png", steps=2)
+    monkeypatch.setattr(Sampler, "_run_batch", scarce)
+    if not fits:
+        with pytest.raises(torch.OutOfMemoryError):
+            pictures.sample_grid(model, tmp_path / "few.png", steps=2)
+        return
+    pictures.sample_grid(model, tmp_path / "few.png", steps=2)
+    assert sizes[-1] == (8 if fits == 8 else 1)
+    one, other = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) for name in ("all", "few"))
+    assert np.abs(one - other).max() <= 1  # convolutions of another batch size round otherwise
+
+
+def test_a_grid_leaves_nothing_of_a_model(tmp_path):
+    model = denoiser(OBJECTIVES["edm"])
+    pictures.sample_grid(model, tmp_path / "x.png", steps=2)
+    left = ref(model)
+    del model
+    assert left() is None
+
+
+def test_a_curve_leaves_matplotlib_as_it_was(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        open_figure = pyplot.figure()
+        pictures.plot_losses({"x": ([1, 2], [1.0, 0.5])}, tmp_path / "loss.png")
+        assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == [open_figure.number]
+        assert (tmp_path / "loss.png").stat().st_size > 1000
+    finally:
+        pyplot.close("all")
+        matplotlib.use(before)
 
 
 def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):

@@ -130,6 +130,11 @@ def test_the_result_is_there_for_both(pair):
     assert pair("the_end")[0] == [["ended", "True"]] * 2
 
 
+def test_both_wait_for_a_picture(pair):
+    """Of which one makes it: a GPU's collectives would not wait as long."""
+    assert pair("a_slow_picture")[0] == [["ended", "True", True]] * 2
+
+
 def test_a_weight_without_gradient_is_named(pair):
     for kind, message in pair("a_weight_without_gradient")[0]:
         assert kind == "ValueError" and "never.weight, never.bias of the network had no part in this step" in message
