@@ -245,7 +245,7 @@ def places(module: nn.Module) -> dict[str, Place]:
 
 
 def held(place: Place) -> Tensor | None:
-    """The buffer that is there now."""
+    """The buffer that is at a place now."""
     module, name = place
     return module._buffers.get(name)
 

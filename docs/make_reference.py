@@ -49,7 +49,7 @@ INTERNAL = {
     "samplers": ("keep_levels", "check_options", "noise_range"),
     "noise": ("take",),
     "training": ("Pending",),
-    "ema": ("unwrap", "local"),
+    "ema": ("unwrap", "local", "places", "held"),
     "dropout": ("at", "current", "kept", "counts"),
 }
 #: Settings that neither a flag nor a docstring describes.

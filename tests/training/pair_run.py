@@ -85,6 +85,26 @@ def a_nan_that_comes_again(out, group):
         return [outcome(trainer(out, group)), outcome(trainer(out, group, resume=True))]
 
 
+def a_nan_of_one(out, group):
+    """Whether BatchNorm's buffers are numbers after it, of those that are shared out, too; and the steps it counts."""
+    def act(step, number):
+        step.model.network[0].factor = float("nan") if number == 1 and group.rank else 1.0
+
+    class Normed(nn.Sequential):
+        def forward(self, x, t):
+            return self[1](self[0](x, t))
+
+    found = []
+    for kind in ("ddp", "fsdp"):
+        network = Normed(Network(), nn.BatchNorm2d(3))
+        run = trainer(out / kind, group, network, parallel=kind, on_nan="skip", steps=4)
+        with each_step(act):
+            run.run(progress=False)
+        norm = run.step.model.network[1]
+        found.append([bool(norm.running_mean.isfinite().all()), int(norm.num_batches_tracked)])
+    return found
+
+
 def a_full_disk(out, group, kind="ddp"):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -265,6 +285,7 @@ CASES = [
     where_they_start,
     stopped_at_a_step_just_saved,
     a_nan_that_comes_again,
+    a_nan_of_one,
     a_full_disk,
     a_full_disk_and_shared_weights,
     a_folder_on_each_machine,
