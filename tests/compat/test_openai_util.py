@@ -1,6 +1,7 @@
 """The small modules of cmfast.compat.openai: nn, script_util, logger, and reading files in dist_util."""
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cmfast import compat
@@ -129,6 +131,24 @@ def test_command_line_defaults():
         script_util.str2bool("maybe")
     assert [script_util.str2bool(v) for v in ("T", "0", True, "n")] == [True, False, True, False]
     assert script_util.cm_train_defaults()["loss_norm"] == "lpips"
+
+
+def test_a_parsed_loss_norm_reaches_the_loss_in_the_arguments_asked_for():
+    """In those of any function: a script's own takes no loss_norm."""
+    parser = argparse.ArgumentParser()
+    script_util.add_dict_to_argparser(
+        parser, script_util.model_and_diffusion_defaults() | script_util.cm_train_defaults()
+    )
+    for words, expected in (["--loss_norm", "l2"], "l2"), ([], "lpips"):
+        keys = script_util.model_and_diffusion_defaults().keys()
+        settings = script_util.args_to_dict(parser.parse_args(words), keys)
+        assert settings.keys() == keys and settings["weight_schedule"] == "karras"
+        settings = copy.deepcopy(settings) | {"channel_mult": "1,2"}
+        with torch.device("meta"):
+            _, diffusion = script_util.create_model_and_diffusion(**settings)
+            _, other = script_util.create_model_and_diffusion(**settings, loss_norm="l1")
+        assert (diffusion.loss_norm, other.loss_norm) == (expected, "l1")
+        assert type(diffusion.weight_schedule) is str
 
 
 @pytest.mark.parametrize(
@@ -284,6 +304,8 @@ def test_load_state_dict(tmp_path):
 
 
 def test_load_state_dict_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path of a checkpoint is empty: give a file, as in --model_path FILE"):
+        dist_util.load_state_dict("")
     with pytest.raises(FileNotFoundError, match="no such checkpoint: .*missing.pt"):
         dist_util.load_state_dict(tmp_path / "missing.pt")
     torch.save({"weight": torch.randn(300)}, tmp_path / "whole.pt")
@@ -300,6 +322,21 @@ def test_setup_dist_refuses_mpiexec(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(RuntimeError, match="torchrun --nproc-per-node 4"):
         dist_util.setup_dist()
+
+
+def test_setup_dist_refuses_srun(monkeypatch):
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    # A batch script's one process has these two.
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    dist_util.setup_dist()
+    assert dist.get_world_size() == 1
+    dist.destroy_process_group()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(RuntimeError, match="started by srun with 4 tasks.*torchrun by it, once on each machine"):
+        dist_util.setup_dist()
+    assert not dist.is_initialized()
 
 
 def test_files_of_a_logger(tmp_path):

@@ -23,8 +23,8 @@ GPUS_PER_NODE = 8
 def setup_dist() -> None:
     """Make the default process group, if there is none: nccl with a GPU, gloo without.
 
-    Raises: RuntimeError: started by mpiexec with several ranks, or with more ranks on this machine than GPUs; as
-        `cmfast.ranks.connect`.
+    Raises: RuntimeError: started by mpiexec or srun with several ranks, or with more ranks on this machine than GPUs;
+        as `cmfast.ranks.connect`.
     """
     if dist.is_initialized():
         return
@@ -42,6 +42,13 @@ def setup_dist() -> None:
         # Nobody else ends it: scripts of the original do not.
         atexit.register(_end)
         return
+    # Of a step, which srun alone makes: a batch script has SLURM_NTASKS and SLURM_PROCID too, and is one process.
+    ranks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if ranks > 1:
+        raise RuntimeError(
+            f"started by srun with {ranks} tasks, each of which would work alone: start torchrun by it, once on each "
+            "machine, as in `srun --ntasks-per-node 1 torchrun --nproc-per-node N`"
+        )
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1)))
     if ranks > 1:
         raise RuntimeError(
@@ -83,9 +90,11 @@ def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Args: kwargs: of `torch.load`, such as map_location.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or an empty path.
         cmfast.checkpoint.CheckpointError (a ValueError): empty, cut short, or with pickled Python objects in it.
     """
+    if not os.fspath(path):
+        raise FileNotFoundError("the path of a checkpoint is empty: give a file, as in --model_path FILE")
     # Not mapped: the file may be written again while its tensors are used.
     return read_pickle(Path(path), **{"mmap": False, **kwargs})
 

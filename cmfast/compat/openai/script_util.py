@@ -99,6 +99,8 @@ def create_model_and_diffusion(
     **settings: Any,
 ) -> tuple[UNetModel, KarrasDenoiser]:
     """The network, and a `KarrasDenoiser` with its other settings at their defaults, or those given (`loss_norm`)."""
+    if isinstance(weight_schedule, _WithLossNorm):
+        settings = {"loss_norm": weight_schedule.loss_norm, **settings}
     model = create_model(
         image_size,
         num_channels,
@@ -118,7 +120,11 @@ def create_model_and_diffusion(
         use_new_attention_order=use_new_attention_order,
     )
     diffusion = KarrasDenoiser(
-        sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation, weight_schedule=weight_schedule, **settings
+        sigma_max=sigma_max,
+        sigma_min=sigma_min,
+        distillation=distillation,
+        weight_schedule=str(weight_schedule),
+        **settings,
     )
     return model, diffusion
 
@@ -188,14 +194,29 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """The parsed arguments called `keys`.
 
-    Of those for `create_model_and_diffusion`, `loss_norm` is one where it is not the default: the original's
+    A `loss_norm` that is not the default goes with weight_schedule to `create_model_and_diffusion`: the original's
     cm_train.py parses it and hands it to nobody.
     """
     chosen = {key: getattr(args, key) for key in keys}
     loss_norm = getattr(args, "loss_norm", None)
-    if "weight_schedule" in chosen and loss_norm not in (None, cm_train_defaults()["loss_norm"]):
-        chosen["loss_norm"] = loss_norm
+    if "weight_schedule" in chosen and "loss_norm" not in chosen:
+        if loss_norm not in (None, cm_train_defaults()["loss_norm"]):
+            chosen["weight_schedule"] = _WithLossNorm(chosen["weight_schedule"], loss_norm)
     return chosen
+
+
+class _WithLossNorm(str):
+    """A weight_schedule, for any function that takes one, which remembers the loss_norm of the same command line."""
+
+    loss_norm: str
+
+    def __new__(cls, weight_schedule: str, loss_norm: str) -> _WithLossNorm:
+        made = super().__new__(cls, weight_schedule)
+        made.loss_norm = loss_norm
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WithLossNorm, (str(self), self.loss_norm)
 
 
 def str2bool(v: str | bool) -> bool:
