@@ -212,18 +212,25 @@ def test_one_image_is_edited_many_times(run, references):
         run(lambda x, sigma: 0.1 * x, image.repeat(2, 1, 1, 1), x[:3], (0, 39))
 
 
-def test_editing_draws_noise_like_the_state():
-    """Not like the edited image, which einsum leaves transposed: torch's generator would fill it in another order."""
-    seen = []
+@pytest.mark.parametrize("run", [kd.iterative_colorization, kd.iterative_superres])
+def test_editing_draws_noise_in_the_originals_order(run):
+    """torch's generator fills an image as it lies, which the original's colorization, alone, leaves transposed."""
+    strides = []
 
     class Recording(random_util.DummyGenerator):
         def randn_like(self, x, **options):
-            seen.append(x)
+            strides.append(x.stride())
             return super().randn_like(x, **options)
 
-    x = TENSORS["edit.x"]
-    kd.iterative_colorization(lambda x, sigma: x, TENSORS["edit.images"], x, (0, 39), generator=Recording())
-    assert len(seen) == 1 and seen[0] is x
+    x, images = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    torch.manual_seed(0)
+    out, _ = run(lambda x, sigma: 0 * x, images, x, (0, 20, 39, 20), generator=Recording())
+    as_it_was, transposed = (768, 256, 16, 1), (768, 1, 48, 3)
+    assert strides == [as_it_was, *[transposed if run is kd.iterative_colorization else as_it_was] * 2]
+    torch.manual_seed(0)
+    draws = [torch.randn_like(torch.empty_strided(x.shape, stride)) for stride in strides]
+    # Of grey zeros only the last noise is left.
+    torch.testing.assert_close(out / out.std(), draws[-1] / draws[-1].std(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, key", [("determ", "determ"), ("determ-indiv", "determ_indiv")])
@@ -302,6 +309,40 @@ def test_callbacks_and_progress(sampler, keys, capfd):
         assert isinstance(info["sigma"], torch.Tensor)
         assert info["denoised"].abs().max() <= 1
     assert bool(keys) == ("4/4" in capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_a_callback_changes_what_the_ancestral_sampler_goes_on_from(distillation):
+    """D in place, as in the original, which computes the slope behind the callback."""
+
+    def sample(callback=None, model=lambda x, t: x.tanh()):
+        torch.manual_seed(0)
+        diffusion = kd.KarrasDenoiser(distillation=distillation)
+        return kd.karras_sample(diffusion, model, (2, 1, 4, 4), 6, sampler="ancestral", callback=callback)
+
+    torch.testing.assert_close(sample(lambda info: None), sample(), rtol=1e-5, atol=1e-5)
+    changed = sample(lambda info: info["denoised"].fill_(0.25))
+    torch.testing.assert_close(changed, torch.full_like(changed, 0.25), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bounds, levels",
+    [
+        ({"s_tmin": 0.002}, 17),  # the last level is 0.0019999996
+        ({"s_tmax": 80.0}, 18),
+        ({"s_tmax": 48.4, "sigma_max": 48.4}, 18),  # 48.4 is more in float32, and the first level
+    ],
+)
+def test_churn_at_the_ends_of_the_grid(bounds, levels):
+    """Levels and bounds are compared in float32, as in the original."""
+    raised = []
+
+    def callback(info):
+        raised.append(bool(info["sigma_hat"] > info["sigma"]))
+
+    options = {"sampler": "heun", "s_churn": 10.0, "callback": callback} | bounds
+    kd.karras_sample(kd.KarrasDenoiser(), lambda x, t: x.tanh(), (1, 1, 4, 4), 18, **options)
+    assert sum(raised) == levels and raised[0]
 
 
 @pytest.mark.parametrize(

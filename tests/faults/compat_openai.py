@@ -32,8 +32,8 @@ TRAIN_LOOP = [
 ]  # fmt: skip
 
 TRAIN_UTIL = [
-    ("a mode of a subclass is refused", "if all(getattr(type(self), name) is function for name, function in _OWN.items()):",
-     "if True:", TRAINED + "what_users_change_is_trained_as_there[own mode]"),
+    ("a mode of a subclass is refused", "is function for name, function in _OWN.items()", "for name in _OWN",
+     TRAINED + "what_users_change_is_trained_as_there[own mode]"),
     ("any teacher has the model's shapes", 'if training_mode == "progdist":  # alone', "if True:  # alone",
      TRAINED + "what_users_change_is_trained_as_there[a wider teacher]"),
     ("a frozen target teaches", "teacher_model=self.teacher_model,", "teacher_model=self.target_model,",
@@ -97,11 +97,13 @@ SAMPLERS = [
 ]  # fmt: skip
 
 SCRIPT_UTIL = [
-    ("--loss_norm goes nowhere", 'chosen["loss_norm"] = loss_norm', "pass",
-     SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
+    ("--loss_norm goes nowhere", 'settings = {"loss_norm": weight_schedule.loss_norm, **settings}', "pass",
+     "tests/compat/test_openai_util.py::test_a_parsed_loss_norm_reaches_the_loss_in_the_arguments_asked_for"),
 ]  # fmt: skip
 
 EDITING = [
+    ("colorization draws in another order", "if self.drawn else x", "if False else x",
+     "tests/compat/test_openai.py::test_editing_draws_noise_in_the_originals_order[iterative_colorization]"),
     ("an image for each of x", "images.shape[0] == 1", "False",
      "tests/compat/test_openai.py::test_one_image_is_edited_many_times[iterative_colorization-1]"),
 ]  # fmt: skip
@@ -123,6 +125,10 @@ BLOCKS = [
 ]  # fmt: skip
 
 DIST_UTIL = [
+    ("tasks of srun work alone", 'os.environ.get("SLURM_STEP_NUM_TASKS", 1)', "1",
+     "tests/compat/test_openai_util.py::test_setup_dist_refuses_srun"),
+    ("a batch script is taken for several tasks", '"SLURM_STEP_NUM_TASKS"', '"SLURM_NTASKS"',
+     "tests/compat/test_openai_util.py::test_setup_dist_refuses_srun"),
     ("a store as torchrun left it", "        connect(backend)\n", "        dist.init_process_group(backend)\n",
      "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
     ("a group that nobody ends", "        atexit.register(_end)\n", "        pass\n",
@@ -146,6 +152,17 @@ SPAWNED_CM = [
      SCRIPTS + "another_cm_is_found_where_no_script_runs"),
 ]  # fmt: skip
 
+LOOPS = [
+    ("the grid ends at sigma_min", "low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)",
+     "return schedules.karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, device=device)",
+     "tests/compat/test_openai.py::test_churn_at_the_ends_of_the_grid[bounds0-17]"),
+    ("bounds of churn in float64", "    s_tmin, s_tmax = torch.tensor(", "    _, _ = torch.tensor(",
+     "tests/compat/test_openai.py::test_churn_at_the_ends_of_the_grid[bounds2-18]"),
+    ("a step without the D that a callback changed", "        evaluate, callback = _reported(evaluate, callback)\n",
+     "        pass\n",
+     "tests/compat/test_openai.py::test_a_callback_changes_what_the_ancestral_sampler_goes_on_from[False]"),
+]  # fmt: skip
+
 TRAINING_LOSSES = [
     ("progressive: states of 16 bits", "x_start = x_start.to(_check.sigma_dtype(x_start))", "pass",
      "tests/test_losses.py::test_progressive_distillation_of_16_bit_images[given-fp16]"),
@@ -164,6 +181,7 @@ FAULTS = {
     OPENAI + "_shim.py": SHIM,
     OPENAI + "_workers/cm/__init__.py": SPAWNED_CM,
     OPENAI + "_editing.py": EDITING,
+    OPENAI + "_loops.py": LOOPS,
     OPENAI + "karras_diffusion.py": DENOISER,
     OPENAI + "_train_loop.py": TRAIN_LOOP,
     OPENAI + "train_util.py": TRAIN_UTIL,

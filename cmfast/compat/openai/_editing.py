@@ -35,6 +35,21 @@ def _edit(
     return result, known[:1] if one_for_all and "mask" not in options else known
 
 
+class _ColorNoise:
+    """A generator that draws for x as it lies in the original's colorization, since torch fills in that order.
+
+    From the second draw on, that is how einsum leaves what it maps back to colours; its values are not looked at.
+    """
+
+    def __init__(self, generator: Any) -> None:
+        self.generator, self.drawn = generator, False
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        like = torch.einsum("bdhw,cd->bchw", x, x.new_zeros(3, 3)) if self.drawn else x
+        self.drawn = True
+        return torch.empty_like(x).copy_(self.generator.randn_like(like))
+
+
 def iterative_colorization(
     distiller: Denoise,
     images: Tensor,
@@ -47,7 +62,8 @@ def iterative_colorization(
     generator: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Colour for images: (result, reference of the luminance alone). `editing.colorize`. One image serves all of x."""
-    return _edit(editing.colorize, distiller, images, x, ts, t_min, t_max, rho, steps, generator)
+    draw = _ColorNoise(generator or get_generator("dummy"))
+    return _edit(editing.colorize, distiller, images, x, ts, t_min, t_max, rho, steps, draw)
 
 
 def iterative_inpainting(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmfast import samplers, schedules
-from cmfast.compat.openai.nn import append_dims
+from cmfast.compat.openai.nn import append_dims, append_zero
 from cmfast.denoiser import Evaluator
 
 Denoise = Callable[[Tensor, Tensor], Tensor] | Evaluator
@@ -22,8 +22,20 @@ Callback = Callable[[dict[str, Any]], None] | None
 def get_sigmas_karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str | None = "cpu"
 ) -> Tensor:
-    """n Karras levels from sigma_max to sigma_min, and 0: [n + 1]."""
-    return schedules.karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, device=device)
+    """n Karras levels from sigma_max to sigma_min, and 0: [n + 1] float32.
+
+    Computed in float32 on the CPU, as there: the ends are sigma_max and sigma_min but for a rounding, and where that
+    leaves s_tmin or s_tmax outside, there is no churn. `schedules.karras_sigmas` has the ends exactly.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float32, device="cpu")
+    return append_zero((high + ramp * (low - high)) ** rho).to(torch.get_default_device() if device is None else device)
+
+
+def _churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> dict[str, float]:
+    """The bounds in float32, in which the original compares them with the levels."""
+    s_tmin, s_tmax = torch.tensor([s_tmin, s_tmax], dtype=torch.float32, device="cpu").tolist()
+    return {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
 
 
 def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
@@ -48,6 +60,22 @@ def _only(callback: Callback, *keys: str) -> Callback:
     return lambda info: callback({key: info[key] for key in keys})
 
 
+def _reported(
+    evaluate: Evaluator, callback: Callable[[dict[str, Any]], None]
+) -> tuple[Evaluator, Callable[[dict[str, Any]], None]]:
+    """The model as D itself, without a fused step that never stores it, and a callback that is given that very D."""
+    last: list[Tensor] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        last[:] = [evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma)), x, sigma)]
+        return last[0]
+
+    def report(info: dict[str, Any]) -> None:
+        callback({**info, "denoised": last[0]})
+
+    return Evaluator(denoise, dtype=evaluate.dtype), report
+
+
 def sample_euler_ancestral(
     model: Denoise,
     x: Tensor,
@@ -56,9 +84,12 @@ def sample_euler_ancestral(
     progress: bool = False,
     callback: Callback = None,
 ) -> Tensor:
-    """Ancestral sampling with Euler steps: `samplers.sample_euler_ancestral`."""
+    """Ancestral sampling with Euler steps: `samplers.sample_euler_ancestral`. A callback may change D in place."""
+    evaluate = evaluator_of(model, x)
+    if callback is not None:
+        evaluate, callback = _reported(evaluate, callback)
     return samplers.sample_euler_ancestral(
-        evaluator_of(model, x),
+        evaluate,
         x,
         sigmas,
         noise_fn=generator.randn_like,
@@ -101,10 +132,7 @@ def sample_heun(
         draw_unused=True,
         progress=progress,
         callback=callback,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
+        **_churn(s_churn, s_tmin, s_tmax, s_noise),
     )
 
 
@@ -142,10 +170,7 @@ def sample_dpm(
         draw_unused=True,
         progress=progress,
         callback=callback,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
+        **_churn(s_churn, s_tmin, s_tmax, s_noise),
     )
 
 

@@ -159,7 +159,7 @@ class TrainLoop:
         # Of machines that lack it: one that started its moments anew would move its weights away from the others'.
         if not found[0]:
             return
-        state = None
+        state: Any = None
         if path and (all(found) or dist.get_rank() == 0):
             logger.log(f"loading optimizer state from checkpoint: {path}")
             state = _checkpoints.read(path, "cpu")

@@ -26,7 +26,8 @@ def main():
     torch.manual_seed(dist.get_rank())
     folder = os.path.join(sys.argv[1], f"node{dist.get_rank()}")
     logger.configure(folder, [])
-    last = os.path.join(folder, "model000002.pt")
+    os.chdir(folder)
+    last = "model000002.pt"
     train_util.find_resume_checkpoint = lambda: last if os.path.exists(last) else None
     loop = train_util.TrainLoop(
         model=Small(3, 3, 1),
