@@ -280,10 +280,14 @@ class UNetModel(nn.Module):
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
         """Everything that can be known from shapes and dtypes: no value on a device is read."""
-        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
+        # Of the layers as they are: users put in another first convolution, or an embedding of more classes.
+        block = self.input_blocks[0]
+        first = block[0] if isinstance(block, nn.Sequential) and len(block) else block
+        in_channels = getattr(first, "in_channels", self.in_channels)
+        if x.ndim != self.dims + 2 or x.shape[1] != in_channels:
             raise ValueError(
-                f"x has shape {list(x.shape)}: expected [B, {self.in_channels}"
-                f"{', size' * self.dims}], in_channels={self.in_channels} and dims={self.dims}"
+                f"x has shape {list(x.shape)}: expected [B, {in_channels}"
+                f"{', size' * self.dims}], in_channels={in_channels} and dims={self.dims}"
             )
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}: expected a floating-point dtype")
@@ -309,5 +313,6 @@ class UNetModel(nn.Module):
         # Reading labels on a device would stall it, and break a graph.
         if y.device.type == "cpu" and y.numel() and _check.has_values(y):
             low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"y has labels from {low} to {high}: expected 0 to {self.num_classes - 1}")
+            classes = getattr(self.label_emb, "num_embeddings", self.num_classes)
+            if low < 0 or high >= classes:
+                raise ValueError(f"y has labels from {low} to {high}: expected 0 to {classes - 1}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cmfast
 from cmfast.tolerances import GOLDEN_FULL_SIZE, GOLDEN_LOOP, GOLDEN_VALUE
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import normalization, timestep_embedding
@@ -384,6 +385,20 @@ def test_wrong_input(change, message):
     model(**args)
     with pytest.raises(ValueError, match=message):
         model(**{**args, **change})
+
+
+@pytest.mark.parametrize("make", [lambda model: model, cmfast.optimize], ids=["plain", "optimized"])
+def test_layers_that_users_replace_say_what_an_input_must_be(make):
+    """A condition beside the image, and a class for "none": what the network was made with is past."""
+    model = small_unet(num_classes=4)
+    model.input_blocks[0][0] = torch.nn.Conv2d(7, 32, 3, padding=1)
+    model.label_emb = torch.nn.Embedding(5, 128)
+    model, x, times = make(model.eval()), torch.zeros(2, 7, 8, 8), torch.zeros(2)
+    assert model(x, times, torch.tensor([0, 4])).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"expected \[B, 7, size, size\], in_channels=7"):
+        model(x[:, :3], times, torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="labels from 0 to 5: expected 0 to 4"):
+        model(x, times, torch.tensor([0, 5]))
 
 
 def test_labels_for_an_unconditional_network():
