@@ -32,12 +32,6 @@ def get_sigmas_karras(
     return append_zero((high + ramp * (low - high)) ** rho).to(torch.get_default_device() if device is None else device)
 
 
-def _churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> dict[str, float]:
-    """The bounds in float32, in which the original compares them with the levels."""
-    s_tmin, s_tmax = torch.tensor([s_tmin, s_tmax], dtype=torch.float32, device="cpu").tolist()
-    return {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-
-
 def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
     """The slope of the ODE, (x - denoised) / sigma."""
     return (x - denoised) / append_dims(sigma, x.ndim)
@@ -132,7 +126,10 @@ def sample_heun(
         draw_unused=True,
         progress=progress,
         callback=callback,
-        **_churn(s_churn, s_tmin, s_tmax, s_noise),
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
     )
 
 
@@ -170,7 +167,10 @@ def sample_dpm(
         draw_unused=True,
         progress=progress,
         callback=callback,
-        **_churn(s_churn, s_tmin, s_tmax, s_noise),
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
     )
 
 
