@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +146,9 @@ def test_spawned_processes_find_cm_and_settings(where, tmp_path):
         (tmp_path / "cm").mkdir()
         (tmp_path / "cm" / "__init__.py").write_text("raise ImportError('another cm')")
     # -S and PYTHONPATH: what is installed, but for an editable cmfast.
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     command = [sys.executable, "-S", "-m", "cmfast.compat.openai", "--set", "rho=5", str(script), str(images)]
-    paths = [*([] if where == "checkout" else [str(ROOT)]), sysconfig.get_paths()["purelib"]]
+    paths = installed if where == "checkout" else [str(ROOT), *installed]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     facts = tmp_path / "facts.json"
