@@ -22,7 +22,7 @@ from cmfast.training import checkpoints, config, pictures
 from cmfast.training.config import TrainOptions
 from cmfast.training.lock import Locked, locked
 from cmfast.training.state import State, fingerprint, read, save_weights
-from cmfast.training.step import Pending, Reading, TrainStep, check_denoiser
+from cmfast.training.step import Pending, Reading, TrainStep, check_models
 from cmfast.training.stop import Stop, Stopped
 from cmfast.whole import write_text, written_whole
 
@@ -90,16 +90,20 @@ class Trainer:
             torch.manual_seed(torch.initial_seed() + self.group.rank)
         if options.batch_size % self.group.size:
             raise ValueError(f"batch_size={options.batch_size} cannot be shared by {self.group.size} processes alike")
-        check_denoiser("model", model)
-        check_data(model, data)
-        self.settings = {
-            **(settings or {}),
-            "objective": {"name": type(objective).__name__, **config.plain(objective)},
-            "data_fingerprint": data.fingerprint,
-            # Not its path: the file may have moved.
-            "teacher_fingerprint": fingerprint(teacher_model),
-            "options": config.plain(options),
-        }
+
+        def checked() -> dict[str, Any]:
+            check_models(model, objective, teacher_model, lpips)
+            check_data(model, data)
+            return {
+                **(settings or {}),
+                "objective": {"name": type(objective).__name__, **config.plain(objective)},
+                "data_fingerprint": data.fingerprint,
+                # Not its path: the file may have moved.
+                "teacher_fingerprint": fingerprint(teacher_model),
+                "options": config.plain(options),
+            }
+
+        self.settings = self.group.together(checked)
         found = self.group.together(lambda: self._checkpoint(resume))
         start = 0 if found is None else checkpoints.number(found)
         if not self.group.same(start):

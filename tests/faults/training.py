@@ -68,7 +68,9 @@ STEP = [
 ]  # fmt: skip
 
 LOOP = [
-    ("a model is looked at after the data", '        check_denoiser("model", model)\n', "",
+    ("a model is looked at after the data",
+     "            check_models(model, objective, teacher_model, lpips)\n            check_data(model, data)\n",
+     "            check_data(model, data)\n",
      _LOOP + "what_is_not_trained_from[a U-Net]"),
     ("data of any kind", "    if not isinstance(data, Dataset):", "    if False:",
      _LOOP + "what_is_not_trained_from[a tensor]"),
