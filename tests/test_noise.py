@@ -114,4 +114,6 @@ def test_seeds_that_are_none(seed):
     with pytest.raises(TypeError, match="seed must be an integer"):
         ops.normal(seed, torch.arange(2), (3,))
     with pytest.raises(TypeError, match="seed must be an integer"):
+        ops.uniform_int(seed, torch.arange(2), 9)
+    with pytest.raises(TypeError, match="seed must be an integer"):
         Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4)).sample(3, seed=seed)

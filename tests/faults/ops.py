@@ -121,7 +121,8 @@ CHECK = [
 ]  # fmt: skip
 
 NOISE_OPS = [
-    ("uniform_int of any seed", '_check.integer("seed", seed, index.device)', "", T_FUZZ + "[uniform_int]", 2, 2),
+    ("uniform_int of any seed", '_check.integer("seed", seed, index.device)', "seed",
+     "tests/test_noise.py::test_seeds_that_are_none[True]", 2, 2),
 ]  # fmt: skip
 
 REFERENCE_PRECONDITION = [
