@@ -408,15 +408,6 @@ def check_options(sampler: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"option {name} of the {sampler} sampler must be {what}, got {value!r}")
 
 
-def _one_of(sampler: str, levels: list[float], source: str) -> list[float]:
-    """The levels. Raises: ValueError: more than one for the onestep sampler, which would leave the others out."""
-    if sampler == "onestep" and len(levels) > 1:
-        raise ValueError(
-            f"the onestep sampler takes one step, got {source} with {len(levels)} levels; use sampler='multistep'"
-        )
-    return levels
-
-
 def sampler_sigmas(
     sampler: str,
     *,
@@ -452,13 +443,16 @@ def sampler_sigmas(
         levels = _floats(sigmas, least=1 if few else 2)
         if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
             raise ValueError(f"sigmas must decrease, got {levels}")
-        return _one_of(sampler, levels, "sigmas")
+        # As the original's function, which is given a whole grid.
+        return levels[:1] if sampler == "onestep" else levels
     if ts is not None:
         levels = schedules.multistep_sigmas(ts, num_scales, **options)
         if ts[-1] != num_scales - 1:
             raise ValueError(f"ts must end at {num_scales - 1}, where sigma is sigma_min; got {list(ts)}")
         # The last index is where sampling ends; noise of sigma_min adds nothing.
-        return _one_of(sampler, levels[:-1], "ts") if few else [*levels, 0.0]
+        if sampler == "onestep" and len(ts) > 2:
+            raise ValueError(f"the onestep sampler takes one step, got ts={tuple(ts)}; use sampler='multistep'")
+        return levels[:-1] if few else [*levels, 0.0]
     if sampler == "onestep" and steps not in (None, 1):
         raise ValueError(f"the onestep sampler takes one step, got steps={steps}; use sampler='multistep'")
     if few:

@@ -97,7 +97,7 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--option", "s_churn=1"], "unknown option s_churn of the multistep sampler; known: noise_fn"),
         (["--sampler", "heun", "--option", "s_churn=1O"], "s_churn of the heun sampler must be a number, got '1O'"),
         (["--option", "clip_denoised=no"], "clip_denoised of the multistep sampler must be True or False, got 'no'"),
-        (["--sampler", "onestep", "--ts", "0,22,39"], "takes one step, got ts with 2 levels"),
+        (["--sampler", "onestep", "--ts", "0,22,39"], "takes one step, got ts=(0, 22, 39)"),
         (["--option", "sampler=heun"], "multiple values for keyword argument 'sampler'"),
         (["--batch-size", "0"], "batch_size"),
         (["--device", "nope"], "nope"),

@@ -92,7 +92,7 @@ SAMPLERS = [
      "tests/test_cli.py::test_bad_arguments[--option clip_denoised=no-]"),
     ("a truth is a number", " and not isinstance(value, bool)", "",
      "tests/test_samplers.py::test_bad_options[heun-s_churn-True-must be a number]"),
-    ("one step of several levels", 'if sampler == "onestep" and len(levels) > 1:', "if False:",
+    ("one step of several levels", 'if sampler == "onestep" and len(ts) > 2:', "if False:",
      "tests/test_cli.py::test_bad_arguments[--sampler onestep --ts 0,22,39-]"),
     ("progdist steps to 0", "levels[:-1] if levels[-1] == 0 else levels", "levels",
      loop("progdist.4.plain.edm.clip")),
