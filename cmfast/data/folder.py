@@ -162,6 +162,7 @@ class FolderData(Dataset):
         try:
             for batch, unreadable in batches:
                 self._note(unreadable, tried=batch if isinstance(batch, int) else 0)
+                assert not isinstance(batch, int)  # which is an error
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (message := worker_gone(error)) is None:

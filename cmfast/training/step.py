@@ -435,7 +435,7 @@ def _check_weights(model: Denoiser) -> None:
         )
 
 
-def _check_followed(model: Denoiser, teacher_model: Denoiser) -> None:
+def _check_followed(model: Denoiser, teacher_model: Any) -> None:
     """ValueError where a student cannot become the teacher of the next, tensor by tensor."""
     said = (
         [f"{each.preconditioner}", f"num_classes={each.num_classes}", *_described(each)]

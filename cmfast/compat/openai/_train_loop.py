@@ -114,7 +114,8 @@ class TrainLoop:
     def _main_checkpoint(self) -> str:
         """The file to go on from, "" for none: that of rank 0, also where the folders of other machines hold others."""
         if self._checkpoint is None:
-            self._checkpoint = _of_rank_0(_checkpoints.hooks().find_resume_checkpoint() or self.resume_checkpoint)
+            own = _checkpoints.hooks().find_resume_checkpoint() or self.resume_checkpoint
+            self._checkpoint = str(_of_rank_0(own) or "")
         return self._checkpoint
 
     def _load_and_sync_parameters(self) -> None:
