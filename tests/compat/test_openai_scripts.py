@@ -131,7 +131,7 @@ def test_ranks_whose_machine_has_no_checkpoint_go_on_as_the_first_does(tmp_path)
     for start, steps in (0, 2), (2, 6):
         done = subprocess.run([*command, str(steps)], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        first, second = json.loads((tmp_path / "facts.json").read_text())
+        first, second = (json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1))
         assert first == second and (first["start"], first["step"]) == (start, steps)
     assert not list((tmp_path / "node1").glob("*.pt"))
 

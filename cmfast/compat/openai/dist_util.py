@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def setup_dist() -> None:
 def _end() -> None:
     """End the group before Python ends: a thread of it that lets go of a message meanwhile aborts the process."""
     if dist.is_initialized():
-        gc.collect()  # what DDP has wrapped; threads that it keeps all the same have let go by then
+        gc.collect()  # what DDP has wrapped
         dist.destroy_process_group()
+        time.sleep(0.2)  # DDP keeps the group and its threads all the same: for them to let go of the last message
 
 
 def get_rank() -> int:

@@ -46,11 +46,8 @@ def main():
     start = loop.step
     loop.run_loop()
     weights = torch.cat([p.detach().flatten() for p in [*loop.model.parameters(), *loop.ema_params[0]]])
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {"start": start, "step": loop.step, "weights": weights.tolist()})
-    if dist.get_rank() == 0:
-        with open(os.path.join(sys.argv[1], "facts.json"), "w") as file:
-            json.dump(everyone, file)
+    with open(os.path.join(sys.argv[1], f"facts-{dist.get_rank()}.json"), "w") as file:
+        json.dump({"start": start, "step": loop.step, "weights": weights.tolist()}, file)
 
 
 if __name__ == "__main__":
