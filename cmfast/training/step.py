@@ -86,6 +86,9 @@ class Buffers:
         #: Of each dtype: where they are, the tensors, and what these held, end to end.
         self._kept: list[tuple[list[Place], list[Tensor], Tensor]] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
     @torch.no_grad()
     def keep(self) -> None:
         """Copy what they hold now."""
@@ -299,9 +302,10 @@ class TrainStep:
                 self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        # As of the weights: the norm is that of all processes, and says what the optimizer has passed over.
-        self._buffers.put_back(~self.optimizer.grad_norm.isfinite().reshape(()))
-        self.averages.follow()
+        if self._buffers:
+            # As of the weights: the norm is that of all processes, and says what the optimizer has passed over.
+            self._buffers.put_back(~self.optimizer.grad_norm.isfinite().reshape(()))
+            self.averages.follow()
 
     def _note(self, total: Tensor, number: int) -> None:
         """Count a step and its loss, and whether it was bad."""
