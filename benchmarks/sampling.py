@@ -39,7 +39,7 @@ BATCHES = {"cuda": [1, 4, 16, 64, 256], "cpu": [1, 4]}
 LARGE_BATCHES = {"cuda": [1, 16, 64], "cpu": [1]}
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 6.0, "cpu": 20.0}
-QUICK_S = 3.0
+QUICK_S = 4.5
 ROUNDS = 7
 #: Images in a row, one batch after the other, that one sample of the throughput lasts, in seconds.
 THROUGHPUT_S = 0.25
