@@ -303,3 +303,12 @@ class Evaluator:
     def pixels(self, model_output: Tensor, x: Tensor, sigma: Tensor, rounding: str) -> Tensor:
         """D at (x, sigma) as uint8 [B, H, W, C], with a `rounding` of `ops.to_uint8`."""
         return ops.denoise_to_uint8(model_output, x, sigma, rounding=rounding, **self.scaling)
+
+
+#: What samplers and losses take.
+Model = Denoiser | DenoiserFn | Evaluator
+
+
+def evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
+    """The model as a sampler sees it; one that is an `Evaluator` already keeps its own labels and clamp."""
+    return model if isinstance(model, Evaluator) else Evaluator(model, labels=labels, clip=clip)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from cmfast import checkpoint, data, losses, ops
-from cmfast.denoiser import Denoiser
+from cmfast.denoiser import Denoiser, Model
 from cmfast.noise import OTHERS_DRAW
 from cmfast.objectives import EDM, Objective, Stage
 from cmfast.precondition import Preconditioner
 from cmfast.ranks import Ranks
-from cmfast.samplers import Model
 from cmfast.training import Stopped, Trainer, TrainOptions
 from cmfast.training.pictures import plot_losses
 from cmfast.training.stop import Stop

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
+from cmfast.denoiser import Model, evaluator
+from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn
 from cmfast.ops import _check
-from cmfast.samplers import Model, Sigmas, _evaluator, _floats, _on_device
 
 Map = Callable[[Tensor], Tensor]
 
@@ -63,9 +64,9 @@ def edit(
     known = transform(reference)
     mask = _mask(mask, known, "the transformed image")
     known = torch.where(mask == 0, 0, known)  # not even a NaN of it
-    evaluate = _evaluator(model, labels, clip=True)
-    levels = _floats(sigmas, least=1)
-    sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
+    evaluate = evaluator(model, labels, clip=True)
+    levels = read_levels(sigmas, least=1)
+    sigma = on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
     noise_scale = ((sigma - sigma_min) * (sigma + sigma_min)).clamp(min=0).sqrt()
     for i in range(len(levels)):
         model_output = evaluate(*evaluate.scale_input(x, sigma[i]))

@@ -11,12 +11,13 @@ from torch import Tensor
 from cmfast import ops, schedules
 from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated, stated_classes, unfused
 from cmfast.graphs import Values
+from cmfast.levels import Sigmas
 from cmfast.memory import largest_that_fits, out_of_memory
 from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
 from cmfast.ops import _check
 from cmfast.runner import Runner
-from cmfast.samplers import Sigmas, check_options, noise_range, sample, sampler_sigmas
+from cmfast.samplers import check_options, noise_range, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
 
 Classes = int | Sequence[int] | Tensor | None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.errors import Unavailable
+from cmfast.levels import keep_levels
 from cmfast.memory import capturing, out_of_memory
-from cmfast.samplers import keep_levels
 from cmfast.watch import name_of
 
 #: What a loop is given: tensors; numbers, which a graph reads from a scalar; ranges, as int64 [n].

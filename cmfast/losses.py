@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from cmfast import curricula, ops, schedules
-from cmfast.denoiser import Evaluator
+from cmfast.denoiser import Evaluator, Model, evaluator
 from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distance
 from cmfast.dropout import Pairing
 from cmfast.ops import _check
 from cmfast.reference import level_gap
-from cmfast.samplers import Model, _evaluator
 
 __all__ = [
     "LOSS_NORMS",
@@ -67,7 +66,7 @@ def denoising_loss(
     >>> terms["loss"].shape
     torch.Size([2])
     """
-    evaluate = _evaluator(model, labels, clip=False).settle(x_start.dtype)
+    evaluate = evaluator(model, labels, clip=False).settle(x_start.dtype)
     pairing = Pairing(draw, x_start.device, model)
     if isinstance(sigma, ops.LogNormal):
         drawn = ops.draw_pair(x_start, _drawing(draw, x_start, noise), sigma, pair=False, **evaluate.input_options)
@@ -187,7 +186,7 @@ def consistency_loss(
     _check.choice("solver", solver, SOLVERS)
     measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    student, target = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, target_model))
+    student, target = (evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, target_model))
     pairing = Pairing(draw, x_start.device, model, target_model)
 
     options, training = student.input_options, teacher_model is None
@@ -212,7 +211,7 @@ def consistency_loss(
     maker = student
     if second is None:
         assert teacher_model is not None  # else second is there
-        maker = _evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
+        maker = evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
         second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
     with torch.no_grad(), pairing:
         target_output = target(*_input_of(target, maker, second, next_sigma))
@@ -288,7 +287,7 @@ def _own_target_loss(
 ) -> Tensor:
     """The distance of D at both points of drawn pairs, divided by that of their levels [B]."""
     draw = _drawing(draw, x_start)
-    student = _evaluator(model, labels, clip=False).settle(x_start.dtype)
+    student = evaluator(model, labels, clip=False).settle(x_start.dtype)
     pairing = Pairing(draw, x_start.device, model)
     first, second, sigma, next_sigma, _ = ops.draw_pair(x_start, draw, levels, **student.input_options)
     assert second is not None and next_sigma is not None
@@ -341,7 +340,7 @@ def progressive_distillation_loss(
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
     measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    student, teacher = (_evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
+    student, teacher = (evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
     pairing = Pairing(draw, x_start.device, model)
     if noise is None and draw is None:
         noise = torch.randn_like(x_start)

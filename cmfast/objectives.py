@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from cmfast import curricula, losses, ops, schedules
+from cmfast.denoiser import Model
 from cmfast.distances import LOSS_NORMS, Perceptual
 from cmfast.ops import WEIGHTINGS, _check
-from cmfast.samplers import Model
 
 
 class Stage(NamedTuple):

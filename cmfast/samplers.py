@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -19,65 +17,15 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, stated
+from cmfast.denoiser import Evaluator, Model, evaluator, stated
+from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
 
-Sigmas = Sequence[float] | Tensor
 #: Called at every network call with x, i, sigma, sigma_hat and denoised.
 Callback = Callable[[dict[str, Any]], None]
-Model = Denoiser | DenoiserFn | Evaluator
 #: The network's input at the first level and its c_noise, where they are there already.
 First = tuple[Tensor, Tensor] | None
-
-
-def _evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
-    if isinstance(model, Evaluator):
-        return model
-    return Evaluator(model, labels=labels, clip=clip)
-
-
-def _floats(sigmas: Sigmas, *, least: int) -> list[float]:
-    """The levels as floats: the one host read, before the loop."""
-    try:
-        if isinstance(sigmas, str):
-            raise TypeError
-        levels = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
-    except TypeError:
-        raise TypeError(f"sigmas must be noise levels, a sequence or a tensor [n], got {sigmas!r}") from None
-    if len(levels) < least:
-        raise ValueError(f"sigmas needs {least} or more noise levels, got {len(levels)}")
-    if not all(0 <= level < math.inf for level in levels) or not all(level > 0 for level in levels[:-1] or levels):
-        raise ValueError(f"sigmas must be positive, only the last may be 0, none NaN or infinite; got {levels}")
-    return levels
-
-
-_kept_levels: ContextVar[dict[Any, Tensor] | None] = ContextVar("cmfast_levels", default=None)
-
-
-@contextmanager
-def keep_levels(pool: dict[Any, Tensor]) -> Iterator[None]:
-    """Inside the `with` block, noise levels on a device come from `pool`, and are put there when first asked for.
-
-    A loop that ran once copies nothing from the host when it runs again: a CUDA graph needs that.
-    """
-    token = _kept_levels.set(pool)
-    try:
-        yield
-    finally:
-        _kept_levels.reset(token)
-
-
-def _on_device(levels: Sequence[float], x: Tensor) -> Tensor:
-    """The levels as one tensor beside x: a step takes its scalars from here, with no copy of its own."""
-    pool = _kept_levels.get()
-    key = (*levels, _check.sigma_dtype(x), x.device)
-    kept = None if pool is None else pool.get(key)
-    if kept is None:
-        kept = torch.tensor(levels, dtype=_check.sigma_dtype(x), device=x.device)
-        if pool is not None:
-            pool[key] = kept
-    return kept
 
 
 def _steps(count: int, progress: bool) -> Iterable[int]:
@@ -109,7 +57,7 @@ def sample_onestep(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> T
     >>> sample_onestep(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0]).shape
     torch.Size([2, 1, 8, 8])
     """
-    return sample_multistep(model, x, _floats(sigmas, least=1)[:1], **options)
+    return sample_multistep(model, x, read_levels(sigmas, least=1)[:1], **options)
 
 
 @torch.no_grad()
@@ -148,9 +96,9 @@ def sample_multistep(
     """
     if pixels is not None and end_sigma is not None:
         raise ValueError("pixels are made of the last D: leave end_sigma out")
-    evaluate = _evaluator(model, labels, clip_denoised)
-    levels = _floats(sigmas, least=1)
-    sigma = _on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
+    evaluate = evaluator(model, labels, clip_denoised)
+    levels = read_levels(sigmas, least=1)
+    sigma = on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
     model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels), progress):
         model_output = evaluate(model_input, c_noise)
@@ -191,9 +139,9 @@ def sample_euler(
     >>> sample_euler(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.0, 0.0]).shape
     torch.Size([2, 1, 8, 8])
     """
-    evaluate = _evaluator(model, labels, clip_denoised)
-    levels = _floats(sigmas, least=2)
-    sigma = _on_device(levels, x)
+    evaluate = evaluator(model, labels, clip_denoised)
+    levels = read_levels(sigmas, least=2)
+    sigma = on_device(levels, x)
     model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         model_output = evaluate(model_input, c_noise)
@@ -207,7 +155,7 @@ def sample_progdist(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> 
 
     Args: x [B, C, H, W] = sigmas[0] noise; sigmas: the levels, in data units; options: as in `sample_euler`.
     """
-    levels = _floats(sigmas, least=2)
+    levels = read_levels(sigmas, least=2)
     return sample_euler(model, x, levels[:-1] if levels[-1] == 0 else levels, **options)
 
 
@@ -240,8 +188,8 @@ def _second_order(
     callback: Callback | None = None,
 ) -> Tensor:
     """The loop that Heun's method and the midpoint method share: churn, predict, correct."""
-    evaluate = _evaluator(model, labels, clip_denoised)
-    levels = _floats(sigmas, least=2)
+    evaluate = evaluator(model, labels, clip_denoised)
+    levels = read_levels(sigmas, least=2)
     hats, raised = _churned(levels, s_churn, s_tmin, s_tmax)
     # The midpoint of a rho = 3 Karras schedule, or for Heun's method the end of the step.
     mids = (
@@ -250,7 +198,7 @@ def _second_order(
         else levels[1:]
     )
     added = [s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)]
-    sigma, hat, mid, churn = (_on_device(values, x) for values in (levels, hats, mids, added))
+    sigma, hat, mid, churn = (on_device(values, x) for values in (levels, hats, mids, added))
     options = evaluate.step_options
     model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
@@ -315,11 +263,11 @@ def sample_euler_ancestral(
     Args: x [B, C, H, W] = sigmas[0] noise; sigmas: levels that fall, in data units; draw_unused: as in `sample_heun`;
         the rest as in `sample_multistep`.
     """
-    evaluate = _evaluator(model, labels, clip_denoised)
-    levels = _floats(sigmas, least=2)
+    evaluate = evaluator(model, labels, clip_denoised)
+    levels = read_levels(sigmas, least=2)
     pairs = [schedules.ancestral_levels(a, b) for a, b in zip(levels, levels[1:], strict=False)]
     downs, ups = zip(*pairs, strict=True)
-    sigma, down, up = _on_device(levels, x), _on_device(downs, x), _on_device(ups, x)
+    sigma, down, up = on_device(levels, x), on_device(downs, x), on_device(ups, x)
     model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         model_output = evaluate(model_input, c_noise)
@@ -348,7 +296,7 @@ def sample_midpoint_ancestral(
     levels = ts.tolist() if isinstance(ts, Tensor) else [float(t) for t in ts]
     h = 1 / len(levels)
     batch = x.new_ones(x.shape[0])
-    times = _on_device(levels, x)
+    times = on_device(levels, x)
     for i in _steps(len(levels), progress):
         dn = slope(x, times[i] * batch)
         dn_2 = slope(x + (h / 2) * dn, (times[i] + h / 2) * batch)
@@ -440,7 +388,7 @@ def sampler_sigmas(
     few = sampler in ("onestep", "multistep")
     options: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     if sigmas is not None:
-        levels = _floats(sigmas, least=1 if few else 2)
+        levels = read_levels(sigmas, least=1 if few else 2)
         if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
             raise ValueError(f"sigmas must decrease, got {levels}")
         # As the original's function, which is given a whole grid.
@@ -495,14 +443,14 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     known = noise_range(model)
-    levels = sampler_sigmas(sampler, **known) if sigmas is None else _floats(sigmas, least=1)
+    levels = sampler_sigmas(sampler, **known) if sigmas is None else read_levels(sigmas, least=1)
     few = sampler in ("onestep", "multistep")
     if few and "sigma_min" in known:
         options = {"sigma_min": known["sigma_min"], **options}
-    evaluate = _evaluator(model, labels, clip_denoised)
+    evaluate = evaluator(model, labels, clip_denoised)
     drawn = isinstance(noise, ops.Draw)
     like = noise.index.new_empty(0, dtype=torch.float32) if isinstance(noise, ops.Draw) else noise
-    level = _on_device(levels[:1], like)[0]
+    level = on_device(levels[:1], like)[0]
     with torch.no_grad():
         first_options = evaluate.settle(like.dtype).input_options
         x, model_input, c_noise = ops.init_noise(noise, level, shape=image_shape if drawn else None, **first_options)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmfast
-from cmfast import Denoiser, Sampler, graphs, ops, samplers
+from cmfast import Denoiser, Sampler, graphs, levels, ops, samplers
 from cmfast.engine import DRAWING
 from cmfast.graphs import CudaSpace, GraphError, ProgramCache
 from cmfast.noise import CounterNoise
@@ -442,12 +442,12 @@ def test_nothing_is_copied_between_host_and_device(form):
             draws = {"noise_fn": noise} if name in DRAWING else {}
             return samplers.sample(model, noise.next(), **options, **draws)
 
-        levels = {}
-        with samplers.keep_levels(levels):
+        kept = {}
+        with levels.keep_levels(kept):
             run()
             with OnHost():
                 made = run()
-        assert levels and made.device.type == "cuda" and made.dtype == torch.uint8
+        assert kept and made.device.type == "cuda" and made.dtype == torch.uint8
         with pytest.raises(AssertionError, match="on the host"), OnHost():
             run()
 

@@ -70,9 +70,12 @@ DISTANCES = [
      "(x[0].numel() if len(x) else 1)", "tests/test_losses.py::test_huber_c_grows_with_the_image"),
 ]  # fmt: skip
 
-SAMPLERS = [
+LEVELS = [
     ("infinite levels", "0 <= level < math.inf", "0 <= level",
      "tests/test_cli.py::test_bad_arguments[--sigmas inf-]"),
+]  # fmt: skip
+
+SAMPLERS = [
     ("multistep: noise of the level before", "            sigma[i + 1],\n            take(noise_fn, x),",
      "            sigma[i],\n            take(noise_fn, x),", loop("multistep.40.plain.bc.clip")),
     ("multistep: default sigma_min", "            sigma_min=sigma_min,\n", "",
@@ -119,6 +122,7 @@ FAULTS = {
     "cmfast/schedules.py": SCHEDULES,
     "cmfast/distances.py": DISTANCES,
     "cmfast/losses.py": TRAINING_LOSSES,
+    "cmfast/levels.py": LEVELS,
     "cmfast/samplers.py": SAMPLERS,
     "cmfast/editing.py": EDITING,
     "cmfast/checkpoint.py": CHECKPOINT,
