@@ -18,6 +18,7 @@ from cmfast.objectives import OBJECTIVES, Objective
 from cmfast.precondition import Preconditioner
 from cmfast.ranks import Ranks
 from cmfast.training import Trainer, TrainOptions, checkpoints, config
+from cmfast.training.state import MODEL
 from cmfast.training.step import LEVELS
 from cmfast.unet import UNetModel
 from cmfast.unet_config import PUBLISHED
@@ -97,6 +98,8 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
         value = settings["paths"].get(name, settings["data"].get(name))
         if value is not None and type(value) is not kind and not isinstance(value, os.PathLike):
             raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+    # As a shell does with a flag, but not behind --set, and nobody with a file of settings.
+    settings["paths"] = {name: path and os.path.expanduser(path) for name, path in settings["paths"].items()}
     dropout = settings["dropout"]
     if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout <= 1):
         raise ValueError(f"dropout must be from 0 to 1, or None, got {dropout!r:.80}")
@@ -161,7 +164,7 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
     torch.manual_seed(settings["options"]["seed"])
     # Weights are float32, whatever a file has: options.dtype says what networks compute in.
     teacher = checkpoint.load_teacher(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
-    start = teacher if paths["init"] is None else checkpoint.load(paths["init"], dtype=torch.float32)
+    start = teacher if paths["init"] is None else _initial(paths["init"], run)
     if start is not None:
         settings["objective"] |= _levels(start, settings["objective"], given.get("objective", {}))
         aim = objective(settings)
@@ -179,6 +182,13 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
         "lpips": _lpips(settings, device) if settings["objective"].get("loss_norm") == "lpips" else None,
         "settings": settings,
     }
+
+
+def _initial(path: str | os.PathLike[str], run: Path | None) -> Denoiser:
+    """The model to start from. A run that goes on needs no more of it than its checkpoint has: the file may be gone."""
+    if run is not None and not os.path.exists(path) and (newest := checkpoints.newest(run)) is not None:
+        path = newest / MODEL
+    return checkpoint.load(path, dtype=torch.float32)
 
 
 def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,9 @@ FROZEN = [
 ]  # fmt: skip
 
 RECIPES = [
+    ("what a run began with is always asked for", "and not os.path.exists(path) and", "and False and",
+     _RECIPES + "what_a_run_began_with_may_be_gone"),
+    ("no home in settings", "path and os.path.expanduser(path)", "path", _RECIPES + "the_home_of_a_user"),
     ("each process alone with what it lacks",
      "group.together(lambda: _parts(given, device, Path(out) if resume else None))", "_parts(given, device, None)",
      "tests/training/test_parallel.py::test_both_learn_what_one_of_them_lacks"),

@@ -1,5 +1,6 @@
 """Runs by name, from the command line and from YAML: what goes in, what comes out, and what is refused."""
 
+import os
 from dataclasses import fields
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_resume_and_yaml(images, tmp_path, capsys):
     assert train("--resume", "--out", tmp_path / "part", "--set", "options.warmup=5") == 2
     assert "options.warmup: 0, now 5" in capsys.readouterr().err
     assert train(*data, "--out", tmp_path / "part") == 2 and "resume it" in capsys.readouterr().err
+
+
+def test_what_a_run_began_with_may_be_gone(images, tmp_path):
+    """The weights that --init named are those of no step but the first."""
+    begin = tmp_path / "begin.safetensors"
+    model = cmfast.Denoiser(unet(), image_shape=(3, 8, 8))
+    cmfast.save(model, begin)
+    given = ["--recipe", "ect", "--data", images / "classes", "--batch-size", "4", "--init", begin]
+    for name, steps in (("run", 1), ("whole", 2)):
+        assert train(*given, "--steps", steps, "--out", tmp_path / name) == 0
+    begin.unlink()
+    assert train("--resume", "--steps", 2, "--out", tmp_path / "run") == 0
+    resumed, at_once = (cmfast.load(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert torch.equal(weights(resumed), weights(at_once))
+    # Nothing stands in for it where there is no step.
+    with pytest.raises(FileNotFoundError, match="begin"):
+        recipes.trainer(config.read(tmp_path / "run" / "config.yaml"), tmp_path / "new", resume="auto")
 
 
 def test_settings_of_the_command_line(images, tmp_path, monkeypatch):
@@ -204,6 +222,14 @@ def test_files_in_half_precision_are_trained_in_float32(part, options, images, t
     moments = [s["exp_avg"] for s in run.step.optimizer.state.values()]
     tensors = [*run.step.model.parameters(), *run.step.teacher_model.parameters(), *result.parameters(), *moments]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_the_home_of_a_user(monkeypatch):
+    """In settings, which no shell has read."""
+    monkeypatch.setenv("HOME", os.sep + "home")
+    given = {"recipe": "cd", "paths": {"data": "~/images", "teacher": "a~b.pt"}}
+    paths = recipes.complete(given)["paths"]
+    assert (paths["data"], paths["teacher"], paths["init"]) == (os.path.join(os.sep + "home", "images"), "a~b.pt", None)
 
 
 def test_numbers_as_yaml_has_them(tmp_path):
