@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import cmfast
-from cmfast import cli, recipes
+from cmfast import cli, cli_train, recipes
 from cmfast.objectives import OBJECTIVES
 from cmfast.training import TrainOptions
 
@@ -114,7 +114,7 @@ def modules() -> Iterator[str]:
 def flags() -> dict[str, tuple[str, str]]:
     """The flag and the help of each setting that has one."""
     parser = argparse.ArgumentParser()
-    cli._add_train(parser)
+    cli_train.add_options(parser)
     return {
         action.dest: (action.option_strings[0], (action.help or "").partition(" (default")[0])
         for action in parser._actions

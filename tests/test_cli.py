@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import cmfast
-from cmfast import UNetModel, cli, ops
+from cmfast import UNetModel, cli, cli_common, ops
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_npz_holds_the_labels(checkpoint, tmp_path):
 
 def test_values_are_read_as_python_or_as_words():
     for text, value in (("false", False), ("TRUE", True), ("True", True), ("1e3", 1e3), ("(1, 2)", (1, 2)), ("x", "x")):
-        assert cli._override(f"a.b={text}") == ("a.b", value)
+        assert cli_common.override(f"a.b={text}") == ("a.b", value)
 
 
 def test_options_of_the_sampler(checkpoint, tmp_path):

@@ -26,7 +26,8 @@ LEVELS = [
     | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula", "whole"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
-    {"sharding", "digits", "recipes", "quality", "info", "cli", "compat", "benchmarks", "__main__"},
+    {"sharding", "digits", "recipes", "quality", "info", "compat", "benchmarks", "__main__"}
+    | {"cli", "cli_common", "cli_train"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 
