@@ -4,6 +4,7 @@ befalls one of them, both know of."""
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,13 +19,10 @@ from safetensors.torch import load_file
 from cmfast import ranks
 from cmfast.tolerances import TRAINING
 from cmfast.training import pictures, state
+from tests.training.parallel_run import CASES, RESUMED
 from tests.training.toys import OBJECTIVES, PAIRED, denoiser, trainer, weights
 
 HERE = Path(__file__).resolve()
-
-
-def torchrun(folder, name, kind, steps, *more):
-    launch("parallel_run.py", name, kind, str(folder), str(steps), *more)
 
 
 def launch(script, *arguments, restarts=0):
@@ -55,28 +53,35 @@ def same(one, other, start):
         assert far > 0 and (flat[0] - flat[1]).abs().max() < TRAINING * far, name
 
 
-@pytest.mark.parametrize("name, kind", [("cd", "ddp"), ("pd", "ddp"), ("cd", "fsdp")])
-def test_two_processes_learn_what_one_does(tmp_path, name, kind):
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The runs of parallel_run.py; a copy of one when it was interrupted, `left`."""
+    folder = tmp_path_factory.mktemp("pairs")
+    launch("parallel_run.py", str(folder))
+    shutil.copytree(folder / "cd-fsdp" / "part", folder / "left")
+    launch("parallel_run.py", str(folder), "resume")
+    return folder
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_two_processes_learn_what_one_does(pairs, tmp_path, name, kind):
     """And the pair, interrupted and resumed, ends in its own bits."""
     tensors = denoiser(OBJECTIVES[name]).network.state_dict()
     start = torch.cat([tensors[key].flatten() for key in sorted(tensors)])
-    one = alone(tmp_path / "one", name, 4, optimize=kind == "ddp")  # networks that are shared out are not
-    torchrun(tmp_path / "two", name, kind, 4)
-    two = files(tmp_path / "two", 4)
+    folder = pairs / f"{name}-{kind}"
+    one = alone(tmp_path, name, 4, optimize=kind == "ddp")  # networks that are shared out are not
+    two = files(folder / "two", 4)
     same(one, two, start)
-    losses = [[line["loss"] for line in pictures.read_log(tmp_path / run / "log.jsonl")] for run in ("one", "two")]
+    losses = [[line["loss"] for line in pictures.read_log(run / "log.jsonl")] for run in (tmp_path, folder / "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
-    if name == "pd":
-        return
-    torchrun(tmp_path / "part", name, kind, 2)
-    torchrun(tmp_path / "part", name, kind, 4, "resume")
-    resumed = files(tmp_path / "part", 4)
-    assert all(torch.equal(two[file][key], resumed[file][key]) for file in two for key in two[file])
+    if name in RESUMED:
+        resumed = files(folder / "part", 4)
+        assert all(torch.equal(two[file][key], resumed[file][key]) for file in two for key in two[file])
 
 
-def test_a_run_of_two_goes_on_alone(tmp_path):
-    torchrun(tmp_path / "two", "cd", "fsdp", 2)
-    run = trainer("cd", tmp_path / "two", replace(PAIRED, parallel="fsdp", microbatch=2), resume=True)
+def test_a_run_of_two_goes_on_alone(pairs, tmp_path):
+    shutil.copytree(pairs / "left", tmp_path / "left")
+    run = trainer("cd", tmp_path / "left", replace(PAIRED, parallel="fsdp", microbatch=2), resume=True)
     assert run.done == 2 and len(state.read(run.out / "checkpoints" / "step-00000002")["random"]) == 2
     run.run(progress=False)
     assert torch.isfinite(weights(run.step.model)).all()
