@@ -97,6 +97,7 @@ def _recipe(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Those of the file, or of the run that is resumed, under those of the command line."""
+    from cmfast import recipes
     from cmfast.training import config
 
     if stages := [_flag(name) for name in _MNIST_STEPS if getattr(arguments, name) is not None]:
@@ -121,7 +122,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
     for name in ("data", "teacher", "init"):
         if getattr(arguments, name) is not None:
             given[f"paths.{name}"] = getattr(arguments, name)
-    for name, value in [*given.items(), *arguments.overrides]:
+    changes = [*given.items(), *arguments.overrides]
+    if arguments.config and not arguments.resume and "options.steps" in dict(changes):
+        settings = recipes.of_any_length(settings)
+    for name, value in changes:
         outer, dot, inner = name.partition(".")
         if not dot:
             settings[name] = value

@@ -69,6 +69,8 @@ SETTINGS: dict[str, Any] = {
     "objective": {},
     "options": {},
 }
+#: What an objective has from the steps of its run, where it is not given.
+_OF_STEPS = ("total_steps", "steps_per_stage")
 #: What is in the group `data`, where it is not None.
 _KINDS = {"image_size": int, "channels": int, "flip": bool, "labelled": bool, "skip_unreadable": bool}
 
@@ -126,6 +128,17 @@ def objective(settings: Mapping[str, Any]) -> Objective:
     if hasattr(kind, "steps_per_stage") and "steps_per_stage" not in fields:
         aim = replace(aim, steps_per_stage=max(1, int(steps / aim.stages)))
     return aim
+
+
+def of_any_length(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, such as a run's, without the curriculum that followed from its steps: from others follows another."""
+    has, options = given.get("objective"), given.get("options")
+    if not isinstance(has, Mapping) or not isinstance(options, Mapping) or "steps" not in options:
+        return dict(given)
+    own = {name: value for name, value in has.items() if name not in _OF_STEPS}
+    follows = complete({**given, "objective": own})["objective"]
+    kept = {name: value for name, value in has.items() if name in own or value != follows.get(name)}
+    return {**given, "objective": kept}
 
 
 def trainer(

@@ -22,7 +22,7 @@ from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
 
-#: Called at every network call with x, i, sigma, sigma_hat and denoised.
+#: Called once a step with x, i, sigma, sigma_hat and denoised.
 Callback = Callable[[dict[str, Any]], None]
 #: The network's input at the first level and its c_noise, where they are there already.
 First = tuple[Tensor, Tensor] | None
@@ -86,7 +86,8 @@ def sample_multistep(
         does (with a level of sigma_min that adds nothing, but draws). None: do not.
         pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; needs end_sigma=None.
         first: the network's input at (x, sigmas[0]) and its c_noise, if known.
-        progress: show a bar. callback: called after each step with a dict of what it made.
+        progress: show a bar. callback: called once a step with a dict: i, sigma, sigma_hat, x (before the step) and
+        denoised (D, the picture so far).
 
     Raises: ValueError: no level, one that is negative, NaN or infinite, a 0 that is not the last of several, or pixels
         with an end_sigma. Their order is not looked at.

@@ -49,6 +49,7 @@ INTERNAL = {
     "samplers": ("check_options", "noise_range"),
     "noise": ("take",),
     "training": ("Pending",),
+    "recipes": ("of_any_length",),
     "ema": ("unwrap", "local", "places", "held"),
     "dropout": ("at", "current", "kept", "counts"),
 }

@@ -4,7 +4,8 @@
 
 Each file has a seed of its own, its number: its images follow from that, whoever makes them. A file appears when it is
 whole, and one that is there is not made again, so that the same command goes on where a run ended. Processes do not
-wait for each other: they may as well be jobs of a cluster that set RANK and WORLD_SIZE.
+wait for each other: they may as well be jobs of a cluster that set RANK and WORLD_SIZE, and LOCAL_RANK
+where processes of one machine see the same GPUs.
 """
 
 from __future__ import annotations

@@ -280,14 +280,16 @@ def faults_of_numbers(text):
 
 
 def test_defaults_of_recipes_are_those_of_the_code():
-    row = re.compile(r"^\| `(\w+)` \| ([\d,]+) \| (\S+?)(, falling to 0)? \| ([\d.]+) \| (\w+) \|$", re.M)
+    row = re.compile(r'^\| `(\w+)` \| ([\d,]+) \| (\S+?)(, falling to 0)? \| ([\d.]+) \| (\w+) \| `--(\w+) (\w+)', re.M)
     rows = {name: rest for name, *rest in row.findall(page("README.md"))}
     assert rows.keys() == recipes.PRESETS.keys()
-    for name, (steps, rate, falling, average, loss) in rows.items():
-        preset = recipes.PRESETS[name]
+    for name, (steps, rate, falling, average, loss, option, value) in rows.items():
+        preset, objective = recipes.PRESETS[name], objectives.OBJECTIVES[name]
+        sampled = objective().sampling(objective().stage(preset["steps"] - 1))
+        assert str(sampled.get(option)) == value, name
         assert int(steps.replace(",", "")) == preset["steps"] and float(rate) == preset["learning_rate"], name
         assert bool(falling) == ("decay" in preset) and average == preset["averages"][0], name
-        assert loss == getattr(objectives.OBJECTIVES[name], "loss_norm", loss), name
+        assert loss == getattr(objective, "loss_norm", loss), name
 
 
 def test_the_reference_is_that_of_the_code():

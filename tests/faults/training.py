@@ -194,6 +194,10 @@ FROZEN = [
 RECIPES = [
     ("what a run began with is always asked for", "and not os.path.exists(path) and", "and False and",
      _RECIPES + "what_a_run_began_with_may_be_gone"),
+    ("another run's curriculum", "name in own or value != follows.get(name)", "True",
+     _RECIPES + "the_steps_of_a_file_of_settings[ct-total_steps]"),
+    ("no curriculum but that of the steps", "name in own or value != follows.get(name)", "name in own",
+     _RECIPES + "the_steps_of_a_file_of_settings[ect-steps_per_stage]"),
     ("no home in settings", "path and os.path.expanduser(path)", "path", _RECIPES + "the_home_of_a_user"),
     ("each process alone with what it lacks",
      "group.together(lambda: _parts(given, device, Path(out) if resume else None))", "_parts(given, device, None)",

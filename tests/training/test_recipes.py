@@ -262,6 +262,34 @@ def test_stages_are_of_a_run_of_as_many_steps():
     assert recipes.complete(given)["objective"]["steps_per_stage"] == 7
 
 
+@pytest.mark.parametrize("recipe, name", [("ct", "total_steps"), ("ect", "steps_per_stage"), ("pd", "steps_per_stage")])
+def test_the_steps_of_a_file_of_settings(recipe, name, tmp_path, monkeypatch):
+    """With others on the command line, the curriculum is theirs; one that was asked for stays, and that of a run that
+    goes on."""
+    made = {}
+    monkeypatch.setattr(recipes, "trainer", lambda settings, *a, **k: made.update(recipes.complete(settings)) or Nothing)
+    file = tmp_path / "config.yaml"
+    of = {steps: recipes.complete({"recipe": recipe, "options": {"steps": steps}}) for steps in (7200, 720)}
+    assert of[7200]["objective"][name] == 10 * of[720]["objective"][name]
+    for given, more, expected in (
+        (of[7200], ["--steps", 720], of[720]["objective"][name]),
+        (of[7200], ["--set", "options.steps=720"], of[720]["objective"][name]),
+        (of[7200], [], of[7200]["objective"][name]),
+        (of[7200], ["--steps", 720, "--set", f"objective.{name}=7"], 7),
+        ({**of[7200], "objective": {**of[7200]["objective"], name: 50}}, ["--steps", 720], 50),
+        (of[7200], ["--steps", 720, "--resume"], of[7200]["objective"][name]),
+    ):
+        file.write_text(config.written(given))
+        assert train("--config", file, "--out", tmp_path, *more) == 0
+        assert made["objective"][name] == expected, more
+
+
+class Nothing:
+    @staticmethod
+    def run(**options):
+        pass
+
+
 def test_the_deviation_of_the_data_is_one(images, tmp_path):
     """That of the settings for new weights; of a model to start from its own."""
     settings = {"recipe": "edm", "paths": {"data": str(images / "classes")}, "network": "tiny",
