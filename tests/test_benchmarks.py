@@ -211,9 +211,9 @@ def test_bars(tmp_path):
     rows = [
         row | {"provider": "cmfast"},
         row | {"provider": "inductor"} | beside(1.0, 0.9),
-        large | {"provider": "inductor"} | beside(1.0, 0.1),
+        large | {"provider": "inductor"} | beside(1.0, 0.98),
         large | {"provider": "cmfast", "percent_of_copy": 93.0},
-        large | {"provider": "cmfast", "case": "renoise drawn", "percent_of_copy": 84.0},
+        large | {"name": "noise", "provider": "cmfast", "case": "renoise drawn", "percent_of_copy": 84.0},
     ]
     norm = row | {"name": "norm", "case": "group_norm_silu", "shape": [192, 64, 64], "percent_of_copy": 79.0,
                   "largest_tensor_bytes": 33e6}  # fmt: skip
@@ -226,11 +226,19 @@ def test_bars(tmp_path):
     assert any(line.startswith("MISSED: renoise drawn") for line in lines)
     slower = "MISSED: at most 3% slower than inductor at 3x64x64, graph mode: 0 of 1"
     assert any(line.startswith(slower) for line in lines)
+    assert "met: at most 3% slower than inductor on tensors > 100 MB, graph mode: 1 of 1" in lines
+    assert "not measured: at most 3% slower than inductor on tensors > 100 MB, call mode: 0 of 0" in lines
     assert any(line.startswith("not measured: euler_step") for line in lines)
     assert any(line.startswith("MISSED: group_norm_silu 64x192x64x64") for line in lines)
     assert any(line.startswith("MISSED: at most 3% slower than inductor on maps, graph mode: 0 of 1") for line in lines)
     assert any(line.startswith("not measured: group_norm_silu on chip, tensors > 32 MB") for line in lines)
     assert any(line.startswith("met: lpips_layer + backward") and "5.5 times" in line for line in lines)
+    rows[2] |= beside(1.0, 0.9)
+    slower = "MISSED: at most 3% slower than inductor on tensors > 100 MB, graph mode: 0 of 1\n    denoise 256x3x256"
+    assert any(line.startswith(slower) for line in kernels_summary.bars(result))
+    lines = kernels_summary.bars(result | {"rows": []})
+    assert all(line.startswith("not measured: ") for line in lines)
+    assert "not measured: lpips_layer + backward beside the reference, tensors > 32 MB" in lines
     result["environment"]["device_type"] = "cpu"
     assert kernels_summary.bars(result) == ["met: at most 1.05 of the reference's time: 1 of 1"]
     rows[-1]["times_cmfast"]["p50"] = 0.95

@@ -53,9 +53,21 @@ def test_bars_of_a_gpu(monkeypatch):
         {**row, "provider": "foreach", "p50_us": 7000.0, "percent_of_copy": 60.0, "times_cmfast": {"p50": 1.4}},
     ]
     monkeypatch.setattr(parameters.runs, "about", lambda result: [])
-    text = parameters.text({"rows": rows, "failures": [], "missing": {}, "truncated": False})
-    assert "bar: averages at 91.0% of copy, 90% wanted" in text
-    assert "bar: averages 1.40 times as fast as foreach, 1.25 wanted" in text
+
+    def lines(rows, device_type="cuda"):
+        result = {"rows": rows, "failures": [], "missing": {}, "truncated": False}
+        return parameters.text(result | {"environment": {"device_type": device_type}}).splitlines()[-2:]
+
+    of_copy, of_foreach = "at least 90% of the copy bandwidth", "at least 1.25 times as fast as foreach"
+    assert lines(rows) == [f"met: averages 296M {of_copy}: 91.00", f"met: averages 296M {of_foreach}: 1.40"]
+    # cmfast again, beside inductor: not the round that foreach was in.
+    assert lines([*rows, {**rows[0], "percent_of_copy": 80.0}])[0].startswith("met")
+    rows[0]["percent_of_copy"], rows[1]["times_cmfast"] = 89.0, {"p50": 1.2}
+    assert lines(rows) == [f"MISSED: averages 296M {of_copy}: 89.00", f"MISSED: averages 296M {of_foreach}: 1.20"]
+    rows[1]["times_cmfast"] = None
+    assert lines(rows[1:]) == [f"not measured: averages 296M {of_copy}", f"not measured: averages 296M {of_foreach}"]
+    assert lines([]) == lines(rows[1:])
+    assert not any("296M " in line and "bandwidth" in line for line in lines(rows, "cpu"))
 
 
 @pytest.mark.parametrize("suite", [parameters.SUITE, perceptual.SUITE], ids=lambda suite: suite.name)

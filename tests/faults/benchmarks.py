@@ -32,6 +32,16 @@ FAULTS = {
         ("noise of any size", "if value.numel() > FEW and not 0.9 < ratio < 1.1:", "if False:",
          "tests/test_benchmarks.py::test_noise_of_another_generator"),
     ],
+    "benchmarks/kernels_summary.py": [
+        ("large tensors left out beside inductor", '[c for c in images if c.row["largest_tensor_bytes"] > LARGE_BYTES]',
+         "[]", "tests/test_benchmarks.py::test_bars"),
+        ("a bar that says nothing", "        if not beside:\n", "        if False:\n",
+         "tests/test_benchmarks.py::test_bars"),
+    ],
+    "benchmarks/parameters.py": [
+        ("a bar met whatever was measured", "if value >= least else 'MISSED'", "if value else 'MISSED'",
+         "tests/test_benchmarks_parameters.py::test_bars_of_a_gpu"),
+    ],
     "benchmarks/timing.py": [
         ("ratios the other way round", "ratios = [other / one for other, one in zip(times, ours)]",
          "ratios = [one / other for other, one in zip(times, ours)]",
