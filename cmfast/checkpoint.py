@@ -73,7 +73,8 @@ def load(
             of wrapping its UNet2DModel.
         overrides: arguments of `UNetModel`, and sigma_data, sigma_min, sigma_max, rho, where they differ from what
             the file says or what is missing there: weights do not show `image_size` and `num_head_channels`
-            (or `num_heads`), which are known for the published models and must be given for others.
+            (or `num_heads`), which are known for the published models and must be given for others. `num_heads`
+            takes the place of a `num_head_channels` that the file says.
 
     Raises:
         FileNotFoundError, PermissionError: the file cannot be read.
@@ -99,7 +100,8 @@ def load(
         known = ", ".join(SCHEDULE_KEYWORDS + NETWORK_KEYWORDS)
         raise TypeError(f"load() got an unknown keyword {', '.join(unknown)}; known: {known}")
 
-    for name in ("image_size", *SCHEDULE_KEYWORDS):
+    heads = ("num_heads", "num_head_channels", "num_heads_upsample")
+    for name in ("image_size", "dropout", *heads, *SCHEDULE_KEYWORDS):
         value = overrides.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
@@ -257,8 +259,12 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> tuple[UNetModel, dic
     try:
         untrusted.check_tensors(tensors, path.stat().st_size)
         config = settings.pop("network", None) or unet_config.from_shapes(shapes)
+        if config.get("num_head_channels", -1) != -1 and {"num_heads", "num_heads_upsample"} & arguments.keys():
+            # It would win over them. Numbers of heads beside it say nothing.
+            config = {name: value for name, value in config.items() if not name.startswith("num_head")}
+        config = config | arguments
         untrusted.check_network(config, len(tensors))
-        network = _build_network(config | arguments)
+        network = _build_network(config)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

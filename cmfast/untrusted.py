@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,20 @@ def check_network(config: Mapping[str, Any], tensors: int) -> None:
     for name in _COUNTED:
         value = config.get(name)
         if value is not None and not _count(value) and value != -1:
-            raise ValueError(f"{name} is {_short(value)}, expected a number from 1 to {COUNTS:,}")
+            raise ValueError(f"{name} is {_short(value)}, expected a whole number from 1 to {COUNTS:,}")
     for name in ("channel_mult", "attention_resolutions"):
         values = config.get(name, [1])
-        numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
-        if not numbers or len(values) > tensors or (not values and name == "channel_mult"):
+        listed = not isinstance(values, str) and isinstance(values, Collection)
+        numbers = listed and all(isinstance(value, Real) for value in values)
+        if not numbers or not (name == "channel_mult") <= len(values) <= tensors:
             raise ValueError(f"{name} is {_short(values)}, expected a list of numbers")
     blocks = (config.get("num_res_blocks", 1) + 1) * len(config.get("channel_mult", (1, 2, 4, 8)))
     if blocks > tensors:
-        raise ValueError(f"the header says {blocks:,} blocks, and there are {tensors:,} tensors")
+        raise ValueError(f"num_res_blocks and channel_mult make {blocks:,} blocks, and there are {tensors:,} tensors")
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= COUNTS
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) <= COUNTS
 
 
 def _kind(tensor: Tensor) -> str:
@@ -93,5 +95,6 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if not value or isinstance(value, str | int | float | bool | None) else type(value).__name__
+    short = isinstance(value, str) or not isinstance(value, Collection) or not len(value)
+    text = repr(value) if short else type(value).__name__
     return text if len(text) < 40 else text[:37] + "..."

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cmfast import checkpoint, images
+from cmfast import checkpoint, images, unet_config
 from cmfast.checkpoint import CheckpointError, load, save
 from cmfast.denoiser import Denoiser
 from cmfast.precondition import Preconditioner
@@ -105,6 +105,24 @@ def test_overrides(pt_file):
     assert model.image_shape == (3, 16, 16)
     assert (model.sigma_min, model.sigma_max, model.rho) == (0.01, 50, 5)
     assert model.preconditioner == Preconditioner(sigma_data=1.0, boundary=0.01)
+
+
+def test_heads_that_are_given_count(tmp_path, pt_file, monkeypatch):
+    """Though the file, or the published network of these shapes, says how wide they are, which would win."""
+    save(Denoiser(small_unet(num_classes=10)), tmp_path / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in small_unet(num_classes=10).state_dict().items()}
+    monkeypatch.setitem(unet_config.PUBLISHED, "small", (unet_config.from_shapes(shapes), ASKED))
+    for path in (tmp_path / "model.safetensors", pt_file):
+
+        def heads(path=path, **given):
+            network = load(path, **given).network
+            return network.middle_block[1].num_heads, network.output_blocks[0][1].num_heads
+
+        assert heads() == (4, 4) and heads(num_heads=2) == (2, 2)
+        assert heads(num_heads=2, num_heads_upsample=1) == (2, 1)
+        assert heads(num_heads=2, num_head_channels=32) == (2, 2) and heads(num_heads=1, num_head_channels=16) == (4, 4)
+        with pytest.raises(CheckpointError, match="do not show num_head_channels= .or num_heads="):
+            heads(num_heads_upsample=1)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +253,13 @@ def test_numbers_of_numpy(tmp_path):
         save(model, tmp_path / "model.safetensors")
 
 
+def test_numbers_of_numpy_are_given(pt_file):
+    """In lists of any kind."""
+    given = {"image_size": np.int64(8), "num_heads": np.int32(2), "dropout": np.float32(0.5)}
+    lists = {"channel_mult": np.array([1, 2]), "attention_resolutions": {2}}
+    assert load(pt_file, **given, **lists).network.config["channel_mult"] == [1, 2]
+
+
 def test_header_and_arguments(tmp_path):
     save(Denoiser(small_unet(), Preconditioner.edm()), tmp_path / "teacher.safetensors")
     assert load(tmp_path / "teacher.safetensors").preconditioner == Preconditioner.edm()
@@ -360,7 +385,7 @@ def test_images_that_are_not_square(tmp_path):
     assert load(tmp_path / "wide.safetensors", image_size=8).image_shape == (1, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["image_size", "sigma_max"])
+@pytest.mark.parametrize("name", ["image_size", "sigma_max", "num_heads", "dropout"])
 @pytest.mark.parametrize("value", ["a", None, True])
 def test_numbers_that_are_none(name, value, pt_file):
     with pytest.raises(ValueError, match=f"{name} must be a number, got {value!r}"):

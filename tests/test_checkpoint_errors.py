@@ -54,6 +54,12 @@ def test_wrong_arguments(pt_file):
     for size in (0, -8, 8.5, float("inf"), 10**16):
         with pytest.raises(ValueError, match="image_size must be from 1 to 16,777,216, got"):
             load(pt_file, **{**ASKED, "image_size": size})
+    for name, value in {"num_heads": 2.0, "num_res_blocks": "1", "model_channels": True, "num_classes": 10.0}.items():
+        with pytest.raises(CheckpointError, match=f"{name} is {value!r}, expected a whole number from 1 to"):
+            load(pt_file, image_size=8, **{"num_heads": 2, name: value})
+    for name, value in {"channel_mult": "1,2", "attention_resolutions": 2}.items():
+        with pytest.raises(CheckpointError, match=f"{name} is {value!r}, expected a list of numbers"):
+            load(pt_file, **ASKED, **{name: value})
     for rho in (0, -7, 1e-300, float("inf"), float("nan")):
         with pytest.raises(CheckpointError, match="rho must be above 0, 7 mostly, .*, got"):
             load(pt_file, **ASKED, rho=rho)

@@ -279,7 +279,7 @@ def test_what_is_trained_is_said(tmp_path, monkeypatch, capsys, arguments, messa
     [
         ({"recipe": "mnist"}, "recipe mnist has its own settings and is in no file of them"),
         ({"network": {"model_channels": -32, "num_res_blocks": 1, "attention_resolutions": []}},
-         "network: model_channels is -32, expected a number"),
+         "network: model_channels is -32, expected a whole number"),
         ({"network": {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [], "channel_mult": []}},
          "network: channel_mult is [], expected a list of numbers"),
         ({"network": {"model_channels": 33, "num_res_blocks": 1, "attention_resolutions": []}},

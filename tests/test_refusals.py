@@ -89,7 +89,7 @@ CASES = {
     ),
     "more blocks than tensors": (
         lambda: untrusted.check_network({"num_res_blocks": 50, "channel_mult": [1, 2]}, 60),
-        "the header says 102 blocks, and there are 60 tensors",
+        "num_res_blocks and channel_mult make 102 blocks, and there are 60 tensors",
     ),
     "digits without classes": (
         lambda: quality.made_by(SimpleNamespace(sample=lambda *a, **k: X.byte(), labels=lambda *a, **k: None), 2),

@@ -113,6 +113,15 @@ CHECKPOINT = [
      "tests/test_checkpoint.py::test_loading_converts_back[dtype0-whole]"),
     ("a half torso for a half network", "all(tensor.dtype == network.dtype for tensor in state.values())", "True",
      "tests/test_checkpoint.py::test_loading_converts_back[dtype0-torso]"),
+    ("the width of a head wins over heads that are given", 'if config.get("num_head_channels", -1) != -1 and',
+     "if False and",
+     "tests/test_checkpoint.py::test_heads_that_are_given_count"),
+    ("numbers of heads that said nothing", 'if not name.startswith("num_head")', 'if name != "num_head_channels"',
+     "tests/test_checkpoint.py::test_heads_that_are_given_count"),
+    ("arguments are not looked at",
+     "        config = config | arguments\n        untrusted.check_network(config, len(tensors))\n",
+     "        untrusted.check_network(config, len(tensors))\n        config = config | arguments\n",
+     "tests/test_checkpoint_errors.py::test_wrong_arguments"),
     ("numbers of NumPy in no file", ", default=_plain_number)", ")", "tests/test_checkpoint.py::test_numbers_of_numpy"),
 ]  # fmt: skip
 
