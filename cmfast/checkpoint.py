@@ -193,9 +193,7 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         header["dtype"] = str(network.dtype).removeprefix("torch.")
         # Else of the torso, as a dtype given to `load` is.
         header["whole"] = all(tensor.dtype == network.dtype for tensor in state.values())
-    tensors = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in state.items()
-    }
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in state.items()}
     write_tensors(tensors, path, {_HEADER_KEY: json.dumps(header, default=_plain_number)})
 
 
@@ -213,10 +211,16 @@ def write_tensors(
 
     Raises: OSError: it cannot be written.
     """
+    dense, places = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        # Weights that are tied are one memory by two names, and a file takes memory by one alone.
+        dense[name] = tensor.clone(memory_format=torch.contiguous_format) if place in places else tensor.contiguous()
+        places.add(place)
     with written_whole(path) as file:
         mode = file.stat().st_mode
         try:
-            save_file(tensors, file, metadata)
+            save_file(dense, file, metadata)
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {str(error).strip()}") from error
         file.chmod(mode)  # save_file leaves a file that only its owner may read

@@ -50,7 +50,7 @@ def check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:
     if total > size:
         raise ValueError(
             f"its tensors take {total:,} bytes and the file has {size:,}: some are views of the same numbers. Save "
-            "them with .contiguous()"
+            "them with .clone()"
         )
 
 

@@ -269,6 +269,15 @@ def test_header_and_arguments(tmp_path):
     assert model.network.config["use_checkpoint"]
 
 
+def test_tied_weights(tmp_path):
+    network = small_unet()
+    network.middle_block[2].in_layers[2].weight = network.middle_block[0].in_layers[2].weight
+    save(Denoiser(network), tmp_path / "model.safetensors")
+    assert same_bits(load(tmp_path / "model.safetensors").network, network)
+    torch.save({name: tensor.clone() for name, tensor in network.state_dict().items()}, tmp_path / "model.pt")
+    assert same_bits(load(tmp_path / "model.pt", **ASKED).network, network)
+
+
 def test_saved_after_channels_last_and_compile(tmp_path):
     network = small_unet().to(memory_format=torch.channels_last)
     save(Denoiser(torch.compile(network, backend="eager")), tmp_path / "model.safetensors")

@@ -209,13 +209,7 @@ def save_weights(model: Denoiser, path: Path) -> None:
     if isinstance(network, UNetModel):
         checkpoint.save(with_network(model, network), path)
         return
-    tensors, places = _plain(network.state_dict()), set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        # Weights that are tied are one memory by two names, and a file takes memory by one alone.
-        tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if place in places else tensor.contiguous()
-        places.add(place)
-    checkpoint.write_tensors(tensors, path)
+    checkpoint.write_tensors(_plain(network.state_dict()), path)
 
 
 def _load(model: Denoiser, path: Path) -> None:

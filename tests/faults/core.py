@@ -123,6 +123,8 @@ CHECKPOINT = [
      "        untrusted.check_network(config, len(tensors))\n        config = config | arguments\n",
      "tests/test_checkpoint_errors.py::test_wrong_arguments"),
     ("numbers of NumPy in no file", ", default=_plain_number)", ")", "tests/test_checkpoint.py::test_numbers_of_numpy"),
+    ("tied weights are not saved", "if place in places else", "if False else",
+     "tests/test_checkpoint.py::test_tied_weights"),
 ]  # fmt: skip
 
 FAULTS = {

@@ -171,8 +171,6 @@ STATE = [
      _LOOP + "resumed_is_uninterrupted[pd-float32]"),
     ("torch's generator starts anew", '        self._restore(state["random"], step.device)\n', "",
      _LOOP + "a_foreign_networks_dropout_resumes"),
-    ("tied weights are not saved", "if place in places else", "if False else",
-     _LOOP + "foreign_networks_resume[tied]"),
     ("names as torch.compile has them", 'name.replace("_orig_mod.", "")', "name",
      _LOOP + "foreign_networks_resume[compiled]"),
     ("skipped steps are forgotten", 'state.get("skipped", 0)', "0", _LOOP + "skipped_steps_are_counted_on"),

@@ -47,9 +47,15 @@ for what, change, said in [
     ("sparse weights", lambda t: t.to_sparse(), "out.2.weight is no plain tensor"),
     ("weights without values", lambda t: t.to("meta"), "out.2.weight is no plain tensor"),
     ("wrong shape", lambda t: t[:, :5].clone(), r"out.2.weight: \[3, 5, 3, 3\] in the file"),
-    ("one number as a matrix", lambda t: torch.zeros(1).expand(4096, 4096, 3, 3), "some are views of the same numbers"),
+    ("one number as a matrix", lambda t: torch.zeros(1).expand(4096, 4096, 3, 3), "some are views of .* with .clone"),
 ]:
     kind(f"pt: {what}", said)(lambda folder, canary, change=change: changed(folder, change))
+
+
+@kind("pt: the same numbers by many names", "some are views of the same numbers")
+def _(folder, canary):
+    x = torch.zeros(2**20)
+    return saved(folder, {str(i): x for i in range(3)})
 
 
 @kind("pt: hostile pickle", "could run any code")
