@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from cmfast.fast.network import FastPass
-from cmfast.fast.plan import Attention, Layer, Layers, Plan, Refused, Resample, ResBlock, convolution, exact, group_norm
+from cmfast.fast.plan import (
+    Attention,
+    Layer,
+    Layers,
+    Plan,
+    Refused,
+    Resample,
+    ResBlock,
+    average_pool,
+    convolution,
+    exact,
+    group_norm,
+)
 
 #: Block classes whose parts are residual blocks, attention and resampling, as ours are.
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -124,6 +136,7 @@ def _resample(module: Any, where: str, kind: str) -> Resample:
     if module.norm is not None:
         raise Refused(f"{where} has a norm")
     if not module.use_conv:
+        average_pool(module.conv, f"{where}.conv")
         return Resample("down", None)
     if module.padding != 1:
         raise Refused(f"{where} has padding={module.padding}, expected 1")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmfast import ops
-from cmfast.dropout import current
+from cmfast.dropout import DROPOUT_DRAW, current
 from cmfast.fast import winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
@@ -179,15 +179,21 @@ class Forward:
             options["x_bias"] = bias
         if dropout is not None and self._draw is not None:
             if _drops(dropout):
-                options |= {"dropout": dropout.p, "draw": self._draw}
+                options |= {"dropout": dropout.p, "draw": self._numbered(self._draw, dropout)}
             # Of every block, dropping or not: the numbers are those of the ordinary network's layers.
             self._draw = self._draw._replace(draw=self._draw.draw + 1)
-        result = ops.group_norm_silu(value, norm.num_groups, norm.weight, norm.bias, residual=residual, **options)
-        if isinstance(result, Tensor):
-            return result
-        h, total = result
-        x.settle(total)
+        h = ops.group_norm_silu(value, norm.num_groups, norm.weight, norm.bias, residual=residual, **options)
+        if not isinstance(h, Tensor):
+            h, total = h
+            x.settle(total)
+        if dropout is not None and dropout.training and dropout.p == 1:
+            return F.dropout(h, 1.0)  # which needs no draw
         return h
+
+    def _numbered(self, draw: ops.Draw, dropout: nn.Dropout) -> ops.Draw:
+        """Of a layer with a number in `paired`, as in the ordinary pass: a block that occurs twice has one."""
+        number = getattr(dropout, "layer", None) if draw.draw >= DROPOUT_DRAW else None
+        return draw if number is None else draw._replace(draw=DROPOUT_DRAW + number)
 
     def convolved(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Sum:
         """conv(h) + residual; `spare`: nobody else needs the residual."""
@@ -276,7 +282,7 @@ class Forward:
 
 
 def _drops(dropout: nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0
+    return dropout.training and 0 < dropout.p < 1
 
 
 def _resampled(x: Tensor, kind: str) -> Tensor:

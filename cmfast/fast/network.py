@@ -54,8 +54,9 @@ class FastPass:
     def plan(self, x: Tensor) -> Plan | None:
         """For the fast pass of an input; None if the ordinary pass is to be taken now. A compiled region keeps the
         answer that it was compiled with."""
-        # What comes from a mode such as FakeTensorMode has no memory to look at, nor weights that could be kept.
-        return self._plan if is_plain(x) and _serves(self.number) else None
+        # What comes from a mode such as FakeTensorMode has no memory to look at, nor weights that could be kept. Of the
+        # meta device, where shapes are asked for, autocast knows nothing.
+        return self._plan if is_plain(x) and not x.is_meta and _serves(self.number) else None
 
     @property
     def refusal(self) -> str | None:

@@ -113,6 +113,14 @@ def convolution(module: object, where: str, *, size: int, stride: int = 1) -> nn
     return conv
 
 
+def average_pool(module: object, where: str) -> None:
+    """Refused, if it is not the mean of each 2x2 pixels."""
+    pool: nn.AvgPool2d = exact(module, nn.AvgPool2d, where)
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.divisor_override)
+    if settings not in ((2, 2, 0, False, None), ((2, 2), (2, 2), 0, False, None)):
+        raise Refused(f"{where} is {pool}, expected averages of 2x2 pixels")
+
+
 def group_norm(module: object, where: str, kind: type = nn.GroupNorm) -> nn.GroupNorm:
     """A GroupNorm with weight and bias."""
     norm: nn.GroupNorm = exact(module, kind, where)
@@ -139,10 +147,14 @@ def of_unet(model: UNetModel) -> Plan:
 
 
 def _parts(module: object, where: str, count: int | None, kind: type = nn.Sequential) -> list[nn.Module]:
-    parts = list(exact(module, kind, where).children())
+    # Not `children()`, which leaves out a part that occurs again: it runs again, too.
+    parts = list(exact(module, kind, where))
     if count is not None and len(parts) != count:
         raise Refused(f"{where} has {len(parts)} parts, expected {count}")
     return parts
+
+
+_RESAMPLING = (unet_blocks.Upsample, unet_blocks.Downsample)
 
 
 def _layers(block: object, where: str) -> Layers:
@@ -151,7 +163,7 @@ def _layers(block: object, where: str) -> Layers:
 
 
 def _layer(module: nn.Module, where: str) -> Layer:
-    kinds = (unet_blocks.ResBlock, unet_blocks.AttentionBlock, unet_blocks.Upsample, unet_blocks.Downsample)
+    kinds = (unet_blocks.ResBlock, unet_blocks.AttentionBlock, *_RESAMPLING)
     exact(module, kinds, where)
     if isinstance(module, unet_blocks.ResBlock):
         return _res_block(module, where)
@@ -167,12 +179,26 @@ def _layer(module: nn.Module, where: str) -> Layer:
 
 
 def _resample(module: nn.Module, where: str) -> Resample:
+    exact(module, _RESAMPLING, where)
     if isinstance(module, unet_blocks.Upsample):
+        if module.scale_factor != 2:
+            raise Refused(f"{where} has scale_factor={module.scale_factor}, expected 2")
         conv = convolution(module.conv, f"{where}.conv", size=3) if module.use_conv else None
         return Resample("up", conv)
     if isinstance(module.op, nn.AvgPool2d):
+        average_pool(module.op, f"{where}.op")
         return Resample("down", None)
     return Resample("down", convolution(module.op, f"{where}.op", size=3, stride=2))
+
+
+def _resampled(block: unet_blocks.ResBlock, where: str) -> str | None:
+    """How a block resamples h and x, which is the same for both."""
+    if not block.updown:
+        return None
+    h, x = (_resample(getattr(block, name), f"{where}.{name}") for name in ("h_upd", "x_upd"))
+    if h != x or h.conv is not None:
+        raise Refused(f"{where}.h_upd and x_upd differ, or have a convolution")
+    return h.kind
 
 
 def _res_block(module: unet_blocks.ResBlock, where: str) -> ResBlock:
@@ -191,6 +217,6 @@ def _res_block(module: unet_blocks.ResBlock, where: str) -> ResBlock:
         dropout=exact(dropout, (nn.Dropout, Dropout), f"{where}.out_layers.2"),
         out_conv=convolution(out_conv, f"{where}.out_layers.3", size=3),
         skip=None if type(skip) is nn.Identity else convolution(skip, f"{where}.skip_connection", size=1),
-        resample=_resample(module.h_upd, f"{where}.h_upd").kind if module.updown else None,
+        resample=_resampled(module, where),
         checkpoint=lambda: module.use_checkpoint,
     )

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import threading
 import weakref
 
@@ -14,6 +15,7 @@ from cmfast import dropout, ops
 from cmfast.fast import FastUNet, Refused, optimize, refusal, weights, winograd
 from cmfast.tolerances import FAST_VALUE, FLOOR
 from cmfast.unet import UNetModel
+from cmfast.unet_blocks import Downsample, Upsample
 from tests.fast.networks import check, inputs, last, run
 from tests.golden_utils import relative_error, small_unet
 
@@ -382,6 +384,71 @@ def test_fake_tensors_leave_nothing_behind():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         assert fast(*map(mode.from_tensor, args)).shape == args[0].shape
     assert type(fast(*args)) is torch.Tensor
+
+
+def test_the_meta_device():
+    """Shapes are asked for there."""
+    model = small_unet().to("meta")
+    args = [x.to("meta") for x in inputs(model)]
+    assert optimize(model)(*args).shape == model(*args).shape
+
+
+def test_a_part_that_occurs_twice_runs_twice():
+    model = small_unet().eval()
+    model.middle_block[2] = model.middle_block[0]
+    fast, args = optimize(model), inputs(model)
+    with torch.no_grad():
+        wanted = model(*args)
+        assert relative_error(fast(*args), wanted) < FAST_VALUE and fast.refusal is None
+        model.middle_block.append(model.middle_block[0])
+        assert relative_error(fast(*args), model(*args)) < FAST_VALUE < relative_error(model(*args), wanted)
+
+
+def other_resampling(name, part, down=True):
+    """Another `x_upd` or `h_upd`, or both, of a block that resamples."""
+
+    def change(model):
+        block = (model.input_blocks[2] if down else model.output_blocks[1])[-1]
+        for each in name.split():
+            setattr(block, each, part())
+
+    return change
+
+
+def pool(**settings):
+    part = Downsample(32, False)
+    part.op = nn.AvgPool2d(**{"kernel_size": 2, **settings})
+    return part
+
+
+def upsample(factor):
+    part = Upsample(64, False)
+    part.scale_factor = factor
+    return part
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_resampling("x_upd", lambda: nn.MaxPool2d(2)), "x_upd is a MaxPool2d, expected Upsample or Downsample"),
+        (other_resampling("h_upd x_upd", lambda: nn.MaxPool2d(2)), "h_upd is a MaxPool2d, expected Upsample or"),
+        (other_resampling("h_upd", lambda: Downsample(32, True)), "h_upd and x_upd differ, or have a convolution"),
+        (other_resampling("x_upd", lambda: Upsample(64, True), down=False), "differ, or have a convolution"),
+        (other_resampling("x_upd", lambda: upsample((2.0, 2.0)), down=False), "x_upd has scale_factor=.*, expected 2"),
+        (other_resampling("h_upd x_upd", lambda: pool(kernel_size=3, stride=2, padding=1)), "expected averages of 2x2"),
+        (other_resampling("x_upd", lambda: pool(divisor_override=3)), "x_upd.op is AvgPool2d.*expected averages of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_resampling_of_another_kind_is_called(change, message):
+    model = small_unet().eval()
+    fast, args = optimize(model), inputs(model)
+    change(model)
+    with pytest.raises(Refused, match=message):
+        optimize(model)
+    with torch.no_grad():
+        assert torch.equal(fast(*args), model(*args))
+    assert re.search(message, fast.refusal)
 
 
 def test_memory_is_given_back_at_once():

@@ -183,6 +183,7 @@ def part(path, name, value):
         (part("mid_block.resnets.0.norm1", "bias", None), "mid_block.resnets.0.norm1 has no weight and bias"),
         (part("up_blocks.0.upsamplers.0", "interpolate", False), "is not nearest-neighbour interpolation"),
         (part("down_blocks.0.downsamplers.0", "norm", torch.nn.Identity()), "down_blocks.0.downsamplers.0 has a norm"),
+        (part("down_blocks.0.downsamplers.0", "use_conv", False), "conv is a Conv2d, expected AvgPool2d"),
         (part("mid_block.attentions.0", "rescale_output_factor", 2.0), "is not self-attention with one residual"),
         (part("mid_block.attentions.0", "scale", 1.0), "mid_block.attentions.0 has another scale than 1 / sqrt"),
         (part("mid_block.attentions.0", "to_q", torch.nn.Sequential()), "to_q is a Sequential, expected Linear"),

@@ -4,6 +4,8 @@
 _FAST = "tests/fast/test_optimize.py::test_"
 _CHANGES = "tests/fast/test_changes.py::test_"
 _PACKING = "tests/fast/test_packing.py::test_"
+_MASKS = "tests/fast/test_masks.py::test_"
+_RESAMPLING = _CHANGES + "resampling_of_another_kind_is_called"
 _WINOGRAD_STRIP = "tests/fast/test_winograd.py::test_every_strip[(3, 64, 6, 10)-strip5000]"
 _FAST_OUTPUT = _FAST + "outputs[{}-8-torch.float32]"
 
@@ -32,6 +34,12 @@ FAST_PLAN = [
         "scale_shift=True",
         _FAST_OUTPUT.format("added"),
     ),
+    ("what occurs again is left out", "parts = list(exact(module, kind, where))",
+     "parts = list(exact(module, kind, where).children())", _CHANGES + "a_part_that_occurs_twice_runs_twice"),
+    ("x is resampled as h is", 'for name in ("h_upd", "x_upd"))', 'for name in ("h_upd", "h_upd"))', _RESAMPLING),
+    ("resampling without its convolution", "if h != x or h.conv is not None:", "if h.kind != x.kind:", _RESAMPLING),
+    ("averages of any size", "    if settings not in (", "    if False and settings not in (", _RESAMPLING),
+    ("any scale is two", "if module.scale_factor != 2:", "if False:", _RESAMPLING),
 ]
 
 FAST_FORWARD = [
@@ -55,14 +63,17 @@ FAST_FORWARD = [
         '"eps": 10 * norm.eps',
         "tests/fast/test_diffusers.py::test_outputs[other groups-torch.float32]",
     ),
-    ("dropout in evaluation", "return dropout.training and dropout.p > 0", "return dropout.p > 0",
-     _CHANGES + "dropout"),
+    ("dropout in evaluation", "return dropout.training and 0 < dropout.p < 1",
+     "return 0 < dropout.p < 1", _CHANGES + "dropout"),
     (
         "one mask for all",
         "self._draw._replace(draw=self._draw.draw + 1)",
         "self._draw._replace(draw=0)",
-        "tests/fast/test_masks.py::test_masks_differ_from_layer_to_layer",
+        _MASKS + "masks_differ_from_layer_to_layer",
     ),
+    ("numbers of places", "if draw.draw >= DROPOUT_DRAW else None", "if False else None",
+     _MASKS + "a_block_that_occurs_twice_has_one_number[False]"),
+    ("dropout of 1 drops nothing", "dropout.training and dropout.p == 1:", "False:", _MASKS + "everything_is_dropped"),
     ("another mask when recomputing", "            self._draw = draw\n", "            pass\n", _CHANGES + "dropout"),
     (
         "bias twice",
@@ -224,6 +235,7 @@ FAST_NETWORK = [
      _CHANGES + "transforms_take_the_ordinary_pass[jvp]"),
     ("fake tensors take the fast pass", "self._plan if is_plain(x) and", "self._plan if",
      _CHANGES + "fake_tensors_leave_nothing_behind"),
+    ("the meta device takes the fast pass", "and not x.is_meta and", "and", _CHANGES + "the_meta_device"),
     ("refresh makes no plan", "return self._look(force) or", "return self._look() or",
      _CHANGES + "settings_of_torchs_modules"),
     ("the two know each other", "self._pack = _twin(model), make_plan", "self._pack = model, make_plan",
@@ -272,6 +284,8 @@ FAST_NETWORK = [
 ]
 
 FAST_DIFFUSERS = [
+    ("averages that are none", '        average_pool(module.conv, f"{where}.conv")\n', "",
+     "tests/fast/test_diffusers.py::test_parts_that_are_refused"),
     (
         "a class that pickle cannot find",
         "return _of_class, (base,), self.__dict__",
