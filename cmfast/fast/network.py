@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -202,7 +203,29 @@ class FastUNet(UNetModel):
 
 def fast_unet(model: UNetModel, dtype: torch.dtype | None, pack: bool = True) -> FastUNet:
     """The fast form of a U-Net, sharing everything with it."""
-    network = FastUNet.__new__(FastUNet)
+    kind: Any = type(model) if hasattr(model, "_fast") else _fast_class(type(model))
+    network: FastUNet = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
     network.__dict__["_fast"] = FastPass(network, of_unet, dtype, pack)
     return network
+
+
+@functools.cache
+def _fast_class(base: Any) -> Any:
+    """The class of a fast network of class `base`: a subclass, with its embedding, its checks and other methods."""
+    if base is UNetModel:
+        return FastUNet
+
+    class Fast(FastUNet, base):  # type: ignore[misc]  # known at run time
+        def __reduce__(self) -> Any:
+            # By name pickle would find the base.
+            return _of_class, (base,), self.__dict__
+
+    Fast.__name__, Fast.__qualname__, Fast.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Fast
+
+
+def _of_class(base: Any) -> Any:
+    """A fast network of a class, without its parts: what copies and files begin with."""
+    kind = _fast_class(base)
+    return kind.__new__(kind)

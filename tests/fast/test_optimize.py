@@ -1,6 +1,7 @@
 """Optimised networks: the numbers of the network they are made of, in fewer passes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,36 @@ def test_compiling_sees_what_changed_before():
         other = copy.deepcopy(optimize(small_unet().eval()))
         compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
         assert relative_error(compiled(*args), small_unet().eval()(*args)) < FAST_VALUE
+
+
+class Embedding(UNetModel):
+    """A U-Net as users extend it."""
+
+    #: What checks saw.
+    seen: list
+
+    def embed(self, timesteps, y=None):
+        return 3 * super().embed(1e-3 * timesteps, y)
+
+    def _check_inputs(self, x, timesteps, y):
+        self.seen.append(x.shape)
+        super()._check_inputs(x, timesteps, y)
+
+    def levels(self):
+        return self.num_levels
+
+
+@pytest.mark.parametrize("way", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), optimize])
+def test_a_subclass_keeps_what_it_brings(way):
+    model = unet_weights(Embedding(**small_unet().config)).eval()
+    model.seen = []
+    fast, args = way(optimize(model)), inputs(model)
+    fast.seen.clear()
+    with torch.no_grad():
+        out, plain = fast(*args), small_unet().eval()(*args)
+        assert relative_error(out, model(*args)) < FAST_VALUE < relative_error(plain, out)
+    assert fast.refusal is None and isinstance(fast, Embedding) and fast.levels() == 2 and fast.seen
+    assert type(fast).__name__ == "Embedding" and type(fast) is type(optimize(model))
 
 
 def test_layout_of_the_input_does_not_matter(model):
