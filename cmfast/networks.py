@@ -75,10 +75,10 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
         return model, "optimize=False was asked for"
     if not isinstance(model, nn.Module):
         reason: str | None = "the model is a function"
-    elif refresher(model) is not None:
-        return model, "the model brings its own derived weights"
     elif compile == "regional":
         reason = "compile='regional' compiles the blocks of the network as given"
+    elif refresher(model) is not None:
+        return model, "the model brings its own derived weights"
     else:
         model, reason = _fast(model, dtype)
     if reason and optimize != "auto":
@@ -161,8 +161,9 @@ def _with_network(model: Denoiser, network: Callable[..., Any]) -> Denoiser:
 def sharing(module: nn.Module) -> nn.Module:
     """A copy of a tree of modules that shares their parameters and buffers, replaced ones included."""
     copy: nn.Module = _copy(module)
-    for name, child in module.named_children():
-        copy._modules[name] = sharing(child)
+    # Not `named_children()`, which leaves out a child that occurs again.
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else sharing(child)
     return copy
 
 

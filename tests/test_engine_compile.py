@@ -91,6 +91,24 @@ def test_the_blocks_of_a_network(compiled):
         Sampler(toy(), compile="regional")
 
 
+def test_the_blocks_of_an_optimised_network(compiled):
+    """Are compiled as those of the network that it was made of."""
+    model = tiny()
+    sampler = Sampler(cmfast.optimize(model), 2, steps=2, compile="regional")
+    assert "compiles the blocks" in sampler.explain()["network"][1]
+    assert close(sampler.sample(4), Sampler(model, 2, steps=2, optimize=False).sample(4)) and len(compiled) >= 4
+    with pytest.raises(RuntimeError, match="optimize=True cannot be had: compile='regional'"):
+        Sampler(cmfast.optimize(model), compile="regional", optimize=True)
+
+
+def test_a_copy_shares_no_part_that_occurs_twice():
+    network = tiny().network
+    network.middle_block[2] = network.middle_block[0]
+    network.register_module("absent", None)
+    copy = sharing(network)
+    assert {id(part) for part in network.modules()}.isdisjoint(map(id, copy.modules())) and copy.absent is None
+
+
 def test_a_copy_shares_the_weights():
     network = tiny().network
     copy = sharing(network)

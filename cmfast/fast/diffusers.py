@@ -220,7 +220,7 @@ def _fast_class(base: Any) -> Any:
             class_labels: Tensor | None = None,
             return_dict: bool = True,
         ) -> Any:
-            plan = self._fast.plan(sample)
+            plan = self._fast.plan(self, sample)
             if plan is None:
                 return super().forward(sample, timestep, class_labels, return_dict)
             result = self._fast.run(plan, sample, lambda: _embed(self, sample, timestep, class_labels))

@@ -52,9 +52,12 @@ class FastPass:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # set up anew
 
-    def plan(self, x: Tensor) -> Plan | None:
-        """For the fast pass of an input; None if the ordinary pass is to be taken now. A compiled region keeps the
-        answer that it was compiled with."""
+    def plan(self, model: nn.Module, x: Tensor) -> Plan | None:
+        """For the fast pass of an input by a network; None if the ordinary pass is to be taken now. A compiled region
+        keeps the answer that it was compiled with."""
+        # A copy with a table of its own, as of `nn.DataParallel`, may have other parts in it.
+        if self._model._modules is not model._modules:
+            return None
         # What comes from a mode such as FakeTensorMode has no memory to look at, nor weights that could be kept. Of the
         # meta device, where shapes are asked for, autocast knows nothing.
         return self._plan if is_plain(x) and not x.is_meta and _serves(self.number) else None
@@ -162,7 +165,7 @@ class FastUNet(UNetModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNetModel.forward`."""
-        plan = self._fast.plan(x)
+        plan = self._fast.plan(self, x)
         if plan is None:
             return super().forward(x, timesteps, y)
         self._check_inputs(x, timesteps, y)
@@ -203,7 +206,8 @@ class FastUNet(UNetModel):
 
 def fast_unet(model: UNetModel, dtype: torch.dtype | None, pack: bool = True) -> FastUNet:
     """The fast form of a U-Net, sharing everything with it."""
-    kind: Any = type(model) if hasattr(model, "_fast") else _fast_class(type(model))
+    base: Any = type(model)
+    kind = base if hasattr(model, "_fast") else _fast_class(base)
     network: FastUNet = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
     network.__dict__["_fast"] = FastPass(network, of_unet, dtype, pack)

@@ -208,6 +208,19 @@ def test_copies_are_networks_of_their_own():
         assert not torch.equal(other(*args), before)
 
 
+def test_a_copy_with_other_parts_runs_them():
+    """`nn.DataParallel` copies a module without its parts, and then puts in copies of those."""
+    fast, other = optimize(small_unet().eval()), small_unet().eval()
+    changed_in_place(other)
+    args = inputs(other)
+    with torch.no_grad():
+        replica = fast._replicate_for_data_parallel()
+        replica._modules.update(other._modules)
+        assert torch.equal(replica(*args), other(*args)) and not torch.equal(fast(*args), other(*args))
+        shallow = copy.copy(fast)
+        assert torch.equal(shallow(*args), fast(*args)) and shallow.refusal is None
+
+
 def test_twice_is_once():
     model = small_unet().eval()
     args = inputs(model)

@@ -113,6 +113,17 @@ def test_is_that_model(tmp_path):
         assert torch.equal(other(*args).sample, fast(*args).sample)
 
 
+def test_a_copy_with_other_parts_runs_them():
+    """As of `nn.DataParallel`."""
+    fast, other = optimize(make("published")), make("published")
+    changed_in_place(other)
+    args = inputs(other)
+    replica = fast._replicate_for_data_parallel()
+    replica._modules.update(other._modules)
+    with torch.no_grad():
+        assert torch.equal(replica(*args).sample, other(*args).sample)
+
+
 def test_parts_of_another_kind_are_called():
     model = make("published")
     fast = optimize(model)
