@@ -155,7 +155,8 @@ class Runner:
         start = time.perf_counter()
         self._version += 1
         with self._evaluating(), torch.inference_mode(False):
-            self._prepared = prepare(self.model, **self._options)
+            made = prepare(self.model, **self._options)
+        self._prepared = made._replace(model=_in_place(self.model, made.model))
         self.startup += time.perf_counter() - start
 
     def _refresh_derived(self, *, force: bool) -> None:
@@ -213,11 +214,14 @@ class Runner:
             self._programs.clear(self._space)
 
     @contextmanager
-    def _first(self, key: Hashable) -> Iterator[None]:
+    def _first(self, key: Hashable, *, captured: bool = False) -> Iterator[None]:
         """Around a run. The first of its kind may compile, and shows what the model writes into itself."""
         if key in self._ran:
             yield
             return
+        # What is written between steps may be a callback's, and a graph has it as it was when it was captured.
+        if captured and self._watch is not None:
+            self._watch.settle(anew=True)
         compiled = self._prepared.compiled[0] != "off"
         start = time.perf_counter()
         with compiling() if compiled else nullcontext():
@@ -225,7 +229,7 @@ class Runner:
         with self._lock:
             if compiled or self._refusal() is None:
                 self.startup += time.perf_counter() - start
-            if self._watch is not None:
+            if self._watch is not None and (captured or not self._programs):
                 self._watch.settle()
             if len(self._ran) >= KINDS:
                 self._ran.clear()
@@ -264,7 +268,7 @@ class Runner:
         if program is None:
             try:
                 self._ran.discard(key)
-                with self._first(key):
+                with self._first(key, captured=True):
                     program = Program(functools.partial(loop, model), values, self._space, model, generators)
             except GraphError as error:
                 if self._cuda_graph is True:
@@ -274,6 +278,32 @@ class Runner:
                 return None
             self._programs.put(key, program, self._space)
         return program
+
+
+def _in_place(model: Any, form: Any) -> Any:
+    """`form`, if it is a copy of the model around another network, with the model's own attributes for those copied:
+    what a callback sets in the model counts at once, and what the model notes down in a run is there after it."""
+    if form is model or type(form) is not type(model) or not isinstance(model, nn.Module):
+        return form
+    parts = {name: part for name, part in form._modules.items() if part is not model._modules.get(name)}
+    if not parts or parts.keys() - {"network", "unet"}:
+        return form
+    # The other network has a place of its own, which comes before that of the same name in the model's table.
+    kind: Any = type(type(model).__name__, (_Unannounced, type(model)), {"__slots__": tuple(parts)})
+    made = object.__new__(kind)
+    object.__setattr__(made, "__dict__", vars(model))
+    for name, part in parts.items():
+        object.__setattr__(made, name, _in_place(model._modules[name], part))
+    return made
+
+
+class _Unannounced:
+    """Before a class of the user's: no `__init_subclass__` of that hears of the class made here."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()

@@ -185,9 +185,10 @@ class Watch:
             if not _same(now.get(name, _MISSING), then.get(name, _MISSING))
         }
 
-    def settle(self) -> None:
-        """Call it after a run: attributes that the run itself wrote count as the model's own from now on."""
-        self._own |= self._attribute_changes()
+    def settle(self, *, anew: bool = False) -> None:
+        """Call it after a run: attributes that the run itself wrote count as the model's own from now on. anew: before
+        one; those that earlier runs wrote count no more."""
+        self._own = set() if anew else self._own | self._attribute_changes()
         self._look_at_attributes()
 
     def hooked(self, *, root: bool = True) -> str | None:

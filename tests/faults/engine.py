@@ -82,7 +82,7 @@ RUNNER = [
      CHANGED + "what_a_callback_sets_counts_at_once[False]"),
     ("a callback's attributes are the model's own", "(captured or not self._programs)", "True",
      CHANGED + "what_a_callback_sets_is_no_bookkeeping[True]"),
-    ("a callback's attributes stay the model's own", "            self._watch.settle(anew=True)\n", "            pass\n",
+    ("a callback's attributes stay the model's own", "self._watch.settle(anew=True)", "pass",
      CHANGED + "what_a_callback_sets_is_no_bookkeeping[False]"),
     ("hooks are passed over", "self.model if self._hooked() else self._prepared.model", "self._prepared.model",
      COMPILED + "hooks_are_called_all_the_same[True]"),
