@@ -262,12 +262,21 @@ def test_stages_are_of_a_run_of_as_many_steps():
     assert recipes.complete(given)["objective"]["steps_per_stage"] == 7
 
 
+class Made:
+    """In place of a trainer: the settings that it was to have."""
+
+    def __init__(self, settings, *arguments, **options):
+        Made.settings = recipes.complete(settings)
+
+    def run(self, **options):
+        pass
+
+
 @pytest.mark.parametrize("recipe, name", [("ct", "total_steps"), ("ect", "steps_per_stage"), ("pd", "steps_per_stage")])
 def test_the_steps_of_a_file_of_settings(recipe, name, tmp_path, monkeypatch):
     """With others on the command line, the curriculum is theirs; one that was asked for stays, and that of a run that
     goes on."""
-    made = {}
-    monkeypatch.setattr(recipes, "trainer", lambda settings, *a, **k: made.update(recipes.complete(settings)) or Nothing)
+    monkeypatch.setattr(recipes, "trainer", Made)
     file = tmp_path / "config.yaml"
     of = {steps: recipes.complete({"recipe": recipe, "options": {"steps": steps}}) for steps in (7200, 720)}
     assert of[7200]["objective"][name] == 10 * of[720]["objective"][name]
@@ -281,13 +290,7 @@ def test_the_steps_of_a_file_of_settings(recipe, name, tmp_path, monkeypatch):
     ):
         file.write_text(config.written(given))
         assert train("--config", file, "--out", tmp_path, *more) == 0
-        assert made["objective"][name] == expected, more
-
-
-class Nothing:
-    @staticmethod
-    def run(**options):
-        pass
+        assert Made.settings["objective"][name] == expected, more
 
 
 def test_the_deviation_of_the_data_is_one(images, tmp_path):
