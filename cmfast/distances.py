@@ -13,12 +13,13 @@ from torch import Tensor
 from cmfast import ops
 from cmfast.denoiser import Evaluator
 from cmfast.ops import _check
+from cmfast.ops.losses import _check_weight
 
 #: Those that `ops.consistency_loss` takes from network outputs.
 _FUSED_NORMS = ("l1", "l2", "huber")
 #: Distances between two denoised batches, by name.
 LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
-#: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`.
+#: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`; [B, 1, 1, 1], as of the `lpips` package, too.
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 #: The name of a weighting (`ops.WEIGHTINGS`), or sigma [B] -> weight [B].
 Weighting = str | Callable[[Tensor], Tensor]
@@ -39,13 +40,19 @@ def distance(
     sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given (Song & Dhariwal 2023). `lpips`: that of the `lpips`
     module given. loss_norm is one of these; weight scalar or [B].
 
-    Raises: ValueError: unknown norm (the message lists the known ones), or `lpips` without a module.
+    Raises: ValueError: unknown norm (the message lists the known ones), `lpips` without a module or with one that does
+        not return B distances, or a weight of another shape.
     """
     _check.choice("loss_norm", loss_norm, LOSS_NORMS)
     if loss_norm == "lpips":
         if lpips is None:
             raise ValueError("loss_norm='lpips' needs lpips=, for example lpips=cmfast.perceptual.LPIPS()")
-        return lpips(x, target) * weight
+        _check_weight(weight, x)
+        distances = lpips(x, target)
+        # [B, 1, 1, 1] times a weight [B] would be [B, 1, 1, B], whose mean is another loss.
+        if distances.numel() != len(x):
+            raise ValueError(f"lpips must return B = {len(x)} distances, got {list(distances.shape)}")
+        return distances.reshape(len(x)) * weight
     if loss_norm == "l2-32":
         x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
     if loss_norm == "huber":
@@ -77,11 +84,13 @@ class Measure:
     def __post_init__(self) -> None:
         _check.choice("loss_norm", self.loss_norm, LOSS_NORMS)
 
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Of each sample, [B] or as sigma."""
+    def weight(self, sigma: Tensor, x: Tensor) -> Tensor:
+        """Of each sample of x, [B] or scalar."""
         if isinstance(self.weighting, str):
             return ops.loss_weight(sigma, self.weighting, sigma_data=self.sigma_data)
-        return self.weighting(sigma) if callable(self.weighting) else self.weighting
+        weight = self.weighting(sigma) if callable(self.weighting) else self.weighting
+        _check_weight(weight, x)
+        return weight
 
     def between(
         self,
@@ -101,7 +110,7 @@ class Measure:
                 with torch.no_grad():
                     target = target[0].denoised(*target[1])
             options: dict[str, Any] = {"loss_norm": self.loss_norm, "lpips": self.lpips, "huber_c": self.huber_c}
-            return distance(denoised, target, self.weight(sigma), **options)
+            return distance(denoised, target, self.weight(sigma, x_t), **options)
         x_t2 = next_sigma = None
         if isinstance(target, tuple):
             target, x_t2, next_sigma = (x.detach() for x in target[1])
@@ -110,7 +119,7 @@ class Measure:
             x_t,
             sigma,
             target,
-            self.weighting if isinstance(self.weighting, str) else self.weight(sigma),
+            self.weighting if isinstance(self.weighting, str) else self.weight(sigma, x_t),
             x_t2,
             next_sigma,
             norm=self.loss_norm,

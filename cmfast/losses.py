@@ -77,7 +77,7 @@ def denoising_loss(
     with pairing:
         model_output = evaluate(*model_input)
     xs_mse = ops.consistency_loss(model_output, x_t, sigma, x_start, **evaluate.scaling)
-    mse = xs_mse * Measure(weighting=weighting, sigma_data=sigma_data).weight(sigma)
+    mse = xs_mse * Measure(weighting=weighting, sigma_data=sigma_data).weight(sigma, x_start)
     return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
 
 

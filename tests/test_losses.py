@@ -119,6 +119,43 @@ def test_lpips_is_the_module_given():
     torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "karras"])
+def test_distances_as_of_other_packages(weighting):
+    """[B, 1, 1, 1], as the lpips package has it, is [B]; their mean is refused."""
+
+    def lpips(x, y):
+        return (x - y).abs().mean((1, 2, 3), keepdim=True)
+
+    model, options = toy(0), {"labels": Y, "indices": torch.arange(4), "noise": torch.ones_like(X)}
+
+    def loss(lpips):
+        return losses.consistency_loss(
+            model, model, X, 18, loss_norm="lpips", lpips=lpips, weighting=weighting, **options
+        )["loss"]
+
+    assert loss(lpips).shape == (4,)
+    assert torch.equal(loss(lpips), loss(lambda x, y: lpips(x, y).flatten()))
+    with pytest.raises(ValueError, match=r"lpips must return B = 4 distances, got \[\]"):
+        loss(lambda x, y: lpips(x, y).mean())
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 1, 1), (3,)], ids=str)
+def test_weights_that_are_none_of_a_sample(shape):
+    def weighting(sigma):
+        return torch.ones(shape)
+
+    model, message = toy(0), r"weight must be a scalar or \[B\] with B = 4"
+    with pytest.raises(ValueError, match=message):
+        losses.denoising_loss(model, X, torch.ones(4), labels=Y, weighting=weighting)
+    for norm in ("l2", "l2-32", "lpips"):
+        options = {"loss_norm": norm, "lpips": lambda x, y: (x - y).abs().mean((1, 2, 3))}
+        with pytest.raises(ValueError, match=message):
+            losses.consistency_loss(model, model, X, 18, labels=Y, weighting=weighting, **options)
+    with pytest.raises(ValueError, match=message):
+        losses.distance(X, X, torch.ones(shape), **options)
+    assert losses.denoising_loss(model, X, torch.ones(4), labels=Y, weighting=torch.mean)["loss"].shape == (4,)
+
+
 def test_what_a_draw_draws_is_not_given_too():
     """And a level of each sample is given or drawn."""
     model, draw = toy(0), ops.Draw(0, torch.arange(4))

@@ -68,6 +68,14 @@ DISTANCES = [
      "tests/test_losses.py::test_a_function_is_as_good_a_model_as_a_denoiser"),
     ("huber: c without the root of the dimension", "(x[0].numel() if len(x) else 1) ** 0.5",
      "(x[0].numel() if len(x) else 1)", "tests/test_losses.py::test_huber_c_grows_with_the_image"),
+    ("distances [B, 1, 1, 1] times weights [B]", "distances.reshape(len(x)) * weight", "distances * weight",
+     "tests/test_losses.py::test_distances_as_of_other_packages[uniform]"),
+    ("a mean for distances", "if distances.numel() != len(x):", "if False:",
+     "tests/test_losses.py::test_distances_as_of_other_packages[uniform]"),
+    ("a weighting's shape is not looked at", "        _check_weight(weight, x)\n        return weight\n",
+     "        return weight\n", "tests/test_losses.py::test_weights_that_are_none_of_a_sample[(4, 1)]"),
+    ("a weight's shape is not looked at", "        _check_weight(weight, x)\n        distances", "        distances",
+     "tests/test_losses.py::test_weights_that_are_none_of_a_sample[(4, 1)]"),
 ]  # fmt: skip
 
 LEVELS = [
