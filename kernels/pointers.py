@@ -8,6 +8,7 @@ another, that is taken up by a launch for the unaligned.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
@@ -73,6 +74,8 @@ class Table(NamedTuple):
 
 
 _known: OrderedDict[tuple[Any, ...], list[Table]] = OrderedDict()
+#: Held while `_known` is read and written, not while tables are built.
+_lock = threading.Lock()
 #: What captured graphs read, which must stay where it is.
 _captured: list[list[Table]] = []
 
@@ -88,16 +91,18 @@ def tables(lists: list[list[Tensor]], block: int) -> list[Table]:
         tuple(map(_dtype, flat)),
     )  # fmt: skip
     capturing = _capturing(flat[0].device)
-    found = _known.get(key)
-    if found is not None:
-        _known.move_to_end(key)
-    else:
+    with _lock:
+        found = _known.get(key)
+        if found is not None:
+            _known.move_to_end(key)
+    if found is None:
         found = list(_built(lists, block))
         # In a capture the upload is only noted: until a replay there is nothing in such a table for other calls.
         if not capturing:
-            _known[key] = found
-            while len(_known) > KEPT:
-                _known.popitem(last=False)
+            with _lock:
+                _known[key] = found
+                while len(_known) > KEPT:
+                    _known.popitem(last=False)
     if capturing:
         _captured.append(found)
     return found

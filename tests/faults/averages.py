@@ -107,6 +107,8 @@ FAULTS = {
          "        store_state(tensor_at(row_ptr, 1 + K", _TRAFFIC + "averages[4-2]"),
     ],
     "kernels/optimizer.py": [
+        ("tables put out by another thread", "    with _lock:\n        found =", "    if True:\n        found =",
+         _KERNEL + "a_table_may_be_put_out_by_another_thread"),
         ("rho in float32", "2.0 / (1.0 - beta_2) - 1.0", "2.0 / (1.0 - beta_2.to(tl.float32).to(tl.float64)) - 1.0",
          _AGREES.format(5, "plain", "radam_ema_")),
         ("powers in float32", "base = base * base", "base = (base * base).to(tl.float32).to(tl.float64)",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+
 import pytest
 import torch
 
@@ -125,6 +128,28 @@ def test_tables_made_in_a_capture_serve_it_alone(device, monkeypatch):
     # One that was uploaded before is there, and must stay.
     monkeypatch.setattr(pointers, "_capturing", lambda device: True)
     assert pointers.tables(lists, 16) is second and pointers._captured[1] is second
+
+
+def test_a_table_may_be_put_out_by_another_thread(device, monkeypatch):
+    """Not between finding it and marking it as used."""
+    lists, others = [[torch.zeros(40, device=device)]], [[torch.zeros(50, device=device)]]
+    threads = []
+
+    class Watched(OrderedDict):
+        def get(self, key):
+            found = super().get(key)
+            if found is not None and not threads:
+                threads.append(threading.Thread(target=pointers.tables, args=(others, 16)))
+                threads[0].start()
+                threads[0].join(0.2)
+            return found
+
+    monkeypatch.setattr(pointers, "KEPT", 1)
+    monkeypatch.setattr(pointers, "_known", Watched())
+    first = pointers.tables(lists, 16)
+    assert pointers.tables(lists, 16) is first
+    threads[0].join()
+    assert len(pointers._known) == 1 and pointers.tables(lists, 16) is not first
 
 
 @pytest.mark.unguarded  # The guard's memory is on the CPU whatever is asked for.
