@@ -87,9 +87,9 @@ def _as_float64(bits):
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent in float64, for a whole exponent below 2^24: the count of a float32 goes no further."""
+    """base^exponent in float64, for a whole exponent up to 2^24, at which the count of a float32 stops."""
     result = tl.full((), 1.0, tl.float64)
-    for bit in tl.static_range(24):
+    for bit in tl.static_range(25):
         result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
         base = base * base
     return result

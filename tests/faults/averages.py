@@ -136,6 +136,8 @@ FAULTS = {
         ("NaN passes", 'tl.where(tl.abs(norm) < float("inf"), skip, 1.0)',
          'tl.where(tl.abs(norm) == float("inf"), 1.0, skip)',
          _STEP_KERNEL + "skipping[nan-adam_ema_]"),
+        ("a power without its last bit", "tl.static_range(25)", "tl.static_range(24)",
+         _STEP_KERNEL + "where_a_float32_count_stops[16777215-adam_ema_]"),
         ("one block of several", "start + step * BLOCK", "start + 0 * step * BLOCK",
          _STEP_KERNEL + "norm_of_many_elements[8192-1]"),
         ("a negative scale turns the norm round", "tl.abs(tl.load(scale_ptr).to(tl.float32))",

@@ -27,6 +27,16 @@ def test_agrees_with_float64(name, options, step, device):
 
 
 @each
+@pytest.mark.parametrize("step", [2**24 - 1, 2**24])
+def test_where_a_float32_count_stops(name, step, device):
+    lists = make(step=step, lr=0.01, device=device)
+    exact = lists.map(torch.Tensor.double)
+    lists.take(name, "triton"), exact.take(name, "reference")
+    assert lists.step.item() == 2**24
+    torch.testing.assert_close(lists.parameters, [p.float() for p in exact.parameters])
+
+
+@each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mixed", [False, True], ids=["one dtype", "float32 gradients"])
 def test_low_dtypes(name, dtype, mixed, device):
