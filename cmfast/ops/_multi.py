@@ -91,7 +91,7 @@ def _step(
     if rectification is None:
         update = _momentum_alone
         options: dict[str, Any] = {
-            "t": t, "lr": rate, "betas": betas, "divisor": -divisor if maximize else divisor,
+            "t": t, "lr": rate, "betas": betas, "maximize": maximize,
             "decay": rate * weight_decay if decoupled_weight_decay else 0.0,
             "l2": 0.0 if decoupled_weight_decay else weight_decay,
         }  # fmt: skip
@@ -103,13 +103,14 @@ def _step(
             "eps": eps / math.sqrt(1 - betas[1] ** t) if rectified else eps,
             # It is taken off by this learning rate, which is not the one that decay goes by.
             "weight_decay": weight_decay / rectification if decoupled_weight_decay else weight_decay,
-            # Gradients are divided by it, and stored so.
-            "grad_scale": None if divisor == 1 else _scalar(divisor), "found_inf": None,
+            "grad_scale": None, "found_inf": None,
         }  # fmt: skip
     weights = _weights(rates)
     with alike([parameters, exp_avgs, exp_avg_sqs], [gradients]) as ((p, m, v), (g,)):
         for block in _blocks(p):
-            update(p[block], g[block], m[block], v[block], [], [step] * len(p[block]), **options)
+            # Not by the functions' grad_scale, which divides in place: two gradients, as of a + b, may be one tensor.
+            scaled = g[block] if divisor == 1 else list(torch._foreach_div(g[block], divisor))
+            update(p[block], scaled, m[block], v[block], [], [step] * len(p[block]), **options)
             if p is parameters:
                 _average(p, averages, weights, copies, block)
     if p is not parameters:
@@ -133,12 +134,13 @@ def _rectification(t: float, beta2: float) -> float | None:
 
 def _momentum_alone(
     p: Tensors, g: Tensors, m: Tensors, v: Tensors, _maxima: Tensors, _steps: Tensors, *, t: float, lr: float,
-    betas: tuple[float, float], divisor: float, decay: float, l2: float,
+    betas: tuple[float, float], maximize: bool, decay: float, l2: float,
 ) -> None:  # fmt: skip
     """RAdam's first steps, with the arguments of PyTorch's functions: p <- (1 - decay) p - lr m / (1 - beta1^t)."""
-    g = list(torch._foreach_div(g, divisor))
+    if maximize:
+        g = list(torch._foreach_neg(g))
     if l2:
-        torch._foreach_add_(g, p, alpha=l2)
+        g = list(torch._foreach_add(g, p, alpha=l2))
     torch._foreach_lerp_(m, g, 1 - betas[0])
     torch._foreach_mul_(v, betas[1])
     torch._foreach_addcmul_(v, g, g, 1 - betas[1])

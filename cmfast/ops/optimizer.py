@@ -67,7 +67,7 @@ def radam_ema_(
 
     Args:
         parameters, gradients, exp_avgs, exp_avg_sqs: of the same shapes, any floating dtypes and layouts, on one
-            device. Gradients are read; on the CPU they may be left unscaled and clipped.
+            device. Gradients are only read.
         step: steps taken so far, one float32 number.
         averages, rates, copies: as in `ema_update_`. A skipped step is none, so that averages skip it too.
         lr: a number, or a scalar tensor. betas, eps, weight_decay, decoupled_weight_decay, maximize: torch.optim's.

@@ -15,7 +15,7 @@ from cmfast import ops
 from cmfast.tolerances import FLOOR, INPUT_ROUNDING, KERNEL_FLOOR
 from tests.ops.matrix import upstream
 
-#: What operations on lists write: parameters before what is made of them. A step may leave gradients unscaled or not.
+#: What operations on lists write: parameters before what is made of them.
 WRITTEN = ("exp_avgs", "exp_avg_sqs", "parameters", "averages", "copies", "step")
 #: From here on float32 is near its end, which ratios of levels may reach before what they multiply does.
 LARGE = 1e30

@@ -168,6 +168,23 @@ def test_any_scale(name, clip, scale):
 
 
 @each
+@pytest.mark.parametrize("divided", [{}, {"grad_scale": torch.tensor(4.0)}, {"max_norm": 0.5}],
+                         ids=["plain", "scaled", "clipped"])
+@pytest.mark.parametrize("step", [0, 9])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_are_only_read(name, step, divided, maximize):
+    """Those of a + b are one tensor, and those of torch.cat parts of one: each parameter steps by what was given."""
+    lists = make(copies=None, step=step, lr=0.01, maximize=maximize, weight_decay=0.1, **divided)
+    lists.gradients[5] = lists.gradients[5].flatten()[:2200].view(2, 1100)
+    lists.gradients[0] = lists.gradients[5].flatten()[100:292]
+    lists.gradients[7] = lists.gradients[0][:16]
+    given = [g.clone() for g in lists.gradients]
+    versions = [g._version for g in lists.gradients]
+    check(lists, "auto", name)
+    assert all(map(torch.equal, lists.gradients, given)) and versions == [g._version for g in lists.gradients]
+
+
+@each
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_others(name, default):
     """Scalars of a step are on its device and in their dtypes, whatever is the default."""
