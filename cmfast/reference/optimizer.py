@@ -114,6 +114,8 @@ def _step(
     Returns 1 where that was so, else 0.
     """
     parameters, gradients, exp_avgs, exp_avg_sqs = lists
+    # Of one element in any number of dimensions; parameters may have none.
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     skip = torch.zeros((), dtype=torch.bool, device=step.device)
     if found_inf is not None:
         skip = skip | (found_inf.reshape(()) != 0)

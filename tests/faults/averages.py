@@ -32,6 +32,8 @@ FAULTS = {
         ("decay is not decoupled", "if weight_decay and decoupled_weight_decay:", "if False:",
          _ORACLE.format("None", "decoupled decay", "radam_ema_")),
         ("minimizes", "            g = -g\n", "            g = g\n", _ORACLE.format("None", "maximize", "radam_ema_")),
+        ("a rate with dimensions", "lr.reshape(()) if isinstance(lr, Tensor) else lr", "lr",
+         _STEP + "one_element_in_any_number_of_dimensions[reference-adam_ema_]"),
         ("averages and copies go on", "x.copy_(torch.where(skip, old, x))", "pass",
          _STEP + "skipping[nan-reference-radam_ema_]"),
         ("a skipped step counts", "step.add_((~skip).to(step.dtype))", "step.add_(1)",

@@ -185,6 +185,20 @@ def test_gradients_are_only_read(name, step, divided, maximize):
 
 
 @each
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_one_element_in_any_number_of_dimensions(name, backend):
+    """Also where a parameter has none."""
+    given = [
+        make(copies=None, step=9, lr=torch.full(shape, 0.01), weight_decay=0.1, decoupled_weight_decay=True)
+        for shape in ((), (1,), (1, 1))
+    ]
+    for lists in given:
+        lists.take(name, backend)
+    for lists in given[1:]:
+        assert all(map(torch.equal, sum(lists.written().values(), []), sum(given[0].written().values(), [])))
+
+
+@each
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_others(name, default):
     """Scalars of a step are on its device and in their dtypes, whatever is the default."""
