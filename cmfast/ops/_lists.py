@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cmfast.ops._check import DTYPES
 
-Lists = list[list[Tensor]]
+Tensors = list[Tensor]
+Lists = list[Tensors]
 
 
 class Like(NamedTuple):
@@ -21,25 +22,22 @@ class Like(NamedTuple):
     device: torch.device
 
 
-def check_first(name: str, tensors: Sequence[Tensor]) -> Like:
-    """Floating tensors on one device, with which the other lists of a call are compared.
+def check_first(name: str, tensors: Iterable[Tensor]) -> tuple[Tensors, Like]:
+    """Floating tensors on one device, as a list, and what the other lists of a call are compared with.
 
     Raises: TypeError, ValueError: the message names the list.
     """
-    if isinstance(tensors, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
-        raise TypeError(f"{name} must be a list of tensors")
-    like = Like([x.shape for x in tensors], tensors[0].device if len(tensors) else torch.device("cpu"))
-    check(name, tensors, like)
-    return like
+    found = _listed(name, tensors)
+    like = Like([x.shape for x in found], found[0].device if found else torch.device("cpu"))
+    return check(name, found, like), like
 
 
-def check(name: str, tensors: Sequence[Tensor], like: Like) -> None:
-    """As many floating tensors as there are parameters, each of its parameter's shape; all on one device.
+def check(name: str, tensors: Iterable[Tensor], like: Like) -> Tensors:
+    """As many floating tensors as there are parameters, each of its parameter's shape; all on one device; as a list.
 
     Raises: TypeError, ValueError: the message names the list and the tensor.
     """
-    if isinstance(tensors, Tensor) or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
-        raise TypeError(f"{name} must be a list of tensors")
+    tensors = _listed(name, tensors)
     if not {x.dtype for x in tensors} <= set(DTYPES):
         wrong = next(x.dtype for x in tensors if x.dtype not in DTYPES)
         raise TypeError(f"{name} must have floating dtypes, got {wrong}")
@@ -52,6 +50,15 @@ def check(name: str, tensors: Sequence[Tensor], like: Like) -> None:
     devices = {like.device, *(x.device for x in tensors)}
     if len(devices) > 1:
         raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
+    return tensors
+
+
+def _listed(name: str, tensors: Iterable[Tensor]) -> Tensors:
+    """A list of its own, of what may be a generator, as `model.parameters()` is."""
+    found = None if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable) else list(tensors)
+    if found is None or not all(issubclass(kind, Tensor) for kind in set(map(type, found))):
+        raise TypeError(f"{name} must be a list of tensors")
+    return found
 
 
 def kinds(*lists: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +13,19 @@ from cmfast.ops._dispatch import plain_list, use_kernel
 
 
 def ema_update_(
-    parameters: Sequence[Tensor],
-    averages: Sequence[Sequence[Tensor]],
+    parameters: Iterable[Tensor],
+    averages: Iterable[Iterable[Tensor]],
     rates: Tensor | Sequence[float],
     *,
-    copies: Sequence[Tensor] | None = None,
+    copies: Iterable[Tensor] | None = None,
 ) -> None:
     """average_k <- average_k + (1 - rate_k) (parameter - average_k), in place, from one read of the parameters.
 
     Computes in float32, float64 where a tensor is float64, and rounds once.
 
     Args:
-        parameters: any shapes, floating dtypes and layouts, all on one device.
+        parameters: any shapes, floating dtypes and layouts, all on one device. This and other lists may be generators,
+            as `parameters()` of a model is.
         averages: [K][parameters], of the same shapes, those of one parameter in one dtype. float32 where they are slow:
             at a rate of 0.9999 a bfloat16 average stands still.
         rates: [K], float64 or float32. A tensor is read on the device alone. 1 - rate is taken in its dtype, so that
@@ -38,35 +39,33 @@ def ema_update_(
     >>> average
     tensor([0.2500, 0.2500])
     """
-    like = _lists.check_first("parameters", parameters)
-    check_averages(like, averages, copies)
-    if not parameters:
+    inputs, like = _lists.check_first("parameters", parameters)
+    groups, duplicates = check_averages(like, averages, copies)
+    if not inputs:
         return
-    rates = as_rates(rates, len(averages), like.device)
-    groups, duplicates = [list(tensors) for tensors in averages], None if copies is None else list(copies)
+    rates = as_rates(rates, len(groups), like.device)
     written = [*groups, *([] if duplicates is None else [duplicates])]
     if not written:
         return
     with torch.no_grad():
-        if not use_kernel("ema_update_", *_lists.kinds(parameters, *written), levels=False):
-            form = plain_list(reference.ema_update_, _lists.kinds(parameters, *groups))
-            form(list(parameters), groups, rates, copies=duplicates)
+        if not use_kernel("ema_update_", *_lists.kinds(inputs, *written), levels=False):
+            form = plain_list(reference.ema_update_, _lists.kinds(inputs, *groups))
+            form(inputs, groups, rates, copies=duplicates)
             return
         from cmfast.kernels import averages as kernels
 
-        with _lists.alike(written, [list(parameters)]) as (outputs, (inputs,)):
+        with _lists.alike(written, [inputs]) as (outputs, (inputs,)):
             kernels.ema_update_(inputs, outputs[: len(groups)], rates, copies=outputs[-1] if duplicates else None)
         _lists.written_by_a_kernel(*written)
 
 
 def check_averages(
-    like: _lists.Like, averages: Sequence[Sequence[Tensor]], copies: Sequence[Tensor] | None
-) -> None:
-    for k, tensors in enumerate(averages):
-        _lists.check(f"averages[{k}]", tensors, like)
-    _lists.one_dtype("averages", averages)
-    if copies is not None:
-        _lists.check("copies", copies, like)
+    like: _lists.Like, averages: Iterable[Iterable[Tensor]], copies: Iterable[Tensor] | None
+) -> tuple[_lists.Lists, _lists.Tensors | None]:
+    """Both as lists."""
+    groups = [_lists.check(f"averages[{k}]", tensors, like) for k, tensors in enumerate(averages)]
+    _lists.one_dtype("averages", groups)
+    return groups, None if copies is None else _lists.check("copies", copies, like)
 
 
 def as_rates(rates: Tensor | Sequence[float], count: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from cmfast.ops._dispatch import plain_list, use_kernel
 from cmfast.ops.averages import as_rates, check_averages
 
 
-def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+def grad_norm(gradients: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
     """sqrt(sum of (g / grad_scale)^2) over all gradients, a scalar on their device: float32, float64 for float64.
 
     Not finite where a gradient is not, or where the sum is too large for its dtype. The same gradients give the same
@@ -25,27 +25,27 @@ def grad_norm(gradients: Sequence[Tensor], *, grad_scale: Tensor | None = None) 
     >>> grad_norm([torch.full((3,), 2.0), torch.full((1,), 2.0)])
     tensor(4.)
     """
-    like = _lists.check_first("gradients", gradients)
-    if not gradients:
+    inputs, like = _lists.check_first("gradients", gradients)
+    if not inputs:
         raise ValueError("gradients is empty: there is no norm, nor a device for it")
     if grad_scale is not None:
         _lists.scalar("grad_scale", grad_scale, like.device)
     with torch.no_grad():
-        if use_kernel("grad_norm", *_lists.kinds(gradients), levels=False):
+        if use_kernel("grad_norm", *_lists.kinds(inputs), levels=False):
             from cmfast.kernels import optimizer as kernels
 
-            with _lists.alike([list(gradients)], []) as ((dense,), _):
+            with _lists.alike([], [inputs]) as (_, (dense,)):
                 return kernels.grad_norm(dense, grad_scale=grad_scale)
-        return plain_list(reference.grad_norm, gradients)(list(gradients), grad_scale=grad_scale)
+        return plain_list(reference.grad_norm, inputs)(inputs, grad_scale=grad_scale)
 
 
 def radam_ema_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    parameters: Iterable[Tensor],
+    gradients: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
     step: Tensor,
-    averages: Sequence[Sequence[Tensor]] = (),
+    averages: Iterable[Iterable[Tensor]] = (),
     rates: Tensor | Sequence[float] = (),
     *,
     lr: float | Tensor,
@@ -58,7 +58,7 @@ def radam_ema_(
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     max_norm: float | None = None,
-    copies: Sequence[Tensor] | None = None,
+    copies: Iterable[Tensor] | None = None,
 ) -> Tensor:
     """One step of RAdam (Liu et al. 2019) as torch.optim.RAdam takes it, then `ema_update_`, in one pass.
 
@@ -91,12 +91,12 @@ def radam_ema_(
 
 
 def adam_ema_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    parameters: Iterable[Tensor],
+    gradients: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
     step: Tensor,
-    averages: Sequence[Sequence[Tensor]] = (),
+    averages: Iterable[Iterable[Tensor]] = (),
     rates: Tensor | Sequence[float] = (),
     *,
     lr: float | Tensor,
@@ -109,7 +109,7 @@ def adam_ema_(
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     max_norm: float | None = None,
-    copies: Sequence[Tensor] | None = None,
+    copies: Iterable[Tensor] | None = None,
 ) -> Tensor:
     """One step of Adam (Kingma & Ba 2015) as torch.optim.Adam takes it, or AdamW with `decoupled_weight_decay`; all
     else, arguments and errors included, as in `radam_ema_`.
@@ -130,22 +130,22 @@ def adam_ema_(
 
 def _step(
     name: str,
-    lists: tuple[Sequence[Tensor], ...],
+    lists: tuple[Iterable[Tensor], ...],
     step: Tensor,
-    averages: Sequence[Sequence[Tensor]],
+    averages: Iterable[Iterable[Tensor]],
     rates: Tensor | Sequence[float],
     options: dict[str, Any],
 ) -> Tensor:
-    parameters, gradients, *_ = lists
-    copies, grad_scale = options["copies"], options["grad_scale"]
-    like = _lists.check_first("parameters", parameters)
-    if not parameters:
+    p, like = _lists.check_first("parameters", lists[0])
+    if not p:
         raise ValueError("parameters is empty: there is nothing to step")
     device = like.device
-    for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:]):
+    g, m, v = (
         _lists.check(kind, tensors, like)
-    _lists.one_dtype("moments", lists[2:])
-    check_averages(like, averages, copies)
+        for kind, tensors in zip(("gradients", "exp_avgs", "exp_avg_sqs"), lists[1:])
+    )
+    _lists.one_dtype("moments", [m, v])
+    groups, copies = check_averages(like, averages, options["copies"])
     _lists.scalar("step", step, device)
     lr = options["lr"]
     if not isinstance(lr, float | int | Tensor):
@@ -164,12 +164,10 @@ def _step(
         if not (isinstance(max_norm, float | int) and max_norm > 0):
             raise ValueError(f"max_norm must be positive, got {max_norm!r}")
         if options["grad_norm"] is None:
-            options["grad_norm"] = grad_norm(gradients, grad_scale=grad_scale)
-    rates = as_rates(rates, len(averages), device)
-    p, g, m, v = (list(tensors) for tensors in lists)
-    groups = [list(tensors) for tensors in averages]
-    options["copies"] = None if copies is None else list(copies)
-    written = [p, m, v, *groups, *([] if copies is None else [options["copies"]])]
+            options["grad_norm"] = grad_norm(g, grad_scale=options["grad_scale"])
+    rates = as_rates(rates, len(groups), device)
+    options["copies"] = copies
+    written = [p, m, v, *groups, *([] if copies is None else [copies])]
     with torch.no_grad():
         if not use_kernel(name, *_lists.kinds(g, *written), levels=False):
             form = plain_list(getattr(reference, name), _lists.kinds(p, g, m, v, *groups))

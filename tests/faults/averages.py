@@ -76,7 +76,13 @@ FAULTS = {
         ("gaps count", "if same and all(map(is_dense, lists[0])):", "if same:", _KERNEL + "layouts[all-gaps]"),
         ("stand-ins are forgotten", "        x.copy_(stand_in)", "        pass",
          _KERNEL + "layouts[averages-transposed]"),
+        ("a generator is read twice", "Iterable) else list(tensors)", "Iterable) else tensors",
+         _OPS + "lists_may_be_generators"),
         ("unseen writes", "    torch.autograd.graph.increment_version(", "    list(", _KERNEL + "writes_are_counted"),
+    ],
+    "cmfast/ops/optimizer.py": [
+        ("what is normed is written", "_lists.alike([], [inputs]) as (_, (dense,))",
+         "_lists.alike([inputs], []) as ((dense,), _)", _STEP_KERNEL + "a_norm_only_reads[radam_ema_]"),
     ],
     "cmfast/ops/averages.py": [
         ("rates of float32", "torch.full((), rate, dtype=torch.float64", "torch.full((), rate",

@@ -125,6 +125,19 @@ def test_norm(dtype, device):
         assert ops.grad_norm([x.mT for x in gradients if x.ndim > 1]).isfinite()
 
 
+@each
+def test_a_norm_only_reads(name, device):
+    """An expanded gradient, as that of a sum is, and one with gaps."""
+    expanded, gaps = torch.ones(1, device=device).expand(4), torch.ones(4, 6, device=device)[:, ::2]
+    version = gaps._version
+    with cmfast.backend("triton"):
+        assert ops.grad_norm([expanded, gaps]).item() == 4 and gaps._version == version
+        parameter, mean, square = (torch.zeros(4, device=device) for _ in range(3))
+        step = torch.zeros((), device=device)
+        assert getattr(ops, name)([parameter], [expanded], [mean], [square], step, lr=0.1, max_norm=1.0).item() == 0
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.05))
+
+
 @pytest.mark.parametrize("parts, enough", [(4, 1024), (8192, 1)])
 def test_norm_of_many_elements(parts, enough, device, monkeypatch):
     """A program sums several blocks."""

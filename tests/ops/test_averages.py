@@ -67,6 +67,15 @@ def test_nothing_to_do():
     ops.ema_update_([torch.ones(2)], [], [])
 
 
+def test_lists_may_be_generators():
+    """As those of modules' parameters are."""
+    model, target, copy = (torch.nn.Linear(3, 2) for _ in range(3))
+    expected = [(p + q).detach() / 2 for p, q in zip(model.parameters(), target.parameters())]
+    ops.ema_update_(model.parameters(), iter([target.parameters()]), [0.5], copies=copy.parameters())
+    torch.testing.assert_close([p.detach() for p in target.parameters()], expected)
+    assert all(map(torch.equal, model.parameters(), copy.parameters()))
+
+
 def test_no_averages_under_another_default():
     before = torch.get_default_dtype()
     weight, copy = torch.ones(2), torch.zeros(2)

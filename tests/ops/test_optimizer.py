@@ -199,6 +199,19 @@ def test_one_element_in_any_number_of_dimensions(name, backend):
 
 
 @each
+def test_lists_may_be_generators(name):
+    lists, given = make(step=9, lr=0.01, max_norm=0.5), make(step=9, lr=0.01, max_norm=0.5)
+    lists.take(name, "auto")
+    tensors = (given.parameters, given.gradients, given.exp_avgs, given.exp_avg_sqs)
+    getattr(ops, name)(
+        *map(iter, tensors), given.step, map(iter, given.averages), given.rates, copies=iter(given.copies),
+        **given.options,
+    )  # fmt: skip
+    assert all(map(torch.equal, sum(lists.written().values(), []), sum(given.written().values(), [])))
+    assert ops.grad_norm(iter(given.gradients)).equal(ops.grad_norm(given.gradients))
+
+
+@each
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_others(name, default):
     """Scalars of a step are on its device and in their dtypes, whatever is the default."""
@@ -264,6 +277,8 @@ def call(**change):
         ({"lr": -1.0}, ValueError, "lr must be a number of 0 or more, got -1.0"),
         ({"lr": math.nan}, ValueError, "lr must be a number of 0 or more, got nan"),
         ({"betas": (0.9, 1.0)}, ValueError, r"each of betas must be a number in \[0, 1\), got 1.0"),
+        ({"parameters": None}, TypeError, "parameters must be a list of tensors"),
+        ({"gradients": iter([None])}, TypeError, "gradients must be a list of tensors"),
         ({"betas": None}, TypeError, "betas must be two numbers, got None"),
         ({"betas": "ab"}, TypeError, "betas must be two numbers, got 'ab'"),
         ({"eps": -1.0}, ValueError, "eps must be a number of 0 or more"),
