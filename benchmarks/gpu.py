@@ -34,11 +34,15 @@ FIRST = [
 #: Of these: every operation in the dtypes of use, and what only a GPU shows.
 SMOKE = "float32-bfloat16 or test_kinds or test_gpu and not compiled_whole or test_engine_gpu or repetition"
 SMOKE += " or test_optimizer_gpu or test_low_dtypes or test_number_of_averages"
-#: Of those, what compute-sanitizer, which is slow, runs: operations and gradients whose kernels are compiled by then,
-#: at a size that fills no block and in many blocks, and nothing else on the device.
-SANITIZED = "test_every_op and repetition or test_auto_takes_the_kernel"
+#: What compute-sanitizer, which is slow, runs: operations and gradients, most of whose kernels are compiled by then, at
+#: a size that fills no block and in many blocks, and nothing else on the device. Every kernel is among them.
+SANITIZED = "repetition or test_auto_takes_the_kernel or test_number_of_averages or test_low_dtypes"
+SANITIZED += " or test_norm_of_many_elements or test_sums_of_long_samples or test_pixels_carry_no_gradient"
+SANITIZED += " or test_levels_do_not_depend or test_dropout_by_tensors or test_a_sample_depends_on_its_index"
+SANITIZED_FILES = [*FIRST, *(f"tests/kernels/test_{name}.py" for name in ("exact", "draw", "noise"))]
 #: Threads of a block share memory in reductions alone.
 REDUCTIONS = "repetition and (test_group_norm or test_lpips or loss)"
+REDUCTIONS += " or test_norm_of_many_elements or test_sums_of_long_samples"
 #: Else every process starts one for each core, to compile a few kernels at a time.
 ONE_COMPILER = (("TORCHINDUCTOR_COMPILE_THREADS", "1"),)
 #: Where kernels are counted, the profiler is to be gone when the next trial is timed.
@@ -71,7 +75,7 @@ def _tests(name: str, seconds: float, files: list[str], chosen: str, *options: s
 
 def _sanitizer(tool: str, seconds: float, chosen: str) -> Step:
     return replace(
-        _tests(tool, seconds, FIRST, chosen, "-x"),
+        _tests(tool, seconds, SANITIZED_FILES, chosen, "-x"),
         # The children of these tests are compilers.
         wrapper=("compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--target-processes",
                  "application-only"),
@@ -103,7 +107,7 @@ def steps(out: Path, long: bool = False) -> list[Step]:
             suite("training", 130, "--no-compile"),
             suite("kernels", 85),
             suite("parameters", 25, "--no-compile"),
-            _sanitizer("memcheck", 45, SANITIZED),
+            _sanitizer("memcheck", 55, SANITIZED),
             suite("profile", 50),
         ]
     return [

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -304,6 +305,32 @@ class TestGpuSteps:
         files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*gpu.py")}
         assert files == set(gpu.FIRST[2:5]) and all(f"or {Path(name).stem}" in gpu.SMOKE for name in files)
 
+    def test_the_sanitizer_sees_every_kernel(self):
+        """Those that the tests chosen for it launch: in the interpreter, with kernels that do nothing, which is quick.
+
+        Some tests fail by that, but at their ends.
+        """
+        pytest.importorskip("triton")
+        program = (
+            "import sys, pytest, torch\n"
+            "from triton.runtime.interpreter import InterpretedFunction as Kernel\n"
+            "launched = set()\n"
+            "Kernel.__getitem__ = lambda kernel, grid: launched.add(kernel.fn.__name__) or (lambda *a, **k: None)\n"
+            "torch.equal = lambda a, b: True\n"
+            "pytest.main(sys.argv[1:])\n"
+            "print(*launched)\n"
+        )
+        words = [*gpu.SANITIZED_FILES, "-q", "--tb=no", "-p", "no:cacheprovider", "-k", gpu.SANITIZED]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", program, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+        kernels = set(re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE))
+        assert len(kernels) > 30
+        assert kernels <= set(run.stdout.splitlines()[-1].split())
+
     def test_environments(self):
         """Kernels are counted by a profiler, which is to be gone when the next trial is timed."""
         environments = {step.name: dict(step.environment) for step in gpu.steps(Path("out"), long=True)}
@@ -313,8 +340,8 @@ class TestGpuSteps:
 
     def test_chosen_tests(self):
         """The names are those of tests that are there."""
-        for name in gpu.FIRST:
+        for name in gpu.SANITIZED_FILES:
             assert (ROOT / name).is_file()
-        text = "".join(gpu.FIRST) + "".join((ROOT / name).read_text() for name in gpu.FIRST)
+        text = "".join(gpu.SANITIZED_FILES) + "".join((ROOT / name).read_text() for name in gpu.SANITIZED_FILES)
         for part in re.findall(r"\w+", f"{gpu.SMOKE} {gpu.SANITIZED} {gpu.REDUCTIONS}"):
             assert part in text, part
