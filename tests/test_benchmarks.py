@@ -155,6 +155,20 @@ def test_runs_as_a_module():
     assert len(run.stdout.splitlines()) == len(cases.configs("cpu"))
 
 
+def test_through_pytest_benchmark(tmp_path):
+    """With its histogram, for which it wants another package."""
+    pytest.importorskip("pytest_benchmark")
+    one = "to_uint8 and not denoise and 1x3x32x32 and reference"
+    words = ["benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", one]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, f"--benchmark-histogram={tmp_path / 'made'}"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+    (path,) = tmp_path.glob("made-*.svg")
+    assert "to_uint8" in path.name
+
+
 def test_perceptual(tmp_path, monkeypatch):
     """With a small trunk: right providers are timed, one that is off is not, one that is missing is no failure."""
     pytest.importorskip("torchvision")
