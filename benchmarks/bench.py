@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """0; 1 where a provider was off or failed or a suite ran out of time; 2 where there is no such case.
 
-    Raises: ValueError: an option that the suites would not take.
+    Raises: ValueError: an option that the suites, or --gpu, would not take.
     """
     if options.gpu:
         return _gpu(options)
@@ -77,9 +77,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     report = run_all(steps, out, options.seconds or (118 if options.quick else 590))
     results = _results(out, [step.name for step in steps], report["date"])
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"steps": report["steps"], "results": results}, indent=1) + "\n")
+    _write(options.json, report, results)
     from cmfast.benchmarks.comparisons import text
 
     print(text(list(results.values())))
@@ -109,11 +107,31 @@ def _results(out: Path, names: list[str], since: str) -> dict[str, Any]:
     return found
 
 
+def _write(path: Path | None, report: dict[str, Any], results: dict[str, Any]) -> None:
+    """What --json wants, if it is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"steps": report["steps"], "results": results}, indent=1) + "\n")
+
+
 def _gpu(options: argparse.Namespace) -> int:
     from cmfast.benchmarks import gpu
 
-    words = ["--out", str(options.out or "out/gpu")]
+    given = {
+        "--quick": options.quick, "--provider": options.provider, "--device cpu": options.device == "cpu",
+        "--compile": options.compile is True, "--no-compile": options.compile is False,
+    }  # fmt: skip
+    refused = [name for name, value in given.items() if value]
+    if refused:
+        raise ValueError(f"--gpu takes no {', '.join(refused)}: what its steps measure is fixed")
+    out = options.out or Path("out/gpu")
+    words = ["--out", str(out)]
     words += ["--openai", str(options.openai)] if options.openai else []
     words += ["--seconds", f"{options.seconds:g}"] if options.seconds else []
     words += ["--only", options.case] if options.case else []
-    return gpu.main([*words, *(["--dry"] if options.list else [])])
+    if options.list:
+        return gpu.main([*words, "--dry"])
+    status = gpu.main(words)
+    report = json.loads((out / "report.json").read_text())
+    _write(options.json, report, _results(out, [entry["step"] for entry in report["steps"]], report["date"]))
+    return status

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmfast import cli
-from cmfast.benchmarks import bench, environment, profile, providers, report, runs, startup, steps, timing
+from cmfast.benchmarks import bench, environment, gpu, profile, providers, report, runs, startup, steps, timing
 from cmfast.benchmarks.suites import SUITES
 
 RATES = {"copy": {"gb_per_s": 10.0}, "what": "convolution", "matrix": {"float32": {"tflop_per_s": 1.0}}}
@@ -63,6 +63,33 @@ def test_gpu(capsys):
     assert cli.main(["bench", "--gpu", "--list"]) == 0
     out = capsys.readouterr().out
     assert "compute-sanitizer" in out and "cmfast.benchmarks.profile" in out
+
+
+@pytest.mark.parametrize(
+    "words", ["--quick", "--provider cmfast", "--device cpu", "--compile", "--no-compile"], ids=str.split
+)
+def test_what_a_gpu_run_does_not_take_is_refused(words, capsys, monkeypatch):
+    """Nothing is left out without a word."""
+    monkeypatch.setattr(gpu, "main", lambda words: 0)
+    assert cli.main(["bench", "--gpu", *words.split()]) == 2
+    name = words.removesuffix(" cmfast")
+    assert f"--gpu takes no {name}: what its steps measure is fixed" in capsys.readouterr().err
+
+
+def test_all_of_a_gpu_run_in_one_file(tmp_path, monkeypatch):
+    program = """
+import json, sys
+about = {"suite": "kernels", "environment": {"date": "2999-01-01T00:00:00+00:00"}, "rows": [1]}
+open(sys.argv[1], "w").write(json.dumps(about))
+"""
+    out = tmp_path / "out"
+    made = [gpu.Step("kernels", ["-c", program, str(out / "kernels-GPU.json")], 60), gpu.Step("smoke", ["-c", ""], 60)]
+    monkeypatch.setattr(gpu, "steps", lambda out, long: made)
+    arguments = ["bench", "--gpu", "--device", "cuda", "--out", str(out), "--json", str(tmp_path / "all" / "all.json")]
+    assert cli.main(arguments) == 0
+    found = json.loads((tmp_path / "all" / "all.json").read_text())
+    assert [step["status"] for step in found["steps"]] == ["ok", "ok"]
+    assert {name: result["rows"] for name, result in found["results"].items()} == {"kernels": [1]}
 
 
 def recorded(suite, folder, monkeypatch, *options):

@@ -81,6 +81,8 @@ FAULTS = {
     "benchmarks/bench.py": [
         ("a failure that is no failure", "return int(failed(report))", "return 0",
          BENCH + "test_a_failure_is_the_exit_status"),
+        ("an option that --gpu drops", "    if refused:\n", "    if False:\n",
+         BENCH + "test_what_a_gpu_run_does_not_take_is_refused"),
         ("results of another run", 'and result["environment"]["date"] >= since', "", BENCH + "test_runs"),
         ("a provider that nobody knows", "if wanted and not known >= set(wanted):", "if False:",
          BENCH + "test_wrong_options"),
