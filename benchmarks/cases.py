@@ -66,10 +66,10 @@ class Case:
     """`call(library, tensors, dtypes)` returns the operation's results, nested as the operation nests them.
 
     tensors: batches [B, C, H, W], those of `MODEL_TENSORS` in the model's dtype; sigmas: [B]; grad_to: the tensor whose
-    gradient is taken as well; drawn: noise is drawn inside; compiled: the operation stands inside a region under
-    torch.compile, and the question is what it costs there; sizes: where not images but a network's maps are its
-    batches, those maps and how many of them; plain_error: what plain PyTorch may be off by in float32, beyond twice the
-    floor.
+    gradient is taken as well, for the input `upstream`; drawn: noise is drawn inside; compiled: the operation stands
+    inside a region under torch.compile, and the question is what it costs there; sizes: where not images but a
+    network's maps are its batches, those maps and how many of them; plain_error: what plain PyTorch may be off by in
+    float32, beyond twice the floor.
     """
 
     call: Callable[[Any, Inputs, Dtypes], Any]
@@ -385,6 +385,10 @@ def _input_set(config: Config, number: int, device: torch.device, generator: tor
     if case.drawn:
         t["index"] = torch.arange(config.batch, device=device) + 2**33 + number * config.batch
     if case.grad_to:
+        with torch.no_grad():
+            result = case.call(reference, t, config.dtypes)
+        layout = torch.channels_last if config.channels_last and result.ndim == 4 else torch.contiguous_format
+        t["upstream"] = torch.ones_like(result, memory_format=layout)
         t[case.grad_to].requires_grad_()
     return t
 
@@ -395,11 +399,11 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def run(case: Case, function: Callable[[Inputs], Any], t: Inputs) -> list[Tensor]:
-    """The results of `function(t)`; with `grad_to`, the gradient for an upstream gradient of ones after them."""
+    """The results of `function(t)`; with `grad_to`, the gradient after them."""
     if case.grad_to is None:
         return flat(function(t))
     loss = function(t)
-    (grad,) = torch.autograd.grad(loss, t[case.grad_to], torch.ones_like(loss))
+    (grad,) = torch.autograd.grad(loss, t[case.grad_to], t["upstream"])
     return [loss.detach(), grad]
 
 

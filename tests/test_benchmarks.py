@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_every_fused_operation_has_a_case():
         cases.operation(config, Recorder())(inputs)
     # Those over a model's parameters: benchmarks/parameters.py.
     assert set(ops.FUSED) - called == {"ema_update_", "grad_norm", "radam_ema_", "adam_ema_"}
+
+
+def test_an_upstream_gradient_is_not_made_while_timed():
+    """Filling one would be counted as time of the operation's, and not in its floor. It lies as maps do."""
+    with_gradients = [config for config in cases.smallest() if cases.CASES[config.case].grad_to]
+    assert len(with_gradients) > 5
+    for config in with_gradients:
+        (t,) = cases.make_inputs(config, 1, CPU, 0)
+        with patch.object(torch, "ones_like", side_effect=AssertionError("made while it is timed")):
+            cases.run(cases.CASES[config.case], cases.operation(config, reference), t)
+        if config.channels_last and t["upstream"].ndim == 4:
+            assert t["upstream"].is_contiguous(memory_format=torch.channels_last), config
 
 
 @pytest.mark.parametrize("case, scale, right", [

@@ -32,6 +32,14 @@ FAULTS = {
         ("noise of any size", "if value.numel() > FEW and not 0.9 < ratio < 1.1:", "if False:",
          "tests/test_benchmarks.py::test_noise_of_another_generator"),
     ],
+    "benchmarks/cases.py": [
+        ("an upstream gradient made while it is timed", 't[case.grad_to], t["upstream"])',
+         "t[case.grad_to], torch.ones_like(loss))",
+         "tests/test_benchmarks.py::test_an_upstream_gradient_is_not_made_while_timed"),
+        ("an upstream gradient in another layout", "layout = torch.channels_last if config.channels_last and",
+         "layout = torch.channels_last if False and",
+         "tests/test_benchmarks.py::test_an_upstream_gradient_is_not_made_while_timed"),
+    ],
     "benchmarks/kernels_summary.py": [
         ("large tensors left out beside inductor", '[c for c in images if c.row["largest_tensor_bytes"] > LARGE_BYTES]',
          "[]", "tests/test_benchmarks.py::test_bars"),
