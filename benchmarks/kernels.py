@@ -116,16 +116,6 @@ def contender(name: str, config: Config, device: torch.device, sets: list[Inputs
     return timing.Contender(CASES[config.case], provider.make(config), lambda: ops.backend(backend), sets)
 
 
-def reason_of(error: Exception) -> str:
-    """One that a run survives, in words.
-
-    Raises: torch.AcceleratorError: the device is lost to this process.
-    """
-    if runs.lost(error):
-        raise error
-    return f"{type(error).__name__}: {error}"
-
-
 def _poison(like: list[Tensor]) -> None:
     """Leave NaN (255 in pixels) in the memory that the allocator hands out next."""
     junk = [torch.full_like(x, float("nan") if x.is_floating_point() else 255) for x in like]
@@ -169,7 +159,7 @@ def check(config: Config, device: torch.device, contenders: dict[str, timing.Con
             results[name] = candidate.once(t)
             timing.synchronize(device)
         except Exception as error:
-            wrong[name] = reason_of(error)
+            wrong[name] = timing.reason_of(error)
     shapes = [(tuple(x.shape), x.dtype) for x in results["reference"]]
     for name in list(results):
         made = [(tuple(x.shape), x.dtype) for x in results[name]]
@@ -211,7 +201,7 @@ def measure(
     case = CASES[config.case]
     sets = make_inputs(config, timing.sets_for(config.floor_bytes, l2_bytes), device, seed)
     contenders: dict[str, timing.Contender] = {}
-    first_call_s, failures, missing = {}, [], {}
+    first_call_s, peaks, failures, missing = {}, {}, [], {}
     refusal = inductor_refusal(device)
     for name in trial.providers:
         reason = refusal if refusal and name not in PLAIN else runs.left_out(contenders)
@@ -223,16 +213,16 @@ def measure(
         try:
             candidate.once(sets[0])
             timing.synchronize(device)
+            first_call_s[name] = round(time.perf_counter() - start, 3)
+            peaks[name] = timing.peak_bytes(candidate, device)
         except Exception as error:
-            failures.append({"trial": str(config), "provider": name, "reason": reason_of(error)})
+            failures.append({"trial": str(config), "provider": name, "reason": timing.reason_of(error)})
             continue
-        first_call_s[name] = round(time.perf_counter() - start, 3)
         contenders[name] = candidate
     wrong = check(config, device, contenders, sets[-1])
     failures += [{"trial": str(config), "provider": name, "reason": reason} for name, reason in wrong.items()]
     contenders = {name: candidate for name, candidate in contenders.items() if name not in wrong}
     rows = []
-    peaks = {name: timing.peak_bytes(candidate, device) for name, candidate in contenders.items()}
     for mode in ("call", "graph") if device.type == "cuda" else ("call",):
         samples, calls, broken = _samples(mode, contenders, device, budget_s)
         failures += [{"trial": str(config), "provider": f"{name} ({mode})", "reason": broken[name]} for name in broken]
@@ -267,22 +257,22 @@ def measure(
 def _samples(
     mode: str, contenders: dict[str, timing.Contender], device: torch.device, budget_s: float
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
-    """Seconds per call of every contender, how many calls are in its graph, and why one could not be captured."""
+    """Seconds per call of every contender, how many calls are in its graph, and why one could not be timed."""
     stopwatch = timing.Stopwatch(device)
     slices, calls, broken = {}, {}, {}
     for name, candidate in contenders.items():
-        if mode == "call":
-            candidate.calls(len(candidate.sets))
-            slices[name] = timing.sliced(stopwatch, candidate.calls)
-            continue
         try:
-            candidate.capture(EAGER_GRAPH_CALLS if name == "reference" else timing.MAX_SETS)
+            if mode == "call":
+                candidate.calls(len(candidate.sets))
+                slices[name] = timing.sliced(stopwatch, candidate.calls)
+            else:
+                candidate.capture(EAGER_GRAPH_CALLS if name == "reference" else timing.MAX_SETS)
+                calls[name] = candidate.graph_calls
+                slices[name] = timing.sliced(stopwatch, candidate.replays, candidate.graph_calls)
         except Exception as error:
-            broken[name] = reason_of(error)
-            continue
-        calls[name] = candidate.graph_calls
-        slices[name] = timing.sliced(stopwatch, candidate.replays, candidate.graph_calls)
-    return timing.interleave(slices, budget_s), calls, broken
+            broken[name] = timing.reason_of(error)
+    samples, failed = timing.interleave(slices, budget_s)
+    return samples, calls, broken | failed
 
 
 @dataclass(frozen=True)

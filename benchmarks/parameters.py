@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cmfast import ops, optim, reference
 from cmfast.benchmarks import runs, timing
-from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.kernels import inductor_refusal
 from cmfast.benchmarks.networks import NETWORKS
 from cmfast.checkpoint import meta_network
 from cmfast.ema import Averages
@@ -215,10 +215,11 @@ def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
 
                 slices[provider] = timing.sliced(stopwatch, calls)
         except Exception as error:
-            reason = reason_of(error)
+            reason = timing.reason_of(error)
         if reason is not None:
             found["failures"].append({"trial": str(trial), "provider": provider, "reason": reason})
-    samples = timing.interleave(slices, budget_s)
+    samples, broken = timing.interleave(slices, budget_s)
+    found["failures"] += [{"trial": str(trial), "provider": name, "reason": broken[name]} for name in broken]
     for provider, times in samples.items():
         statistics = timing.statistics_us(times)
         moved = state.elements * floor_bytes(operation, averages)

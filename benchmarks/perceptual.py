@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cmfast import ops
 from cmfast.benchmarks import runs, timing
-from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.kernels import inductor_refusal
 from cmfast.benchmarks.original import Missing
 from cmfast.perceptual import LPIPS
 from cmfast.tolerances import FLOOR
@@ -152,22 +152,23 @@ def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
             model = make(device, None if by_default else torch.float32)
             distance = maker(model)
             reason = wrong(distance, model, trial.batch)
+            if reason is None:
+                dtype = str(next(model.trunk.buffers()).dtype).removeprefix("torch.")
+                about[name] = {"dtype": dtype, "peak_bytes": _peak(distance, x, y)}
+
+                def steps(count: int, distance: Distance = distance) -> list[Any]:
+                    return [step(distance, x, y) for _ in range(count)]
+
+                slices[name] = timing.sliced(stopwatch, steps)
         except Missing as missing:
             found["missing"][name] = str(missing)
             continue
         except Exception as error:
-            reason = reason_of(error)
+            reason = timing.reason_of(error)
         if reason is not None:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": reason})
-            continue
-        dtype = str(next(model.trunk.buffers()).dtype).removeprefix("torch.")
-        about[name] = {"dtype": dtype, "peak_bytes": _peak(distance, x, y)}
-
-        def steps(count: int, distance: Distance = distance) -> list[Any]:
-            return [step(distance, x, y) for _ in range(count)]
-
-        slices[name] = timing.sliced(stopwatch, steps)
-    samples = timing.interleave(slices, budget_s, (5, 1000))
+    samples, broken = timing.interleave(slices, budget_s, (5, 1000))
+    found["failures"] += [{"trial": str(trial), "provider": name, "reason": broken[name]} for name in broken]
     found["rows"] = [
         {"batch": trial.batch, "provider": name, **about[name], **timing.statistics_us(times),
          "times_cmfast": timing.times_of(times, samples.get("cmfast"))}

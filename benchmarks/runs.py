@@ -18,7 +18,8 @@ import torch
 from cmfast.benchmarks import timing
 from cmfast.benchmarks.record import Record
 
-#: `rows`, `failures` and `missing` of a trial.
+#: `rows`, `failures` and `missing` of a trial. `later`, if there is any: provider, field of its rows, and what measures
+#: that, in their order, when the rows are written.
 Found = dict[str, Any]
 #: With a time limit, a trial with compiled providers is not started when less is left: it would be cut off.
 COMPILE_S = 240.0
@@ -152,34 +153,52 @@ class Suite:
                 result["not_started"].append(str(trial))
                 continue
             try:
-                found = measure(trial, i)
-            except Exception as error:
+                found = _measured(measure, trial, i)
+                longest = max(longest, time.perf_counter() - start)
+                rows = [rated({"name": trial.name, "trial": i} | row, result["rates"][0]) for row in found["rows"]]
+                result["rows"] += rows
+                result["failures"] += found["failures"]
+                result["missing"] |= found["missing"]
+                record.write()
+                print(f"[{time.perf_counter() - begun:6.1f} s] {self.line(trial, found)}", flush=True)
+                # Not kept any longer: it holds the memory of what was timed.
+                _later(record, rows, found.pop("later", []))
+            except torch.AcceleratorError as error:
                 reason = f"{type(error).__name__}: {error}"
-                failures = [{"trial": str(trial), "provider": "all", "reason": reason}]
-                found = {"rows": [], "missing": {}, "failures": failures}
-                if lost(error):
-                    result["failures"] += failures
-                    result["truncated"], result["not_started"] = True, [str(t) for t in trials[i + 1 :]]
-                    record.write()
-                    raise
-            longest = max(longest, time.perf_counter() - start)
-            known = {"name": trial.name, "trial": i}
-            result["rows"] += [rated(known | row, result["rates"][0]) for row in found["rows"]]
-            result["failures"] += found["failures"]
-            result["missing"] |= found["missing"]
-            record.write()
-            print(f"[{time.perf_counter() - begun:6.1f} s] {self.line(trial, found)}", flush=True)
+                result["failures"].append({"trial": str(trial), "provider": "all", "reason": reason})
+                result["truncated"] = True
+                result["not_started"] += [str(t) for t in trials[i + 1 :]]
+                record.write()
+                raise
 
 
-def lost(error: Exception) -> bool:
-    """Whether an error means that the device is lost to this process; one of a call alone a run survives."""
-    if not isinstance(error, torch.AcceleratorError):
-        return False
+def _measured(measure: Measure, trial: Trial, number: int) -> Found:
+    """What is found of a trial; of one that fails as a whole, why.
+
+    Raises: torch.AcceleratorError: the device is lost.
+    """
     try:
-        torch.cuda.synchronize()
-    except (RuntimeError, AssertionError):  # The latter where PyTorch has no CUDA.
-        return True
-    return False
+        return measure(trial, number)
+    except Exception as error:
+        failure = {"trial": str(trial), "provider": "all", "reason": timing.reason_of(error)}
+        return {"rows": [], "missing": {}, "failures": [failure]}
+
+
+def _later(record: Record, rows: list[dict[str, Any]], later: Iterable[Any]) -> None:
+    """Into the rows of a trial, what is measured when they are written: a profiler may fail, or crash.
+
+    Raises: torch.AcceleratorError: the device is lost.
+    """
+    for provider, field, measure in later:
+        try:
+            value = measure()
+        except Exception as error:
+            record.result["missing"][f"{field} of {provider}"] = timing.reason_of(error)
+            value = None
+        for row in rows:
+            if row["provider"] == provider:
+                row[field] = value
+        record.write()
 
 
 def left_out(made: Collection[Any]) -> str | None:

@@ -18,7 +18,7 @@ import torch
 
 from cmfast.benchmarks import memory, runs, sampling_summary, timing
 from cmfast.benchmarks.gate import Gate
-from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.kernels import inductor_refusal
 from cmfast.benchmarks.liveness import forward_flops, forward_peak, weight_bytes
 from cmfast.benchmarks.networks import NETWORKS
 from cmfast.benchmarks.original import Missing
@@ -92,22 +92,21 @@ def _reserved(taken: memory.Memory | None) -> int:
     return 0 if taken is None else taken.reserved
 
 
-def slices(contenders: list[Contender], device: torch.device) -> dict[str, Callable[[], float]]:
+def slices(contender: Contender) -> dict[str, Callable[[], float]]:
     """By `provider mode`, a sample: seconds for a batch. On a CPU, where nothing overlaps, there is one mode.
 
     latency: one batch alone, from the call to pixels on the host. throughput: batches in a row.
     """
     stopwatch = timing.Stopwatch(torch.device("cpu"))  # The wall clock: what is timed ends on the host.
-    found: dict[str, Callable[[], float]] = {}
-    for contender in contenders:
-        def seconds(count: int, contender: Contender = contender) -> float:
-            return stopwatch(lambda: contender.batches(count)) / count
 
-        once = seconds(1)
-        found[f"{contender.name} latency"] = functools.partial(seconds, 1)
-        if device.type == "cuda":
-            count = max(2, min(100, math.ceil(THROUGHPUT_S / once)))
-            found[f"{contender.name} throughput"] = functools.partial(seconds, count)
+    def seconds(count: int) -> float:
+        return stopwatch(lambda: contender.batches(count)) / count
+
+    once = seconds(1)
+    found: dict[str, Callable[[], float]] = {f"{contender.name} latency": functools.partial(seconds, 1)}
+    if contender.device.type == "cuda":
+        count = max(2, min(100, math.ceil(THROUGHPUT_S / once)))
+        found[f"{contender.name} throughput"] = functools.partial(seconds, count)
     return found
 
 
@@ -115,9 +114,10 @@ def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> di
     """Rows, failures and missing providers of one trial."""
     # Each trial is compiled anew, and Dynamo gives up after a few versions of one function.
     torch._dynamo.reset()
-    found: dict[str, Any] = {"rows": [], "failures": [], "missing": {}}
+    found: dict[str, Any] = {"rows": [], "failures": [], "missing": {}, "later": []}
     gate = Gate(models, trial)
-    contenders: list[Contender] = []
+    contenders: dict[str, Contender] = {}
+    samplers: dict[str, Callable[[], float]] = {}
     for name in trial.providers:
         refusal = runs.left_out(contenders) or (inductor_refusal(models.device) if name in COMPILED else None)
         try:
@@ -125,21 +125,20 @@ def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> di
                 raise Missing(refusal)
             contender = Contender(name, models, trial)
             wrong = gate.wrong(contender.provider)
+            if wrong is None:
+                samplers |= slices(contender)
+                contenders[name] = contender
         except Missing as missing:
             found["missing"][name] = str(missing)
             continue
         except Exception as error:
-            wrong = reason_of(error)
+            wrong = timing.reason_of(error)
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
-            continue
-        contenders.append(contender)
     del gate
-    samples = timing.interleave(slices(contenders, models.device), budget_s, rounds=(rounds, 1000))
-    for contender in contenders:
-        contender.about["kernels"] = timing.count_kernels(models.device, functools.partial(contender.batches, 1))
+    samples, broken = timing.interleave(samplers, budget_s, rounds=(rounds, 1000))
+    found["failures"] += [{"trial": str(trial), "provider": key, "reason": broken[key]} for key in broken]
     flops = forward_flops(models.name, trial.batch) * network_calls(trial)
-    abouts = {contender.name: contender.about for contender in contenders}
     for key, times in samples.items():
         name, mode = key.split()
         statistics = timing.statistics_ms(times)
@@ -156,8 +155,12 @@ def measure(models: Models, trial: Trial, *, budget_s: float, rounds: int) -> di
             "images_per_s": None if alone else round(1e3 * trial.batch / statistics["p50_ms"], 2),
             "gflop": None if alone else round(flops / 1e9, 1),
             "tflop_per_s": None if alone else round(flops / statistics["p50_ms"] / 1e9, 3),
-            **abouts[name],
+            **contenders[name].about,
+            "kernels": None,
         })
+    for name in dict.fromkeys(row["provider"] for row in found["rows"]):
+        one = functools.partial(contenders[name].batches, 1)
+        found["later"].append((name, "kernels", functools.partial(timing.count_kernels, models.device, one)))
     return found
 
 

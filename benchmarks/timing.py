@@ -146,6 +146,27 @@ def sliced(stopwatch: Stopwatch, work: Callable[[int], Any], calls_each: int = 1
     return lambda: elapsed(count) / (count * calls_each)
 
 
+def lost(error: Exception) -> bool:
+    """Whether an error means that the device is lost to this process; one of a call alone a run survives."""
+    if not isinstance(error, torch.AcceleratorError):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # The latter where PyTorch has no CUDA.
+        return True
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """One that a run survives, in words.
+
+    Raises: torch.AcceleratorError: the device is lost to this process.
+    """
+    if lost(error):
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
 def late() -> bool:
     """Whether the time of a run is over: what a trial has by then is made a row of, and nothing else is begun."""
     return time.perf_counter() > end
@@ -153,20 +174,26 @@ def late() -> bool:
 
 def interleave(
     slices: dict[str, Callable[[], float]], budget_s: float, rounds: tuple[int, int] = (7, 1000)
-) -> dict[str, list[float]]:
-    """Samples of every slice, taken in turn, so that a drift of clocks falls on all alike.
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Samples of every slice, taken in turn, so that a drift of clocks falls on all alike; and by name why a slice has
+    none, that failed: the others go on.
 
     Every other round goes backwards. `rounds`: at least so many, then until the budget is spent, and at most so many;
     of a run that is `late`, LEAST_ROUNDS.
     """
     samples: dict[str, list[float]] = {name: [] for name in slices}
+    broken: dict[str, str] = {}
     start = time.perf_counter()
     for i in range(rounds[1]):
         if i >= rounds[0] and time.perf_counter() - start > budget_s or i >= LEAST_ROUNDS and late():
             break
-        for name in list(slices)[:: 1 if i % 2 == 0 else -1]:
-            samples[name].append(slices[name]())
-    return samples
+        for name in list(samples)[:: 1 if i % 2 == 0 else -1]:
+            try:
+                samples[name].append(slices[name]())
+            except Exception as error:
+                broken[name] = reason_of(error)
+                del samples[name]
+    return samples, broken
 
 
 def percentile(samples: list[float], percent: float) -> float:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from cmfast.benchmarks import memory, runs, timing, training_summary
-from cmfast.benchmarks.kernels import inductor_refusal, reason_of
+from cmfast.benchmarks.kernels import inductor_refusal
 from cmfast.benchmarks.networks import NETWORKS
 from cmfast.benchmarks.original import Missing
 from cmfast.benchmarks.phases import phases
 from cmfast.benchmarks.training_gate import STEPS, Gate
 from cmfast.benchmarks.training_providers import COMPILED, OURS, PROVIDERS, Ours, trials
 from cmfast.benchmarks.training_start import LEARNING_RATE, Provider, Start, Trial
+from cmfast.training.step import TrainStep
 
 #: Seconds of samples of each trial, and rounds at least, whatever they take.
 BUDGET_S = {"cuda": 8.0, "cpu": 60.0}
@@ -74,17 +75,14 @@ class Contender:
             self.about[f"{prefix}peak_allocated_bytes"] = taken.allocated - self._before.allocated
 
 
-def slices(contenders: list[Contender], device: torch.device) -> dict[str, Callable[[], float]]:
-    """By provider, a sample: seconds for a step."""
-    stopwatch = timing.Stopwatch(device)
-    found: dict[str, Callable[[], float]] = {}
-    for contender in contenders:
-        def seconds(count: int, contender: Contender = contender) -> float:
-            return stopwatch(lambda: contender.steps(count)) / count
+def sample_of(contender: Contender) -> Callable[[], float]:
+    """A sample: seconds for a step."""
+    stopwatch = timing.Stopwatch(contender.device)
 
-        count = max(1, math.ceil(SAMPLE_S[device.type] / seconds(1)))
-        found[contender.name] = functools.partial(seconds, count)
-    return found
+    def seconds(count: int) -> float:
+        return stopwatch(lambda: contender.steps(count)) / count
+
+    return functools.partial(seconds, max(1, math.ceil(SAMPLE_S[contender.device.type] / seconds(1))))
 
 
 def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.Found:
@@ -92,8 +90,9 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
     # Each trial is compiled anew, and Dynamo gives up after a few versions of one function.
     torch._dynamo.reset()
     start = gate.start
-    found: runs.Found = {"rows": [], "failures": [], "missing": {}}
+    found: runs.Found = {"rows": [], "failures": [], "missing": {}, "later": []}
     contenders: list[Contender] = []
+    slices: dict[str, Callable[[], float]] = {}
     for name in trial.providers:
         refusal = runs.left_out(contenders) or (inductor_refusal(start.device) if name in COMPILED else None)
         try:
@@ -103,29 +102,33 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
             wrong = gate.wrong(contender.provider, contender.first_loss)
             if wrong is None:
                 contender.ready()
+                slices[name] = sample_of(contender)
                 contenders.append(contender)
         except Missing as missing:
             found["missing"][name] = str(missing)
             continue
         except torch.OutOfMemoryError as error:
-            wrong = reason_of(error)
+            wrong = timing.reason_of(error)
             if name != OURS:
                 found["missing"][name] = f"{trial.setting} does not fit into memory: {wrong}"
                 continue
         except Exception as error:
-            wrong = reason_of(error)
+            wrong = timing.reason_of(error)
         if wrong:
             found["failures"].append({"trial": str(trial), "provider": name, "reason": wrong})
-    samples = timing.interleave(slices(contenders, start.device), budget_s, rounds=(rounds, 1000))
-    timed: list[Contender] = []
+    samples, broken = timing.interleave(slices, budget_s, rounds=(rounds, 1000))
+    found["failures"] += [{"trial": str(trial), "provider": name, "reason": broken[name]} for name in broken]
+    timed = []
     for contender in contenders:
+        if contender.name in broken:
+            continue
         times = samples[contender.name]
         if not math.isfinite(contender.provider.loss()):
             reason = "the loss is not finite after the steps that were timed"
             found["failures"].append({"trial": str(trial), "provider": contender.name, "reason": reason})
             continue
         statistics = timing.statistics_ms(times)
-        row = {
+        found["rows"].append({
             **{field: getattr(trial, field) for field in ("network", "batch", "recipe", "loss_norm", "dtype")},
             "provider": contender.name,
             **statistics,
@@ -134,15 +137,21 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
             "gflop": round(gate.flops / 1e9, 1),
             "tflop_per_s": round(gate.flops / statistics["p50_ms"] / 1e9, 3),
             **contender.about,
-        }
-        if isinstance(contender.provider, Ours):
-            parts = phases(contender.provider.training, functools.partial(contender.steps, 1), PHASE_STEPS)
-            row["phases_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in parts.items()}
-        found["rows"].append(row)
+            "kernels": None,
+        })
         timed.append(contender)
-    for contender, row in zip(timed, found["rows"]):
-        row["kernels"] = timing.count_kernels(start.device, functools.partial(contender.steps, 1))
+    steps = {contender.name: functools.partial(contender.steps, 1) for contender in timed}
+    for contender in timed:
+        if isinstance(contender.provider, Ours):
+            parts = functools.partial(_phases_ms, contender.provider.training, steps[contender.name])
+            found["later"].append((contender.name, "phases_ms", parts))
+    for name, step in steps.items():
+        found["later"].append((name, "kernels", functools.partial(timing.count_kernels, start.device, step)))
     return found
+
+
+def _phases_ms(training: TrainStep, step: Callable[[], None]) -> dict[str, float]:
+    return {name: round(1e3 * seconds, 3) for name, seconds in phases(training, step, PHASE_STEPS).items()}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

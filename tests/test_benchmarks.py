@@ -1,6 +1,7 @@
 """The benchmarks run without a GPU, on small sizes, and time nothing that is wrong."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -211,6 +212,43 @@ def test_percentiles():
     assert timing.percentile([5.0, 1.0, 3.0, 2.0, 4.0], 50) == 3.0 and timing.percentile([1.0, 2.0], 20) == 1.2
     assert timing.times_of([4.0, 9.0, 5.0], [2.0, 3.0, 2.0]) == {"p20": 2.2, "p50": 2.5, "p80": 2.8}
     assert timing.times_of([1.0], None) is None
+
+
+def fails_from(count, call):
+    """The same, but out of memory from a call on: one that the gate and the first calls do not see."""
+    calls = itertools.count()
+
+    def fails(*arguments):
+        if next(calls) >= count:
+            raise torch.OutOfMemoryError("this many bytes")
+        return call(*arguments)
+
+    return fails
+
+
+def test_one_that_fails_while_it_is_timed_is_left_out():
+    """The others are timed in every round, and the ratio of none shifts by one."""
+    counters = {name: itertools.count(start) for name, start in (("a", 0), ("b", 100), ("c", 200))}
+    slices = {name: functools.partial(next, counter) for name, counter in counters.items()}
+    slices["b"] = fails_from(3, slices["b"])
+    samples, broken = timing.interleave(slices, 0.0, (5, 1000))
+    assert samples == {"a": list(range(5)), "c": list(range(200, 205))}
+    assert broken == {"b": "OutOfMemoryError: this many bytes"}
+
+
+@pytest.mark.parametrize("count", [2, 8], ids=["in the first calls", "in a round"])
+def test_one_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, count):
+    def make(config):
+        return fails_from(count, cases.operation(config))
+
+    monkeypatch.setitem(kernels.PROVIDERS, "reference", kernels.Provider(make, "reference"))
+    status, result = recorded(tmp_path, "--only", "denoise 2x", "--providers", "reference,cmfast")
+    assert status == 1 and [row["provider"] for row in result["rows"]] == ["cmfast"]
+    assert [(f["provider"], f["reason"]) for f in result["failures"]] == [
+        ("reference (call)", "OutOfMemoryError: this many bytes")
+    ]
+
+
 
 
 def test_configurations_of_a_gpu():

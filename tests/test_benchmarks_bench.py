@@ -200,7 +200,7 @@ def of_providers(made):
                 continue
             made.append(name)
             time.sleep(0.6 * (len(made) == 2))
-        samples = timing.interleave({name: lambda: 1.0 for name in made}, 60.0)
+        samples, _ = timing.interleave({name: lambda: 1.0 for name in made}, 60.0)
         found["rows"] = [{"provider": name, **timing.statistics_ms(times)} for name, times in samples.items()]
         return found
 
@@ -251,6 +251,42 @@ def test_a_device_that_is_lost_ends_a_run(tmp_path, monkeypatch, gone):
     result = json.loads(path.read_text())
     assert len(result["failures"]) == (1 if gone else 2) and "this is why" in result["failures"][0]["reason"]
     assert result["not_started"] == ([str(trials[1])] if gone else [])
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["a profiler failed", "the device is gone"])
+def test_rows_are_written_before_what_may_crash(tmp_path, monkeypatch, gone):
+    """And what fails there is missing, which the times beside it are not."""
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    monkeypatch.setattr(timing, "lost", lambda error: gone)
+    seen = []
+
+    def written():
+        (path,) = tmp_path.glob("*.json")
+        return json.loads(path.read_text())
+
+    def fails():
+        seen.append([(row["trial"], row["provider"]) for row in written()["rows"]])
+        raise torch.AcceleratorError("this is why")
+
+    def measure(trial, number):
+        later = [("cmfast", "kernels", fails), ("openai", "kernels", lambda: 7)]
+        rows = [{"provider": name, "kernels": None} for name in ("cmfast", "openai")]
+        return {"rows": rows, "failures": [], "missing": {}, "later": later}
+
+    trials = [startup.Trial("tiny", batch, ("cmfast",)) for batch in (1, 2)]
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: trials, start=lambda *arguments: ({}, measure),
+        line=lambda *arguments: "", text=lambda result: "",
+    )  # fmt: skip
+    if gone:
+        with pytest.raises(torch.AcceleratorError):
+            suite.main(["--device", "cpu", "--out", str(tmp_path)])
+    else:
+        assert suite.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+        assert written()["missing"] == {"kernels of cmfast": "AcceleratorError: this is why"}
+    assert seen[0] == [(0, "cmfast"), (0, "openai")] and seen[-1][-1] == (0 if gone else 1, "openai")
+    assert [row["kernels"] for row in written()["rows"]] == ([None, None] if gone else [None, 7, None, 7])
+    assert written()["not_started"] == ([str(trials[1])] if gone else [])
 
 
 def test_startup_on_a_gpu_takes_each_process_once(monkeypatch):

@@ -46,6 +46,22 @@ def test_a_wrong_provider_is_not_timed(operation, tmp_path, monkeypatch, capsys)
     assert f"FAILED, not timed: {operation} 6M" in capsys.readouterr().out
 
 
+def test_one_that_fails_while_it_is_timed(tmp_path, monkeypatch, capsys):
+    """The others have their rows all the same."""
+    monkeypatch.setattr(timing, "SLICE_S", 1e-4)
+
+    def fails(state):
+        right, calls = parameters._foreach(state), iter(range(parameters.GATE_STEPS))
+        return lambda: (next(calls), right())
+
+    monkeypatch.setitem(parameters.PROVIDERS["averages"], "foreach", fails)
+    assert parameters.main([*HERE, "--only", "averages", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("parameters-*.json")
+    result = json.loads(path.read_text())
+    assert [row["provider"] for row in result["rows"]] == ["loop", "cmfast"]
+    assert [(f["provider"], f["reason"]) for f in result["failures"]] == [("foreach", "StopIteration: ")]
+
+
 def test_bars_of_a_gpu(monkeypatch):
     row = {"operation": "averages", "size": "296M", "averages": 4, "gb_per_s": 2000.0}
     rows = [

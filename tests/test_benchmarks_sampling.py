@@ -167,6 +167,25 @@ def test_kernels_are_counted_when_all_is_timed(tmp_path, monkeypatch):
     assert [row["kernels"] for row in result["rows"]] == [7, 7]
 
 
+@pytest.mark.parametrize("batches", [4, 6], ids=["before the rounds", "in a round"])
+def test_one_that_fails_while_it_is_timed(tmp_path, monkeypatch, batches):
+    """The others have their rows all the same."""
+    class Fails(providers.Engine):
+        made = 0
+
+        def sample(self, n):
+            self.made += 1
+            if self.made >= batches:
+                raise torch.OutOfMemoryError("this many bytes")
+            return super().sample(n)
+
+    monkeypatch.setitem(providers.PROVIDERS, "reference", lambda models, trial: Fails(models, trial, models.contiguous))
+    status, result = recorded(tmp_path, "--batches", "2", "--providers", "cmfast,reference", "--rounds", "3")
+    assert status == 1 and [row["provider"] for row in result["rows"]] == ["cmfast"]
+    assert [f["reason"] for f in result["failures"]] == ["OutOfMemoryError: this many bytes"]
+    assert result["failures"][0]["provider"].startswith("reference")
+
+
 def test_other_samplers(tmp_path, monkeypatch):
     trial = providers.Trial(2, ("cmfast",), sampler="heun", steps=3)
     monkeypatch.setattr(sampling, "trials", lambda *arguments: [trial])

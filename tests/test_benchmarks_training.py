@@ -188,6 +188,26 @@ def test_kernels_are_counted_when_all_is_timed(tmp_path, one_trial, monkeypatch)
     assert [row["kernels"] for row in result["rows"]] == [7, 7]
 
 
+def test_one_that_fails_while_it_is_timed(tmp_path, one_trial, monkeypatch):
+    """The others have their rows all the same."""
+    class Fails(providers.Plain):
+        def step(self, number, drawn=None):
+            if drawn is None and number > training.STEPS + 3:
+                raise torch.OutOfMemoryError("this many bytes")
+            super().step(number, drawn)
+
+    monkeypatch.setitem(providers.PROVIDERS, "reference", Fails)
+    one_trial("reference", "cmfast", recipe="ct")
+    status, result = recorded(tmp_path, "--rounds", "3")
+    assert status == 1 and [row["provider"] for row in result["rows"]] == ["cmfast"]
+    assert result["rows"][0]["phases_ms"] and result["rows"][0]["times_cmfast"]
+    assert [(f["provider"], f["reason"]) for f in result["failures"]] == [
+        ("reference", "OutOfMemoryError: this many bytes")
+    ]
+
+
+
+
 def test_half_precision(tmp_path, one_trial):
     one_trial("reference", "cmfast", dtype="bfloat16")
     status, result = recorded(tmp_path)
