@@ -8,7 +8,7 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 #: Looked for in this order: Python's own are found at once.
 _NUMBERS: tuple[Any, ...] = (float, int, Real)
+_INTEGERS: tuple[Any, ...] = (int, torch.SymInt, Integral)
 
 
 def float_tensor(name: str, x: object, *, min_ndim: int = 1) -> None:
@@ -173,35 +174,47 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
-def positive(name: str, value: Any) -> None:
-    """A finite number above 0. By comparisons, which torch.compile traces where a number varies: not math.isfinite."""
-    if not (isinstance(value, _NUMBERS) and 0 < value < math.inf):
-        raise ValueError(f"{name} must be positive, got {value}")
+def positive(name: str, value: Any, *, finite: bool = True) -> None:
+    """A number above 0, finite or not. By comparisons, which torch.compile traces where a number varies: not
+    math.isfinite."""
+    if not (isinstance(value, _NUMBERS) and 0 < value and (value < math.inf or not finite)):
+        _no_tensor(name, value)
+        raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def number(name: str, value: Any) -> None:
     """A finite number of 0 or more."""
     if not (isinstance(value, _NUMBERS) and 0 <= value < math.inf):
+        _no_tensor(name, value)
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
 def part(name: str, value: Any) -> None:
     """A number in [0, 1)."""
     if not (isinstance(value, _NUMBERS) and 0 <= value < 1):
+        _no_tensor(name, value)
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def _no_tensor(name: str, value: object) -> None:
+    """Before a refusal of values: whatever number it holds, a tensor is none."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Python number, got a tensor")
 
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """The shape of a sample."""
     shape = tuple(value) if isinstance(value, Iterable) else None
-    if shape is None or not all(isinstance(n, int | torch.SymInt) and type(n) is not bool and n >= 0 for n in shape):
+    if shape is None or not all(isinstance(n, _INTEGERS) and type(n) is not bool and n >= 0 for n in shape):
         raise TypeError(f"{name} must be a shape of integers of 0 or more, got {value!r}")
-    return shape
+    # NumPy's as Python's.
+    return tuple(n if type(n) in (int, torch.SymInt) else int(n) for n in shape)
 
 
 def sigma_data_value(sigma_data: float | None) -> None:
     """Positive, or None for a network that is itself the denoiser."""
     if sigma_data is not None and not (isinstance(sigma_data, _NUMBERS) and 0 < sigma_data < math.inf):
+        _no_tensor("sigma_data", sigma_data)
         raise ValueError(f"sigma_data must be positive, or None, got {sigma_data}")
 
 

@@ -56,7 +56,9 @@ def group_norm_silu(
     """
     _check.float_tensor("x", x, min_ndim=2)
     batch, channels = x.shape[:2]
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+    # NumPy's as Python's, which torch.compile may let vary.
+    num_groups = num_groups if isinstance(num_groups, int) else _check.whole("num_groups", num_groups)
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups!r}")
     _check.parameter("weight", weight, (channels,), "C", x)
     _check.parameter("bias", bias, (channels,), "C", x)

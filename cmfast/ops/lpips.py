@@ -1,5 +1,6 @@
 """LPIPS, the learned perceptual distance: what goes into its trunk, and one layer of what comes out."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def lpips_input(
     _check.input_format(image, dtype, memory_format)
     value_range_of(value_range)
     own = tuple(image.shape[2:])
-    out = own if size is None else _check.sizes("size", (size, size) if isinstance(size, int) else size)
+    out = own if size is None else _check.sizes("size", (size, size) if isinstance(size, int | Integral) else size)
     if len(out) != 2 or (size is not None and min(*out, *own) < 1):
         raise ValueError(f"size must be (H, W) of 1 or more, of an image that has pixels, got {size} for {list(own)}")
     inputs = image, mean, std

@@ -4,6 +4,7 @@ Where an operation takes noise, that is a tensor, or a `Draw(seed, index, draw)`
 never stores: the numbers of `normal(seed, index, shape, draw=draw)`.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Ten
     _check.sample_index(index)
     seed = _check.integer("seed", seed, index.device)
     draw = _check.integer("draw", draw, index.device)
-    if not isinstance(high, int) or not 0 < high <= 2**31:
+    if not isinstance(high, int | Integral) or not 0 < high <= 2**31:
         raise ValueError(f"high must be an integer from 1 to 2**31, got {high}")
     return reference.uniform_int(seed, index, high, draw=draw)
 

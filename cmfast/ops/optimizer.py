@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -148,21 +149,24 @@ def _step(
     groups, copies = check_averages(like, averages, options["copies"])
     _lists.scalar("step", step, device)
     lr = options["lr"]
-    if not isinstance(lr, float | int | Tensor):
+    if not isinstance(lr, float | int | Real | Tensor):
         raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
-    for kind in ("lr", "grad_scale", "found_inf", "grad_norm"):
-        if options[kind] is not None and not (kind == "lr" and isinstance(lr, float | int)):
+    for kind in (*(("lr",) if isinstance(lr, Tensor) else ()), "grad_scale", "found_inf", "grad_norm"):
+        if options[kind] is not None:
             _lists.scalar(kind, options[kind], device)
-    betas, max_norm = options["betas"], options["max_norm"]
+    betas = options["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {betas!r}")
     for beta in betas:
         _check.part("each of betas", beta)
+    # NumPy's numbers as Python's: powers of a float32 miss RAdam's threshold rho > 5.
+    options["betas"] = tuple(map(float, betas))
     for kind in ("eps", "weight_decay", *(() if isinstance(lr, Tensor) else ("lr",))):
         _check.number(kind, options[kind])
-    if max_norm is not None:
-        if not (isinstance(max_norm, float | int) and max_norm > 0):
-            raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+        options[kind] = float(options[kind])
+    if options["max_norm"] is not None:
+        _check.positive("max_norm", options["max_norm"], finite=False)
+        options["max_norm"] = float(options["max_norm"])
         if options["grad_norm"] is None:
             options["grad_norm"] = grad_norm(g, grad_scale=options["grad_scale"])
     rates = as_rates(rates, len(groups), device)

@@ -83,6 +83,8 @@ FAULTS = {
     "cmfast/ops/optimizer.py": [
         ("what is normed is written", "_lists.alike([], [inputs]) as (_, (dense,))",
          "_lists.alike([inputs], []) as ((dense,), _)", _STEP_KERNEL + "a_norm_only_reads[radam_ema_]"),
+        ("powers of NumPy's float32", "tuple(map(float, betas))", "tuple(betas)",
+         _STEP + "numbers_of_numpy[5-auto-radam_ema_]"),
     ],
     "cmfast/ops/averages.py": [
         ("rates of float32", "torch.full((), rate, dtype=torch.float64", "torch.full((), rate",

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,6 +302,28 @@ def test_what_is_no_shape_is_refused(shape):
     ):
         with pytest.raises(TypeError, match="shape must be a shape of integers of 0 or more, got"):
             call()
+
+
+def test_a_tensor_is_no_number():
+    """Whatever it holds: the message says so, and not that its value is out of range."""
+    half = torch.tensor(0.5)
+    for name, call in {
+        "sigma_data": lambda: ops.denoise(F, X, SIGMA, sigma_data=half),
+        "boundary": lambda: ops.denoise(F, X, SIGMA, boundary=half),
+        "weight_sigma_data": lambda: ops.consistency_loss(F, X, SIGMA, X, "karras", weight_sigma_data=half),
+        "huber_c": lambda: ops.weighted_loss(X, F, SIGMA, norm="huber", huber_c=half),
+        "p": lambda: ops.dropout(X, half, ops.Draw(0, torch.arange(len(X)))),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} must be a Python number, got a tensor"):
+            call()
+
+
+def test_integers_of_numpy():
+    """In shapes, and as the end of a range."""
+    draw, three = ops.Draw(0, torch.arange(2)), np.int32(3)
+    assert torch.equal(ops.normal(0, draw.index, (three, np.int64(4))), ops.normal(0, draw.index, (3, 4)))
+    assert ops.init_noise(draw, torch.tensor(80.0), shape=np.array([3, 4]))[0].shape == (2, 3, 4)
+    assert torch.equal(ops.uniform_int(0, draw.index, three), ops.uniform_int(0, draw.index, 3))
 
 
 @pytest.mark.parametrize("pair", [-1, "yes", None])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,7 +211,9 @@ BAD = {
     r"x must have a floating dtype, got torch.int64": {"x": torch.ones(2, 12, 4, 4).long()},
     r"num_groups must divide the 12 channels of x, got 5": {"num_groups": 5},
     r"num_groups must divide the 12 channels of x, got 0": {"num_groups": 0},
-    r"num_groups must divide the 12 channels of x, got 2\.0": {"num_groups": 2.0},
+    r"num_groups must be a whole number, got 2\.0": {"num_groups": 2.0},
+    r"num_groups must divide the 12 channels of x, got 5$": {"num_groups": np.int64(5)},
+    r"eps must be a Python number, got a tensor": {"eps": torch.tensor(1e-5)},
     r"weight must be a torch.Tensor \[C\], got NoneType": {"weight": None},
     r"weight must be \[C\] = \[12\], got \[11\]": {"weight": torch.ones(11)},
     r"bias must be \[C\] = \[12\], got \[1, 12\]": {"bias": torch.ones(1, 12)},
@@ -240,6 +243,12 @@ def test_bad_input_is_refused(message):
     good = {"x": torch.ones(2, 12, 4, 4), "num_groups": 2, "weight": torch.ones(12), "bias": torch.ones(12)}
     with pytest.raises((TypeError, ValueError), match=message):
         ops.group_norm_silu(**{**good, **BAD[message]})
+
+
+def test_groups_of_numpy():
+    x, weight = torch.randn(2, 12, 4, 4), torch.ones(12)
+    given, expected = (ops.group_norm_silu(x, n, weight, weight) for n in (np.int64(3), 3))
+    assert torch.equal(given, expected)
 
 
 def test_meta_tensors_and_transforms_take_the_reference():

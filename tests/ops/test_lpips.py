@@ -1,6 +1,7 @@
 """The operations of LPIPS without kernels: what they are made of, refusals, torch.compile. `lpips_layer` itself:
 tests/test_perceptual.py."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def test_input_is_interpolate_then_standardise(shape, size, dtype):
 def test_input_of_gray_and_of_pixels():
     x = torch.rand(2, 1, 6, 5)
     expected = ops.lpips_input(x.expand(2, 3, 6, 5), MEAN, STD, size=9, value_range=(0, 1))
-    torch.testing.assert_close(ops.lpips_input(x, MEAN, STD, size=(9, 9), value_range=(0, 1)), expected)
+    for size in ((9, 9), np.int64(9)):
+        torch.testing.assert_close(ops.lpips_input(x, MEAN, STD, size=size, value_range=(0, 1)), expected)
     torch.testing.assert_close(ops.lpips_input(255 * x, MEAN, STD, size=9, value_range=(0, 255)), expected)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +213,21 @@ def test_lists_may_be_generators(name):
 
 
 @each
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("step", [4, 5])
+def test_numbers_of_numpy(name, backend, step):
+    """As Python's of the same value: a float32 takes part in no arithmetic."""
+    numbers = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "max_norm": 0.5}
+    numpy = {key: np.float32(value) for key, value in numbers.items()}
+    numpy["betas"] = np.float32(0.9), np.float32(0.999)
+    python = {key: float(value) for key, value in numpy.items() if key != "betas"}
+    python["betas"] = tuple(map(float, numpy["betas"]))
+    of_numpy, of_python = (make(copies=None, step=step, **options) for options in (numpy, python))
+    of_numpy.take(name, backend), of_python.take(name, backend)
+    assert all(map(torch.equal, sum(of_numpy.written().values(), []), sum(of_python.written().values(), [])))
+
+
+@each
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_others(name, default):
     """Scalars of a step are on its device and in their dtypes, whatever is the default."""
@@ -277,6 +293,11 @@ def call(**change):
         ({"lr": -1.0}, ValueError, "lr must be a number of 0 or more, got -1.0"),
         ({"lr": math.nan}, ValueError, "lr must be a number of 0 or more, got nan"),
         ({"betas": (0.9, 1.0)}, ValueError, r"each of betas must be a number in \[0, 1\), got 1.0"),
+        *(
+            ({name: torch.tensor(0.5)}, TypeError, f"{name} must be a Python number, got a tensor")
+            for name in ("eps", "weight_decay", "max_norm")
+        ),
+        ({"betas": (0.9, torch.tensor(0.5))}, TypeError, "each of betas must be a Python number, got a tensor"),
         ({"parameters": None}, TypeError, "parameters must be a list of tensors"),
         ({"gradients": iter([None])}, TypeError, "gradients must be a list of tensors"),
         ({"betas": None}, TypeError, "betas must be two numbers, got None"),
