@@ -23,7 +23,7 @@ from cmfast.benchmarks.networks import NETWORKS
 from cmfast.benchmarks.original import Missing
 from cmfast.benchmarks.phases import phases
 from cmfast.benchmarks.training_gate import STEPS, Gate
-from cmfast.benchmarks.training_providers import COMPILED, OURS, PROVIDERS, Ours, trials
+from cmfast.benchmarks.training_providers import COMPILED, OURS, PROVIDERS, Ours, dtypes_of, trials
 from cmfast.benchmarks.training_start import LEARNING_RATE, Provider, Start, Trial
 from cmfast.training.step import TrainStep
 
@@ -93,6 +93,7 @@ def measure(gate: Gate, trial: Trial, *, budget_s: float, rounds: int) -> runs.F
     found: runs.Found = {"rows": [], "failures": [], "missing": {}, "later": []}
     contenders: list[Contender] = []
     slices: dict[str, Callable[[], float]] = {}
+    gate.prepare(dtypes_of(trial.providers, start))
     for name in trial.providers:
         refusal = runs.left_out(contenders) or (inductor_refusal(start.device) if name in COMPILED else None)
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class Gate:
             if not error <= allowed:
                 return f"{what}: relative error {error:.3g}, allowed {allowed:.3g}"
         return None
+
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Take plain PyTorch's steps in these dtypes before there are providers: beside all of a trial, a small GPU has
+        no memory for another."""
+        for dtype in dtypes:
+            with suppress(torch.OutOfMemoryError):  # Said of the providers in that dtype, by `wrong`.
+                self._plain_errors(dtype)
 
     def _plain_errors(self, dtype: torch.dtype) -> Errors:
         if dtype not in self._plain:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -194,6 +195,16 @@ PROVIDERS: dict[str, Callable[[Start], Provider]] = {
     "openai": OpenAI,
     OURS: Ours,
 }
+
+
+def dtypes_of(names: Iterable[str], start: Start) -> set[torch.dtype]:
+    """What those of the providers that are here compute in."""
+    original = torch.float16 if start.device.type == "cuda" else torch.float32
+    of_trial = getattr(torch, start.trial.dtype)
+    absent = start.openai is None and not find_spec("cm")
+    return {original if name == "openai" else of_trial for name in names if not (name == "openai" and absent)}
+
+
 #: Those that take minutes to start.
 COMPILED = ("inductor",)
 

@@ -1,18 +1,21 @@
 """The benchmark of training: every provider runs on a tiny network, none that is off is timed, the bars are right."""
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cmfast import perceptual
-from cmfast.benchmarks import gpu, memory, networks, original_training, phases, timing, training
+from cmfast.benchmarks import gpu, memory, networks, original_training, phases, timing, training, training_gate
 from cmfast.benchmarks import training_providers as providers
 from cmfast.benchmarks import training_summary as summary
 from cmfast.benchmarks.training_start import Trial
@@ -206,6 +209,41 @@ def test_one_that_fails_while_it_is_timed(tmp_path, one_trial, monkeypatch):
     ]
 
 
+def test_yardsticks_are_gone_before_a_provider_is_made(tmp_path, one_trial, monkeypatch):
+    """Each holds weights, moments and averages: beside those of a trial a GPU of 80 GB has no room for them."""
+    made, alive, seen = [], weakref.WeakSet(), []
+
+    class Yardstick(providers.Plain):
+        def __init__(self, start, **options):
+            made.append(options["dtype"])
+            alive.add(self)
+            super().__init__(start, **options)
+
+    class Ours(providers.Ours):
+        def __init__(self, start):
+            gc.collect()
+            seen.append((list(made), len(alive)))
+            super().__init__(start)
+
+    monkeypatch.setattr(training_gate, "Plain", Yardstick)
+    monkeypatch.setitem(providers.PROVIDERS, "cmfast", Ours)
+    one_trial("cmfast", recipe="ct")
+    status, result = recorded(tmp_path)
+    assert status == 0, result["failures"]
+    assert seen == [([torch.float64, torch.float32], 0)] and len(made) == 2
+
+
+def test_dtypes_of_a_trial(monkeypatch):
+    trial = Trial("micro", 2, ("cmfast", "openai"), dtype="bfloat16")
+    start = SimpleNamespace(trial=trial, device=torch.device("cuda"), openai=Path("checkout"))
+    assert providers.dtypes_of(trial.providers, start) == {torch.bfloat16, torch.float16}
+    assert providers.dtypes_of(("cmfast", "reference"), start) == {torch.bfloat16}
+    start.device = CPU
+    assert providers.dtypes_of(("openai",), start) == {torch.float32}
+    # Of one that is not there, nothing is computed.
+    start.openai = None
+    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    assert providers.dtypes_of(trial.providers, start) == {torch.bfloat16}
 
 
 def test_half_precision(tmp_path, one_trial):
