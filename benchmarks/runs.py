@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -143,18 +144,20 @@ class Suite:
         self, record: Record, trials: Sequence[Any], measure: Measure, seconds: float | None, begun: float
     ) -> None:
         """Measure trial after trial into the record; one that fails stops no other, unless the device is lost."""
-        result, longest = record.result, 0.0
+        result, took = record.result, list[float]()
         for i, trial in enumerate(trials):
             start = time.perf_counter()
             left = math.inf if seconds is None else seconds - (start - begun)
-            # One that would be cut off tells nothing, and the time limit of its process would be a failure.
-            if left < max(longest, COMPILE_S if set(trial.providers) & set(self.compiled) else 0.0):
+            # One that would be cut off tells nothing, and the time limit of its process would be a failure. Not by the
+            # longest so far: the first has compilers to start, and one that is `timing.late` ends after a few rounds.
+            least = COMPILE_S if set(trial.providers) & set(self.compiled) else 0.0
+            if left < max(least, statistics.median(took or [0.0])):
                 result["truncated"] = True
                 result["not_started"].append(str(trial))
                 continue
             try:
                 found = _measured(measure, trial, i)
-                longest = max(longest, time.perf_counter() - start)
+                took.append(time.perf_counter() - start)
                 rows = [rated({"name": trial.name, "trial": i} | row, result["rates"][0]) for row in found["rows"]]
                 result["rows"] += rows
                 result["failures"] += found["failures"]

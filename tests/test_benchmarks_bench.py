@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,25 @@ def test_what_would_be_cut_off_is_not_started(tmp_path, monkeypatch, capsys):
     assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.7"]) == 0
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["not_started"] == [str(trials[1])]
+
+
+def test_a_slow_first_trial_keeps_no_other_from_being_started(tmp_path, monkeypatch, capsys):
+    """It starts compilers; as long as that is not what each of the others takes."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "rates", lambda *arguments: RATES)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def measure(trial, number):
+        now[0] += 4 if number else 18
+        return {"rows": [], "failures": [], "missing": {}}
+
+    trials = [startup.Trial("tiny", batch, ("cmfast",)) for batch in range(20)]
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: trials, start=lambda *arguments: ({}, measure)
+    )
+    assert suite.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "63"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["not_started"] == [str(trial) for trial in trials[12:]]
 
 
 def of_providers(made):
