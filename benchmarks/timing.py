@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import statistics
 import time
@@ -24,6 +25,8 @@ SLICE_S = 2e-3
 MAX_SETS = 256
 #: Times the L2 cache that the inputs and outputs of a rotation fill.
 L2_FACTOR = 2.5
+#: Seconds of copies before those that count: a GPU that did nothing has a clock of a sixth.
+WARM_UP_S = {"cuda": 0.3, "cpu": 0.0}
 #: Rounds of a trial that is late.
 LEAST_ROUNDS = 3
 #: By `time.perf_counter()`, when a run is to be over; of one with `--seconds` it is `runs.Suite.main` that sets it.
@@ -271,8 +274,9 @@ def rates(device: torch.device, quick: bool = False) -> dict[str, Any]:
         dtypes: tuple[torch.dtype, ...] = torch.float16, torch.bfloat16, torch.float32
     else:
         dtypes = (torch.float32, *([torch.bfloat16] if has_onednn(torch.bfloat16) else []))
+    copy = copy_bandwidth(device, quick)  # First, since it warms up the device.
     matrix = {str(dtype).removeprefix("torch."): _matrix_rate(device, dtype, quick) for dtype in dtypes}
-    return {"copy": copy_bandwidth(device, quick), "what": what, "matrix": matrix}
+    return {"copy": copy, "what": what, "matrix": matrix}
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
@@ -307,8 +311,11 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     stopwatch = Stopwatch(device)
-    for _ in range(2):
-        target.copy_(source)
+    begun = time.perf_counter()
+    for i in itertools.count():
+        if i >= 2 and time.perf_counter() - begun >= WARM_UP_S[device.type]:
+            break
+        stopwatch(lambda: target.copy_(source))
     samples = [stopwatch(lambda: target.copy_(source)) for _ in range(7 if quick else 25)]
     slow, middle, fast = (round(2 * size / percentile(samples, p) / 1e9, 2) for p in (80, 50, 20))
     return {"bytes": size, "gb_per_s": middle, "gb_per_s_p20": slow, "gb_per_s_p80": fast}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -249,6 +250,20 @@ def test_one_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, count):
     ]
 
 
+def test_a_copy_is_timed_on_a_warm_device(monkeypatch):
+    """One whose clock rises under load: no reading is of the slow copies before."""
+    now = [0.0]
+
+    def stopwatch(work):
+        taken = 0.02 if now[0] < 0.2 else 0.001
+        now[0] += taken
+        return taken
+
+    monkeypatch.setattr(timing, "Stopwatch", lambda device: stopwatch)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setitem(timing.WARM_UP_S, "cpu", timing.WARM_UP_S["cuda"])
+    found = timing.copy_bandwidth(CPU)
+    assert found["gb_per_s_p20"] == found["gb_per_s"] == round(2 * 2**26 / 0.001 / 1e9, 2)
 
 
 def test_configurations_of_a_gpu():

@@ -209,6 +209,26 @@ def test_a_slow_first_trial_keeps_no_other_from_being_started(tmp_path, monkeypa
     assert json.loads(path.read_text())["not_started"] == [str(trial) for trial in trials[12:]]
 
 
+def test_the_faster_reading_counts(tmp_path, monkeypatch):
+    """A share of what the device can do is not the larger for a reading that was slow."""
+    def reading(copy, product):
+        return RATES | {"copy": {"gb_per_s": copy}, "matrix": {"float32": {"tflop_per_s": product}}}
+
+    readings = iter([reading(10.0, 4.0), reading(20.0, 2.0)])
+    monkeypatch.setattr(timing, "rates", lambda *arguments: next(readings))
+    row = {"provider": "cmfast", "gb_per_s": 10.0, "tflop_per_s": 1.0, "dtype": "float32"}
+    suite = dataclasses.replace(
+        startup.SUITE, trials=lambda *arguments: [startup.Trial("tiny", 1, ("cmfast",))],
+        start=lambda *arguments: ({}, lambda trial, number: {"rows": [row], "failures": [], "missing": {}}),
+        line=lambda *arguments: "", text=lambda result: "",
+    )  # fmt: skip
+    assert suite.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    (made,) = json.loads(path.read_text())["rows"]
+    assert (made["percent_of_copy"], made["percent_of_matrix"]) == (50.0, 25.0)
+    assert runs.rated({"tflop_per_s": 1.0, "dtype": "float16"}, [RATES, RATES])["percent_of_matrix"] is None
+
+
 def of_providers(made):
     """A way to measure, as suites do, that makes one provider after the other; the second is slow."""
     def measure(trial, number):
