@@ -350,6 +350,30 @@ def test_saved_as_diffusers_own(tmp_path):
     assert loaded.scheduler is scheduler
 
 
+def edm(scheduler, sigma):
+    """Scalings of a diffusion model, by the method that a scheduler has for them."""
+    return scheduler.get_scalings(sigma)
+
+
+def overridden(base):
+    return type("Edm", (base,), {"get_scalings_for_boundary_condition": edm})(sigma_min=0.5)
+
+
+def set_on_it(base):
+    scheduler = base(sigma_min=0.5)
+    scheduler.get_scalings_for_boundary_condition = edm.__get__(scheduler)
+    return scheduler
+
+
+@pytest.mark.parametrize("made", [overridden, set_on_it])
+def test_scalings_of_its_own(made):
+    schedule = {"timesteps": [30, 12, 0]}
+    expected = run(made(Theirs), **schedule)
+    for a, b in zip(run(made(Ours), **schedule), expected, strict=True):
+        assert relative_error(a, b) < DIFFUSERS_VALUE
+    assert relative_error(run(Theirs(sigma_min=0.5), **schedule)[-1], expected[-1]) > 0.01
+
+
 class Own(Ours):
     """A user's."""
 

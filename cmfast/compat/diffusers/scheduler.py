@@ -31,7 +31,8 @@ class CMStochasticIterativeScheduler(_Base):
     no part of `timesteps` is looked up by its value, once per run: on a GPU that stops the stream, which
     `set_begin_index` avoids.
 
-    Half precision is rounded once per step, where diffusers rounds each product and sum.
+    Half precision is rounded once per step, where diffusers rounds each product and sum. Where
+    `get_scalings_for_boundary_condition` is overridden or replaced, the step is diffusers' own.
 
     >>> scheduler = CMStochasticIterativeScheduler()
     >>> scheduler.set_timesteps(timesteps=[22, 0])
@@ -142,6 +143,8 @@ class CMStochasticIterativeScheduler(_Base):
 
         Raises: ValueError: an integer timestep. IndexError: one that is not in `timesteps`, or a step too many.
         """
+        if replaced(self, "get_scalings_for_boundary_condition"):  # then those are called, and not the fused step's
+            return super().step(model_output, timestep, sample, generator, return_dict)
         integers = torch.int64, torch.int32
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in integers):
             raise ValueError(
@@ -211,6 +214,30 @@ class CMStochasticIterativeScheduler(_Base):
 # Pipelines write the module of their scheduler's class into model_index.json. With diffusers' own, which has a class
 # of this name, a saved pipeline needs nothing but diffusers.
 CMStochasticIterativeScheduler.__module__ = _Base.__module__
+
+
+#: What a run goes through.
+METHODS = (
+    "set_timesteps",
+    "scale_model_input",
+    "step",
+    "get_scalings",
+    "get_scalings_for_boundary_condition",
+    "index_for_timestep",
+    "_init_step_index",
+    "sigma_to_t",
+    "_convert_to_karras",
+)
+
+
+def replaced(scheduler: Any, *names: str) -> str | None:
+    """The first of these methods, or of all, that is not as ours or diffusers' class was written; None if all are."""
+    for name in names or METHODS:
+        # Where the function was written: `functools.wraps` would copy its `__module__`.
+        written = getattr(getattr(type(scheduler), name), "__globals__", {}).get("__name__")
+        if name in vars(scheduler) or written not in (__name__, _Base.__module__):
+            return name
+    return None
 
 
 def like(scheduler: Any) -> CMStochasticIterativeScheduler:
