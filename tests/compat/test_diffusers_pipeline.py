@@ -1,6 +1,7 @@
 """The accelerated pipeline beside diffusers' own: same calls, same outputs."""
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -530,6 +531,46 @@ def test_what_is_in_the_way_is_said(caplog):
         assert fast.explain()["loop"][1].startswith("torch.autocast is on")
     fast.scheduler = plain.scheduler
     check("CMStochasticIterativeScheduler, not cmfast's")
+
+
+def shifted(function):
+    """A method in the place of another, as scripts put it there."""
+
+    @functools.wraps(function)
+    def other(*args, **options):
+        result = function(*args, **options)
+        if hasattr(result, "prev_sample"):
+            result.prev_sample = 0.5 * result.prev_sample
+        return tuple(0.5 * part for part in result) if isinstance(result, tuple) else result
+
+    return other
+
+
+@pytest.mark.parametrize("method", ["step", "get_scalings_for_boundary_condition", "set_timesteps", "sigma_to_t"])
+@pytest.mark.parametrize("where", ["before accelerate", "after", "diffusers' class"])
+def test_replaced_methods_of_the_scheduler(method, where, monkeypatch):
+    """On the scheduler, or on diffusers' class before its own scheduler would be taken for ours."""
+    plain = small_pipeline()
+    unchanged = call(plain, 2, num_inference_steps=2, output_type="pt")[0]
+    fast = accelerate(plain) if where == "after" else None
+    if where == "diffusers' class":
+        monkeypatch.setattr(
+            diffusers.CMStochasticIterativeScheduler,
+            method,
+            shifted(getattr(diffusers.CMStochasticIterativeScheduler, method)),
+        )
+    else:
+        for pipeline in filter(None, (plain, fast)):
+            setattr(pipeline.scheduler, method, shifted(getattr(pipeline.scheduler, method)))
+    fast = fast or accelerate(plain)
+    expected, found = (call(p, 2, num_inference_steps=2, output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(found, expected) < DIFFUSERS_VALUE
+    if method in ("step", "get_scalings_for_boundary_condition"):
+        assert relative_error(unchanged, expected) > 0.01
+    assert fast.explain()["loop"] == ("diffusers", f"the scheduler's {method} was replaced")
+    monkeypatch.undo()
+    vars(fast.scheduler).pop(method, None)
+    assert accelerate(fast).explain()["loop"][0] == "eager"
 
 
 @pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["whole", "callback"])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cmfast.compat.diffusers.network import UNet2DNetwork
-from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler, like
+from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler, like, replaced
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
 from cmfast.fast import Refused, optimize, refusal
@@ -43,8 +43,8 @@ def accelerate(
 
     A call runs as a whole, from noise to pixels: on a GPU as one CUDA graph. Noise and labels are drawn as diffusers
     draws them, so a seed gives the same images. With a callback the steps run one by one, without a graph; where
-    offloading, `torch.autocast`, another scheduler, labels that are no classes or a sigma_min of 0 are in the way,
-    diffusers' own loop runs. `explain()` says which.
+    offloading, `torch.autocast`, another scheduler, a method of it that was replaced, labels that are no classes or a
+    sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which.
 
     Args:
         pipe: its scheduler must be a CMStochasticIterativeScheduler.
@@ -63,7 +63,7 @@ def accelerate(
     cls = _accelerated(base)
     fast = cls.__new__(cls)
     fast.__dict__.update(pipe.__dict__)
-    if type(pipe.scheduler) is DiffusersScheduler:
+    if type(pipe.scheduler) is DiffusersScheduler and not replaced(pipe.scheduler):
         fast.scheduler = like(pipe.scheduler)
     fast._options = {"dtype": dtype, "compile": compile, "cuda_graph": cuda_graph}
     fast._engine = None
@@ -163,8 +163,12 @@ class _Accelerated(ConsistencyModelPipeline):
 
     def _obstacle(self) -> str | None:
         """Why diffusers' own loop must run; None if cmfast's can."""
-        if type(self.scheduler) is not CMStochasticIterativeScheduler:
-            return f"the scheduler is a {type(self.scheduler).__module__}.{type(self.scheduler).__name__}, not cmfast's"
+        kind = type(self.scheduler)
+        method = replaced(self.scheduler) if kind in (CMStochasticIterativeScheduler, DiffusersScheduler) else None
+        if method:
+            return f"the scheduler's {method} was replaced"
+        if kind is not CMStochasticIterativeScheduler:
+            return f"the scheduler is a {kind.__module__}.{kind.__name__}, not cmfast's"
         if any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in self.unet.modules()):
             return "the network has hooks of accelerate or diffusers, such as those of offloading"
         if torch.is_autocast_enabled(self._execution_device.type):
