@@ -245,7 +245,7 @@ def _norm(gradients: list[Tensor], scale: Tensor | None) -> Tensor:
 
 def _anywhere(found: Tensor, gradients: list[Tensor]) -> Tensor:
     """Not 0 where a rank that holds parts of the gradients found an overflow."""
-    for sharding in {_sharding(g) for g in gradients}:
+    for sharding in dict.fromkeys(map(_sharding, gradients)):  # in one order on all ranks
         found = _reduced(found, sharding, squares=False)
     return found
 
@@ -255,7 +255,8 @@ def _sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     placements = getattr(tensor, "placements", ())
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError("a gradient is a partial sum: reduce it before the step")
-    dims = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
+    # Not `is_shard()`, which is False of the strided parts that FSDP makes of tensor parallel ones.
+    dims = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
     return (tensor.device_mesh, dims) if dims else None  # type: ignore[attr-defined]  # a DTensor
 
 

@@ -261,9 +261,10 @@ def test_errors(make, error, message):
         make(nn.Linear(3, 3).parameters())
 
 
-def test_two_ranks():
-    """Sharded by FSDP, two ranks step as one does with the whole: norm, skipping, averages, target."""
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.optim_ranks"
+def test_ranks():
+    """Sharded by FSDP, and by tensor parallelism too, four ranks step as one does with the whole: norm, skipping,
+    averages, target."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4 -m tests.optim_ranks"
     done = subprocess.run(
         [sys.executable, *torchrun.split()], cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,

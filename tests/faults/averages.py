@@ -203,6 +203,7 @@ FAULTS = {
          _OPTIM + "trains_as_torch_optim_does[auto-L2-RAdam]"),
         ("skips are not counted", "self.skipped.add_(flags[0])", "pass", _OPTIM + "grad_scaler[auto-1.0-Adam]"),
         ("the norm of a part", "torch.distributed.all_reduce(total", "(lambda total, group: None)(total",
-         _OPTIM + "two_ranks"),
+         _OPTIM + "ranks"),
+        ("strided parts are whole", "if not placement.is_replicate())", "if placement.is_shard())", _OPTIM + "ranks"),
     ],
 }  # fmt: skip
