@@ -71,8 +71,8 @@ INPUT = [
 ]  # fmt: skip
 
 OP = [
-    ("size of one number is a height", "(size, size) if isinstance(size, int)",
-     "(size, own[1]) if isinstance(size, int)",
+    ("size of one number is a height", "(size, size) if isinstance(size, int | Integral)",
+     "(size, own[1]) if isinstance(size, int | Integral)",
      T_OPS + "input_is_interpolate_then_standardise"),
     ("kernels for nothing", "*inputs) and features.numel():", "*inputs):", T_KERNELS + "empty"),
 ]  # fmt: skip
