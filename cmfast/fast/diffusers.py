@@ -46,7 +46,8 @@ def _named(module: object, names: str | tuple[str, ...], where: str) -> Any:
     """The module, if it is one of diffusers' classes of these names."""
     names = (names,) if isinstance(names, str) else names
     kind = type(module)
-    if kind.__name__ not in names or not kind.__module__.startswith("diffusers."):
+    # The module's attribute, not the class's: Dynamo follows that of every class.
+    if kind.__name__ not in names or not module.__module__.startswith("diffusers."):
         raise Refused(f"{where} is a {kind.__name__}, expected {' or '.join(names)}")
     return module
 

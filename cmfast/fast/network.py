@@ -54,13 +54,16 @@ class FastPass:
 
     def plan(self, model: nn.Module, x: Tensor) -> Plan | None:
         """For the fast pass of an input by a network; None if the ordinary pass is to be taken now. A compiled region
-        keeps the answer that it was compiled with."""
+        keeps that answer until a part is replaced."""
         # A copy with a table of its own, as of `nn.DataParallel`, may have other parts in it.
         if self._model._modules is not model._modules:
             return None
         # What comes from a mode such as FakeTensorMode has no memory to look at, nor weights that could be kept. Of the
         # meta device, where shapes are asked for, autocast knows nothing.
-        return self._plan if is_plain(x) and not x.is_meta and _serves(self.number) else None
+        if not is_plain(x) or x.is_meta or not _serves(self.number):
+            return None
+        # Dynamo guards what it sees: of a plan it would be the plan alone, of making one the parts where they are.
+        return self._make_plan(self._model) if torch.compiler.is_compiling() else self._plan
 
     @property
     def refusal(self) -> str | None:
@@ -175,6 +178,9 @@ class FastUNet(UNetModel):
     def input_dtype(self) -> torch.dtype:
         """What it computes in, and so takes its input in."""
         return self._fast.dtype or self.dtype
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """No class of the user's hears of the fast one that is made of it, nor can ask anything of it."""
 
     #: The layout it computes in; the next input follows that of the output.
     input_format = torch.channels_last

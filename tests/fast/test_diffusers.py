@@ -7,9 +7,10 @@ import torch
 
 import cmfast
 from cmfast.fast import Refused, optimize, refusal
-from cmfast.tolerances import FLOOR
+from cmfast.tolerances import FAST_VALUE, FLOOR
 from tests.fast.networks import check
 from tests.fast.test_changes import Lora, changed_in_place
+from tests.golden_utils import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -133,6 +134,18 @@ def test_parts_of_another_kind_are_called():
     with torch.no_grad():
         assert torch.equal(fast(*args).sample, model(*args).sample)
     assert fast.refusal == "mid_block.resnets.0.conv1 is a Lora, expected Conv2d"
+
+
+def test_another_part_is_compiled_anew():
+    model = make("published")
+    args = inputs(model)
+    compiled = torch.compile(optimize(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(*args).sample
+        model.mid_block.resnets[0] = copy.deepcopy(model.mid_block.resnets[0])
+        changed_in_place(model.mid_block.resnets[0])
+        expected = model(*args).sample
+        assert relative_error(compiled(*args).sample, expected) < FAST_VALUE < relative_error(before, expected)
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,25 @@ def test_compiling_sees_what_changed_before():
         assert relative_error(compiled(*args), small_unet().eval()(*args)) < FAST_VALUE
 
 
+def test_another_part_is_compiled_anew():
+    """As of the ordinary network: a block of the same kind, and one that the fast pass does not know."""
+    model = small_unet().eval()
+    args = inputs(model)
+    compiled = torch.compile(optimize(model), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(*args)
+        block = model.middle_block[0] = copy.deepcopy(model.middle_block[0])
+        block.in_layers[2].weight.mul_(3)
+        assert relative_error(compiled(*args), model(*args)) < FAST_VALUE < relative_error(before, model(*args))
+        block.in_layers[2] = Lora(block.in_layers[2])
+        assert relative_error(compiled(*args), model(*args)) < FAST_VALUE
+
+
 class Embedding(UNetModel):
     """A U-Net as users extend it."""
+
+    def __init_subclass__(cls, *, name):
+        """Of a table of models by name."""
 
     #: What checks saw.
     seen: list

@@ -233,7 +233,11 @@ FAST_NETWORK = [
     ),
     ("transforms take the fast pass", "_dispatch.transform_refusal() is None and", "",
      _CHANGES + "transforms_take_the_ordinary_pass[jvp]"),
-    ("fake tensors take the fast pass", "self._plan if is_plain(x) and", "self._plan if",
+    ("what is compiled stays", "self._make_plan(self._model) if torch.compiler.is_compiling() else self._plan",
+     "self._plan", _FAST + "another_part_is_compiled_anew"),
+    ("users hear of a fast class", "    def __init_subclass__(cls, **_: Any)", "    def _unheard(cls, **_: Any)",
+     _FAST + "a_subclass_keeps_what_it_brings"),
+    ("fake tensors take the fast pass", "if not is_plain(x) or x.is_meta", "if x.is_meta",
      _CHANGES + "fake_tensors_leave_nothing_behind"),
     ("a subclass is none", "else _fast_class(base)\n    network: FastUNet", "else FastUNet\n    network: FastUNet",
      _FAST + "a_subclass_keeps_what_it_brings"),
@@ -241,7 +245,7 @@ FAST_NETWORK = [
      "return object.__new__, (type(self),), self.__dict__", _FAST + "a_subclass_keeps_what_it_brings"),
     ("a copy runs the original's parts", "if self._model._modules is not model._modules:", "if False:",
      _CHANGES + "a_copy_with_other_parts_runs_them"),
-    ("the meta device takes the fast pass", "and not x.is_meta and", "and", _CHANGES + "the_meta_device"),
+    ("the meta device takes the fast pass", "or x.is_meta or", "or", _CHANGES + "the_meta_device"),
     ("refresh makes no plan", "return self._look(force) or", "return self._look() or",
      _CHANGES + "settings_of_torchs_modules"),
     ("the two know each other", "self._pack = _twin(model), make_plan", "self._pack = model, make_plan",
@@ -290,6 +294,8 @@ FAST_NETWORK = [
 ]
 
 FAST_DIFFUSERS = [
+    ("classes that Dynamo does not follow", "not module.__module__.startswith", "not kind.__module__.startswith",
+     "tests/fast/test_diffusers.py::test_another_part_is_compiled_anew"),
     ("averages that are none", '        average_pool(module.conv, f"{where}.conv")\n', "",
      "tests/fast/test_diffusers.py::test_parts_that_are_refused"),
     (
