@@ -450,6 +450,35 @@ def test_it_runs_as_one_graph(network, captured):
     assert captured.replays > 5
 
 
+def merged(unet):
+    """As PEFT merges: no version shows it."""
+    unet.mid_block.attentions[0].to_q.weight.data += 0.3
+
+
+def circular(unet):
+    unet.conv_in.padding_mode = "circular"
+    unet.mid_block.resnets[0].conv1.padding_mode = "circular"
+
+
+@pytest.mark.parametrize("change", [merged, circular])
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_refresh(change, graph, network, request):
+    """Every schedule, and the loop with a callback, take what leaves no trace."""
+    if graph:
+        request.getfixturevalue("captured")
+    plain, schedules = small_pipeline(), [STEPS["[22, 0]"], {}]
+    fast = accelerate(plain)
+    fast.refresh()
+    before = [call(fast, 2, output_type="pt", **steps)[0] for steps in schedules]
+    change(plain.unet)
+    fast.refresh()
+    for steps, old in zip(schedules, before, strict=True):
+        expected = call(plain, 2, output_type="pt", **steps)[0]
+        for options in (steps, {**steps, "callback": lambda *_: None}):
+            assert relative_error(call(fast, 2, output_type="pt", **options)[0], expected) < DIFFUSERS_VALUE
+        assert relative_error(old, expected) > 1e-3
+
+
 def test_a_wrapped_network_is_optimised_and_its_changes_are_seen(captured):
     """`Sampler(load(pipeline))`: what is derived from weights that changed in place is made anew for the graph."""
     pipeline = small_pipeline()

@@ -44,7 +44,8 @@ def accelerate(
     A call runs as a whole, from noise to pixels: on a GPU as one CUDA graph. Noise and labels are drawn as diffusers
     draws them, so a seed gives the same images. With a callback the steps run one by one, without a graph; where
     offloading, `torch.autocast`, another scheduler, a method of it that was replaced, labels that are no classes or a
-    sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which.
+    sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which. Weights that are written through
+    `.data`, as PEFT merges, and settings of torch's own layers, such as `padding_mode`, need a call of `refresh()`.
 
     Args:
         pipe: its scheduler must be a CMStochasticIterativeScheduler.
@@ -100,6 +101,14 @@ class _Engine:
         while len(self._samplers) > SCHEDULES:
             self._samplers.popitem(last=False)
         return sampler
+
+    def refresh(self) -> None:
+        """As `Sampler.refresh`, of all samplers and of the network that a loop with a callback runs."""
+        network: Any = self.network
+        if self.reason is None and network.refresh(force=True):
+            self._samplers.clear()  # one alone would hear of it if it asked again
+        for sampler in self._samplers.values():
+            sampler.refresh()
 
     def explain(self) -> dict[str, tuple[str, str]]:
         """As `Sampler.explain`, of the sampler used last."""
@@ -160,6 +169,12 @@ class _Accelerated(ConsistencyModelPipeline):
         if obstacle:
             return {"loop": ("diffusers", obstacle), "network": ("as given", obstacle), "compile": ("off", obstacle)}
         return self._ready().explain()
+
+    def refresh(self) -> None:
+        """Take the network as it is now, after a write through `.data` or to a setting of torch's own layers, which
+        nothing else shows."""
+        if self._engine is not None:
+            self._engine.refresh()
 
     def _obstacle(self) -> str | None:
         """Why diffusers' own loop must run; None if cmfast's can."""
