@@ -69,14 +69,36 @@ class Averages:
                 rate.value = rate.value.to(self.device)
         with torch.no_grad():
             self._averages = [[_average_of(p) for p in self._parameters] for _ in self.schedules]
-        #: Weights of targets in another dtype, and the averages they are rounded from.
-        self._rounded: tuple[list[Tensor], list[Tensor]] = ([], [])
+        #: Weights of targets, each with the numbers of its average and of its parameter.
+        self._weights: list[tuple[int, int, Tensor]] = []
         #: Where buffers of targets are, and those that they follow.
         self._followed: list[tuple[Place, Place]] = []
         for k, target in (targets or {}).items():
             self._share(k, unwrap(target))
+        self._tie()
+
+    def _tie(self) -> None:
+        """What lies in memory of other tensors or is found by their ids, which a copy of these averages has anew."""
+        #: Weights of targets in another dtype, and the averages they are rounded from.
+        self._rounded: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for k, i, weight in self._weights:
+            average = self._averages[k][i]
+            if weight.dtype == average.dtype:
+                # Not `.data`, whose writes leave no trace in the weight's version.
+                self._averages[k][i] = weight.detach()
+            else:
+                self._rounded[0].append(local(weight.detach()))
+                self._rounded[1].append(local(average))
         self._position = {id(p): i for i, p in enumerate(self._parameters)}
         self._locals = [list(map(local, tensors)) for tensors in self._averages]
+
+    def __getstate__(self) -> dict[str, Any]:
+        tied = ("_rounded", "_position", "_locals")
+        return {name: value for name, value in self.__dict__.items() if name not in tied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tie()
 
     def __len__(self) -> int:
         return len(self.schedules)
@@ -191,14 +213,8 @@ class Averages:
         if not 0 <= k < len(self):
             raise ValueError(f"there is no average {k} for a target: there are {len(self)}")
         for i, weight in enumerate(self._parameters_of(target)):
-            average = self._averages[k][i]
-            weight.copy_(average)
-            if weight.dtype == average.dtype:
-                # Not `.data`, whose writes leave no trace in the weight's version.
-                self._averages[k][i] = weight.detach()
-            else:
-                self._rounded[0].append(local(weight.detach()))
-                self._rounded[1].append(local(average))
+            weight.copy_(self._averages[k][i])
+            self._weights.append((k, i, weight))
         followed = {} if self.model is None else places(self.model)
         self._followed += [(place, followed[name]) for name, place in places(target).items() if name in followed]
 

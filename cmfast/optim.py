@@ -43,6 +43,8 @@ class _Fused(torch.optim.Optimizer):
     """
 
     _update: Callable[..., Tensor]
+    #: GradScaler then sets `grad_scale` and `found_inf`, and leaves unscaling and skipping to `step`.
+    _step_supports_amp_scaling = True
 
     def _prepare(
         self, max_norm: float | None, averages: Averages | None, copies: nn.Module | Iterable[Tensor] | None
@@ -57,11 +59,13 @@ class _Fused(torch.optim.Optimizer):
         tensors = list(copies.parameters() if isinstance(copies, nn.Module) else copies or ())
         if copies is not None and [t.shape for t in tensors] != [p.shape for p in parameters]:
             raise ValueError("copies must have the shapes of the parameters, in their order")
-        self._copies = {id(p): t.detach() for p, t in zip(parameters, tensors)}
-        # GradScaler then sets `grad_scale` and `found_inf`, and leaves unscaling and skipping to `step`.
-        self._step_supports_amp_scaling = True
+        self._copies = dict(zip(parameters, tensors))
         self.skipped = torch.zeros((), device=parameters[0].device)
         self.grad_norm = torch.zeros((), device=parameters[0].device) if max_norm is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_norm", "averages", "_copies", "skipped", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -108,7 +112,7 @@ class _Fused(torch.optim.Optimizer):
             states[0]["step"],
             averages,
             rates if averages and rates is not None else (),
-            copies=[local(self._copies[id(p)]) for p in parameters] if cohort.copied else None,
+            copies=[local(self._copies[p]) for p in parameters] if cohort.copied else None,
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")},
             decoupled_weight_decay=group["decoupled_weight_decay"],
             **shared,
@@ -122,7 +126,7 @@ class _Fused(torch.optim.Optimizer):
             self._part(group, stepping)
             for p in stepping:
                 averaged = self.averages is not None and self.averages.of(p) is not None
-                key = number, id(self.state[p]["step"]), averaged, id(p) in self._copies
+                key = number, id(self.state[p]["step"]), averaged, p in self._copies
                 cohorts.setdefault(key, _Cohort(group, [], averaged, key[-1])).parameters.append(p)
         return list(cohorts.values())
 

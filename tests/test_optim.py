@@ -1,8 +1,10 @@
 """RAdam and Adam as optimizers: against torch.optim, their states, GradScaler, averages, parts without gradients."""
 
 import copy
+import io
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +272,41 @@ def test_ranks():
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@each
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_go_on_by_themselves(name, way):
+    """What a process is sent, or a trial begins with: the copy steps as the first would, and leaves it alone."""
+    model, target = ToyNetwork(), ToyNetwork()
+    low = copy.deepcopy(model).bfloat16()
+    averages = Averages(model, [0.5, "power:0.1"], targets={0: target})
+    options = {"lr": 0.01, "max_norm": 1.0, "averages": averages, "copies": low}
+    whole = model, low, target, averages, getattr(optim, name)(model.parameters(), **options)
+
+    def step(model, low, target, averages, optimizer):
+        give(gradients, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        return [*model.parameters(), *low.parameters(), *target.parameters(), *averages.tensors(0),
+                *averages.tensors(1), averages.step, optimizer.grad_norm, optimizer.skipped]  # fmt: skip
+
+    gradients = drawn(model)
+    step(*whole)
+    if way == "deepcopy":
+        again = copy.deepcopy(whole)
+    elif way == "pickle":
+        again = pickle.loads(pickle.dumps(whole))
+    else:
+        torch.save(whole, file := io.BytesIO())
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    gradients = drawn(model)
+    before = [x.clone() for x in again[0].parameters()]
+    expected = step(*whole)
+    assert all(map(torch.equal, again[0].parameters(), before))
+    assert all(map(torch.equal, step(*again), expected))
 
 
 def test_sparse_gradients():
