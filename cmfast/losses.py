@@ -101,7 +101,8 @@ def _given_noise(noise: Tensor | None, draw: ops.Draw | None, x_start: Tensor) -
 def _grid_sigma(index: Tensor, num_scales: int, x: Tensor, levels: dict[str, float]) -> Tensor:
     """Karras levels of (fractional) indices [B], in the dtype of noise levels for x."""
     sigma = schedules.karras_sigma(index.to(_check.sigma_dtype(x)), num_scales, **levels)
-    return torch.as_tensor(sigma)
+    assert isinstance(sigma, Tensor)  # as the index is
+    return sigma
 
 
 def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:

@@ -42,6 +42,18 @@ def test_student_and_target_see_the_same_dropout(teacher):
     assert torch.rand(()) != after
 
 
+def test_another_default_device():
+    """What a loss computes with is where the batch is."""
+
+    def half(x, sigma):
+        return 0.5 * x
+
+    with torch.device("meta"):
+        for teacher in (None, half):
+            assert losses.consistency_loss(half, half, X, 18, teacher_model=teacher)["loss"].isfinite().all()
+        assert losses.progressive_distillation_loss(half, half, X, 4)["loss"].isfinite().all()
+
+
 def test_a_perfect_model_has_no_loss():
     """D of data that is one point: x_start. Consistency training, distillation and progressive distillation agree."""
 

@@ -122,6 +122,13 @@ def test_levels_of_any_kind(levels):
             torch.testing.assert_close(torch.as_tensor(value, dtype=expected.dtype), expected)
 
 
+def test_numbers_and_arrays_beside_another_default_device():
+    diffusion = kd.KarrasDenoiser()
+    with torch.device("meta"):
+        assert diffusion.get_snr(2.0) == 0.25
+        assert diffusion.get_snr(np.array([0.5, 2.0])).tolist() == [4.0, 0.25]
+
+
 def test_denoise_at_whole_levels():
     outputs = [diffusion_of().denoise(toy(), TENSORS["x_t"], torch.full((len(Y),), v), y=Y)[1] for v in (80, 80.0)]
     assert torch.equal(*outputs)

@@ -113,6 +113,8 @@ DENOISER = [
      "tests/compat/test_openai.py::test_denoise_at_whole_levels"),
     ("numbers come back as tensors", "part.numpy() if array.ndim else part.item()", "part",
      "tests/compat/test_openai.py::test_levels_of_any_kind[2.0]"),
+    ("numbers on torch's default device", ', device="cpu"))', "))",
+     "tests/compat/test_openai.py::test_numbers_and_arrays_beside_another_default_device"),
 ]  # fmt: skip
 
 BLOCKS = [

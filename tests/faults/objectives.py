@@ -41,6 +41,8 @@ REFERENCE = [
 ]  # fmt: skip
 
 LOSSES = [
+    ("levels on torch's default device", "    return sigma\n", "    return torch.as_tensor(sigma)\n",
+     "tests/test_losses.py::test_another_default_device"),
     ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _F + "ict_loss[None]"),
     ("ECT: x_start is no target of a function", "torch.where(at_zero, x_start,",
      "torch.where(at_zero & False, x_start,",

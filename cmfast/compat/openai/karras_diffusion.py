@@ -65,7 +65,7 @@ def _like_its_input(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value if value.is_floating_point() else value.float())
     array = np.asarray(value)
-    result = function(torch.as_tensor(array if array.dtype.kind == "f" else array.astype(float)))
+    result = function(torch.as_tensor(array if array.dtype.kind == "f" else array.astype(float), device="cpu"))
 
     def back(part: Tensor) -> Any:
         return part.numpy() if array.ndim else part.item()
