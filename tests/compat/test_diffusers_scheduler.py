@@ -184,6 +184,20 @@ def test_levels_that_change_on_the_way(change, after):
     assert relative_error(*results) < DIFFUSERS_VALUE
 
 
+@pytest.mark.parametrize("levels", [[80.0, 20.0, 5.0, 2.0, 1.0], [80.0, 5.0, 0.002, 0.001, 0.0]], ids=str)
+def test_levels_that_end_elsewhere(levels):
+    """Noise is that of the level that comes next, whichever step it is."""
+    results = []
+    for scheduler in (Ours(), Theirs()):
+        scheduler.set_timesteps(4)
+        scheduler.sigmas = torch.tensor(levels, dtype=torch.float64)
+        x, generator = 80 * torch.ones(2, 3, 4, 4), torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            x = scheduler.step(toy(scheduler.scale_model_input(x, t), t), t, x, generator).prev_sample
+        results.append(x)
+    assert relative_error(*results) < DIFFUSERS_VALUE
+
+
 def test_interface():
     scheduler = Ours()
     scheduler.set_timesteps(2)

@@ -50,6 +50,8 @@ DIFFUSERS_SCHEDULER = [
      "if 0 <= index < len(schedule):", SCHEDULED + "a_timestep_beside_a_part_of_the_schedule[slice(None, None, 2)-1]"),
     ("a subclass is lost", "None if kind is CMStochasticIterativeScheduler else kind", "None",
      SCHEDULED + "copies_of_a_subclass_are_of_it[deepcopy]"),
+    ("no noise at the last step, whatever its level", "self._levels[following] <= np.float32(config.sigma_min):",
+     "following == count - 1:", SCHEDULED + "levels_that_end_elsewhere[[80.0, 20.0, 5.0, 2.0, 1.0]]"),
     ("scalings of its own are passed over", 'if replaced(self, "get_scalings_for_boundary_condition"):', "if False:",
      SCHEDULED + "scalings_of_its_own[overridden]"),
     ("a method that wraps diffusers'", 'getattr(getattr(type(scheduler), name), "__globals__", {}).get("__name__")',

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers import scheduling_consistency_models
 from diffusers.utils.torch_utils import randn_tensor
@@ -174,8 +175,8 @@ class CMStochasticIterativeScheduler(_Base):
             )
             noise = noise.expand(torch.broadcast_shapes(noise.shape, sample.shape))
         model_output, sample = torch.broadcast_tensors(model_output, sample)
-        if len(self.timesteps) == 1 or following == count - 1:
-            # The last level is sigma_min, whose noise adds nothing; drawn, it keeps generators in step with diffusers.
+        if len(self.timesteps) == 1 or self._levels[following] <= np.float32(config.sigma_min):
+            # Noise of sigma_min adds nothing; drawn, it keeps generators in step with diffusers.
             previous = ops.denoise(model_output, sample, sigma, **options)
         else:
             options |= {"sigma_min": config.sigma_min, "dtype": sample.dtype}
