@@ -49,9 +49,6 @@ class _Fused(torch.optim.Optimizer):
     def _prepare(
         self, max_norm: float | None, averages: Averages | None, copies: nn.Module | Iterable[Tensor] | None
     ) -> None:
-        for name in ("amsgrad", "differentiable"):
-            if self.defaults.get(name):
-                raise ValueError(f"{type(self).__name__} has no {name}; torch.optim.{type(self).__name__} does")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.max_norm, self.averages = max_norm, averages
@@ -156,9 +153,27 @@ class _Fused(torch.optim.Optimizer):
         own = {i: {**entry, "step": entry["step"].clone()} for i, entry in state["state"].items()}
         return {**state, "state": own}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of torch.optim's class. Raises: ValueError: `amsgrad` or `differentiable`."""
+        self._check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        for name in ("amsgrad", "differentiable"):
+            if name in self.defaults and group.get(name):
+                raise ValueError(f"{type(self).__name__} has no {name}; torch.optim.{type(self).__name__} does")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of this class or of torch.optim's."""
-        super().load_state_dict(state_dict)
+        """Of this class or of torch.optim's; and of torch.optim.AdamW, by an Adam with `decoupled_weight_decay`.
+
+        Raises: ValueError: it has other groups, or `amsgrad` or `differentiable` in one.
+        """
+        # States of AdamW in older versions of PyTorch don't say so, and torch would take it for Adam.
+        missing = {"decoupled_weight_decay": self.defaults["decoupled_weight_decay"]}
+        groups = [{**missing, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self._check_options(group)
+        super().load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
             # Parameters that took as many steps share one count again, on their device.
             counts: dict[float, Tensor] = {}

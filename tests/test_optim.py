@@ -252,6 +252,7 @@ def test_a_norm_is_measured_without_clipping():
     [
         (lambda p: optim.Adam(p, amsgrad=True), ValueError, "Adam has no amsgrad; torch.optim.Adam does"),
         (lambda p: optim.RAdam(p, differentiable=True), ValueError, "RAdam has no differentiable"),
+        (lambda p: optim.Adam([{"params": p, "amsgrad": True}]), ValueError, "Adam has no amsgrad"),
         (lambda p: optim.RAdam(p, lr=-1.0), ValueError, "Invalid learning rate"),
         (lambda p: optim.RAdam(p, max_norm=0.0), ValueError, "max_norm must be positive, got 0.0"),
         (lambda p: optim.RAdam(p, copies=nn.Linear(2, 2)), ValueError, "copies must have the shapes"),
@@ -261,6 +262,38 @@ def test_a_norm_is_measured_without_clipping():
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make(nn.Linear(3, 3).parameters())
+
+
+def test_options_that_come_with_a_state_or_a_group():
+    """They are refused, and change nothing."""
+    model, optimizer = nn.Linear(3, 3), optim.Adam(nn.Linear(3, 3).parameters(), lr=0.1)
+    state = torch.optim.Adam(model.parameters(), lr=0.2, amsgrad=True).state_dict()
+    with pytest.raises(ValueError, match="Adam has no amsgrad"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="Adam has no differentiable"):
+        optimizer.add_param_group({"params": model.parameters(), "differentiable": True})
+    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["lr"] == 0.1
+    # RAdam has none of its own, here and in torch.
+    optim.RAdam(model.parameters()).load_state_dict({**state, "state": {}})
+
+
+def test_a_state_of_adamw():
+    """Its decay stays decoupled, in states of older versions too, which don't say so."""
+    model, whole = nn.Linear(5, 3).double(), None
+    whole = copy.deepcopy(model)
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    expected = torch.optim.AdamW(whole.parameters(), **options)
+    optimizer = optim.Adam(model.parameters(), **options, decoupled_weight_decay=True)
+    give(drawn(model), model, whole)
+    expected.step(), optimizer.step()
+    state = copy.deepcopy(expected.state_dict())
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    optimizer.load_state_dict(state)
+    assert "decoupled_weight_decay" not in state["param_groups"][0]
+    for _ in range(5):
+        give(drawn(model), model, whole)
+        expected.step(), optimizer.step()
+    torch.testing.assert_close(list(model.parameters()), list(whole.parameters()))
 
 
 def test_ranks():
