@@ -89,8 +89,8 @@ FAST_FORWARD = [
     ),
     (
         "the sum is forgotten",
-        "        x.settle(total)\n",
-        "",
+        "            x.settle(total)\n",
+        "            pass\n",
         "tests/kernels/test_optimize.py::test_launches_of_the_published_network",
     ),
     (

@@ -1,6 +1,6 @@
 """Operations: dispatch, gradients, the forms for the CPU, the references."""
 
-from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_FUZZ, T_LAYOUT, T_NORM, here, kernel
+from tests.faults.ids import T_DISPATCH, T_FORMULAS, T_LAYOUT, T_NORM, here, kernel
 
 NORM_OP = [
     ("x kept where the sum would do", "(total[0], None) if total else (x, x_bias)", "(x, x_bias)",
@@ -92,7 +92,7 @@ INPLACE = [
     ("groups of one element refused", "return torch.group_norm(x, num_groups", "return F.group_norm(x, num_groups",
      "tests/ops/test_group_norm.py::test_groups_of_one_element"),
     ("renoise: the level's own noise", "((level - sigma_min) * (level + sigma_min))", "(level * level)",
-     T_FUZZ + "[renoise]"),
+     here("renoise clipped")),
     ("lerp by the inverse", "_beside(next_sigma, x_t) / _beside(sigma, x_t)",
      "_beside(sigma, x_t) / _beside(next_sigma, x_t)", here("euler_step")),
     ("heun: the whole first slope", "torch.lerp(x_t, x_2, 0.5)", "torch.lerp(x_t, x_2, 1.0)", here("heun_corrector")),
