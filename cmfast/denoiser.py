@@ -310,6 +310,8 @@ Model = Denoiser | DenoiserFn | Evaluator
 
 
 def evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
-    """The model as samplers and losses see it, with labels int64 [B] or None; clip: D is clamped to [-1, 1]. One that is an
-    `Evaluator` already keeps its own."""
+    """The model as samplers and losses see it, with labels int64 [B] or None; clip: D is clamped to [-1, 1].
+
+    One that is an `Evaluator` already keeps its own.
+    """
     return model if isinstance(model, Evaluator) else Evaluator(model, labels=labels, clip=clip)
