@@ -116,15 +116,22 @@ class _Fused(torch.optim.Optimizer):
         )
 
     def _cohorts(self) -> list[_Cohort]:
+        stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for parameters in stepping:
+            self._start(parameters)
+        self._part([p for parameters in stepping for p in parameters])
         cohorts: dict[tuple[int, ...], _Cohort] = {}
-        for number, group in enumerate(self.param_groups):
-            stepping = [p for p in group["params"] if p.grad is not None]
-            self._start(stepping)
-            self._part(group, stepping)
-            for p in stepping:
+        #: Who counts with a step count first; others that shared it get a clone, or it would count once for each.
+        first: dict[int, tuple[int, ...]] = {}
+        clones: dict[tuple[int, ...], Tensor] = {}
+        for number, (group, parameters) in enumerate(zip(self.param_groups, stepping)):
+            for p in parameters:
                 averaged = self.averages is not None and self.averages.of(p) is not None
-                key = number, id(self.state[p]["step"]), averaged, p in self._copies
-                cohorts.setdefault(key, _Cohort(group, [], averaged, key[-1])).parameters.append(p)
+                step = self.state[p]["step"]
+                key = number, averaged, p in self._copies, id(step)
+                if first.setdefault(id(step), key) != key:
+                    self.state[p]["step"] = clones.setdefault(key, step.clone())
+                cohorts.setdefault(key, _Cohort(group, [], averaged, key[2])).parameters.append(p)
         return list(cohorts.values())
 
     def _start(self, parameters: list[Tensor]) -> None:
@@ -135,12 +142,13 @@ class _Fused(torch.optim.Optimizer):
             for p in new:
                 self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
-    def _part(self, group: dict[str, Any], stepping: list[Tensor]) -> None:
+    def _part(self, stepping: list[Tensor]) -> None:
         """Parameters without a gradient now keep their step count, which they shared with others that go on."""
-        if len(stepping) == len(group["params"]):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if len(stepping) == len(parameters):
             return
         shared = {id(self.state[p]["step"]) for p in stepping}
-        stay = [p for p in group["params"] if p.grad is None and self.state.get(p)]
+        stay = [p for p in parameters if p.grad is None and self.state.get(p)]
         clones: dict[int, Tensor] = {}
         for p in stay:
             step = self.state[p]["step"]

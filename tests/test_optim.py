@@ -216,13 +216,47 @@ def test_learning_rates_on_the_device_and_schedules():
     torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
 
 
-def test_some_parameters_are_averaged():
-    model = nn.Linear(3, 3)
+@each
+def test_some_parameters_are_averaged(name):
+    """Each parameter counts a step once."""
+    model, whole = nn.Linear(3, 3), None
+    whole = copy.deepcopy(model)
     averages = Averages([("weight", model.weight)], [0.5])
-    start = model.weight.detach().clone()
-    give(drawn(model), model)
-    optim.RAdam(model.parameters(), lr=0.1, averages=averages).step()
-    torch.testing.assert_close(averages.tensors(0)[0], (start + model.weight.detach()) / 2)
+    average = model.weight.detach().clone()
+    optimizer = getattr(optim, name)(model.parameters(), lr=0.1, averages=averages)
+    expected = CLASSES[name](whole.parameters(), lr=0.1)
+    for t in range(1, 8):
+        give(drawn(model), model, whole)
+        optimizer.step(), expected.step()
+        average.lerp_(model.weight.detach(), 0.5)
+        assert [state["step"].item() for state in optimizer.state.values()] == [t, t]
+    torch.testing.assert_close(averages.tensors(0)[0], average)
+    torch.testing.assert_close(list(model.parameters()), list(whole.parameters()))
+
+
+@each
+def test_parameters_may_move_to_another_group(name):
+    """They take their step count along, and go on by themselves, with a gradient and without."""
+    model, whole = ToyNetwork(), None
+    whole = copy.deepcopy(model).double()
+    optimizers = [kind(m.parameters(), lr=0.01) for kind, m in ((getattr(optim, name), model), (CLASSES[name], whole))]
+    for t in range(12):
+        if t == 3:
+            for optimizer in optimizers:
+                moving = optimizer.param_groups[0]["params"][2:]
+                del optimizer.param_groups[0]["params"][2:]
+                optimizer.add_param_group({"params": moving, "lr": 0.003})
+        gradients = drawn(model)
+        if t in (3, 5, 6):
+            gradients[2:] = [None] * len(gradients[2:])
+        give(gradients, model, whole)
+        for optimizer in optimizers:
+            optimizer.step()
+    counts = [[optimizer.state[p]["step"].item() for group in optimizer.param_groups for p in group["params"]]
+              for optimizer in optimizers]  # fmt: skip
+    assert counts[0] == counts[1] == [12, 12, 9, 9, 9]
+    for p, q in zip(model.parameters(), whole.parameters()):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["module", "list"])

@@ -194,8 +194,13 @@ FAULTS = {
          _OPTIM + "states_load_both_ways[RAdam]"),
         ("counts are not shared again", "shared = counts.get(float(step))", "shared = counts.get(0.0)",
          _OPTIM + "states_load_both_ways[RAdam]"),
-        ("those that wait are counted", "            self._part(group, stepping)\n", "",
+        ("those that wait are counted", "self._part([p for parameters in stepping for p in parameters])", "pass",
          _OPTIM + "parameters_without_a_gradient[RAdam]"),
+        ("those that wait in another group are counted", "for group in self.param_groups for p in group[\"params\"]]\n"
+         "        if len(stepping)", "for group in self.param_groups[:1] for p in group[\"params\"]]\n"
+         "        if len(stepping)", _OPTIM + "parameters_may_move_to_another_group[RAdam]"),
+        ("a shared count counts twice", "self.state[p][\"step\"] = clones.setdefault(key, step.clone())", "pass",
+         _OPTIM + "some_parameters_are_averaged[RAdam]"),
         ("averages of those that wait", "            if rest:\n", "            if not rest:\n",
          _OPTIM + "parameters_without_a_gradient[Adam]"),
         ("GradScaler reads", "_step_supports_amp_scaling = True", "_step_supports_amp_scaling = False",
