@@ -332,6 +332,37 @@ def test_a_callback_changes_what_the_ancestral_sampler_goes_on_from(distillation
     torch.testing.assert_close(changed, torch.full_like(changed, 0.25), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", [kd.sample_heun, kd.sample_dpm, kd.sample_euler, kd.sample_progdist])
+def test_a_callback_changes_x_and_not_the_slope(function):
+    """As inpainting by a callback does: the original computes the slope before it, and D counts no more after it."""
+
+    def denoise(x, sigma):
+        return x.tanh() / (1 + kd.append_dims(sigma, x.ndim))
+
+    def callback(info):
+        info["x"][..., 0] = info["sigma"]
+        info["denoised"].zero_()
+
+    levels = kd.get_sigmas_karras(5, 0.1, 10.0)
+    start = 10 * torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = function(denoise, start.clone(), levels, random_util.get_generator("dummy"), callback=callback)
+
+    x, ones = start.clone(), torch.ones(2)
+    end = -1 if function is kd.sample_progdist else None
+    for level, to in itertools.pairwise(levels[:end]):
+        d = (x - denoise(x, level * ones)) / level
+        x[..., 0] = level
+        if function is kd.sample_heun and to > 0:
+            x_2 = x + d * (to - level)
+            d = (d + (x_2 - denoise(x_2, to * ones)) / to) / 2
+        if function is kd.sample_dpm:
+            middle = ((level ** (1 / 3) + to ** (1 / 3)) / 2) ** 3
+            x_2 = x + d * (middle - level)
+            d = (x_2 - denoise(x_2, middle * ones)) / middle
+        x = x + d * (to - level)
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "bounds, levels",
     [

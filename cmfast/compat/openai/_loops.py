@@ -54,18 +54,28 @@ def _only(callback: Callback, *keys: str) -> Callback:
     return lambda info: callback({key: info[key] for key in keys})
 
 
-def _reported(
-    evaluate: Evaluator, callback: Callable[[dict[str, Any]], None]
-) -> tuple[Evaluator, Callable[[dict[str, Any]], None]]:
-    """The model as D itself, without a fused step that never stores it, and a callback that is given that very D."""
-    last: list[Tensor] = []
+def _reported(evaluate: Evaluator, callback: Callback, *, slope_first: bool) -> tuple[Evaluator, Callback]:
+    """The model as D itself, without a fused step that never stores it, and a callback that may change x in place.
+
+    slope_first: the step goes along the slope of before the callback, from what x is behind it; else D may be changed
+    in place too, and the slope is that of both.
+    """
+    if callback is None:
+        return evaluate, None
+    denoised: Tensor
+    used: Tensor
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        last[:] = [evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma)), x, sigma)]
-        return last[0]
+        nonlocal denoised, used
+        denoised = evaluate.denoised(evaluate(*evaluate.scale_input(x, sigma)), x, sigma)
+        used = denoised.clone() if slope_first else denoised
+        return used
 
     def report(info: dict[str, Any]) -> None:
-        callback({**info, "denoised": last[0]})
+        before = info["x"].clone()
+        callback({**info, "denoised": denoised})
+        if slope_first:
+            used.add_(info["x"] - before)  # and x - D is what it was
 
     return Evaluator(denoise, dtype=evaluate.dtype), report
 
@@ -79,9 +89,7 @@ def sample_euler_ancestral(
     callback: Callback = None,
 ) -> Tensor:
     """Ancestral sampling with Euler steps: `samplers.sample_euler_ancestral`. A callback may change D in place."""
-    evaluate = evaluator_of(model, x)
-    if callback is not None:
-        evaluate, callback = _reported(evaluate, callback)
+    evaluate, callback = _reported(evaluator_of(model, x), callback, slope_first=False)
     return samplers.sample_euler_ancestral(
         evaluate,
         x,
@@ -118,8 +126,9 @@ def sample_heun(
     s_noise: float = 1.0,
 ) -> Tensor:
     """Heun steps with churn: `samplers.sample_heun`."""
+    evaluate, callback = _reported(evaluator_of(denoiser, x), callback, slope_first=True)
     return samplers.sample_heun(
-        evaluator_of(denoiser, x),
+        evaluate,
         x,
         sigmas,
         noise_fn=generator.randn_like,
@@ -143,7 +152,8 @@ def sample_euler(
 ) -> Tensor:
     """Euler steps: `samplers.sample_euler`. Draws nothing."""
     callback = _only(callback, "x", "i", "sigma", "denoised")
-    return samplers.sample_euler(evaluator_of(denoiser, x), x, sigmas, progress=progress, callback=callback)
+    evaluate, callback = _reported(evaluator_of(denoiser, x), callback, slope_first=True)
+    return samplers.sample_euler(evaluate, x, sigmas, progress=progress, callback=callback)
 
 
 def sample_dpm(
@@ -159,8 +169,9 @@ def sample_dpm(
     s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver-2 steps with churn: `samplers.sample_dpm`."""
+    evaluate, callback = _reported(evaluator_of(denoiser, x), callback, slope_first=True)
     return samplers.sample_dpm(
-        evaluator_of(denoiser, x),
+        evaluate,
         x,
         sigmas,
         noise_fn=generator.randn_like,
