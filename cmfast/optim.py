@@ -27,7 +27,7 @@ class _Fused(torch.optim.Optimizer):
     """What both have beside torch.optim's arguments:
 
     max_norm   clip gradients to this norm, over all parameters; infinity measures and does not clip
-    averages   updated in the same pass: `cmfast.ema.Averages` of the same parameters
+    averages   updated in the same pass: `cmfast.ema.Averages` of the same parameters, or of some of them
     copies     become the parameters after each step, in their own dtype: a module with parameters in the same order, or
                a list of tensors
 
@@ -36,10 +36,12 @@ class _Fused(torch.optim.Optimizer):
     that is skipped changes nothing else, averages included. Both are scalars on the device.
 
     state_dict() and load_state_dict() exchange states with torch.optim's class of the same name. `foreach`, `fused` and
-    `capturable` are accepted and change nothing: a step always is what they promise.
+    `capturable` are accepted and change nothing: a step always is what they promise. `set_optimizer_state_dict` of
+    torch.distributed.checkpoint takes a step of its own, with gradients and a learning rate of 0, which averages count:
+    load the optimizer first, then the averages.
 
-    Raises: ValueError, TypeError: an argument that torch.optim refuses, `amsgrad`, `differentiable`, or copies that do
-        not fit.
+    Raises: ValueError, TypeError: an argument that torch.optim refuses, `amsgrad`, `differentiable`, averages of other
+        parameters, or copies that do not fit.
     """
 
     _update: Callable[..., Tensor]
@@ -53,6 +55,8 @@ class _Fused(torch.optim.Optimizer):
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.max_norm, self.averages = max_norm, averages
         parameters = [p for group in self.param_groups for p in group["params"]]
+        if averages is not None and all(averages.of(p) is None for p in parameters):
+            raise ValueError("averages have none of these parameters: make Averages of this model, after fully_shard")
         tensors = list(copies.parameters() if isinstance(copies, nn.Module) else copies or ())
         if copies is not None and [t.shape for t in tensors] != [p.shape for p in parameters]:
             raise ValueError("copies must have the shapes of the parameters, in their order")

@@ -196,6 +196,11 @@ def test_parameters_without_a_gradient(name):
     torch.testing.assert_close([a.double() for a in averages.tensors(0)], average, rtol=1e-5, atol=1e-6)
 
 
+def test_no_averages_at_all():
+    model = nn.Linear(2, 2)
+    optim.Adam(model.parameters(), averages=Averages(model, []))
+
+
 def test_no_gradients_at_all():
     optimizer = optim.Adam(nn.Linear(2, 2).parameters(), max_norm=1.0)
     assert optimizer.step() is None
@@ -290,6 +295,7 @@ def test_a_norm_is_measured_without_clipping():
         (lambda p: optim.RAdam(p, lr=-1.0), ValueError, "Invalid learning rate"),
         (lambda p: optim.RAdam(p, max_norm=0.0), ValueError, "max_norm must be positive, got 0.0"),
         (lambda p: optim.RAdam(p, copies=nn.Linear(2, 2)), ValueError, "copies must have the shapes"),
+        (lambda p: optim.RAdam(p, averages=Averages(nn.Linear(3, 3), [0.5])), ValueError, "none of these parameters"),
         (lambda p: optim.RAdam(p, momentum=0.9), TypeError, "momentum"),
     ],
 )

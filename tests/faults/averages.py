@@ -213,6 +213,8 @@ FAULTS = {
         ("copies without what torch.optim has not",
          "{**super().__getstate__(), **{name: getattr(self, name) for name in own}}", "super().__getstate__()",
          _OPTIM + "copies_go_on_by_themselves[deepcopy-RAdam]"),
+        ("averages of another model", "all(averages.of(p) is None for p in parameters)", "False",
+         _OPTIM + "errors[<lambda>-ValueError-none of these parameters]"),
         ("options of a state are not read", "        for group in groups:\n            self._check_options(group)\n",
          "", _OPTIM + "options_that_come_with_a_state_or_a_group"),
         ("a group's options are not looked at", "self._check_options({**self.defaults, **param_group})", "pass",
