@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cmfast import ops
 from cmfast.rates import Given, Rate, parse_rate
 
+_T = TypeVar("_T")
 Parameters = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 #: The layer that owns a buffer, and its name there: a layer may put another tensor in the place of its own.
 Place = tuple[nn.Module, str]
@@ -234,9 +235,9 @@ class Averages:
         """A module's buffers, and those of the model that has them too."""
         if self.model is None:
             return [], []
-        sources = dict(self.model.named_buffers())
-        pairs = [(buffer, sources[name]) for name, buffer in module.named_buffers() if name in sources]
-        return [buffer for buffer, _ in pairs], [source for _, source in pairs]
+        sources, buffers = (dict(map(_unwrapped, each.named_buffers())) for each in (self.model, module))
+        names = [name for name in buffers if name in sources]
+        return [buffers[name] for name in names], [sources[name] for name in names]
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -251,13 +252,13 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def places(module: nn.Module) -> dict[str, Place]:
-    """Where a module's buffers are, by their names, one by two names once."""
+    """Where a module's buffers are, by their names without what torch.compile puts in, one by two names once."""
     found: dict[int, tuple[str, Place]] = {}
     for prefix, inner in module.named_modules():
         for name, tensor in inner._buffers.items():
             if tensor is not None:
                 found.setdefault(id(tensor), (f"{prefix}.{name}" if prefix else name, (inner, name)))
-    return dict(found.values())
+    return dict(map(_unwrapped, found.values()))
 
 
 def held(place: Place) -> Tensor | None:
@@ -274,12 +275,17 @@ def local(tensor: Tensor) -> Tensor:
 
 def _named(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
-        for name, parameter in unwrap(parameters).named_parameters():
-            yield name.replace("_orig_mod.", ""), parameter
+        yield from map(_unwrapped, unwrap(parameters).named_parameters())
         return
     item: Any
     for i, item in enumerate(parameters):
         yield (str(i), item) if isinstance(item, Tensor) else (item[0], item[1])
+
+
+def _unwrapped(named: tuple[str, _T]) -> tuple[str, _T]:
+    """What has a name, by that without what torch.compile puts into it around a module inside."""
+    name, value = named
+    return name.replace("_orig_mod.", ""), value
 
 
 def _average_of(parameter: Tensor) -> Tensor:

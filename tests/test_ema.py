@@ -192,6 +192,21 @@ def test_wrapped_models():
     assert "0.conv1.weight" in Averages(inside, [0.5]).names
 
 
+@pytest.mark.parametrize("compiled", ["the model's", "the target's", "both"])
+def test_buffers_of_compiled_submodules(compiled):
+    """Are followed and copied as others are."""
+    model, target, other = Network(), Network(), Network()
+    for network, name in ((model, "the model's"), (target, "the target's"), (other, "the target's")):
+        if compiled in (name, "both"):
+            network.norm = torch.compile(network.norm, backend="eager")
+    averages = Averages(model, [0.5], targets={0: target})
+    moved(model)
+    averages.update_()
+    averages.copy_to(other, 0)
+    for network in (target, other):
+        assert all(map(torch.equal, model.buffers(), network.buffers()))
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [

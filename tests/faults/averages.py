@@ -183,6 +183,10 @@ FAULTS = {
         ("a skipped update counts", "(1 - skipped).to(torch.int64)", "1", _EMA + "a_skipped_step_is_none"),
         ("the step count is not loaded", "self.step.copy_(state[\"step\"])", "pass", _EMA + "resumes_exactly"),
         ("given rates are not loaded", "rate.value.copy_(value)", "pass", _EMA + "resumes_exactly"),
+        ("buffers followed as wrapped", "dict(map(_unwrapped, found.values()))", "dict(found.values())",
+         _EMA + "buffers_of_compiled_submodules[the model's]"),
+        ("buffers copied as wrapped", "dict(map(_unwrapped, each.named_buffers()))", "dict(each.named_buffers())",
+         _EMA + "buffers_of_compiled_submodules[the model's]"),
         ("copies with the ids of other tensors", "self.__dict__.update(state)\n        self._tie()",
          "self.__dict__.update(state)\n        self._position, self._rounded = {}, ([], [])\n"
          "        self._locals = [list(map(local, tensors)) for tensors in self._averages]",
