@@ -50,6 +50,16 @@ def test_the_layers_of_a_network_are_these():
     torch.testing.assert_close(norm(x), nn.GroupNorm(4, 32, affine=False)(x))
 
 
+def test_what_scripts_import_from_cm_unet():
+    """What the original's module has by its own imports, so that blocks of a script's own can be made of it."""
+    for home, names in (
+        (cm_nn, "avg_pool_nd checkpoint conv_nd linear normalization timestep_embedding zero_module"),
+        (fp16_util, "convert_module_to_f16 convert_module_to_f32"),
+    ):
+        for name in names.split():
+            assert getattr(unet, name) is getattr(home, name) and name in unet.__all__
+
+
 def test_blocks_take_the_originals_arguments():
     """In its order, with its attributes."""
     x, emb = torch.randn(2, 32, 8, 8), torch.randn(2, 64)

@@ -186,6 +186,11 @@ SCHEDULES = [
      "tests/test_schedules.py::test_scales_that_fall_end_at_the_least"),
 ]  # fmt: skip
 
+UNET_NAMES = [
+    ("a name of cm.unet is not there", "    checkpoint,\n", "",
+     "tests/compat/test_openai_util.py::test_what_scripts_import_from_cm_unet"),
+]  # fmt: skip
+
 FAULTS = {
     "cmfast/losses.py": TRAINING_LOSSES,
     "cmfast/schedules.py": SCHEDULES,
@@ -205,4 +210,5 @@ FAULTS = {
     OPENAI + "resample.py": SAMPLERS,
     OPENAI + "script_util.py": SCRIPT_UTIL,
     OPENAI + "dist_util.py": DIST_UTIL,
+    OPENAI + "unet.py": UNET_NAMES,
 }

@@ -1,5 +1,15 @@
-"""`cm.unet`: the network of the published checkpoints and its blocks."""
+"""`cm.unet`: the network of the published checkpoints, its blocks, and what the original has in this module too."""
 
+from cmfast.compat.openai.fp16_util import convert_module_to_f16, convert_module_to_f32
+from cmfast.compat.openai.nn import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import (
     AttentionBlock,
@@ -18,4 +28,13 @@ __all__ = [
     "TimestepEmbedSequential",
     "UNetModel",
     "Upsample",
+    "avg_pool_nd",
+    "checkpoint",
+    "conv_nd",
+    "convert_module_to_f16",
+    "convert_module_to_f32",
+    "linear",
+    "normalization",
+    "timestep_embedding",
+    "zero_module",
 ]
