@@ -32,8 +32,9 @@ def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = Tr
 
     Parameters, buffers and modules are shared with the model, and so is the state dict: training, loading or averaging
     either is seen by both. What is made of weights (another dtype or layout, joined projections) is made anew when they
-    change. A write through `.data` shows no change: call `refresh(force=True)` after it. A hook on a part, or a part of
-    another class such as a LoRA's, has the ordinary forward pass serve until it is gone; `refusal` says so.
+    change. A write through `.data` shows no change: call `refresh(force=True)` after it. A hook on a part, a part of
+    another class such as a LoRA's, or a patch of a class has the ordinary forward pass serve until it is gone;
+    `refusal` says so.
 
     Args:
         model: a `UNetModel`, a `diffusers.UNet2DModel`, or a module that holds one as its `network` or `unet`, such as

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
-from cmfast.fast.plan import Plan, Refused, check_parts, of_unet
+from cmfast.fast.plan import Plan, Refused, check_parts, methods, of_unet
 from cmfast.fast.weights import Weights
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
@@ -38,6 +38,8 @@ class FastPass:
         self._plan: Plan | None = None
         self._reason: str | None = None
         self._watch: Watch | None = None
+        #: Those that there were then: the watch sees neither what a fast class overrides, nor an attention's processor.
+        self._methods: dict[tuple[type, str], object] = {}
         #: Whether there is no plan of the modules as they are.
         self._stale = True
         self._compiled = False
@@ -79,11 +81,14 @@ class FastPass:
         with _looking:
             if self._watch is None:
                 self._watch = Watch(self._model)
-            elif self._watch.change(values=False) is Change.STRUCTURE:
+            elif self._watch.change(values=False) is Change.STRUCTURE or any(
+                vars(kind).get(name) is not method for (kind, name), method in self._methods.items()
+            ):
                 self._stale = True
             if not (self._stale or force):
                 return False
             served = self._plan is not None
+            self._methods = methods(self._model)
             try:
                 check_parts(self._model)
                 self._plan, self._reason = self._make_plan(self._model), None

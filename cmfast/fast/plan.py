@@ -83,9 +83,39 @@ class Plan:
                 yield from (layer.in_conv, layer.out_conv)
 
 
+#: What the fast pass does in place of a part's class, or of what an attention of diffusers calls.
+_METHODS = ("forward", "_forward", "__call__", "get_attention_scores")
+#: Whose classes it knows.
+_PACKAGES = ("torch", "cmfast", "diffusers")
+
+
+def methods(model: nn.Module) -> dict[tuple[type, str], object]:
+    """What the classes of a network's parts do, where the fast pass does it."""
+    parts = {type(part) for module in model.modules() for part in (module, vars(module).get("processor"))}
+    kinds = {kind for part in parts for kind in part.__mro__ if _package(kind.__module__) in _PACKAGES}
+    return {(kind, name): vars(kind)[name] for kind in kinds for name in _METHODS if name in vars(kind)}
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _is_patch(function: Any) -> bool:
+    """Whether it, or what it wraps, was written elsewhere than in these packages. `functools.wraps` copies a module's
+    name, but not its globals."""
+    while function is not None:
+        if _package(getattr(function, "__globals__", {}).get("__name__", "")) not in _PACKAGES:
+            return True
+        function = vars(function).get("__wrapped__")
+    return False
+
+
 def check_parts(model: nn.Module) -> None:
-    """Refused, if a part was given a forward pass of its own, or a weight computes by rules of its own (quantised,
-    sharded); hooks are looked for elsewhere."""
+    """Refused, if a part or its class was given a forward pass of its own, or a weight computes by rules of its own
+    (quantised, sharded); hooks are looked for elsewhere."""
+    for (kind, name), function in methods(model).items():
+        if _is_patch(function):
+            raise Refused(f"the class {kind.__name__} has a forward pass of its own: {name} was replaced")
     for name, module in model.named_modules():
         if "forward" in vars(module):
             raise Refused(f"{name or 'the network'} has a forward pass of its own")

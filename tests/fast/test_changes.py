@@ -1,6 +1,7 @@
 """An optimised network is the network it is made of, with its weights, hooks and parts as they are now."""
 
 import copy
+import functools
 import gc
 import re
 import threading
@@ -15,7 +16,7 @@ from cmfast import dropout, ops
 from cmfast.fast import FastUNet, Refused, optimize, refusal, weights, winograd
 from cmfast.tolerances import FAST_VALUE, FLOOR
 from cmfast.unet import UNetModel
-from cmfast.unet_blocks import Downsample, Upsample
+from cmfast.unet_blocks import AttentionBlock, Downsample, GroupNorm32, ResBlock, Upsample
 from tests.fast.networks import check, inputs, last, run
 from tests.golden_utils import relative_error, small_unet
 
@@ -160,6 +161,45 @@ def test_a_lora_is_called():
         optimize(model)
     layers[2] = original
     assert fast.refusal is None
+
+
+@pytest.mark.parametrize("wraps", [False, True], ids=["replaced", "wrapped"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [(UNetModel, "forward"), (ResBlock, "_forward"), (AttentionBlock, "forward"), (GroupNorm32, "forward")]
+    + [(nn.Conv2d, "forward")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_patch_of_a_class_is_called(kind, name, wraps, monkeypatch):
+    """One of its own or of torch's; before it is optimised, and after."""
+    model = small_unet().eval()
+    fast, args, original = optimize(model), inputs(model), getattr(kind, name)
+
+    def patch(*arguments):
+        return 1.5 * original(*arguments)
+
+    with torch.no_grad():
+        before = fast(*args)
+        monkeypatch.setattr(kind, name, functools.wraps(original)(patch) if wraps else patch)
+        expected = model(*args)
+        assert torch.equal(fast(*args), expected) and relative_error(before, expected) > FAST_VALUE
+        message = f"the class {kind.__name__} has a forward pass of its own: {name} was replaced"
+        assert refusal(fast) == refusal(model) == message
+        monkeypatch.undo()
+        assert fast.refusal is None and relative_error(fast(*args), before) < FAST_VALUE
+
+
+def test_what_torch_wraps_is_no_patch(monkeypatch):
+    """It computes the same; around a function of somebody else it does not."""
+    model = small_unet().eval()
+    fast = optimize(model)
+    for wrap in (torch.no_grad(), torch.compile(backend="eager")):
+        monkeypatch.setattr(ResBlock, "_forward", wrap(ResBlock._forward))
+        assert refusal(fast) is refusal(model) is None
+        monkeypatch.undo()
+        monkeypatch.setattr(ResBlock, "_forward", wrap(lambda block, x, emb: x))
+        assert "_forward was replaced" in refusal(fast)
+        monkeypatch.undo()
 
 
 def test_a_parametrised_weight_is_used():

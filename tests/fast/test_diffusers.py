@@ -1,6 +1,8 @@
 """diffusers' UNet2DModel with the fast pass, against diffusers' own."""
 
 import copy
+import functools
+import operator
 
 import pytest
 import torch
@@ -134,6 +136,40 @@ def test_parts_of_another_kind_are_called():
     with torch.no_grad():
         assert torch.equal(fast(*args).sample, model(*args).sample)
     assert fast.refusal == "mid_block.resnets.0.conv1 is a Lora, expected Conv2d"
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("UNet2DModel", "forward"),
+        ("models.attention_processor.AttnProcessor2_0", "__call__"),
+        ("models.attention_processor.Attention", "forward"),
+        ("models.resnet.ResnetBlock2D", "forward"),
+        ("models.upsampling.Upsample2D", "forward"),
+    ],
+)
+def test_a_patch_of_a_class_is_called(path, name, monkeypatch):
+    """Before it is optimised, and after."""
+    model = make("published")
+    fast, args = optimize(model), inputs(model)
+    kind = operator.attrgetter(path)(diffusers)
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def patch(part, x, *arguments, **options):
+        # A processor is given its attention first.
+        given = (x, 2 * arguments[0], *arguments[1:]) if name == "__call__" else (2 * x, *arguments)
+        return original(part, *given, **options)
+
+    with torch.no_grad():
+        before = fast(*args).sample
+        monkeypatch.setattr(kind, name, patch)
+        expected = model(*args).sample
+        assert torch.equal(fast(*args).sample, expected) and relative_error(before, expected) > FAST_VALUE
+        message = f"the class {kind.__name__} has a forward pass of its own: {name} was replaced"
+        assert refusal(fast) == refusal(model) == message
+        monkeypatch.undo()
+        assert fast.refusal is None and torch.equal(fast(*args).sample, before)
 
 
 def test_another_part_is_compiled_anew():

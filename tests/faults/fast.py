@@ -24,6 +24,11 @@ FAST_PLAN = [
         _CHANGES + "a_parametrised_weight_is_used",
     ),
     ("parts with a pass of their own", 'if "forward" in vars(module):', 'if "pass" in vars(module):', _FAST + "errors"),
+    ("a patched class passes", "if _is_patch(function):", "if False:", _CHANGES + "a_patch_of_a_class_is_called"),
+    ("what wraps an original is one", 'function = vars(function).get("__wrapped__")', "return False",
+     _CHANGES + "what_torch_wraps_is_no_patch"),
+    ("a processor is no part", 'for part in (module, vars(module).get("processor"))', "for part in (module,)",
+     "tests/fast/test_diffusers.py::test_a_patch_of_a_class_is_called"),
     ("weights of any class", "        if not is_plain(parameter):", "        if False:",
      _CHANGES + "weights_with_rules_of_their_own"),
     ("down for up", 'return Resample("up", conv)', 'return Resample("down", conv)', _FAST_OUTPUT.format("resampling")),
@@ -225,6 +230,8 @@ FAST_WINOGRAD = [
 ]
 
 FAST_NETWORK = [
+    ("a patch comes too late", "vars(kind).get(name) is not method for", "False for",
+     _CHANGES + "a_patch_of_a_class_is_called[UNetModel-forward-replaced]"),
     (
         "compiling asks once",
         "return _dispatch.transform_refusal() is None and _passes[number].refusal is None",
