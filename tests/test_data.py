@@ -11,7 +11,7 @@ import torch
 
 from cmfast import data, images, ops
 from cmfast.data import ImageData, open_data, to_unit
-from cmfast.data.arrays import _array, read_npz
+from cmfast.data.arrays import _array, _images, read_npz
 from cmfast.data.pixels import fit, fit_all
 from cmfast.noise import FLIP_DRAW, ORDER_DRAW
 from cmfast.tolerances import FLOOR
@@ -236,6 +236,23 @@ def test_an_uncompressed_npz_is_not_read_at_once(tmp_path, order):
     with np.load(path) as arrays:
         read = _array(path, arrays, "images")
     assert not isinstance(read, np.memmap) and np.array_equal(read, shown)
+
+
+@pytest.mark.parametrize("name, mapped", [("images", True), ("arr_0", False)])
+def test_floats_of_an_uncompressed_npz(tmp_path, name, mapped):
+    """They are read in place where they are float32 at addresses for float32."""
+    path = tmp_path / "some.npz"
+    shown = np.linspace(-1, 1, 5 * 6 * 4 * 3, dtype=np.float32).reshape(5, 6, 4, 3)
+    np.savez(path, **{name: shown})
+    before = path.read_bytes()
+    with np.load(path) as arrays:
+        array = _array(path, arrays, name)
+    made = _images(array, name)
+    assert (made.data_ptr() == array.ctypes.data) == mapped and made.data_ptr() % 4 == 0
+    opened = open_data(path)
+    assert torch.equal(opened.images.permute(0, 2, 3, 1), torch.from_numpy(shown))
+    opened.images.zero_()
+    assert path.read_bytes() == before
 
 
 U = np.zeros((4, 8, 8, 3), np.uint8)

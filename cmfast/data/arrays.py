@@ -120,7 +120,8 @@ def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
 
 def read_npz(path: Path) -> ImageData:
     """The images of a .npz file: an array [N, H, W, C] or [N, H, W], called as in `IMAGE_NAMES`, and perhaps labels
-    [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once.
+    [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once; but
+    floats are copied if they are not float32, or not at an address for these, as where numpy names them `arr_0`.
 
     Raises: ValueError: no such images in it, and why. OSError: it cannot be read.
     """
@@ -175,7 +176,8 @@ def _images(array: np.ndarray, name: str) -> Tensor:
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8, or floating point in [-1, 1], got {array.dtype}")
     if array.dtype.kind == "f":
-        array = array.astype(np.float32)
+        # float32 stays mapped into memory, if it lies there where torch may read it.
+        array = array.astype(np.float32, copy=not array.flags.aligned)
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
