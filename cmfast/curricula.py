@@ -55,12 +55,14 @@ def stage_below(stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -
 
 def _kept(make: Callable[..., Grid]) -> Callable[..., Grid]:
     """A function that makes each grid once. All are kept, as captured graphs read them where they are; a table has a
-    few kilobytes. Inside `torch.compile` they are part of the graph."""
+    few kilobytes. Inside `torch.compile` they are part of the graph, and FakeTensorMode takes its own tensors alone."""
     made = functools.cache(make)
+    fake = torch._C._TorchDispatchModeKey.FAKE
 
     @functools.wraps(make)
     def grid(num_scales: int, **options: Any) -> Grid:
-        return (make if torch.compiler.is_compiling() else made)(num_scales, **options)
+        anew = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is not None
+        return (make if anew else made)(num_scales, **options)
 
     return grid
 

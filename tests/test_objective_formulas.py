@@ -1,9 +1,11 @@
 """iCT and ECT against slow transcriptions of their papers; levels as often as they should be; the other losses."""
 
+import contextlib
 import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cmfast import curricula, losses, ops, schedules
 from cmfast.objectives import EasyConsistencyTuning, ImprovedConsistencyTraining
@@ -55,6 +57,14 @@ def test_levels_are_drawn_by_their_thresholds():
     share = [(sigma == level).double().mean().item() for level in (8, 4, 2)]
     assert share == pytest.approx([1 / 8, 3 / 8, 1 / 2], abs=0.015)
     assert torch.equal(next_sigma, sigma / 2)
+
+
+def test_grids_of_fake_tensors_are_not_kept():
+    """Nor do those that are kept get among them."""
+    for first in (FakeTensorMode(), contextlib.nullcontext(), FakeTensorMode()):
+        with first:
+            table = curricula.karras_grid(23).table
+            assert table.clone().shape == (23,) and isinstance(table, FakeTensor) == isinstance(first, FakeTensorMode)
 
 
 def test_uniform_and_halved_levels():

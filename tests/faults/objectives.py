@@ -19,6 +19,8 @@ CURRICULA = [
     ("iCT: sqrt2 forgotten", "(math.sqrt(2) * std)", "std", _F + "ict_levels_are_drawn_as_often_as_they_should[11]"),
     ("iCT: thresholds of the next index", "(tail[1:-1] - tail[0])", "(tail[:-2] - tail[0])",
      _F + "ict_levels_are_drawn_as_often_as_they_should[11]"),
+    ("grids of fake tensors are kept", " or torch._C._get_dispatch_mode(fake) is not None", "",
+     _F + "grids_of_fake_tensors_are_not_kept"),
     ("halves without a middle", "_table(2 * num_scales + 1,", "_table(2 * num_scales - 1,",
      _F + "uniform_and_halved_levels"),
 ]  # fmt: skip
