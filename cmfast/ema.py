@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmfast import ops
-from cmfast.rates import Given, Rate, parse_rate
+from cmfast.rates import Given, Rate, WarmUp, parse_rate
 
 _T = TypeVar("_T")
 Parameters = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -65,9 +65,8 @@ class Averages:
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self._rates = torch.tensor([rate.constant or 0.0 for rate in self.schedules], dtype=torch.float64, device="cpu")
         self._rates = self._rates.to(self.device)
-        for rate in self.schedules:
-            if isinstance(rate, Given):
-                rate.value = rate.value.to(self.device)
+        for given in self._given():
+            given.value = given.value.to(self.device)
         with torch.no_grad():
             self._averages = [[_average_of(p) for p in self._parameters] for _ in self.schedules]
         #: Weights of targets, each with the numbers of its average and of its parameter.
@@ -179,7 +178,7 @@ class Averages:
         return {
             "step": self.step,
             "rates": [str(rate) for rate in self.schedules],
-            "given": [rate.value for rate in self.schedules if isinstance(rate, Given)],
+            "given": [rate.value for rate in self._given()],
             "averages": [dict(zip(self.names, tensors)) for tensors in self._averages],
         }
 
@@ -203,10 +202,14 @@ class Averages:
             for name, average in zip(self.names, averages):
                 average.copy_(tensors[name])
         self.step.copy_(state["step"])
-        given = [rate for rate in self.schedules if isinstance(rate, Given)]
-        for rate, value in zip(given, state["given"], strict=True):
+        for rate, value in zip(self._given(), state["given"], strict=True):
             rate.value.copy_(value)
         self.follow()
+
+    def _given(self) -> list[Given]:
+        """The rates that are set from outside, those that are warmed up included."""
+        inner = [rate.rate if isinstance(rate, WarmUp) else rate for rate in self.schedules]
+        return [rate for rate in inner if isinstance(rate, Given)]
 
     @torch.no_grad()
     def _share(self, k: int, target: nn.Module) -> None:

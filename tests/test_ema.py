@@ -163,6 +163,15 @@ def test_resumes_exactly():
     assert all(map(torch.equal, target.parameters(), again_target.parameters()))
 
 
+def test_a_given_rate_within_a_warm_up():
+    """Its value is saved and loaded as that of any other."""
+    averages, again = (Averages([torch.zeros(2)], ["warmup:given:0.9", Given(0.8)]) for _ in range(2))
+    averages.schedules[0].rate.set_(0.5)
+    averages.step.fill_(1000)
+    again.load_state_dict(averages.state_dict())
+    assert again.rates().tolist() == averages.rates().tolist() == [0.5, 0.8]
+
+
 def test_state_is_plain(tmp_path):
     averages = Averages(ToyNetwork(), [0.9, Given(0.5)])
     torch.save(averages.state_dict(), tmp_path / "state.pt")

@@ -191,6 +191,8 @@ FAULTS = {
          "self.__dict__.update(state)\n        self._position, self._rounded = {}, ([], [])\n"
          "        self._locals = [list(map(local, tensors)) for tensors in self._averages]",
          _OPTIM + "copies_go_on_by_themselves[deepcopy-RAdam]"),
+        ("rates given within a warm-up are not saved", "rate.rate if isinstance(rate, WarmUp) else rate", "rate",
+         _EMA + "a_given_rate_within_a_warm_up"),
         ("names as wrapped", 'name.replace("_orig_mod.", "")', "name", _EMA + "wrapped_models"),
     ],
     "cmfast/optim.py": [
