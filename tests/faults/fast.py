@@ -257,7 +257,7 @@ FAST_NETWORK = [
      _CHANGES + "settings_of_torchs_modules"),
     ("the two know each other", "self._pack = _twin(model), make_plan", "self._pack = model, make_plan",
      _CHANGES + "memory_is_given_back_at_once"),
-    ("changes of structure", "is Change.STRUCTURE:", "is None:", _CHANGES + "a_lora_is_called"),
+    ("changes of structure", "is Change.STRUCTURE or", "is None or", _CHANGES + "a_lora_is_called"),
     (
         "a plan half made",
         "        with _looking:\n            if self._watch is None:",
