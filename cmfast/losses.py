@@ -66,6 +66,7 @@ def denoising_loss(
     >>> terms["loss"].shape
     torch.Size([2])
     """
+    _check.float_tensor("x_start", x_start)
     evaluate = evaluator(model, labels, clip=False).settle(x_start.dtype)
     pairing = Pairing(draw, x_start.device, model)
     if isinstance(sigma, ops.LogNormal):
@@ -180,6 +181,7 @@ def consistency_loss(
     >>> terms["loss"].shape
     torch.Size([2])
     """
+    _check.float_tensor("x_start", x_start)
     if target_model is None:
         raise ValueError("target_model is missing: give an average of the model, or the model itself")
     if num_scales < 2:
@@ -337,6 +339,7 @@ def progressive_distillation_loss(
 
     Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape.
     """
+    _check.float_tensor("x_start", x_start)
     if num_scales < 1:
         raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
     measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)

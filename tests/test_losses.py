@@ -220,6 +220,20 @@ def test_progressive_distillation_of_16_bit_images(dtype, drawn):
     torch.testing.assert_close(*values, rtol=0.05, atol=1e-4)
 
 
+@pytest.mark.parametrize("draw", [None, ops.Draw(0, torch.arange(4))], ids=["given", "drawn"])
+def test_pixels_are_no_images_yet(draw):
+    model, x = toy(0), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    for loss in (
+        lambda **options: losses.denoising_loss(model, x, torch.ones(4), **options),
+        lambda **options: losses.consistency_loss(model, model, x, 18, **options),
+        lambda **options: losses.improved_consistency_loss(model, x, 11, **options),
+        lambda **options: losses.easy_consistency_loss(model, x, 0, **options),
+        lambda **options: losses.progressive_distillation_loss(model, model, x, 4, **options),
+    ):
+        with pytest.raises(TypeError, match="x_start must have a floating dtype, got torch.uint8"):
+            loss(draw=draw, labels=Y)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

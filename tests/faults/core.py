@@ -48,6 +48,10 @@ SCHEDULES = [
 ]  # fmt: skip
 
 TRAINING_LOSSES = [
+    ("noise in the dtype of pixels", '    _check.float_tensor("x_start", x_start)\n', "",
+     "tests/test_losses.py::test_pixels_are_no_images_yet[given]", 3, 2),
+    ("pixels for images", '    _check.float_tensor("x_start", x_start)\n', "",
+     "tests/test_losses.py::test_pixels_are_no_images_yet[drawn]", 3, 3),
     ("target at the student's level", "_grid_sigma(indices + 1, num_scales, x_start, levels)",
      "_grid_sigma(indices, num_scales, x_start, levels)", loss("ct.l2.uniform")),
     ("an index beyond the grid drawn", "_draw_indices(indices, num_scales - 1, x_start)",
