@@ -174,7 +174,7 @@ FAULTS = {
          _EMA + "updates_by_hand[auto]"),
         ("target's weights through .data", "weight.detach()\n            else", "weight.data\n            else",
          _EMA + "a_target_shares_its_memory"),
-        ("a target that starts elsewhere", "            weight.copy_(average)\n", "",
+        ("a target that starts elsewhere", "            weight.copy_(self._averages[k][i])\n", "",
          _EMA + "a_target_shares_its_memory"),
         ("buffers stay", "if x is not None and y is not None and x.shape == y.shape]", "if False]",
          _EMA + "a_target_shares_its_memory"),
