@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmfast.fast.network import FastPass
+from cmfast.fast.network import fast_form, without_parts
 from cmfast.fast.plan import (
     Attention,
     Layer,
@@ -200,12 +200,7 @@ def _attention(module: Any, block: Any, where: str) -> Attention:
 
 def fast_unet2d(model: Any, dtype: torch.dtype | None, pack: bool = True) -> Any:
     """The fast form of a UNet2DModel, sharing everything with it."""
-    base: Any = type(model)
-    kind = base if hasattr(model, "_fast") else _fast_class(base)
-    network = kind.__new__(kind)
-    network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet2d, dtype, pack)
-    return network
+    return fast_form(model, _fast_class, of_unet2d, dtype, pack)
 
 
 @functools.cache
@@ -235,7 +230,7 @@ def _fast_class(base: Any) -> Any:
 
         def __reduce__(self) -> Any:
             # By name pickle would find diffusers' class.
-            return _of_class, (base,), self.__dict__
+            return without_parts, (_fast_class, base), self.__dict__
 
         derives_weights = True
 
@@ -262,12 +257,6 @@ def _fast_class(base: Any) -> Any:
     Fast.__name__ = Fast.__qualname__ = base.__name__
     Fast.__module__ = base.__module__
     return Fast
-
-
-def _of_class(base: Any) -> Any:
-    """A fast network of a class of diffusers, without its parts: what copies and files begin with."""
-    kind = _fast_class(base)
-    return kind.__new__(kind)
 
 
 def _embed(model: Any, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:

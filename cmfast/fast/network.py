@@ -215,13 +215,27 @@ class FastUNet(UNetModel):
         return self._fast.refusal
 
 
+def fast_form(
+    model: Any, fast_class: Callable[[Any], Any], make_plan: Callable[[Any], Plan], dtype: torch.dtype | None,
+    pack: bool,
+) -> Any:  # fmt: skip
+    """The fast form of a network, sharing everything with it, of the class that `fast_class` makes of its own."""
+    kind = type(model) if hasattr(model, "_fast") else fast_class(type(model))
+    network = kind.__new__(kind)
+    network.__dict__.update(model.__dict__)
+    network.__dict__["_fast"] = FastPass(network, make_plan, dtype, pack)
+    return network
+
+
+def without_parts(fast_class: Callable[[Any], Any], base: Any) -> Any:
+    """A fast network of a class, without its parts: what copies and files begin with."""
+    kind = fast_class(base)
+    return kind.__new__(kind)
+
+
 def fast_unet(model: UNetModel, dtype: torch.dtype | None, pack: bool = True) -> FastUNet:
     """The fast form of a U-Net, sharing everything with it."""
-    base: Any = type(model)
-    kind = base if hasattr(model, "_fast") else _fast_class(base)
-    network: FastUNet = kind.__new__(kind)
-    network.__dict__.update(model.__dict__)
-    network.__dict__["_fast"] = FastPass(network, of_unet, dtype, pack)
+    network: FastUNet = fast_form(model, _fast_class, of_unet, dtype, pack)
     return network
 
 
@@ -234,13 +248,7 @@ def _fast_class(base: Any) -> Any:
     class Fast(FastUNet, base):  # type: ignore[misc]  # known at run time
         def __reduce__(self) -> Any:
             # By name pickle would find the base.
-            return _of_class, (base,), self.__dict__
+            return without_parts, (_fast_class, base), self.__dict__
 
     Fast.__name__, Fast.__qualname__, Fast.__module__ = base.__name__, base.__qualname__, base.__module__
     return Fast
-
-
-def _of_class(base: Any) -> Any:
-    """A fast network of a class, without its parts: what copies and files begin with."""
-    kind = _fast_class(base)
-    return kind.__new__(kind)
