@@ -29,7 +29,8 @@ def check_first(name: str, tensors: Iterable[Tensor]) -> tuple[Tensors, Like]:
     """
     found = _listed(name, tensors)
     like = Like([x.shape for x in found], found[0].device if found else torch.device("cpu"))
-    return check(name, found, like), like
+    _compare(name, found, like)
+    return found, like
 
 
 def check(name: str, tensors: Iterable[Tensor], like: Like) -> Tensors:
@@ -37,7 +38,12 @@ def check(name: str, tensors: Iterable[Tensor], like: Like) -> Tensors:
 
     Raises: TypeError, ValueError: the message names the list and the tensor.
     """
-    tensors = _listed(name, tensors)
+    found = _listed(name, tensors)
+    _compare(name, found, like)
+    return found
+
+
+def _compare(name: str, tensors: Tensors, like: Like) -> None:
     if not {x.dtype for x in tensors} <= set(DTYPES):
         wrong = next(x.dtype for x in tensors if x.dtype not in DTYPES)
         raise TypeError(f"{name} must have floating dtypes, got {wrong}")
@@ -50,7 +56,6 @@ def check(name: str, tensors: Iterable[Tensor], like: Like) -> Tensors:
     devices = {like.device, *(x.device for x in tensors)}
     if len(devices) > 1:
         raise ValueError(f"{name} and the parameters must be on one device, got {', '.join(map(str, devices))}")
-    return tensors
 
 
 def _listed(name: str, tensors: Iterable[Tensor]) -> Tensors:
