@@ -25,7 +25,7 @@ SLICE_S = 2e-3
 MAX_SETS = 256
 #: Times the L2 cache that the inputs and outputs of a rotation fill.
 L2_FACTOR = 2.5
-#: Seconds of copies before those that count: a GPU that did nothing has a clock of a sixth.
+#: Seconds of copies before those that count: the clock of a GPU that did nothing is low.
 WARM_UP_S = {"cuda": 0.3, "cpu": 0.0}
 #: Rounds of a trial that is late.
 LEAST_ROUNDS = 3
