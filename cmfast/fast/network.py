@@ -220,7 +220,7 @@ def fast_form(
     pack: bool,
 ) -> Any:  # fmt: skip
     """The fast form of a network, sharing everything with it, of the class that `fast_class` makes of its own."""
-    kind = type(model) if hasattr(model, "_fast") else fast_class(type(model))
+    kind: Any = type(model) if hasattr(model, "_fast") else fast_class(type(model))
     network = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
     network.__dict__["_fast"] = FastPass(network, make_plan, dtype, pack)
