@@ -5,6 +5,8 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
+from cmfast.compat.diffusers import accelerate  # noqa: E402
+
 IMAGENET_64 = {
     "sample_size": 64,
     "layers_per_block": 3,
@@ -60,3 +62,36 @@ def small_pipeline(*, scheduler=None, **overrides):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+STEPS = {
+    "one": {},
+    "two": {"num_inference_steps": 2},
+    "[22, 0]": {"num_inference_steps": None, "timesteps": [22, 0]},
+    "[30, 12, 5]": {"num_inference_steps": None, "timesteps": [30, 12, 5]},
+}
+
+
+@pytest.fixture(autouse=True)
+def errors_at_most():
+    """diffusers warns of what is in order here, such as timesteps beside its default number of steps."""
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    yield
+    diffusers.utils.logging.set_verbosity(level)
+
+
+def call(pipeline, *args, seed=0, **options):
+    """The images, and the states of both generators after: noise of the given one, labels of torch's own."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    images = pipeline(*args, generator=generator, **options).images
+    return images, generator.get_state(), torch.get_rng_state()
+
+
+def both(plain, *args, **options):
+    """Images of diffusers' pipeline and of the accelerated one; what was drawn is the same."""
+    expected, *states = call(plain, *args, **options)
+    found, *our_states = call(accelerate(plain), *args, **options)
+    assert all(torch.equal(a, b) for a, b in zip(states, our_states, strict=True))
+    return expected, found

@@ -3,6 +3,7 @@
 CONVERTED = "tests/compat/test_diffusers_convert.py::test_"
 SCHEDULED = "tests/compat/test_diffusers_scheduler.py::test_"
 ACCELERATED = "tests/compat/test_diffusers_pipeline.py::test_"
+OBSTACLES = "tests/compat/test_diffusers_obstacles.py::test_"
 DIFFUSERS = "cmfast/compat/diffusers/"
 
 DIFFUSERS_CONFIG = [
@@ -56,9 +57,9 @@ DIFFUSERS_SCHEDULER = [
      SCHEDULED + "scalings_of_its_own[overridden]"),
     ("a method that wraps diffusers'", 'getattr(getattr(type(scheduler), name), "__globals__", {}).get("__name__")',
      "getattr(type(scheduler), name).__module__",
-     ACCELERATED + "replaced_methods_of_the_scheduler[diffusers' class-step]"),
+     OBSTACLES + "replaced_methods_of_the_scheduler[diffusers' class-step]"),
     ("methods set on the scheduler", "if name in vars(scheduler) or written", "if written",
-     ACCELERATED + "replaced_methods_of_the_scheduler[after-step]"),
+     OBSTACLES + "replaced_methods_of_the_scheduler[after-step]"),
     ("begin_index in the middle", "self.begin_index if self.step_index is None else self.step_index]",
      "self.begin_index]", SCHEDULED + "add_noise[fp32]"),
 ]  # fmt: skip
@@ -75,9 +76,9 @@ DIFFUSERS_PIPELINE = [
     ("s_noise forgotten", "z if s_noise == 1 else s_noise * z", "z", ACCELERATED + "settings_of_the_scheduler[noise]"),
     ("pixels cut off", '"nearest" if', '"trunc" if', ACCELERATED + "output_types[3-pil]"),
     ("replaced methods are passed over", "        if method:\n", "        if False:\n",
-     ACCELERATED + "replaced_methods_of_the_scheduler[after-step]"),
+     OBSTACLES + "replaced_methods_of_the_scheduler[after-step]"),
     ("a class that was changed is taken for ours", " and not replaced(pipe.scheduler):", ":",
-     ACCELERATED + "replaced_methods_of_the_scheduler[diffusers' class-step]"),
+     OBSTACLES + "replaced_methods_of_the_scheduler[diffusers' class-step]"),
     ("refresh of samplers alone", "if self.reason is None and network.refresh(force=True):", "if False:",
      ACCELERATED + "refresh[optimised-graph-circular]"),
     ("refresh leaves the other schedules' graphs", "self._samplers.clear()  # one", "pass  # one",
@@ -85,23 +86,23 @@ DIFFUSERS_PIPELINE = [
     ("refresh of an engine does nothing", "            self._engine.refresh()\n", "            pass\n",
      ACCELERATED + "refresh[optimised-eager-merged]"),
     ("offloading is passed over", 'if any("_hf_hook" in vars(m) or', "if any(",
-     ACCELERATED + "what_is_in_the_way_is_said"),
+     OBSTACLES + "what_is_in_the_way_is_said"),
     ("labels of any kind are classes", "if self.unet.config.class_embed_type is not None:", "if False:",
-     ACCELERATED + "labels_that_are_no_classes[identity-whole]"),
+     OBSTACLES + "labels_that_are_no_classes[identity-whole]"),
     ("parts are looked at once", "self.reason or refusal(self.network)", "self.reason",
-     ACCELERATED + "hooks_on_parts_come_and_go[after]"),
+     OBSTACLES + "hooks_on_parts_come_and_go[after]"),
     ("refused once is refused for ever", "elif engine.reason and engine.reason !=", "elif False and engine.reason !=",
-     ACCELERATED + "parts_of_another_kind_come_and_go[before accelerate]"),
+     OBSTACLES + "parts_of_another_kind_come_and_go[before accelerate]"),
     ("another network", "engine.unet is not unet or", "", ACCELERATED + "changes_are_seen[as given]"),
     ("another scheduler", " or engine.config != config", "",
      ACCELERATED + "changes_are_seen[as given]"),
     ("a forward pass that came later", " or engine.passes != _passes(unet)", "",
-     ACCELERATED + "a_forward_pass_of_the_networks_own"),
+     OBSTACLES + "a_forward_pass_of_the_networks_own"),
     ("settings of register_to_config", "fast.scheduler = like(pipe.scheduler)",
      "fast.scheduler = CMStochasticIterativeScheduler.from_config(pipe.scheduler.config)",
      ACCELERATED + "settings_of_register_to_config_are_kept[accelerate]"),
     ("images made in a way of their own", " and not self._makes_images", "",
-     ACCELERATED + "images_made_in_a_way_of_their_own[subclass-numpy_to_pil]"),
+     OBSTACLES + "images_made_in_a_way_of_their_own[subclass-numpy_to_pil]"),
     ("labels of two kinds", "labels = labels.to(torch.int64)\n", "pass\n",
      ACCELERATED + "it_runs_as_one_graph[as given]"),
     ("every callback", "if i % callback_steps == 0:", "if True:", ACCELERATED + "callbacks[as given]"),
@@ -113,7 +114,7 @@ DIFFUSERS_NETWORK = [
     ("the dtype of a variant", "if re.fullmatch(", "if re.match(",
      "tests/compat/test_diffusers.py::test_diffusers_folders_of_another_dtype[torch.float16-one file]"),
     ("an output that is asked for by name", "return_dict=False)[0]", "return_dict=True).sample",
-     ACCELERATED + "a_forward_pass_of_the_networks_own"),
+     OBSTACLES + "a_forward_pass_of_the_networks_own"),
 ]  # fmt: skip
 
 FAST = [

@@ -3,6 +3,7 @@
 
 _FAST = "tests/fast/test_optimize.py::test_"
 _CHANGES = "tests/fast/test_changes.py::test_"
+_MEMORY = "tests/fast/test_memory.py::test_"
 _PACKING = "tests/fast/test_packing.py::test_"
 _MASKS = "tests/fast/test_masks.py::test_"
 _RESAMPLING = _CHANGES + "resampling_of_another_kind_is_called"
@@ -148,17 +149,17 @@ FAST_WEIGHTS = [
     ("inference mode counts nothing", "            or any(map(Tensor.is_inference, self.parameters))\n", "",
      _CHANGES + "weights_of_inference_mode"),
     ("nobody waits", "        self.wait()\n        return self.value", "        return self.value",
-     _CHANGES + "streams_wait_for_what_another_made"),
+     _MEMORY + "streams_wait_for_what_another_made"),
     ("memory that another stream still reads",
      "            value.record_stream(torch.cuda.current_stream(value.device))\n", "",
-     _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
+     _MEMORY + "memory_is_kept_for_all_streams_that_read_it"),
     ("memory is kept once for all", "self.value, self._streams = made, _streams(made)", "self.value = made",
-     _CHANGES + "memory_is_kept_for_all_streams_that_read_it"),
+     _MEMORY + "memory_is_kept_for_all_streams_that_read_it"),
     ("a capture waits", " or torch.cuda.is_current_stream_capturing():\n            return\n        if here", ":\n"
      "            return\n        if here",
-     _CHANGES + "streams_wait_for_what_another_made"),
+     _MEMORY + "streams_wait_for_what_another_made"),
     ("what is kept keeps its keeper", "self._cast = functools.partial(_cast, dtype)",
-     "self._cast = lambda p: _cast(self.dtype, p)", _CHANGES + "memory_is_given_back_at_once"),
+     "self._cast = lambda p: _cast(self.dtype, p)", _MEMORY + "memory_is_given_back_at_once"),
     ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _CHANGES + "refresh"),
     ("force is nothing", "if force or kept.outdated", "if kept.outdated", _CHANGES + "refresh"),
     (
@@ -195,7 +196,7 @@ FAST_WINOGRAD = [
     ("memory of this call alone", "workspace = workspace or Workspace()", "workspace = Workspace()",
      "tests/fast/test_winograd.py::test_memory_is_used_again_for_another_shape"),
     ("one memory for all threads", "class Workspace(threading.local):", "class Workspace:",
-     _CHANGES + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
+     _MEMORY + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
     ("residual of another strip", "added[place])", "added[:samples, : 2 * rows])", _WINOGRAD_STRIP),
     (
         "bfloat16 transformed",
@@ -256,7 +257,7 @@ FAST_NETWORK = [
     ("refresh makes no plan", "return self._look(force) or", "return self._look() or",
      _CHANGES + "settings_of_torchs_modules"),
     ("the two know each other", "self._pack = _twin(model), make_plan", "self._pack = model, make_plan",
-     _CHANGES + "memory_is_given_back_at_once"),
+     _MEMORY + "memory_is_given_back_at_once"),
     ("changes of structure", "is Change.STRUCTURE or", "is None or", _CHANGES + "a_lora_is_called"),
     (
         "a plan half made",
