@@ -291,6 +291,10 @@ def test_the_steps_of_a_file_of_settings(recipe, name, tmp_path, monkeypatch):
         file.write_text(config.written(given))
         assert train("--config", file, "--out", tmp_path, *more) == 0
         assert Made.settings["objective"][name] == expected, more
+    # Of a file that does not say whose settings they are, nothing is known to follow.
+    file.write_text(config.written({part: of[7200][part] for part in ("objective", "options")}))
+    assert train("--config", file, "--recipe", recipe, "--steps", 720, "--out", tmp_path) == 0
+    assert Made.settings["objective"][name] == of[7200]["objective"][name]
 
 
 def test_the_deviation_of_the_data_is_one(images, tmp_path):
