@@ -133,7 +133,7 @@ def objective(settings: Mapping[str, Any]) -> Objective:
 def of_any_length(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, such as a run's, without the curriculum that followed from its steps: from others follows another."""
     has, options = given.get("objective"), given.get("options")
-    if not isinstance(has, Mapping) or not isinstance(options, Mapping) or not ("steps" in options and "recipe" in given):
+    if not (isinstance(has, Mapping) and isinstance(options, Mapping) and "steps" in options and "recipe" in given):
         return dict(given)
     own = {name: value for name, value in has.items() if name not in _OF_STEPS}
     follows = complete({**given, "objective": own})["objective"]
