@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: its defaults keep the one they find, for good
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, default_pg_timeout  # type: ignore[attr-defined]  # exported, untyped
 from torch.distributed.rendezvous import rendezvous
@@ -164,6 +166,24 @@ def connect(backend: str) -> int:
     return rank
 
 
+def end_group() -> None:
+    """End torch's default group, if there is one, and its threads with it: for the end of a process.
+
+    A thread of gloo's lets go of a message a little after that has come, under Python's lock: one that asks for it
+    while Python ends aborts the process. What `DistributedDataParallel` has wrapped trains no more.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    for held in gc.get_objects():
+        if issubclass(type(held), DistributedDataParallel):
+            for name in ("reducer", "logger", "process_group"):
+                held.__dict__.pop(name, None)
+    gc.collect()
+    dist.destroy_process_group()
+
+
 @contextmanager
 def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
     """The processes that torchrun started, connected; this one alone if it did not.
@@ -180,9 +200,8 @@ def ranks(*, tensors_on: str = "cpu") -> Iterator[Ranks]:
     if tensors_on == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     rank = connect("cpu:gloo,cuda:nccl" if tensors_on == "cuda" else "gloo")
-    # A group of its own for messages is gone at the end, and its threads with it; DDP and FSDP keep the default one. A
-    # thread lets go of a message a little after that has come, under Python's lock: one that is there while Python ends
-    # aborts the process.
+    # A group of its own for messages is gone at the end, and its threads with it (why: `end_group`); DDP and FSDP keep
+    # the default one, and may be there longer.
     messages: Any = dist.new_group(backend="gloo")
     group = Ranks(rank, int(os.environ.get("LOCAL_RANK", 0)), size, messages)
     del messages

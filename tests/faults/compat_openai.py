@@ -140,7 +140,7 @@ DIST_UTIL = [
      "tests/compat/test_openai_util.py::test_setup_dist_refuses_srun"),
     ("a store as torchrun left it", "        connect(backend)\n", "        dist.init_process_group(backend)\n",
      "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
-    ("a group that nobody ends", "        atexit.register(_end)\n", "        pass\n",
+    ("a group that nobody ends", "        atexit.register(end_group)  # nobody else", "        pass  # nobody else",
      "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
 ]  # fmt: skip
 

@@ -239,6 +239,11 @@ SHARDING = [
 ]  # fmt: skip
 
 RANKS = [
+    ("a group that modules of torch keep", "import torch.distributed.nn.functional  #", "#",
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
+    ("a group that what it wrapped keeps", "            for name in (\"reducer\", \"logger\", \"process_group\"):\n",
+     "            for name in ():\n",
+     "tests/training/test_parallel.py::test_processes_that_start_again_do_not_call_those_that_are_gone[0-original]"),
     ("the other ranks wait", "failed = torch.tensor([int(failure is not None)])", "failed = torch.tensor([0])",
      "tests/test_sharding.py::test_a_rank_that_fails_later[1]"),
     ("messages in torch's own group", 'messages: Any = dist.new_group(backend="gloo")', "messages: Any = None",

@@ -8,15 +8,26 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from cmfast.compat.openai import dist_util
 from cmfast.ranks import ranks
 
+HELD: list[DistributedDataParallel] = []  # to the end of Python, as a script has it that trains at its top level
+
 
 def threads() -> int:
-    """Of this process, when those that have ended are gone from the list."""
-    time.sleep(0.2)
+    """Of this process."""
     return len(os.listdir("/proc/self/task"))
+
+
+def gone(before: int) -> None:
+    """End with status 1 where there are more threads than before, and not only because they are just ending."""
+    end = time.monotonic() + 10
+    while threads() > before:
+        if time.monotonic() > end:
+            os._exit(1)
+        time.sleep(0.01)
 
 
 def main() -> None:
@@ -26,10 +37,13 @@ def main() -> None:
     lost = not again and os.environ["RANK"] == "1"
     if sys.argv[2] == "original":
         before = threads()
-        atexit.register(lambda: threads() == before or os._exit(1))  # after what setup_dist leaves for the end
+        atexit.register(gone, before)  # after what setup_dist leaves for the end
         dist_util.setup_dist()
         if lost:
             os.kill(os.getpid(), signal.SIGKILL)
+        wrapped = DistributedDataParallel(torch.nn.Linear(1, 1))
+        HELD.append(wrapped)
+        wrapped(torch.ones(1)).sum().backward()
         number = torch.tensor(float(dist.get_rank()))
         dist.all_reduce(number)
         assert number.item() == 1.0

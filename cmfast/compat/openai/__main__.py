@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not os.path.isfile(options.script):
         parser.error(f"no such script: {options.script}")
 
-    import torch.distributed as dist  # after the checks above, which so answer at once
+    from cmfast.ranks import end_group  # after the checks above, which so answer at once
 
     try:
         _shim.install(options.settings)
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.path.append(start)  # a checkout that was found as the current folder
     _shim.serve_spawned(options.settings)
     runpy.run_path(options.script, run_name="__main__")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_group()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmfast.checkpoint import read_pickle
-from cmfast.ranks import connect
+from cmfast.ranks import connect, end_group
 
 #: The GPU of a rank is rank % GPUS_PER_NODE where LOCAL_RANK is not set.
 GPUS_PER_NODE = 8
@@ -40,8 +38,7 @@ def setup_dist() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         connect(backend)
-        # Nobody else ends it: scripts of the original do not.
-        atexit.register(_end)
+        atexit.register(end_group)  # nobody else does: scripts of the original do not
         return
     # Of a step, which srun alone makes: a batch script has SLURM_NTASKS and SLURM_PROCID too, and is one process.
     ranks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
@@ -59,14 +56,7 @@ def setup_dist() -> None:
     # A store inside the process: one process needs no port.
     store: Any = getattr(dist, "HashStore")  # noqa: B009  exported at run time alone
     dist.init_process_group(backend, store=store(), rank=0, world_size=1)
-
-
-def _end() -> None:
-    """End the group before Python ends: a thread of it that lets go of a message meanwhile aborts the process."""
-    if dist.is_initialized():
-        gc.collect()  # what DDP has wrapped
-        dist.destroy_process_group()
-        time.sleep(0.2)  # DDP keeps the group and its threads all the same: for them to let go of the last message
+    atexit.register(end_group)
 
 
 def get_rank() -> int:
