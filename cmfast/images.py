@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,42 +32,65 @@ def check_output(path: Path | str) -> Path:
     return path
 
 
-def save(path: Path | str, images: Tensor, labels: Tensor | None = None, *, columns: int | None = None) -> Path:
-    """Write uint8 images [N, H, W, C]: a grid if `path` ends in .png, arrays if in .npz.
+def save(
+    path: Path | str,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int] | None = None,
+    *,
+    columns: int | None = None,
+) -> Path:
+    """Write uint8 images [N, H, W, C], C = 1, 3 or 4: a grid if `path` ends in .png, arrays if in .npz.
 
     The .npz holds `arr_0` uint8 [N, H, W, 3] (grey images repeated) and, if given, `arr_1` the labels [N]: what
     openai's evaluator takes. The file appears when it is whole. columns: as of `grid`.
 
-    Raises: ValueError: no images for a picture, or a path that `check_output` refuses. OSError: it cannot be written.
+    Raises: ValueError: images of another dtype or shape, none for a picture, or a path that `check_output` refuses.
+        OSError: it cannot be written.
     """
     path = check_output(path)
+    pixels = _pixels(images)
     if path.suffix.lower() == ".npz":
-        pixels = images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images
-        arrays = [pixels.numpy()] + ([] if labels is None else [labels.numpy()])
+        pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
+        arrays = [pixels] + ([] if labels is None else [np.asarray(labels)])
         with written_whole(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, *arrays)
         return path
     from PIL import Image
 
-    tiled = grid(images, columns=columns)
+    tiled = grid(pixels, columns=columns)
     picture = Image.fromarray(tiled[..., 0] if tiled.shape[-1] == 1 else tiled)
     with written_whole(path) as unfinished:
         picture.save(unfinished, format="PNG")
     return path
 
 
-def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 images [N, H, W, C] side by side, as one array [rows, width, C]; by default as square as can be.
+def grid(images: Tensor | np.ndarray, *, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 images [N, H, W, C], C = 1, 3 or 4, side by side, as one array [rows, width, C]; by default as square as
+    can be.
 
-    columns: images in a row; gap: black pixels between two. Raises: ValueError: no images, or not such.
+    columns: images in a row; gap: black pixels between two.
+    Raises: ValueError: no images, or images of another dtype or shape.
     """
-    n, height, width, channels = images.shape
+    pixels = _pixels(images)
+    n, height, width, channels = pixels.shape
     if n == 0:
         raise ValueError("a picture of no images: ask for 1 or more, or write .npz")
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), dtype=np.uint8)
-    for i, image in enumerate(images.numpy()):
+    for i, image in enumerate(pixels):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return canvas
+
+
+def _pixels(images: Tensor | np.ndarray) -> np.ndarray:
+    """The images as an array. Raises: ValueError: they are not uint8 [N, H, W, C], C = 1, 3 or 4."""
+    images = images if isinstance(images, Tensor) else np.asarray(images)
+    dtype, shape = str(images.dtype).removeprefix("torch."), list(images.shape)
+    if dtype != "uint8" or len(shape) != 4 or shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"images must be uint8 [N, H, W, C] with C = 1, 3 or 4, got {dtype} {shape}: "
+            "ops.to_uint8 makes them of [B, C, H, W] in [-1, 1]"
+        )
+    return np.asarray(images)

@@ -88,3 +88,29 @@ def test_a_file_is_replaced_not_rewritten(tmp_path):
 def test_no_images():
     with pytest.raises(ValueError, match="1 or more"):
         images.grid(PIXELS[:0])
+
+
+def test_arrays_and_lists(tmp_path):
+    with np.load(images.save(tmp_path / "x.npz", PIXELS.numpy(), [0, 1, 2, 3, 4])) as arrays:
+        assert (arrays["arr_0"] == PIXELS.numpy()).all() and (arrays["arr_1"] == np.arange(5)).all()
+    assert (images.grid(PIXELS.numpy()) == images.grid(PIXELS)).all()
+
+
+@pytest.mark.parametrize(
+    "wrong, got",
+    [
+        (PIXELS / 255, r"float32 \[5, 4, 6, 3\]"),
+        (PIXELS.numpy() / 255, r"float64 \[5, 4, 6, 3\]"),
+        (PIXELS.bfloat16(), r"bfloat16 \[5, 4, 6, 3\]"),
+        (PIXELS.long(), r"int64 \[5, 4, 6, 3\]"),
+        (PIXELS.permute(0, 3, 1, 2), r"uint8 \[5, 3, 4, 6\]"),
+        (PIXELS[0], r"uint8 \[4, 6, 3\]"),
+    ],
+)
+def test_what_are_no_pixels(tmp_path, wrong, got):
+    message = rf"images must be uint8 \[N, H, W, C\] .* got {got}: ops.to_uint8"
+    for name in ("x.png", "x.npz"):
+        with pytest.raises(ValueError, match=message):
+            images.save(tmp_path / name, wrong)
+    with pytest.raises(ValueError, match=message):
+        images.grid(wrong)
