@@ -72,14 +72,7 @@ class Denoiser(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype the network takes its input in: what it says, or that of its first floating parameter, or None."""
-        own: torch.dtype | None = stated(self.network, "input_dtype")
-        if own is not None:
-            return own
-        if isinstance(self.network, nn.Module):
-            for parameter in self.network.parameters():
-                if parameter.is_floating_point():
-                    return parameter.dtype
-        return None
+        return input_dtype(self.network)
 
     @property
     def input_format(self) -> torch.memory_format | None:
@@ -175,6 +168,14 @@ def stated(network: Any, name: str) -> Any:
     value = getattr(network, name, None)
     inner = getattr(network, "module", None)
     return stated(inner, name) if value is None and isinstance(inner, nn.Module) else value
+
+
+def input_dtype(model: Any) -> torch.dtype | None:
+    """The dtype a model or network takes its input in: what it says, or that of its first floating parameter, or
+    None."""
+    own: torch.dtype | None = stated(model, "input_dtype")
+    parameters = model.parameters() if own is None and isinstance(model, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), own)
 
 
 def stated_classes(network: Any) -> int | None:

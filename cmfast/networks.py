@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cmfast.denoiser import Denoiser
+from cmfast.denoiser import Denoiser, input_dtype
 from cmfast.errors import Unavailable
 from cmfast.unet import UNetModel
 from cmfast.unet_blocks import AttentionBlock, ResBlock
@@ -77,7 +77,7 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
         reason: str | None = "the model is a function"
     elif compile == "regional":
         reason = "compile='regional' compiles the blocks of the network as given"
-    elif refresher(model) is not None:
+    elif refresher(model) is not None and dtype in (None, input_dtype(model)):
         return model, "the model brings its own derived weights"
     else:
         model, reason = _fast(model, dtype)
@@ -102,8 +102,7 @@ def _fast(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, str |
 def _check_dtype(model: Any, dtype: torch.dtype | None, reason: str | None) -> None:
     if dtype is None or reason is None:
         return
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    own = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    own = input_dtype(model)
     if own != dtype:
         raise ValueError(
             f"dtype={dtype} needs a network that can be optimised, and this one cannot: {reason}. "

@@ -296,6 +296,23 @@ def test_dtype_goes_to_what_optimises(optimizer):
         Sampler(model, optimize=True)
 
 
+@pytest.mark.parametrize("own", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype_is_for_a_network_that_is_optimised_already(own, dtype):
+    """As for the network it was made of, whose weights it shares."""
+    model = tiny()
+    fast, args = cmfast.optimize(model, dtype=own), (torch.randn(2, 3, 8, 8), 3.0, torch.tensor([1, 2]))
+    sampler, wanted = Sampler(fast, 2, dtype=dtype), Sampler(model, 2, dtype=dtype)
+    assert torch.equal(sampler.denoise(*args), wanted.denoise(*args))
+    with torch.no_grad():
+        model.network.input_blocks[0][0].weight.mul_(-1)
+    assert torch.equal(sampler.denoise(*args), wanted.denoise(*args))
+    assert (sampler.explain()["network"][0] == "as given") == ((own or torch.float32) == dtype)
+    if own not in (None, dtype):
+        with pytest.raises(ValueError, match=f"optimize=False was asked for. Its own dtype is {own}"):
+            Sampler(fast, 2, dtype=dtype, optimize=False)
+
+
 def test_a_training_model_is_optimised_in_evaluation_mode(optimizer):
     model = toy().train()
     sampler = Sampler(model, 2)

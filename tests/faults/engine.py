@@ -179,6 +179,11 @@ NETWORKS = [
      '    elif compile == "regional" and refresher(model) is None:\n', COMPILED + "the_blocks_of_an_optimised_network"),
     ("dtype without an optimised network", "    if own != dtype:\n", "    if False:\n",
      COMPILED + "dtype_goes_to_what_optimises"),
+    ("an optimised network keeps its dtype", " and dtype in (None, input_dtype(model))", "",
+     COMPILED + "dtype_is_for_a_network_that_is_optimised_already[torch.float32-torch.bfloat16]"),
+    ("the dtype of weights for what a network takes", "    own = input_dtype(model)\n",
+     "    own = next((p.dtype for p in model.parameters()), None)\n",
+     COMPILED + "dtype_is_for_a_network_that_is_optimised_already[torch.float32-torch.bfloat16]"),
 ]  # fmt: skip
 
 TRANSFER = [
