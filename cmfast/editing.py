@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmfast import ops, schedules
+from cmfast import ops
 from cmfast.denoiser import Model, evaluator
 from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn
 from cmfast.ops import _check
+from cmfast.samplers import least_sigma
 
 Map = Callable[[Tensor], Tensor]
 
@@ -38,7 +39,7 @@ def edit(
     inverse: Map = _identity,
     labels: Tensor | None = None,
     noise_fn: NoiseFn = torch.randn_like,
-    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_min: float | None = None,
     end_sigma: float | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] that agree with `reference` where the transformed mask is 1.
@@ -50,10 +51,10 @@ def edit(
         model: a `Denoiser`, or D(x, sigma[, labels]).
         reference: [B, C, H, W] in [-1, 1]; of its transform only the known part is looked at.
         x: [B, C, H, W] noise to start from, of level sigmas[0].
-        sigmas: the levels at which the model is evaluated, in data units; sigma_min: where noise ends.
+        sigmas: the levels at which the model is evaluated, in data units.
         mask: broadcasts to transform(reference); 1 keeps, 0 is filled in, and between the two they are mixed.
         transform, inverse: a linear map and its inverse.
-        labels, noise_fn, end_sigma: as in `samplers.sample_multistep`.
+        labels, noise_fn, sigma_min, end_sigma: as in `samplers.sample_multistep`.
 
     Raises: ValueError: shapes differ, the mask does not broadcast, or has other values (looked at on a CPU only).
         TypeError: a mask that is no tensor, or images that are no floating numbers.
@@ -64,6 +65,7 @@ def edit(
     known = transform(reference)
     mask = _mask(mask, known, "the transformed image")
     known = torch.where(mask == 0, 0, known)  # not even a NaN of it
+    sigma_min = least_sigma(model) if sigma_min is None else sigma_min
     evaluate = evaluator(model, labels, clip=True)
     levels = read_levels(sigmas, least=1)
     sigma = on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)

@@ -69,7 +69,7 @@ def sample_multistep(
     labels: Tensor | None = None,
     noise_fn: NoiseFn = torch.randn_like,
     clip_denoised: bool = True,
-    sigma_min: float = schedules.SIGMA_MIN,
+    sigma_min: float | None = None,
     end_sigma: float | None = None,
     pixels: str | None = None,
     first: First = None,
@@ -82,6 +82,7 @@ def sample_multistep(
         labels: int64 [B], of a class-conditional model.
         noise_fn: x -> standard normal noise like x, called between two steps.
         clip_denoised: clamp D to [-1, 1].
+        sigma_min: where noise ends: noise of a level l is sqrt(l^2 - sigma_min^2). None: what the model says, or 0.002.
         end_sigma: add noise of this level to the result too, sqrt(end_sigma^2 - sigma_min^2); the original always
         does (with a level of sigma_min that adds nothing, but draws). None: do not.
         pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; needs end_sigma=None.
@@ -97,6 +98,7 @@ def sample_multistep(
     """
     if pixels is not None and end_sigma is not None:
         raise ValueError("pixels are made of the last D: leave end_sigma out")
+    sigma_min = least_sigma(model) if sigma_min is None else sigma_min
     evaluate = evaluator(model, labels, clip_denoised)
     levels = read_levels(sigmas, least=1)
     sigma = on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
@@ -417,6 +419,11 @@ def noise_range(model: object) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
+def least_sigma(model: object) -> float:
+    """The model's own sigma_min, or the original's."""
+    return float(noise_range(model).get("sigma_min", schedules.SIGMA_MIN))
+
+
 def sample(
     model: Model,
     noise: Tensor | ops.Draw,
@@ -446,8 +453,8 @@ def sample(
     known = noise_range(model)
     levels = sampler_sigmas(sampler, **known) if sigmas is None else read_levels(sigmas, least=1)
     few = sampler in ("onestep", "multistep")
-    if few and "sigma_min" in known:
-        options = {"sigma_min": known["sigma_min"], **options}
+    if few and options.get("sigma_min") is None:
+        options["sigma_min"] = least_sigma(model)
     evaluate = evaluator(model, labels, clip_denoised)
     drawn = isinstance(noise, ops.Draw)
     like = noise.index.new_empty(0, dtype=torch.float32) if isinstance(noise, ops.Draw) else noise

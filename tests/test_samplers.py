@@ -180,6 +180,28 @@ def test_a_model_brings_its_own_noise_range():
     torch.testing.assert_close(added, torch.full_like(added, (1.0 - 0.1**2) ** 0.5))
 
 
+@pytest.mark.parametrize("given", [{}, {"sigma_min": None}, {"sigma_min": 0.5}], ids=str)
+@pytest.mark.parametrize("run", ["sample", "sample_multistep", "inpaint"])
+def test_noise_ends_at_the_models_sigma_min(run, given):
+    """A model of images that are all 0 is left with the noise."""
+    seen = []
+
+    def model(x, sigma):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    model.sigma_min = 0.1
+    x, options = NOISE[:2].float(), {"noise_fn": torch.ones_like, **given}
+    if run == "sample":
+        samplers.sample(model, x, sigmas=[10.0, 1.0], **options)
+    elif run == "sample_multistep":
+        samplers.sample_multistep(model, x, [10.0, 1.0], **options)
+    else:
+        editing.inpaint(model, x, x, [10.0, 1.0], torch.zeros(1), **options)
+    added = (1 - (given.get("sigma_min") or 0.1) ** 2) ** 0.5
+    torch.testing.assert_close(seen[1], torch.full_like(x, added))
+
+
 def softened(x, sigma):
     """A denoiser whose neighbouring pixels and channels matter, and that makes differences no larger."""
     return 0.3 * torch.tanh(x.roll(1, 1) / (1 + sigma.view(-1, 1, 1, 1)))

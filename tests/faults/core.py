@@ -92,6 +92,9 @@ SAMPLERS = [
      "            sigma[i],\n            take(noise_fn, x),", loop("multistep.40.plain.bc.clip")),
     ("multistep: default sigma_min", "            sigma_min=sigma_min,\n", "",
      "tests/test_samplers.py::test_a_model_brings_its_own_noise_range"),
+    ("multistep: sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
+     "sigma_min = 0.002 if sigma_min is None else sigma_min",
+     "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
     ("churn by too much", "min(s_churn / steps, 2**0.5 - 1)", "s_churn / steps", loop("heun.6.churn.bc.noclip")),
     ("churn: a square missing", "max(hat**2 - level**2, 0.0) ** 0.5", "max(hat - level, 0.0) ** 0.5",
      loop("heun.6.churn.bc.noclip")),
@@ -116,6 +119,9 @@ SAMPLERS = [
 ]  # fmt: skip
 
 EDITING = [
+    ("sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
+     "sigma_min = 0.002 if sigma_min is None else sigma_min",
+     "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
     ("the state laid out as what was edited", "torch.empty_like(x).copy_(edited)", "edited",
      "tests/test_editing.py::test_the_state_keeps_its_layout"),
 ]  # fmt: skip
