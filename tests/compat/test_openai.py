@@ -11,6 +11,7 @@ from cmfast import samplers
 from cmfast.compat.openai import karras_diffusion as kd
 from cmfast.compat.openai import nn as cm_nn
 from cmfast.compat.openai import random_util, script_util
+from cmfast.denoiser import Denoiser
 from cmfast.tolerances import GOLDEN_LOOP, GOLDEN_VALUE
 from tests.golden_utils import load, relative_error
 from tests.toy import toy_denoiser
@@ -528,6 +529,26 @@ X = torch.zeros(1, 1, 4, 4)
 def test_errors_name_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(kd.KarrasDenoiser())
+
+
+@pytest.mark.parametrize("how", ["sample", "sample through denoise", "wrapped", "losses", "target", "teacher"])
+def test_a_denoiser_is_no_network(how):
+    """It would be scaled twice, without a word."""
+
+    def network(x, t):
+        return 0.1 * x
+
+    model = Denoiser(network)
+    diffusion = Overridden() if how == "sample through denoise" else kd.KarrasDenoiser(loss_norm="l2")
+    with pytest.raises(TypeError, match="the model is a (Denoiser|DataParallel), .* already, .*: give its network"):
+        if how == "losses":
+            diffusion.training_losses(model, X, torch.ones(1))
+        elif how == "target":
+            diffusion.consistency_losses(network, X, 18, target_model=model)
+        elif how == "teacher":
+            diffusion.progdist_losses(network, X, 18, teacher_model=model, teacher_diffusion=diffusion)
+        else:
+            kd.karras_sample(diffusion, nn.DataParallel(model) if how == "wrapped" else model, X.shape, 4)
 
 
 # Inpainting

@@ -109,6 +109,8 @@ EDITING = [
 ]  # fmt: skip
 
 DENOISER = [
+    ("a Denoiser is scaled twice", 'isinstance(stated(model, "preconditioner"), Preconditioner)', "False",
+     "tests/compat/test_openai.py::test_a_denoiser_is_no_network[sample]"),
     ("whole levels", "sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()", "pass",
      "tests/compat/test_openai.py::test_denoise_at_whole_levels"),
     ("numbers come back as tensors", "part.numpy() if array.ndim else part.item()", "part",

@@ -32,7 +32,7 @@ from cmfast.compat.openai._loops import (
 )
 from cmfast.compat.openai.nn import append_dims, append_zero, mean_flat
 from cmfast.compat.openai.random_util import get_generator
-from cmfast.denoiser import Evaluator, denoise_with
+from cmfast.denoiser import Evaluator, denoise_with, stated
 from cmfast.perceptual import LPIPS, unit_images
 from cmfast.precondition import Preconditioner
 
@@ -86,6 +86,15 @@ class _UnitLPIPS(LPIPS):
         return super().forward(x, target, resize=False, value_range=(0.0, 1.0))
 
 
+def _check_network(model: object) -> None:
+    """Raises: TypeError: D(x, sigma) in the place of a network F(x, timesteps), which takes the same arguments."""
+    if isinstance(stated(model, "preconditioner"), Preconditioner):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, D(x, sigma) already, and would be scaled twice: give its network, "
+            "as in karras_sample(diffusion, denoiser.network, ...)"
+        )
+
+
 class KarrasDenoiser:
     """The scalings around a network, and the losses.
 
@@ -97,7 +106,8 @@ class KarrasDenoiser:
         loss_norm: `l1`, `l2`, `l2-32`, `lpips`.
 
     A subclass may override `denoise`, `get_scalings` or `get_scalings_for_boundary_condition`: samplers and losses
-    then go through its `denoise`.
+    then go through its `denoise`. A model is a network F(x, timesteps): of a `cmfast.Denoiser`, its `network`; where
+    that itself is given, losses raise TypeError.
     """
 
     def __init__(
@@ -143,7 +153,11 @@ class KarrasDenoiser:
     def denoise(
         self, model: Callable[..., Tensor], x_t: Tensor, sigmas: Tensor, **model_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """(network output, denoised) at x_t [B, ...] and sigmas [B]; model(x, timesteps, **model_kwargs)."""
+        """(network output, denoised) at x_t [B, ...] and sigmas [B]; model(x, timesteps, **model_kwargs).
+
+        Raises: TypeError: the model is a `cmfast.Denoiser`.
+        """
+        _check_network(model)
         sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()
         scalings = self.get_scalings_for_boundary_condition if self.distillation else self.get_scalings
         return denoise_with(lambda x, t: model(x, t, **model_kwargs), x_t, sigmas, scalings(sigmas))
@@ -245,6 +259,7 @@ def _evaluator(
     if isinstance(diffusion, KarrasDenoiser) and all(
         getattr(getattr(diffusion, name), "__func__", None) is own for name, own in _OWN_METHODS.items()
     ):
+        _check_network(model)
         boundary = diffusion.sigma_min if diffusion.distillation else 0.0
         return Evaluator.of_network(
             lambda x, t: model(x, t, **kwargs),
@@ -289,12 +304,12 @@ def karras_sample(
     """Images of `shape` in [-1, 1].
 
     Args:
-        diffusion: a `KarrasDenoiser`; model(x, timesteps, **model_kwargs).
+        diffusion: a `KarrasDenoiser`; model(x, timesteps, **model_kwargs): of a `cmfast.Denoiser`, its `network`.
         steps: Karras levels; for `multistep` the grid that `ts` are indices of (with diffusion.rho, not rho).
         sampler: `heun`, `dpm`, `ancestral`, `onestep`, `progdist`, `euler`, `multistep`.
         generator: from `random_util.get_generator`; None: torch's own.
 
-    Raises: ValueError: an unknown sampler, ts missing or outside the grid.
+    Raises: ValueError: an unknown sampler, ts missing or outside the grid. TypeError: the model is a `cmfast.Denoiser`.
     """
     functions: dict[str, Callable[..., Tensor]] = {
         "heun": sample_heun,
