@@ -275,8 +275,18 @@ def easy_consistency_loss(
         levels, noise and dropout follow from, else torch's generator; labels int64 [B], of a class-conditional model;
         huber_c: c, by default 0.
     Returns per-sample `loss`, float32 [B].
+    Raises: ValueError: a stage in which D differs between t and r by little more than rounding.
     """
-    levels = ops.LogNormal(mean, std, curricula.stage_below(stage, q=q, k=k, b=b))
+    below = curricula.stage_below(stage, q=q, k=k, b=b)
+    # There, rounding of the two points is a hundredth of the gradient; a stage later (q = 2) twice that.
+    dtype = _check.sigma_dtype(x_start)
+    closest = 64 * torch.finfo(dtype).eps
+    if below.factor < closest:
+        raise ValueError(
+            f"stage {stage} with q={q:g} has levels that differ by {below.factor:.1e} of themselves, and {dtype} tells "
+            f"differences of {closest:.1e} or more: a smaller q or an earlier stage has wider pairs"
+        )
+    levels = ops.LogNormal(mean, std, below)
     return {"loss": _own_target_loss(model, x_start, levels, draw, labels, huber_c)}
 
 

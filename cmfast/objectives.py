@@ -332,14 +332,15 @@ class ImprovedConsistencyTraining(Objective):
 class EasyConsistencyTuning(Objective):
     """ECT, Geng et al. 2024: a diffusion model tuned, without a teacher, as the levels of a pair draw closer.
 
-    A stage has `steps_per_stage` steps. q, k, b: as of `curricula.stage_below`. mean, std: of ln t. huber_c: c.
+    A stage has `steps_per_stage` steps; the last of the `stages` has no end. q, k, b: as of `curricula.stage_below`.
+    mean, std: of ln t. huber_c: c.
 
     Raises: ValueError: a number out of range.
     """
 
     preconditioning: ClassVar[str] = "edm"
     #: A whole run in units of `steps_per_stage`.
-    stages: ClassVar[float] = 8
+    stages: ClassVar[int] = 8
 
     steps_per_stage: int = 25_000
     q: float = 2.0
@@ -354,9 +355,10 @@ class EasyConsistencyTuning(Objective):
         _positive(std=self.std, q=self.q)
 
     def stage(self, step: int) -> Stage:
-        """floor(step / steps_per_stage)."""
-        number = step // self.steps_per_stage
-        return Stage(number, number * self.steps_per_stage, self.steps_per_stage)
+        """floor(step / steps_per_stage); no stage follows the last: its pairs would soon be closer than float32 is."""
+        number = min(step // self.steps_per_stage, self.stages - 1)
+        steps = self.steps_per_stage if number < self.stages - 1 else None
+        return Stage(number, number * self.steps_per_stage, steps)
 
     def sampling(self, stage: Stage) -> dict[str, Any]:
         """In one step: it is a consistency model, with the scalings of a diffusion model."""

@@ -150,10 +150,28 @@ def test_ect_loss(huber_c, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ect_levels_may_come_closer_than_numbers_do(dtype):
     """t - r is that of the formula, where both are the same number: no loss, and no NaN."""
-    objective, model = make("ect", steps_per_stage=1, q=256.0), toy(0, "edm").to(dtype)
+    tiny = -100.0 if dtype == torch.float32 else -800.0
+    objective, model = make("ect", steps_per_stage=1, mean=tiny), toy(0, "edm").to(dtype)
     value = loss(objective, model, X.to(dtype), step=20)["loss"]
     value.sum().backward()
     assert not value.any() and not any(p.grad.any() for p in model.parameters())
+
+
+def test_ect_stages_end():
+    """A run that is longer than its curriculum, as one resumed for more steps, stays at the last of eight stages."""
+    objective = EasyConsistencyTuning(steps_per_stage=7)
+    assert [objective.stage(step)[:3] for step in (0, 6, 7, 48)] == [(0, 0, 7), (0, 0, 7), (1, 7, 7), (6, 42, 7)]
+    assert {objective.stage(step)[:3] for step in (49, 55, 56, 7000)} == {(7, 49, None)}
+
+
+@pytest.mark.parametrize("q, last", [(2.0, 16), (4.0, 7), (256.0, 1)], ids=str)
+def test_ect_pairs_closer_than_their_numbers_are_refused(q, last):
+    """In float32; float64 has further stages."""
+    model, x = toy(0, "edm"), X.float()
+    losses.easy_consistency_loss(model, x, last, q=q, draw=DRAW, labels=Y)
+    with pytest.raises(ValueError, match=rf"stage {last + 1} with q={q:g} has levels that differ by .* torch.float32"):
+        losses.easy_consistency_loss(model, x, last + 1, q=q, draw=DRAW, labels=Y)
+    losses.easy_consistency_loss(model.double(), X, last + 1, q=q, draw=DRAW, labels=Y)
 
 
 def test_ect_has_no_slope_where_there_is_no_difference():

@@ -45,6 +45,8 @@ REFERENCE = [
 LOSSES = [
     ("levels on torch's default device", "    return sigma\n", "    return torch.as_tensor(sigma)\n",
      "tests/test_losses.py::test_another_default_device"),
+    ("ECT: pairs as close as rounding", "if below.factor < closest:", "if False:",
+     _F + "ect_pairs_closer_than_their_numbers_are_refused[2.0-16]"),
     ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _F + "ict_loss[None]"),
     ("ECT: x_start is no target of a function", "torch.where(at_zero, x_start,",
      "torch.where(at_zero & False, x_start,",
@@ -72,8 +74,10 @@ OBJECTIVES = [
     ("halvings of powers of two alone", "(start // 3).bit_length()", "start.bit_length() - 2",
      _P + "halving_stages[3-10]"),
     ("the last stages as short as the others", "+ 2 * steps)", "+ steps)", _P + "halving_stages[16-100]"),
-    ("ECT's stage of a step", "number = step // self.steps_per_stage", "number = step // self.steps_per_stage + 1",
+    ("ECT's stage of a step", "min(step // self.steps_per_stage,", "min(step // self.steps_per_stage + 1,",
      _F + "ect_loss[0.0-edm]"),
+    ("ECT's stages have no end", "min(step // self.steps_per_stage, self.stages - 1)", "step // self.steps_per_stage",
+     _F + "ect_stages_end"),
 ]  # fmt: skip
 
 DROPOUT = [
