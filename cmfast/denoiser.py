@@ -115,12 +115,12 @@ class Denoiser(nn.Module):
         _check.sigma_level("sigma", sigma, x)
         wide = _check.sigma_dtype(x)
         levels = sigma.to(wide)
-        parts = self.preconditioner.scalings(levels)
+        parts = (_tensor(c, levels) for c in self.preconditioner.scalings(levels))
         c_skip, c_out, c_in = (c.to(wide).reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in parts)
         model_input = (c_in * x.to(wide)).to(self.input_dtype or x.dtype)
         if self.input_format is not None:
             model_input = model_input.contiguous(memory_format=self.input_format)
-        c_noise = self.preconditioner.c_noise(levels).expand(x.shape[0])
+        c_noise = _tensor(self.preconditioner.c_noise(levels), levels).expand(x.shape[0])
         model_output = self.network_output(model_input, c_noise, labels)
         denoised = c_skip * x.to(wide) + c_out * model_output.to(wide)
         return (denoised.clamp(-1, 1) if clip else denoised).to(x.dtype)
@@ -160,6 +160,11 @@ def denoise_with(
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
     return model_output, c_skip * x + c_out * model_output
+
+
+def _tensor(c: Any, levels: Tensor) -> Tensor:
+    """A scaling, or a plain number in the place of one, with the dtype and device of levels."""
+    return c if isinstance(c, Tensor) else levels.new_full((), c)
 
 
 def stated(network: Any, name: str) -> Any:

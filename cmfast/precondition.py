@@ -17,7 +17,8 @@ PRECONDITIONINGS = ("consistency", "edm")
 class Preconditioner:
     """c_skip, c_out, c_in and c_noise around a network (Karras et al. 2022, table 1; Song et al. 2023, appendix C).
 
-    A subclass may have other `scalings` and `c_noise`. They are called for, and D is plain PyTorch.
+    A subclass may have other `scalings` and `c_noise`, plain numbers included. They are called for, and D is plain
+    PyTorch.
 
     Args:
         sigma_data: standard deviation of the data, in data units.

@@ -194,6 +194,28 @@ def by_hand(network, preconditioner):
     return denoise
 
 
+class Exploding(Preconditioner):
+    """Those of variance exploding, which are numbers mostly, and a time that says nothing."""
+
+    def scalings(self, sigma):
+        return 1, sigma, np.float32(1.5)
+
+    def c_noise(self, sigma):
+        return 0.25
+
+
+def test_scalings_may_be_numbers(model):
+    model.preconditioner = Exploding()
+    x = X.double()
+    for sigma in (torch.tensor([0.5, 80.0, 1.5]), torch.tensor(3.0), 3.0):
+        output = model.network((1.5 * x).float(), torch.full((3,), 0.25), Y)
+        wanted = x + torch.as_tensor(sigma).double().reshape(-1, 1, 1, 1) * output
+        torch.testing.assert_close(model(x, sigma, Y), wanted)
+    loss = losses.denoising_loss(model, X, torch.ones(3), noise=X.flip(0), labels=Y)["loss"]
+    assert loss.shape == (3,) and loss.isfinite().all()
+    samplers.sample(model, X, sampler="heun", sigmas=[80.0, 1.0], labels=Y)
+
+
 @pytest.mark.parametrize("kind", [Karras, Timed])
 class TestOverriddenPreconditioner:
     """Methods of a subclass are what a Denoiser computes with, at every step and in every loss."""
