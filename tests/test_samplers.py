@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmfast import Denoiser, backend, editing, samplers, schedules
+from cmfast import Denoiser, Sampler, backend, editing, samplers, schedules
 from cmfast.ops import _inplace
 from cmfast.samplers import SAMPLERS
 from tests.toy import ToyNetwork
@@ -178,6 +178,20 @@ def test_a_model_brings_its_own_noise_range():
     samplers.sample(model, NOISE[:2].float(), sigmas=[10.0, 1.0], **options)
     added = out[1]["x"] - out[0]["denoised"]
     torch.testing.assert_close(added, torch.full_like(added, (1.0 - 0.1**2) ** 0.5))
+
+
+def test_a_range_that_makes_no_levels_is_none():
+    """As that of NVlabs/edm's networks."""
+
+    def model(x, sigma):
+        return softened(x, sigma)
+
+    plain = {each: samplers.sample(model, NOISE[:2], sampler=each) for each in ("heun", "multistep")}
+    model.sigma_min, model.sigma_max, model.rho = 0, float("inf"), None
+    for each, wanted in plain.items():
+        assert torch.equal(samplers.sample(model, NOISE[:2], sampler=each), wanted)
+    sampler = Sampler(model, 2, steps=2, image_shape=NOISE.shape[1:])
+    assert sampler.sigmas == samplers.sampler_sigmas("multistep", steps=2) and sampler.ts == (0, 22, 39)
 
 
 @pytest.mark.parametrize("given", [{}, {"sigma_min": None}, {"sigma_min": 0.5}], ids=str)

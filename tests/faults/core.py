@@ -95,6 +95,8 @@ SAMPLERS = [
     ("multistep: sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
      "sigma_min = 0.002 if sigma_min is None else sigma_min",
      "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
+    ("levels up to infinity", "_is_number(value) and 0 < value < math.inf", "value is not None",
+     "tests/test_samplers.py::test_a_range_that_makes_no_levels_is_none"),
     ("churn by too much", "min(s_churn / steps, 2**0.5 - 1)", "s_churn / steps", loop("heun.6.churn.bc.noclip")),
     ("churn: a square missing", "max(hat**2 - level**2, 0.0) ** 0.5", "max(hat - level, 0.0) ** 0.5",
      loop("heun.6.churn.bc.noclip")),
