@@ -146,6 +146,7 @@ class Denoiser(nn.Module):
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64
         [B]."""
+        c_noise = c_noise if getattr(self.network, "is_network", False) else _writable(c_noise)
         return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
 
 
@@ -160,6 +161,12 @@ def denoise_with(
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
     return model_output, c_skip * x + c_out * model_output
+
+
+def _writable(c_noise: Tensor) -> Tensor:
+    """c_noise [B] for a model that may scale it in place: that of one level is one number in memory, and other models
+    are told of the same."""
+    return c_noise.clone(memory_format=torch.contiguous_format)
 
 
 def _tensor(c: Any, levels: Tensor) -> Tensor:
@@ -242,6 +249,8 @@ class Evaluator:
             check_model(model)
         self.labels, self.clip = labels, clip
         self.model: Any = model
+        #: A Denoiser writes into no levels itself, and sees to its network.
+        self._denoiser = isinstance(model, Denoiser)
         self.fused = isinstance(model, Denoiser) and type(model).forward is Denoiser.forward and not _intercepted(model)
         self.fused = self.fused and not unfused(model)
         self.scaling: dict[str, Any] = {"sigma_data": None, "boundary": 0.0}
@@ -289,7 +298,7 @@ class Evaluator:
             self._check(self.labels, model_input.shape[0])
             self._check = None
         labels = () if self.labels is None else (self.labels,)
-        return self.model(model_input, c_noise, *labels)
+        return self.model(model_input, c_noise if self._denoiser else _writable(c_noise), *labels)
 
     @property
     def input_options(self) -> dict[str, Any]:

@@ -216,6 +216,41 @@ def test_scalings_may_be_numbers(model):
     samplers.sample(model, X, sampler="heun", sigmas=[80.0, 1.0], labels=Y)
 
 
+class Scaling(torch.nn.Module):
+    """A network that scales its time in place."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv, self.in_place = torch.nn.Conv2d(3, 3, 3, padding=1), in_place
+
+    def forward(self, x, t):
+        t = t.mul_(0.1) if self.in_place else t * 0.1
+        return self.conv(x).tanh() * t.cos()[:, None, None, None]
+
+
+@pytest.mark.parametrize("kind", ["network", "of its own scalings", "hooked", "function"])
+def test_a_network_may_write_into_its_time(kind):
+    """It gets memory of its own, whatever else is told of the same level."""
+    models = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        network = Scaling(in_place)
+        denoiser = Denoiser(network, Timed() if kind == "of its own scalings" else None)
+        if kind == "hooked":
+            denoiser.register_forward_hook(lambda *_: None)
+        models.append(network if kind == "function" else denoiser)
+    draw = ops.Draw(0, torch.arange(3))
+    for use in (
+        lambda model: samplers.sample(model, X, sampler="heun", sigmas=[80.0, 5.0, 1.0]),
+        lambda model: losses.denoising_loss(model, X, torch.tensor(0.5), noise=X.flip(0))["loss"],
+        lambda model: losses.consistency_loss(model, model, X, 18, teacher_model=model, draw=draw)["loss"],
+    ):
+        assert torch.equal(use(models[0]), use(models[1]))
+    if kind != "function":
+        for sigma in (torch.tensor([0.5, 80.0, 1.5]), 3.0):
+            assert torch.equal(models[0](X, sigma), models[1](X, sigma))
+
+
 @pytest.mark.parametrize("kind", [Karras, Timed])
 class TestOverriddenPreconditioner:
     """Methods of a subclass are what a Denoiser computes with, at every step and in every loss."""

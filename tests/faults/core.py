@@ -22,6 +22,8 @@ DENOISER = [
      "pass", "tests/test_denoiser.py::TestOverriddenPreconditioner::test_sampling[heun-Timed]"),
     ("an overridden preconditioner not asked by D", "if overridden(self.preconditioner):", "if False:",
      "tests/test_denoiser.py::TestOverriddenPreconditioner::test_denoises_by_them[Karras]"),
+    ("a teacher is told what the student made of its time", "_writable(c_noise)\n",
+     "c_noise.contiguous()\n", "tests/test_denoiser.py::test_a_network_may_write_into_its_time[network]"),
     ("0 classes are some", "return count if count > 0 else None", "return count",
      "tests/test_denoiser.py::test_classes_that_a_network_states[0-None]"),
     ("0 classes may be asked for", '_check.whole("num_classes", num_classes, least=1)',
