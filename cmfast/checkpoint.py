@@ -295,8 +295,9 @@ def _build_network(config: dict[str, Any]) -> UNetModel:
     if missing:
         raise ValueError(
             f"weights do not show {' and '.join(missing)}, and this is not a published architecture: pass "
-            "them by name, as in load(path, image_size=32, num_head_channels=64), or as in --set image_size=32 --set "
-            "num_head_channels=64"
+            "them by name, as in load(path, image_size=32, num_head_channels=64), or to sample as in --set "
+            "image_size=32 --set num_head_channels=64. train takes no such argument, but a file that says them: "
+            'cmfast.save(cmfast.load(path, ...), "model.safetensors"), a teacher loaded with preconditioning="edm"'
         )
     network: UNetModel = meta_network(config)
     if network.in_channels != network.out_channels:

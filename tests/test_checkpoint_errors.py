@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cmfast import checkpoint
-from cmfast.checkpoint import CheckpointError, load, save
+from cmfast.checkpoint import CheckpointError, load, load_teacher, save
 from cmfast.denoiser import Denoiser
 from tests.checkpoint_utils import ASKED, same_bits
 from tests.golden_utils import small_unet
@@ -40,6 +40,14 @@ def test_what_shapes_do_not_show_is_asked_for(pt_file):
         load(pt_file)
     with pytest.raises(CheckpointError, match="do not show image_size=,"):
         load(pt_file, num_heads=4)
+
+
+def test_what_train_takes_of_an_architecture_that_is_not_published(pt_file, tmp_path):
+    """Its own --set names settings of a run: the message names a file that says the network's arguments."""
+    with pytest.raises(CheckpointError, match='train takes no such argument.*cmfast.save.*preconditioning="edm"'):
+        load_teacher(pt_file)
+    save(load(pt_file, **ASKED, preconditioning="edm"), tmp_path / "teacher.safetensors")
+    assert load_teacher(tmp_path / "teacher.safetensors").preconditioner.boundary == 0
 
 
 def test_wrong_arguments(pt_file):
