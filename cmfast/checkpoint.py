@@ -373,6 +373,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _first_bytes(path: Path) -> bytes:
     if not path.exists():
+        if re.match(r"[a-z0-9]+:/", text := str(path)):  # of the two slashes of an address a Path keeps one
+            raise FileNotFoundError(f"{text.replace(':/', '://', 1)} is an address, not a file: download it first")
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path} is no regular file")  # to read a pipe is to wait

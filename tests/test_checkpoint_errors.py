@@ -28,6 +28,9 @@ def pt_file(tmp_path):
 def test_missing_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such checkpoint: .*nothing.pt"):
         load(tmp_path / "nothing.pt")
+    for address in ("https://host.org/models/model.pt", "gs://bucket/model.pt"):
+        with pytest.raises(FileNotFoundError, match=f"^{address} is an address, not a file: download it first"):
+            load(address)
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "mnist.safetensors")
     with pytest.raises(FileNotFoundError, match="bundled model is missing"):
         load()

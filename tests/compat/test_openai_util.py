@@ -316,6 +316,8 @@ def test_load_state_dict(tmp_path):
 def test_load_state_dict_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="path of a checkpoint is empty: give a file, as in --model_path FILE"):
         dist_util.load_state_dict("")
+    with pytest.raises(FileNotFoundError, match="^https://host.org/a.pt is an address, not a file: download it first"):
+        dist_util.load_state_dict("https://host.org/a.pt")
     with pytest.raises(FileNotFoundError, match="no such checkpoint: .*missing.pt"):
         dist_util.load_state_dict(tmp_path / "missing.pt")
     torch.save({"weight": torch.randn(300)}, tmp_path / "whole.pt")
