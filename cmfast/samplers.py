@@ -164,6 +164,8 @@ def sample_progdist(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> 
 
 def _churned(levels: list[float], s_churn: float, s_tmin: float, s_tmax: float) -> tuple[list[float], list[bool]]:
     """The raised levels sigma_hat = (1 + gamma) sigma, and where they are raised: Karras et al. 2022, algorithm 2."""
+    if not s_churn >= 0:
+        raise ValueError(f"s_churn must be 0, which is none, or more, got {s_churn}")
     steps = len(levels) - 1
     gamma = min(s_churn / steps, 2**0.5 - 1)
     # Compared in float32, as levels held in a float32 tensor are.
@@ -234,6 +236,7 @@ def sample_heun(model: Model, x: Tensor, sigmas: Sigmas, **options: Any) -> Tens
         the levels s_tmin and s_tmax, with noise scaled by s_noise;
         draw_unused: draw noise at every step, also where none is added, as the original does (generators stay in
         step with it).
+    Raises: ValueError: a negative s_churn.
 
     >>> sample_heun(lambda x, sigma: 0.1 * x, 80.0 * torch.randn(2, 1, 8, 8), [80.0, 1.0, 0.0]).shape
     torch.Size([2, 1, 8, 8])

@@ -509,12 +509,18 @@ def test_network_input_keeps_the_state_dtype():
 X = torch.zeros(1, 1, 4, 4)
 
 
+def plain(x, t):
+    return 0.1 * x
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="ddim"), "'ddim'.*known: heun"),
         (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="multistep"), "ts is missing"),
         (lambda d: kd.karras_sample(d, toy(), X.shape, 4, sampler="multistep", ts=(0, 4)), "from 0 to 3; got 4"),
+        (lambda d: kd.karras_sample(d, plain, X.shape, 4, s_churn=-3.0), "s_churn must be 0, .* or more, got -3.0"),
+        (lambda d: kd.karras_sample(d, plain, X.shape, 4, sampler="dpm", s_churn=-1), "s_churn must be 0.*got -1"),
         (lambda d: kd.get_weightings("sqrt", torch.ones(1), 0.5), "'sqrt'; known: snr"),
         (lambda d: random_util.get_generator("philox"), "'philox'; known: dummy"),
         (lambda d: d.consistency_losses(toy(), X, 4), "target_model is missing"),
@@ -534,19 +540,15 @@ def test_errors_name_what_is_wrong(call, message):
 @pytest.mark.parametrize("how", ["sample", "sample through denoise", "wrapped", "losses", "target", "teacher"])
 def test_a_denoiser_is_no_network(how):
     """It would be scaled twice, without a word."""
-
-    def network(x, t):
-        return 0.1 * x
-
-    model = Denoiser(network)
+    model = Denoiser(plain)
     diffusion = Overridden() if how == "sample through denoise" else kd.KarrasDenoiser(loss_norm="l2")
     with pytest.raises(TypeError, match="the model is a (Denoiser|DataParallel), .* already, .*: give its network"):
         if how == "losses":
             diffusion.training_losses(model, X, torch.ones(1))
         elif how == "target":
-            diffusion.consistency_losses(network, X, 18, target_model=model)
+            diffusion.consistency_losses(plain, X, 18, target_model=model)
         elif how == "teacher":
-            diffusion.progdist_losses(network, X, 18, teacher_model=model, teacher_diffusion=diffusion)
+            diffusion.progdist_losses(plain, X, 18, teacher_model=model, teacher_diffusion=diffusion)
         else:
             kd.karras_sample(diffusion, nn.DataParallel(model) if how == "wrapped" else model, X.shape, 4)
 

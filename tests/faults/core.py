@@ -100,6 +100,8 @@ SAMPLERS = [
     ("levels up to infinity", "_is_number(value) and 0 < value < math.inf", "value is not None",
      "tests/test_samplers.py::test_a_range_that_makes_no_levels_is_none"),
     ("churn by too much", "min(s_churn / steps, 2**0.5 - 1)", "s_churn / steps", loop("heun.6.churn.bc.noclip")),
+    ("a negative churn is none", "if not s_churn >= 0:", "if False:",
+     "tests/compat/test_openai.py::test_errors_name_what_is_wrong[<lambda>-s_churn must be 0, .* or more, got -3.0]"),
     ("churn: a square missing", "max(hat**2 - level**2, 0.0) ** 0.5", "max(hat - level, 0.0) ** 0.5",
      loop("heun.6.churn.bc.noclip")),
     ("churn: s_noise forgotten", "[s_noise * max(hat", "[max(hat", loop("heun.6.churn.bc.noclip")),

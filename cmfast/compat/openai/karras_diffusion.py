@@ -309,7 +309,8 @@ def karras_sample(
         sampler: `heun`, `dpm`, `ancestral`, `onestep`, `progdist`, `euler`, `multistep`.
         generator: from `random_util.get_generator`; None: torch's own.
 
-    Raises: ValueError: an unknown sampler, ts missing or outside the grid. TypeError: the model is a `cmfast.Denoiser`.
+    Raises: ValueError: an unknown sampler, ts missing or outside the grid, a negative s_churn. TypeError: the model is
+        a `cmfast.Denoiser`.
     """
     functions: dict[str, Callable[..., Tensor]] = {
         "heun": sample_heun,
