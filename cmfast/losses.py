@@ -109,8 +109,14 @@ def _grid_sigma(index: Tensor, num_scales: int, x: Tensor, levels: dict[str, flo
 def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
     if indices is None:
         return torch.randint(0, high, (x_start.shape[0],), device=x_start.device)
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a torch.Tensor [B], got {type(indices).__name__}")
     if indices.shape != (x_start.shape[0],):
         raise ValueError(f"indices must be [B] with B = {x_start.shape[0]}, got {list(indices.shape)}")
+    if indices.device.type == "cpu" and indices.numel() and _check.has_values(indices):
+        low, top = (each.item() for each in indices.aminmax())
+        if not 0 <= low <= top < high:  # the formula of levels goes on outside of the grid
+            raise ValueError(f"indices must be from 0 to {high - 1}, got {low} to {top}")
     return indices
 
 
@@ -175,7 +181,8 @@ def consistency_loss(
         sigma_min, sigma_max, rho: of the grid, in data units.
 
     Student and target see the same dropout mask. Returns per-sample `loss`, float32 [B].
-    Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape.
+    Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape or
+        (on a CPU) outside of the grid. TypeError: indices that are no tensor.
 
     >>> terms = consistency_loss(lambda x, t: 0.5 * x, lambda x, t: 0.5 * x, torch.zeros(2, 1, 4, 4), num_scales=18)
     >>> terms["loss"].shape
@@ -347,7 +354,8 @@ def progressive_distillation_loss(
     x_t - t (x_t3 - x_t) / (t3 - t). Arguments as in `consistency_loss`; num_scales counts intervals, and indices [B]
     are from 0 to num_scales - 1. States are float32 where x_start is 16-bit. Returns per-sample `loss`, float32 [B].
 
-    Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape.
+    Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape or (on a CPU) outside
+        of the grid. TypeError: indices that are no tensor.
     """
     _check.float_tensor("x_start", x_start)
     if num_scales < 1:

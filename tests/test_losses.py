@@ -244,6 +244,8 @@ def test_pixels_are_no_images_yet(draw):
         ({"num_scales": 1}, "2 or more, got 1"),
         ({"target_model": None}, "target_model is missing"),
         ({"indices": torch.zeros(3, dtype=torch.int64)}, "B = 4"),
+        ({"indices": torch.tensor([0, 3, 17, 1])}, "indices must be from 0 to 16, got 0 to 17"),
+        ({"indices": torch.tensor([-1, 3, 16, 1])}, "indices must be from 0 to 16, got -1 to 16"),
         ({"noise": torch.zeros(4, 3, 8, 7)}, "shape of x_start"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
@@ -253,3 +255,17 @@ def test_bad_arguments(options, message):
     arguments = {"target_model": model, "num_scales": 18, "labels": Y, **options}
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         losses.consistency_loss(model, x_start=X, **arguments)
+
+
+def test_indices_of_the_grid():
+    """A grid of 18 levels has 17 pairs, and as many intervals has progressive distillation of 17."""
+    model, given = toy(0), {"labels": Y, "noise": torch.ones_like(X)}
+    for make in (
+        lambda indices: losses.consistency_loss(model, model, X, 18, indices=indices, **given),
+        lambda indices: losses.progressive_distillation_loss(model, model, X, 17, indices=indices, **given),
+    ):
+        assert make(torch.tensor([0, 3, 16, 1]))["loss"].isfinite().all()
+        with pytest.raises(ValueError, match="indices must be from 0 to 16, got 0 to 17"):
+            make(torch.tensor([0, 3, 17, 1]))
+        with pytest.raises(TypeError, match=r"indices must be a torch.Tensor \[B\], got list"):
+            make([0, 3, 16, 1])

@@ -47,6 +47,8 @@ LOSSES = [
      "tests/test_losses.py::test_another_default_device"),
     ("ECT: pairs as close as rounding", "if below.factor < closest:", "if False:",
      _F + "ect_pairs_closer_than_their_numbers_are_refused[2.0-16]"),
+    ("indices outside of the grid", "if not 0 <= low <= top < high:", "if not 0 <= low <= top <= high:",
+     "tests/test_losses.py::test_indices_of_the_grid"),
     ("iCT: no weight", "weighting=1 / gap)", "weighting=gap / gap)", _F + "ict_loss[None]"),
     ("ECT: x_start is no target of a function", "torch.where(at_zero, x_start,",
      "torch.where(at_zero & False, x_start,",
