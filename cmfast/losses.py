@@ -180,7 +180,7 @@ def consistency_loss(
         weighting: of snr(t), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
         sigma_min, sigma_max, rho: of the grid, in data units.
 
-    Student and target see the same dropout mask. Returns per-sample `loss`, float32 [B].
+    Student and target (and a teacher that drops) see the same dropout mask. Returns per-sample `loss`, float32 [B].
     Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape or
         (on a CPU) outside of the grid. TypeError: indices that are no tensor.
 
@@ -222,7 +222,8 @@ def consistency_loss(
     if second is None:
         assert teacher_model is not None  # else second is there
         maker = evaluator(teacher_model, labels, clip=False).settle(x_start.dtype)
-        second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
+        with pairing:
+            second = _solve(maker, x_t, _input_of(maker, student, first, sigma), sigma, next_sigma, solver)
     with torch.no_grad(), pairing:
         target_output = target(*_input_of(target, maker, second, next_sigma))
     point, target_point = (model_output, x_t, sigma), (target_output, second[0], next_sigma)
@@ -382,10 +383,12 @@ def progressive_distillation_loss(
             _grid_sigma(indices + part, num_scales + 1, x_start, levels) for part in (0, 0.5, 1)
         )
         first = ops.add_noise(x_start, noise, sigma, **student.input_options)
+    x_t = first[0]
     with pairing:
-        x_t, model_output = first[0], student(*first[1:])
-    x_mid, *middle = _solve(teacher, x_t, _input_of(teacher, student, first, sigma), sigma, mid_sigma, "euler")
-    x_next, *_ = _solve(teacher, x_mid, (middle[0], middle[1]), mid_sigma, next_sigma, "euler")
+        x_mid, *middle = _solve(teacher, x_t, _input_of(teacher, student, first, sigma), sigma, mid_sigma, "euler")
+        x_next, *_ = _solve(teacher, x_mid, (middle[0], middle[1]), mid_sigma, next_sigma, "euler")
+    with pairing:  # last: torch's generators go on from where the student leaves them
+        model_output = student(*first[1:])
     with torch.no_grad():
         ratio = (sigma / (sigma - next_sigma)).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
         target = torch.lerp(x_t, x_next, ratio)

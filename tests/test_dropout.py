@@ -75,6 +75,36 @@ def test_every_loss_with_a_target_of_its_own_drops_the_same(network):
         assert terms["loss"].max() < 100.0
 
 
+def distillations(model, teacher, part=slice(None), draw=None):
+    """The loss of each kind that has a teacher."""
+    draw = None if draw is None else draw._replace(index=draw.index[part])
+    options = {"teacher_model": teacher, "draw": draw}
+    made = [losses.consistency_loss(model, model, X[part], 18, solver=solver, **options) for solver in losses.SOLVERS]
+    made.append(losses.progressive_distillation_loss(model, teacher, X[part], 8, draw=draw))
+    return torch.stack([terms["loss"] for terms in made])
+
+
+def test_a_teacher_in_training_mode_drops_by_the_draw_too():
+    """One that was left in it: a sample's loss is the same in any batch."""
+    model, teacher = Denoiser(Counted()), Denoiser(Counted(), Preconditioner.edm())
+    whole = distillations(model, teacher, draw=DRAW)
+    halves = [distillations(model, teacher, part, DRAW) for part in (slice(0, 2), slice(2, 4))]
+    assert torch.equal(torch.cat(halves, dim=1), whole)
+    assert not torch.allclose(distillations(model, Denoiser(Counted(), Preconditioner.edm()).eval(), draw=DRAW), whole)
+
+
+def test_a_loss_with_a_teacher_leaves_torchs_generator_where_the_student_does():
+    """And does not have it go back to where the teacher began."""
+    model, states = Denoiser(Plain()), []
+    for teacher in (lambda x, sigma: x, Denoiser(Plain(), Preconditioner.edm())):
+        torch.manual_seed(0)
+        losses.progressive_distillation_loss(model, teacher, X, 8)
+        states.append(torch.get_rng_state())
+    torch.manual_seed(0)
+    torch.randn_like(X), torch.randint(0, 8, (4,)), model.network(X, T)
+    assert all(torch.equal(state, torch.get_rng_state()) for state in states)
+
+
 def test_masks_are_counted():
     """Of layer k: `reference.dropout_mask` of the draw number that k is added to, under a seed of the draw."""
     model = Counted()
