@@ -116,7 +116,10 @@ def test_diffusers_errors(pipeline, pipeline_folder, tmp_path):
     with pytest.raises(TypeError, match="cannot load a Identity: expected a path"):
         load(torch.nn.Identity())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="neither unet/config.json nor config.json"):
+    with pytest.raises(CheckpointError, match="neither unet/config.json nor config.json$"):
+        load(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"config\.json; give .*model\.safetensors, the weights in it$"):
         load(tmp_path / "empty")
 
     scheduler = pipeline_folder / "scheduler" / "scheduler_config.json"
@@ -161,6 +164,9 @@ def test_unknown_name():
 
 def test_without_diffusers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(CheckpointError, match="is no diffusers folder"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ImportError, match=r'pip install "cmfast\[diffusers\]"'):
         load(tmp_path)
     for module in ("scheduler", "pipeline"):

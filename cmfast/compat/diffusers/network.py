@@ -63,15 +63,14 @@ def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict
         CheckpointError: a folder that holds no UNet2DModel, or the pipeline of another kind of model, or a network
             that cannot be converted.
     """
-    UNet2DModel = unet_class()
     if isinstance(source, str | os.PathLike):
-        unet, scheduler = _read_folder(Path(source), UNet2DModel)
+        unet, scheduler = _read_folder(Path(source))
     else:
         unet, scheduler = getattr(source, "unet", source), {}
         if hasattr(source, "scheduler"):
             scheduler = {**source.scheduler.config, "_class_name": type(source.scheduler).__name__}
         unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps
-        if not isinstance(unet, UNet2DModel):
+        if not isinstance(unet, unet_class()):
             expected = "a path, a UNet2DModel of diffusers or a pipeline with one"
             raise TypeError(f"cannot load a {type(source).__name__}: expected {expected}")
 
@@ -95,14 +94,19 @@ def read_network(source: Any, *, convert: bool = False) -> tuple[nn.Module, dict
     return network, settings | {"image_shape": network.image_shape, "num_classes": network.num_classes}
 
 
-def _read_folder(folder: Path, UNet2DModel: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _read_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     config = _read_json(unet_folder / "config.json")
     if config is None:
-        raise CheckpointError(f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json")
+        ours = folder / "model.safetensors"  # of a training run, or of a checkpoint in it
+        instead = f"; give {ours}, the weights in it" if ours.is_file() else ""
+        raise CheckpointError(
+            f"{folder} is no diffusers folder: it has neither unet/config.json nor config.json{instead}"
+        )
     if config.get("_class_name") != "UNet2DModel":
         raise CheckpointError(f"{unet_folder} holds a {config.get('_class_name')}, expected a UNet2DModel")
     _check_size(unet_folder, config)
+    UNet2DModel = unet_class()
     from diffusers.utils import is_accelerate_available  # type: ignore[attr-defined]  # exported at run time alone
 
     dtype = _dtype_of(unet_folder)
