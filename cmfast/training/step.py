@@ -137,9 +137,9 @@ class TrainStep:
     teacher, averages and optimizer are replaced in it.
 
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
-        noise levels; or a teacher that its students are to become is of another kind; or the weights to be trained have
-        fewer bits than float32, so that rounding would take most steps, or are none, or lie outside the network.
-        TypeError: a model is no Denoiser.
+        noise levels; or a teacher is of other classes, or one that its students are to become of another kind; or the
+        weights to be trained have fewer bits than float32, so that rounding would take most steps, or are none, or lie
+        outside the network. TypeError: a model is no Denoiser.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -401,6 +401,14 @@ def check_models(model: Denoiser, objective: Objective, teacher_model: Any, lpip
     _check_weights(model)
     if objective.teacher_follows:
         _check_followed(model, teacher_model)
+    elif teacher_model is not None:
+        ours, theirs = model.num_classes, teacher_model.num_classes
+        if (ours is None) != (theirs is None) or (ours or 0) > (theirs or 0):
+            raise ValueError(
+                f"model has num_classes={ours} and teacher_model num_classes={theirs}: both are given the labels of "
+                "the data, or none. Give a teacher of the model's classes, or begin with another model (--teacher, "
+                "--init)"
+            )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     # Of a progressive distillation, students become the teacher.
     changed = {"model": model, **({"teacher_model": teacher_model} if objective.teacher_follows else {})}

@@ -16,6 +16,7 @@ from cmfast.data import Batch, ImageData
 from cmfast.objectives import EDM, ConsistencyDistillation
 from cmfast.tolerances import TRAINING
 from cmfast.training import TrainStep
+from tests.golden_utils import small_unet
 from tests.host_reads import NoHostReads
 from tests.training.toys import DATA, OBJECTIVES, OPTIONS, denoiser, teacher, trainer, unet, weights
 
@@ -416,11 +417,15 @@ def test_data_is_looked_at_by_weightings_that_depend_on_it():
          r"where model has nothing more, teacher_model has network\.seen \[\]"),
         (OBJECTIVES["pd"], {"teacher_model": cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(sigma_data=0.25))},
          r"where model has .*sigma_data=0\.5.*, teacher_model has .*sigma_data=0\.25"),
+        (OBJECTIVES["cd"], {"teacher_model": cmfast.Denoiser(small_unet(), cmfast.Preconditioner.edm())},
+         "model has num_classes=7 and teacher_model num_classes=None: both are given the labels of the data"),
+        (OBJECTIVES["cd"], {"teacher_model": cmfast.Denoiser(small_unet(num_classes=6), cmfast.Preconditioner.edm())},
+         "model has num_classes=7 and teacher_model num_classes=6: "),
         (EDM(), {"model": Scaled(unet(), cmfast.Preconditioner.edm())}, "gain of the model is no part of its network"),
     ],
     ids=["no teacher", "a teacher too many", "other scalings", "no lpips", "another range", "another boundary",
          "other data", "nothing to train", "a wider teacher", "a teacher with a buffer", "a teacher of other data",
-         "a weight outside"],
+         "a teacher without classes", "a teacher of fewer classes", "a weight outside"],
 )
 def test_models_that_do_not_go_together(objective, options, message):
     model = options.pop("model", None) or denoiser(objective)
