@@ -132,7 +132,7 @@ def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     """
     network, settings = _read(path, {}, False)
     # A scheduler of diffusers, which gives noise levels, is that of a consistency model.
-    if settings.get("boundary", settings.get("sigma_min")):
+    if settings.get("boundary", settings.get("sigma_min")) or settings.get("consistency") is True:
         raise CheckpointError(
             f"{path} is a consistency model, and a teacher is a diffusion model: what leads from noise to an image in "
             "one step gives no path to follow. Name the model that it was distilled from, or one of recipe edm"
@@ -140,7 +140,9 @@ def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     return _cast(_denoiser(path, network, settings, "edm"), dtype, settings)
 
 
-def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+def save(
+    denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, consistency: bool = False
+) -> None:
     """Write a `Denoiser` around a `UNetModel` to a safetensors file that `load` reads without further arguments.
 
     The file appears complete or not at all: it is written beside `path` under another name, flushed to the disk,
@@ -150,6 +152,8 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         denoiser: it, or its network, may be wrapped by torch.compile. path: where to; `.safetensors` by custom.
         dtype: None: every tensor as it is, so that loading gives the same bits. Otherwise the dtype in the file
             only: `load` converts back to the dtype that the model has now.
+        consistency: have the file say that it is a consistency model, and so no teacher, where its scalings do not:
+            of one that ECT has tuned they are a diffusion model's.
 
     Raises:
         CheckpointError: the network is not a `UNetModel`. ValueError: an unknown dtype.
@@ -181,6 +185,7 @@ def save(denoiser: Denoiser, path: str | os.PathLike[str], *, dtype: torch.dtype
         "rho": denoiser.rho,
         "image_shape": denoiser.image_shape,
         "num_classes": denoiser.num_classes,
+        **({"consistency": True} if consistency else {}),
     }
     if methods := overridden(model.preconditioner):
         warnings.warn(

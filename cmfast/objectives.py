@@ -61,6 +61,11 @@ class Objective:
         step, a diffusion model in 18 Heun steps."""
         return {"steps": 1} if self.preconditioning == "consistency" else {"sampler": "heun"}
 
+    @property
+    def consistency(self) -> bool:
+        """Whether it makes a consistency model, by whatever scalings."""
+        return self.sampling(self.stage(0)) == {"steps": 1}
+
     def loss(
         self,
         model: Model,

@@ -342,7 +342,10 @@ class Trainer:
     def _finish(self) -> Denoiser:
         average = self.average()
         # No process returns before the file is there.
-        self.group.together(lambda: None if self.group.rank else save_weights(average, self.out / RESULT))
+        kind = self.step.objective.consistency
+        self.group.together(
+            lambda: None if self.group.rank else save_weights(average, self.out / RESULT, consistency=kind)
+        )
         return average
 
     def _tensorboard(self) -> Any:

@@ -74,12 +74,12 @@ class State:
         what is shared out is put together.
         """
         for k, name in enumerate(self.names(step)):
-            yield name, partial(save_weights, self.average(step, k))
+            yield name, partial(save_weights, self.average(step, k), consistency=step.objective.consistency)
         teacher = step.teacher_model if step.objective.teacher_follows else None
         for each, name in ((step.model, MODEL), (teacher, TEACHER)):
             if each is not None:
                 self._copy(each)
-                yield name, partial(save_weights, self._shadow)
+                yield name, partial(save_weights, self._shadow, consistency=step.objective.consistency)
         state = {
             "step": done,
             "settings": dict(settings),
@@ -202,12 +202,13 @@ def _damaged(folder: Path, error: Exception | str) -> str:
     )
 
 
-def save_weights(model: Denoiser, path: Path) -> None:
-    """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone."""
+def save_weights(model: Denoiser, path: Path, *, consistency: bool = False) -> None:
+    """A file that `cmfast.load` reads, where the network is a `UNetModel`; else its tensors alone. consistency: as of
+    `cmfast.save`."""
     network: Any = model.network
     network = getattr(network, "_orig_mod", network)
     if isinstance(network, UNetModel):
-        checkpoint.save(with_network(model, network), path)
+        checkpoint.save(with_network(model, network), path, consistency=consistency)
         return
     checkpoint.write_tensors(_plain(network.state_dict()), path)
 

@@ -133,6 +133,8 @@ EDITING = [
 ]  # fmt: skip
 
 CHECKPOINT = [
+    ("a model that ECT has tuned as a teacher", ' or settings.get("consistency") is True', "",
+     "tests/training/test_recipes.py::test_files_of_a_run_say_what_it_makes[ect-consistency]"),
     ("a whole half network loses its kind", 'settings.get("whole") is True', "False",
      "tests/test_checkpoint.py::test_loading_converts_back[dtype0-whole]"),
     ("a half torso for a half network", "all(tensor.dtype == network.dtype for tensor in state.values())", "True",

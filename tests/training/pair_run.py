@@ -106,7 +106,7 @@ def a_nan_of_one(out, group):
 
 
 def a_full_disk(out, group, kind="ddp"):
-    def full(*_):
+    def full(*_, **options):
         raise OSError(28, "No space left on device")
 
     save, state.save_weights = state.save_weights, full
@@ -132,9 +132,9 @@ def a_folder_on_each_machine(out, group):
 def the_end(out, group):
     save = loop.save_weights
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         time.sleep(0.5)
-        save(*arguments)
+        save(*arguments, **options)
 
     loop.save_weights = slow
     try:

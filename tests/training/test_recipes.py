@@ -1,7 +1,7 @@
 """Runs by name, from the command line and from YAML: what goes in, what comes out, and what is refused."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ from PIL import Image
 
 import cmfast
 from cmfast import cli, recipes, unet_config
+from cmfast.checkpoint import load_teacher
 from cmfast.objectives import OBJECTIVES
 from cmfast.training import config
-from tests.training.toys import unet, weights
+from tests.training.toys import OPTIONS, trainer, unet, weights
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,24 @@ def test_a_consistency_model_is_no_teacher(recipe, images, tmp_path):
     cmfast.save(cmfast.Denoiser(unet(), image_shape=(3, 8, 8)), tmp_path / "edm_model.safetensors")
     with pytest.raises(ValueError, match=r"edm_model\.safetensors is a consistency model, and a teacher is"):
         recipes.trainer(distilling(recipe, images, tmp_path / "edm_model.safetensors"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, kind", [("ect", "consistency"), ("edm", "diffusion")])
+def test_files_of_a_run_say_what_it_makes(name, kind, tmp_path):
+    """ECT's scalings are a diffusion model's, and it is none any more; a file from before says nothing of it."""
+    average = trainer(name, tmp_path / "run", replace(OPTIONS, steps=1)).run(progress=False)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    files = [tmp_path / "run" / "model.safetensors", *checkpoint.glob("*.safetensors")]
+    assert len(files) == 4
+    for path in files:
+        assert cmfast.load(path).preconditioner.name == "edm"
+        if kind == "consistency":
+            with pytest.raises(ValueError, match="is a consistency model, and a teacher is a diffusion model"):
+                load_teacher(path)
+        else:
+            load_teacher(path)
+    cmfast.save(average, tmp_path / "before.safetensors")
+    load_teacher(tmp_path / "before.safetensors")
 
 
 @pytest.mark.parametrize("recipe", ["cd", "pd"])
