@@ -25,7 +25,7 @@ class Denoiser(nn.Module):
 
     Args:
         network: F(x, timesteps) or, if class-conditional, F(x, timesteps, labels); [B, C, ...] to the same shape. x has
-            the network's `input_dtype`, if it has one, or the dtype of its first parameter.
+            the network's `input_dtype`, if it has one, or the dtype of its first parameter of 16 bits or more.
         preconditioner: default: that of a consistency model.
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
         image_shape: (C, H, W) the model makes; None if not known.
@@ -183,11 +183,11 @@ def stated(network: Any, name: str) -> Any:
 
 
 def input_dtype(model: Any) -> torch.dtype | None:
-    """The dtype a model or network takes its input in: what it says, or that of its first floating parameter, or
-    None."""
+    """The dtype a model or network takes its input in: what it says, or that of its first parameter in one that batches
+    have, or None. Weights in float8 are stored in it, not computed with."""
     own: torch.dtype | None = stated(model, "input_dtype")
     parameters = model.parameters() if own is None and isinstance(model, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), own)
+    return next((p.dtype for p in parameters if p.dtype in _check.DTYPES), own)
 
 
 def stated_classes(network: Any) -> int | None:

@@ -216,6 +216,24 @@ def test_scalings_may_be_numbers(model):
     samplers.sample(model, X, sampler="heun", sigmas=[80.0, 1.0], labels=Y)
 
 
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_stored_in_float8(bias):
+    """Such a network computes in the dtype of its others, or of its input."""
+
+    class Stored(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3, 3, 1, 1).to(torch.float8_e4m3fn), requires_grad=False)
+            self.bias = None if bias is None else torch.nn.Parameter(torch.zeros(3, dtype=bias))
+
+        def forward(self, x, t):
+            return torch.nn.functional.conv2d(x, self.weight.to(x.dtype), self.bias)
+
+    denoiser = Denoiser(Stored(), image_shape=(3, 8, 6))
+    assert denoiser.input_dtype == bias and denoiser(X, 1.0).dtype == torch.float32
+    assert Sampler(denoiser, 2).sample(2).shape == (2, 8, 6, 3)
+
+
 class Scaling(torch.nn.Module):
     """A network that scales its time in place."""
 
