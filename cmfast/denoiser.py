@@ -26,6 +26,8 @@ class Denoiser(nn.Module):
     Args:
         network: F(x, timesteps) or, if class-conditional, F(x, timesteps, labels); [B, C, ...] to the same shape. x has
             the network's `input_dtype`, if it has one, or the dtype of its first parameter of 16 bits or more.
+            Parameters are seen of a module alone: a function, `functools.partial` included, stays on its device, in its
+            mode, and has x in the dtype of the batch.
         preconditioner: default: that of a consistency model.
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
         image_shape: (C, H, W) the model makes; None if not known.
