@@ -528,6 +528,7 @@ def plain(x, t):
         (lambda d: d.progdist_losses(toy(), X, 4), "teacher_model is missing"),
         (lambda d: kd.KarrasDenoiser(loss_norm="l3").consistency_losses(toy(), X, 4, None, toy()), "'l3'; known: l1"),
         (lambda d: script_util.create_model(48, 32, 1), "image_size 48.*known: 64, 128, 256, 512"),
+        (lambda d: cm_nn.update_ema([X, X], iter([X])), "there are 2 target_params and 1 source_params"),
         (lambda d: cm_nn.conv_nd(4, 1, 1, 1), "1, 2 or 3, got 4"),
         (lambda d: cm_nn.append_dims(X, 2), "must be 4 or more.*got 2"),
     ],

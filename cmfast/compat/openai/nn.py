@@ -60,9 +60,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 @torch.no_grad()
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
-    """target = rate target + (1 - rate) source, in place."""
-    targets = list(target_params)
-    sources = [source.to(target) for target, source in zip(targets, source_params, strict=True)]
+    """target = rate target + (1 - rate) source, in place. Raises: ValueError: not as many of both."""
+    targets, given = list(target_params), list(source_params)
+    if len(targets) != len(given):
+        raise ValueError(f"there are {len(targets)} target_params and {len(given)} source_params: give one for each")
+    sources = [source.to(target) for target, source in zip(targets, given, strict=True)]
     if targets:
         torch._foreach_lerp_(targets, sources, 1 - rate)
 
