@@ -18,6 +18,7 @@ from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distanc
 from cmfast.dropout import Pairing
 from cmfast.ops import _check
 from cmfast.reference import level_gap
+from cmfast.samplers import overwritten
 
 __all__ = [
     "LOSS_NORMS",
@@ -129,8 +130,10 @@ def _solve(
     model_output = teacher(*first)
     if solver == "euler":
         return ops.euler_step(model_output, x_t, sigma, next_sigma, **options)
-    next_input = ops.heun_predictor(model_output, x_t, sigma, next_sigma, **options)
-    return ops.heun_corrector(model_output, teacher(*next_input), x_t, sigma, next_sigma, **options)
+    next_output = teacher(*ops.heun_predictor(model_output, x_t, sigma, next_sigma, **options))
+    if overwritten(model_output, next_output):
+        next_output, model_output = next_output.clone(), teacher(*first)
+    return ops.heun_corrector(model_output, next_output, x_t, sigma, next_sigma, **options)
 
 
 @torch.no_grad()
@@ -172,7 +175,8 @@ def consistency_loss(
         target_model: gives the target, without gradient: an average of the student, or the student itself.
         x_start: [B, C, H, W] in [-1, 1]; num_scales: levels of the Karras grid, 2 or more.
         teacher_model: the diffusion model that is distilled; None: consistency training.
-        solver: `heun` or `euler`, the teacher's step.
+        solver: `heun` or `euler`, the teacher's step. In a Heun step a teacher whose outputs share one memory, as those
+            of a CUDA graph do, is called three times; one that returns copies, twice.
         noise: like x_start; indices: [B] from 0 to num_scales - 2; drawn from torch's generator if not given.
         draw: what noise, indices and dropout follow from, instead.
         labels: int64 [B], of a class-conditional model.

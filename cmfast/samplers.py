@@ -1,6 +1,7 @@
 """The sampling algorithms. Each is a loop of network calls and one operation between them.
 
-A model is a `Denoiser`, or any D(x, sigma[, labels]) -> denoised batch. Noise levels are known before a loop starts,
+A model is a `Denoiser`, or any D(x, sigma[, labels]) -> denoised batch, whose outputs may share one memory, as those of
+a CUDA graph do: heun and dpm then call it once more, and keep copies. Noise levels are known before a loop starts,
 so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, which is read once.
 """
 
@@ -174,6 +175,12 @@ def _churned(levels: list[float], s_churn: float, s_tmin: float, s_tmax: float) 
     return [s * (1 + gamma) if up else s for s, up in zip(levels[:-1], raised, strict=True)], raised
 
 
+def overwritten(first: Tensor, second: Tensor) -> bool:
+    """Whether a model's second output is in the memory of its first, which is lost: CUDA graphs and TensorRT have one
+    place for all."""
+    return _check.has_memory(first) and _check.has_memory(second) and 0 != first.data_ptr() == second.data_ptr()
+
+
 def _second_order(
     model: Model,
     x: Tensor,
@@ -205,6 +212,7 @@ def _second_order(
     added = [s_noise * max(hat**2 - level**2, 0.0) ** 0.5 for hat, level in zip(hats, levels[:-1], strict=True)]
     sigma, hat, mid, churn = (on_device(values, x) for values in (levels, hats, mids, added))
     options = evaluate.step_options
+    one_memory = False  # of all outputs
     model_input, c_noise = first or evaluate.scale_input(x, sigma[0])
     for i in _steps(len(levels) - 1, progress):
         noise = take(noise_fn, x) if raised[i] or draw_unused else None
@@ -216,7 +224,11 @@ def _second_order(
             x, model_input, c_noise = ops.euler_step(model_output, x, hat[i], sigma[i + 1], **options)
             continue
         mid_input, mid_noise = ops.heun_predictor(model_output, x, hat[i], mid[i], **options)
+        model_output = model_output.clone() if one_memory else model_output
         mid_output = evaluate(mid_input, mid_noise)
+        if overwritten(model_output, mid_output):
+            one_memory = True
+            mid_output, model_output = mid_output.clone(), evaluate(model_input, c_noise)
         if midpoint:
             x, model_input, c_noise = ops.midpoint_corrector(
                 model_output, mid_output, x, hat[i], mid[i], sigma[i + 1], **options

@@ -46,7 +46,7 @@ MODULES = {
 INTERNAL = {
     "checkpoint": ("write_tensors", "meta_network", "read_pickle"),
     "images": ("check_output",),
-    "samplers": ("check_options", "least_sigma", "noise_range"),
+    "samplers": ("check_options", "least_sigma", "noise_range", "overwritten"),
     "noise": ("take",),
     "training": ("Pending",),
     "recipes": ("of_any_length",),

@@ -53,7 +53,13 @@ def unread() -> Iterator[None]:
 def has_values(x: Tensor) -> bool:
     """Whether values can be looked at: not in a fake tensor, nor under torch.compile or a torch.func transform, nor
     inside `unread`."""
-    if not _reading.allowed or torch.compiler.is_compiling():
+    return _reading.allowed and has_memory(x)
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor has its own: not a fake one, or one of another class, nor under torch.compile or a torch.func
+    transform."""
+    if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
         return False
