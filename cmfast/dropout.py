@@ -27,6 +27,9 @@ class _Now:
 
 _now = _Now()
 
+#: The layers, by id, of which the last pass drew from counters.
+_counted: set[int] = set()
+
 
 @contextmanager
 def paired(draw: ops.Draw) -> Iterator[None]:
@@ -36,6 +39,10 @@ def paired(draw: ops.Draw) -> Iterator[None]:
     device, inside `torch.compile`, in captured graphs, for any batch size and number of ranks. It holds for networks
     of this package, optimised ones included, and for every `Dropout` with a number. A compiled network reads seed and
     index as tensors: it is not compiled anew for another step.
+
+    Activations that a backward pass makes again are the same where the network does it, as with `use_checkpoint=True`;
+    torch.utils.checkpoint around it needs the backward pass inside, too, and else is a RuntimeError (not of a compiled
+    network, where nobody looks).
 
     >>> layer = Dropout(0.5, layer=0)
     >>> x = torch.ones(2, 3, 4, 4)
@@ -85,6 +92,25 @@ def current() -> ops.Draw | None:
     return _now.draw
 
 
+def note(layer: nn.Module, counts: bool) -> None:
+    """Note how a layer that drops does so in this pass; counts: by counters.
+
+    Raises: RuntimeError: a backward pass makes its activations again without the draw that it had.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if counts:
+        _counted.add(id(layer))
+    elif id(layer) in _counted:
+        if torch._C._current_graph_task_id() != -1:  # -1: outside of backward passes
+            raise RuntimeError(
+                "a backward pass makes the activations of a network with dropout again, without the draw that it "
+                "dropped by: set use_checkpoint=True in the network (checkpointing=True in TrainOptions) in place of "
+                "torch.utils.checkpoint around it, or call backward() inside cmfast.dropout.paired(draw)"
+            )
+        _counted.discard(id(layer))
+
+
 class Dropout(nn.Dropout):
     """`nn.Dropout`, which inside `paired` draws from counters if it has a number. See `number` for whole networks.
 
@@ -104,7 +130,10 @@ class Dropout(nn.Dropout):
         """x [B, C, ...] with a part of its elements 0 and the rest scaled, in training mode."""
         draw = _now.draw
         # All of it dropped needs no draw.
-        if draw is None or self.layer is None or not self.training or not 0 < self.p < 1:
+        if self.layer is None or not self.training or not 0 < self.p < 1:
+            return super().forward(x)
+        note(self, draw is not None)
+        if draw is None:
             return super().forward(x)
         return ops.dropout(x, self.p, draw._replace(draw=DROPOUT_DRAW + self.layer))
 

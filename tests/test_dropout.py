@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cmfast
 from cmfast import Denoiser, Preconditioner, losses, ops, reference
@@ -211,6 +212,33 @@ def test_a_checkpointed_network_drops_the_same_again(optimised, expected):
     with paired(DRAW._replace(seed=1)):
         grads = torch.autograd.grad(value.square().sum(), [x, *model.parameters()])
     agree([value.detach(), *grads], expected)
+
+
+@pytest.mark.parametrize("optimised", [False, True], ids=["ordinary", "optimised"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_torchs_checkpoint_around_a_network(unet, expected, optimised, reentrant):
+    """Outside of the draw it would drop others; inside, and without a draw in either pass, it is right."""
+    model = optimize(unet) if optimised else unet
+    x = X.clone().requires_grad_()
+
+    def again():
+        return checkpoint(model, x, T, use_reentrant=reentrant)
+
+    def gradients(value):
+        x.grad, _ = None, unet.zero_grad()
+        value.square().sum().backward()
+        return [value.detach(), x.grad, *(p.grad for p in unet.parameters())]
+
+    with paired(DRAW):
+        value = again()
+    with pytest.raises(RuntimeError, match=r"without the draw that it dropped by: set use_checkpoint=True"):
+        gradients(value)
+    with paired(DRAW):
+        agree(gradients(again()), expected)
+    torch.manual_seed(0)
+    values = gradients(again())
+    torch.manual_seed(0)
+    agree(values, gradients(model(x, T)))
 
 
 @pytest.mark.parametrize("kind", ["counted", "ordinary", "optimised", "checkpointed"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmfast import ops
-from cmfast.dropout import DROPOUT_DRAW, current
+from cmfast.dropout import DROPOUT_DRAW, current, note
 from cmfast.fast import winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
@@ -263,7 +263,9 @@ class Forward:
         # Of a list: Dynamo cannot leave the generator of a generator halfway.
         if not any(_drops(block.dropout) for block in blocks):
             return None
-        if (draw := current()) is not None:
+        draw = current()
+        note(blocks[0].dropout, draw is not None)
+        if draw is not None:
             return draw
         seed = torch.randint(2**63 - 1, (), device=x.device)
         return ops.Draw(seed, torch.arange(x.shape[0], device=x.device), 0)

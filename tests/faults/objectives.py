@@ -89,6 +89,10 @@ OBJECTIVES = [
 ]  # fmt: skip
 
 DROPOUT = [
+    ("activations made again with other masks", "        note(self, draw is not None)\n", "",
+     _D + "torchs_checkpoint_around_a_network[hooks-ordinary]"),
+    ("a pass without a draw is none", "        _counted.discard(id(layer))\n", "        pass\n",
+     _D + "torchs_checkpoint_around_a_network[hooks-ordinary]"),
     ("another mask for the target", "            self._restore()\n        self._before",
      "            pass\n        self._before",
      "tests/test_losses.py::test_student_and_target_see_the_same_dropout"),
