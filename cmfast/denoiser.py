@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cmfast import ops
 from cmfast.ops import _check
 from cmfast.precondition import Preconditioner, overridden
+from cmfast.reference._common import as_input
 
 #: A larger rho is no other in effect: levels are evenly spaced in log sigma.
 RHO_MAX = 1e6
@@ -119,9 +120,7 @@ class Denoiser(nn.Module):
         levels = sigma.to(wide)
         parts = (_tensor(c, levels) for c in self.preconditioner.scalings(levels))
         c_skip, c_out, c_in = (c.to(wide).reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in parts)
-        model_input = (c_in * x.to(wide)).to(self.input_dtype or x.dtype)
-        if self.input_format is not None:
-            model_input = model_input.contiguous(memory_format=self.input_format)
+        model_input = as_input(c_in * x.to(wide), self.input_dtype or x.dtype, self.input_format)
         c_noise = _tensor(self.preconditioner.c_noise(levels), levels).expand(x.shape[0])
         model_output = self.network_output(model_input, c_noise, labels)
         denoised = c_skip * x.to(wide) + c_out * model_output.to(wide)

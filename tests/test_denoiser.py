@@ -234,6 +234,19 @@ def test_weights_that_are_stored_in_float8(bias):
     assert Sampler(denoiser, 2).sample(2).shape == (2, 8, 6, 3)
 
 
+@pytest.mark.parametrize("kind", [Preconditioner, Karras])
+def test_vmap_over_a_network_of_one_layout(kind):
+    torch.manual_seed(0)
+    model = Denoiser(ToyNetwork(), kind())
+    labels, sigma = Y[:, None], torch.tensor([0.5, 80.0, 1.5])
+    wanted = model(X, sigma, Y)
+    model.network.input_format = torch.channels_last
+    mapped = torch.func.vmap(lambda *args: model(*args))
+    torch._dynamo.reset()
+    for denoise in (mapped, torch.compile(mapped, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(denoise(X[:, None], sigma[:, None], labels)[:, 0], wanted)
+
+
 class Scaling(torch.nn.Module):
     """A network that scales its time in place."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmfast.reference import Draw
+from cmfast.reference._common import in_transform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
@@ -61,7 +62,7 @@ def has_memory(x: Tensor) -> bool:
     transform."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
+    if in_transform():
         return False
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from cmfast.errors import Unavailable
 from cmfast.ops import _inplace, _multi
 from cmfast.reference import Draw
+from cmfast.reference._common import in_transform
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -184,7 +185,7 @@ def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
 
 def transform_refusal() -> str | None:
     """The transform of PyTorch that is at work, which goes through ordinary operations; None if none is."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
+    if in_transform():
         return "torch.func transforms go through the reference path"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation goes through the reference path"

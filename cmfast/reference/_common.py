@@ -36,4 +36,12 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
 def as_input(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format | None) -> Tensor:
     """A network input in its dtype and, if one is asked for, in a memory format."""
     x = x.to(dtype)
-    return x if memory_format is None else x.contiguous(memory_format=memory_format)
+    # vmap knows of no other layout than the contiguous one.
+    if memory_format is None or in_transform():
+        return x
+    return x.contiguous(memory_format=memory_format)
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform is at work: what it wraps has neither memory nor values to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore  # made at run time

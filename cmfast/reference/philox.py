@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmfast.reference._common import in_transform
+
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -62,7 +64,7 @@ def _for_numpy(inputs: tuple[int | Tensor, ...], counters: int) -> bool:
     """Whether NumPy makes the words: of plain tensors on the CPU, with nothing between that looks on."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore  # made at run time
+    if in_transform():
         return False
     for tensor in inputs:
         if isinstance(tensor, Tensor) and (type(tensor) is not Tensor or tensor.device.type != "cpu"):

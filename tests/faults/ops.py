@@ -187,7 +187,7 @@ REFERENCE_PHILOX = [
     ("the first block alone", "for start in range(0, counters, _BLOCK):", "for start in range(0, 1):",
      T_WORDS + "test_numpys_words[two blocks and a tail]"),
     ("an index of 32 bits", "samples >> _WORD", "samples & np.uint64(0)", T_WORDS + "test_numpys_words[a few]"),
-    ("transforms by NumPy", "torch._C._functorch.peek_interpreter_stack() is not None", "False",
+    ("transforms by NumPy", "    if in_transform():\n", "    if False:\n",
      T_WORDS + "test_where_numpy_stays_away[vmap]"),
     ("modes by NumPy", " or torch._C._len_torch_dispatch_stack()", "",
      T_WORDS + "test_where_numpy_stays_away[a mode]"),
