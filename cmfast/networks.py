@@ -51,8 +51,9 @@ def prepare(model: Any, *, optimize: str | bool, compile: str, dtype: torch.dtyp
         return Prepared(prepared, optimised, ("off", why), refresh)
     if compile == "off":
         return Prepared(prepared, optimised, ("off", "compile=False was asked for"), refresh)
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return Prepared(prepared, optimised, ("off", "TORCH_COMPILE_DISABLE=1 has PyTorch compile nothing"), refresh)
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(variable) == "1":
+            return Prepared(prepared, optimised, ("off", f"{variable}=1 has PyTorch compile nothing"), refresh)
     if compile == "whole" and _compiled_in_parts(prepared):
         why = "compile='whole' was asked for; on a CPU with wide convolutions its parts are faster"
         return Prepared(prepared, optimised, ("parts", why), refresh)

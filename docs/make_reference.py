@@ -68,6 +68,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "PyTorch's threads on a CPU",
     "TRITON_INTERPRET": "1: kernels run in Triton's interpreter, on a CPU, slowly",
     "TORCH_COMPILE_DISABLE": "1: nothing is compiled by `torch.compile`",
+    "TORCHDYNAMO_DISABLE": "1: as `TORCH_COMPILE_DISABLE`",
     "OPENAI_LOGDIR": "where the stand-in for openai's `cm.logger` writes, beside others of the original's",
 }
 

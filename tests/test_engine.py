@@ -272,11 +272,11 @@ def test_a_bare_network_is_no_model(use):
             TrainStep(network, cmfast.objectives.EDM(), TrainOptions(steps=1, batch_size=1, learning_rate=1e-4))
 
 
-def test_nothing_is_compiled_where_pytorch_compiles_nothing(model, monkeypatch):
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    assert Sampler(model, 2, compile=True).explain()["compile"] == (
-        "off", "TORCH_COMPILE_DISABLE=1 has PyTorch compile nothing",
-    )  # fmt: skip
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_nothing_is_compiled_where_pytorch_compiles_nothing(variable, model, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    said = Sampler(model, 2, compile=True).explain()["compile"]
+    assert said == ("off", f"{variable}=1 has PyTorch compile nothing")
 
 
 def test_classes_are_whole_numbers():
