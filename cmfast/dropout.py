@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -214,3 +214,8 @@ def counts(model: Any) -> bool:
         inner = (getattr(model, name, None) for name in ("network", "module", "_orig_mod"))
         model = next((part for part in inner if isinstance(part, nn.Module)), None)
     return False
+
+
+def drops(modules: Iterable[nn.Module]) -> bool:
+    """Whether a dropout layer among them is at work: its masks are another's at every call."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)

@@ -47,7 +47,7 @@ class Frozen(nn.Module):
         values: dict[str, Any] = {"x": x, "timesteps": timesteps}
         if y is not None:
             values["y"] = y
-        if drops(self.network):
+        if dropout.drops(self.network.modules()):
             draw = dropout.current()
             if draw is None or not dropout.counts(self.network):
                 return self._call(values)  # by torch's generator
@@ -87,8 +87,3 @@ def frozen(model: Denoiser) -> Denoiser:
     if model.device.type not in SPACES or not isinstance(model.network, nn.Module):
         return model
     return with_network(model, Frozen(model.network, model.device))
-
-
-def drops(network: nn.Module) -> bool:
-    """Whether a dropout layer of it is at work: its masks are another's at every call."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in network.modules())

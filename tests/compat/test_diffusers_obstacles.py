@@ -107,7 +107,7 @@ def test_what_is_in_the_way_is_said(caplog):
         assert message in caplog.text
 
     plain.unet.train()
-    check("training mode and has dropout")
+    check("a dropout layer in training mode")
     plain.unet.eval()
     plain.unet._hf_hook = object()
     check("hooks of accelerate or diffusers")
@@ -116,6 +116,21 @@ def test_what_is_in_the_way_is_said(caplog):
         assert fast.explain()["loop"][1].startswith("torch.autocast is on")
     fast.scheduler = plain.scheduler
     check("CMStochasticIterativeScheduler, not cmfast's")
+
+
+@pytest.mark.parametrize("how", ["layers alone", "p by hand"])
+def test_dropout_that_is_on(how):
+    """As Monte Carlo dropout has it; or with a p that the configuration does not know."""
+    plain = small_pipeline(dropout=0.5 if how == "layers alone" else 0.0)
+    fast = accelerate(plain)
+    before = call(fast, 2, output_type="pt")[0]
+    for part in plain.unet.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.train().p = 0.5
+    expected, found = (call(p, 2, output_type="pt")[0] for p in (plain, fast))
+    assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(before, expected)
+    plain.unet.eval()
+    assert torch.equal(call(fast, 2, output_type="pt")[0], before)
 
 
 def shifted(function):

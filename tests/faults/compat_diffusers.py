@@ -87,6 +87,8 @@ DIFFUSERS_PIPELINE = [
      ACCELERATED + "refresh[optimised-eager-merged]"),
     ("offloading is passed over", 'if any("_hf_hook" in vars(m) or', "if any(",
      OBSTACLES + "what_is_in_the_way_is_said"),
+    ("dropout of the configuration alone", "if dropout.drops(parts):",
+     "if self.unet.training and self.unet.config.dropout > 0:", OBSTACLES + "dropout_that_is_on[layers alone]"),
     ("labels of any kind are classes", "if self.unet.config.class_embed_type is not None:", "if False:",
      OBSTACLES + "labels_that_are_no_classes[identity-whole]"),
     ("parts are looked at once", "self.reason or refusal(self.network)", "self.reason",

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
+from cmfast import dropout
 from cmfast.compat.diffusers.network import UNet2DNetwork
 from cmfast.compat.diffusers.scheduler import CMStochasticIterativeScheduler, like, replaced
 from cmfast.denoiser import Denoiser
@@ -184,12 +185,13 @@ class _Accelerated(ConsistencyModelPipeline):
             return f"the scheduler's {method} was replaced"
         if kind is not CMStochasticIterativeScheduler:
             return f"the scheduler is a {kind.__module__}.{kind.__name__}, not cmfast's"
-        if any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in self.unet.modules()):
+        parts = list(self.unet.modules())  # once: finding them takes longer than looking at them
+        if any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in parts):
             return "the network has hooks of accelerate or diffusers, such as those of offloading"
         if torch.is_autocast_enabled(self._execution_device.type):
             return "torch.autocast is on: call accelerate(pipe, dtype=...) instead"
-        if self.unet.training and self.unet.config.dropout > 0:
-            return "the network is in training mode and has dropout"
+        if dropout.drops(parts):
+            return "the network has a dropout layer in training mode"
         if self.unet.config.class_embed_type is not None:
             return f"labels of class_embed_type={self.unet.config.class_embed_type!r} are no classes"
         try:
