@@ -111,6 +111,21 @@ def test_the_fused_input_is_used_once_and_only_for_an_unchanged_sample():
         assert all(relative_error(value, expected) < DIFFUSERS_VALUE for value in inputs)
 
 
+@pytest.mark.parametrize("index", [None, 3])
+def test_the_input_of_another_level_than_the_next(index):
+    """Of a loop that goes on at another level, or back to one."""
+    inputs = []
+    for kind in (Theirs, Ours):
+        scheduler = kind()
+        scheduler.set_timesteps(timesteps=[30, 20, 10, 0])
+        t, x = scheduler.timesteps, 80 * torch.ones(1, 3, 4, 4)
+        output = toy(scheduler.scale_model_input(x, t[0]), t[0])
+        x = scheduler.step(output, t[0], x, torch.Generator().manual_seed(0)).prev_sample
+        scheduler._step_index = index
+        inputs.append(scheduler.scale_model_input(x, t[3]))
+    assert relative_error(*inputs[::-1]) < DIFFUSERS_VALUE
+
+
 def test_nothing_is_kept_after_the_last_step():
     scheduler = Ours()
     run(scheduler, timesteps=[22, 0])

@@ -51,8 +51,8 @@ class CMStochasticIterativeScheduler(_Base):
     _seen: tuple[Tensor, int, Any] | None = None
     _levels: list[float]
     _device_levels: dict[tuple[torch.device, torch.dtype], Tensor]
-    # (prev_sample, its version, the network's input made with it) of the last step.
-    _next_input: tuple[Tensor, int, Tensor] | None = None
+    # (prev_sample, its version, the index of its level, the network's input made with it) of the last step.
+    _next_input: tuple[Tensor, int, int, Tensor] | None = None
 
     def __reduce__(self) -> Any:
         # By name pickle would find diffusers' class: see `__module__` below.
@@ -127,8 +127,8 @@ class CMStochasticIterativeScheduler(_Base):
         self.is_scale_input_called = True
         self._refresh()
         ready, self._next_input = self._next_input, None
-        if ready is not None and ready[0] is sample and ready[1] == sample._version:
-            return ready[2]
+        if ready is not None and ready[0] is sample and ready[1:3] == (sample._version, self.step_index):
+            return ready[3]
         return ops.scale_input(sample, self._level(self.step_index, sample), sigma_data=self.config.sigma_data)[0]
 
     def step(
@@ -184,7 +184,7 @@ class CMStochasticIterativeScheduler(_Base):
             previous, model_input, _ = ops.renoise(model_output, sample, sigma, next_level, noise, **options)
             # With s_noise the level of the noise is not that of the sample, which scales the input.
             if config.s_noise == 1 and not previous.is_inference():
-                self._next_input = previous, previous._version, model_input
+                self._next_input = previous, previous._version, following, model_input
         self._step_index += 1
         return Output(prev_sample=previous) if return_dict else (previous,)
 
