@@ -29,6 +29,7 @@ from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401
 
 attention_processor = pytest.importorskip("diffusers.models.attention_processor")
+training_utils = pytest.importorskip("diffusers.training_utils")
 
 
 @pytest.fixture(params=["as given", "optimised"])
@@ -307,6 +308,25 @@ def test_changes_are_seen(network):
     results.append(check().float())
     for a, b in zip(results[:-2], results[1:-1]):
         assert relative_error(b, a) > 1e-3
+
+
+def test_averages_of_diffusers():
+    """`EMAModel` writes them through `.data`, into all weights at once."""
+    plain = small_pipeline()
+    fast, averages = accelerate(plain), training_utils.EMAModel(plain.unet.parameters(), decay=0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in plain.unet.parameters():
+                parameter.mul_(1.1)
+        averages.step(plain.unet.parameters())
+    images = [call(fast, 2, output_type="pt")[0]]
+    averages.store(plain.unet.parameters())
+    for write in (averages.copy_to, averages.restore):
+        write(plain.unet.parameters())
+        expected, found = (call(p, 2, output_type="pt")[0] for p in (plain, fast))
+        assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(images[-1], expected)
+        images.append(found)
+    assert relative_error(images[2], images[0]) < DIFFUSERS_VALUE
 
 
 @pytest.fixture

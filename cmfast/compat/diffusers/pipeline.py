@@ -44,9 +44,10 @@ def accelerate(
 
     A call runs as a whole, from noise to pixels: on a GPU as one CUDA graph. Noise and labels are drawn as diffusers
     draws them, so a seed gives the same images. With a callback the steps run one by one, without a graph; where
-    offloading, `torch.autocast`, another scheduler, a method of it that was replaced, labels that are no classes or a
-    sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which. Weights that are written through
-    `.data`, as PEFT merges, and settings of torch's own layers, such as `padding_mode`, need a call of `refresh()`.
+    offloading, `torch.autocast`, dropout that is on, another scheduler, a method of it that was replaced, labels that
+    are no classes or a sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which. A write of
+    weights through `.data`, as PEFT merges them and diffusers' `EMAModel.copy_to` and `restore` do, or to a setting of
+    torch's own layers, such as `padding_mode`, needs a call of `refresh()`; on a CPU, one of all weights needs none.
 
     Args:
         pipe: its scheduler must be a CMStochasticIterativeScheduler.
