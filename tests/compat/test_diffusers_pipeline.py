@@ -198,6 +198,21 @@ def test_a_callback_may_change_the_sample():
     assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(unchanged, expected)
 
 
+def test_a_callback_may_put_another_network_in(network):
+    plain, first, other = small_pipeline(), small_unet(), small_unet(seed=5)
+    images = []
+    for pipeline in (plain, accelerate(plain)):
+        pipeline.unet = first
+
+        def swap(i, t, x, pipeline=pipeline):
+            pipeline.unet = other
+
+        images.append(call(pipeline, 2, **STEPS["[30, 12, 5]"], output_type="pt", callback=swap)[0])
+    assert relative_error(*images[::-1]) < DIFFUSERS_VALUE
+    unchanged = call(accelerate(small_pipeline()), 2, **STEPS["[30, 12, 5]"], output_type="pt")[0]
+    assert relative_error(unchanged, images[0]) > 0.01
+
+
 def test_the_pipeline_it_was_made_from_stays(tmp_path):
     plain = small_pipeline()
     scheduler, config = plain.scheduler, dict(plain.config)

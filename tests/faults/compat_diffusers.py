@@ -110,6 +110,8 @@ DIFFUSERS_PIPELINE = [
      OBSTACLES + "images_made_in_a_way_of_their_own[subclass-numpy_to_pil]"),
     ("labels of two kinds", "labels = labels.to(torch.int64)\n", "pass\n",
      ACCELERATED + "it_runs_as_one_graph[as given]"),
+    ("another network halfway", "if self.unet is not unet:", "if False:",
+     ACCELERATED + "a_callback_may_put_another_network_in[optimised]"),
     ("every callback", "if i % callback_steps == 0:", "if True:", ACCELERATED + "callbacks[as given]"),
 ]  # fmt: skip
 

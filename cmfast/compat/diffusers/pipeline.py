@@ -305,8 +305,10 @@ class _Accelerated(ConsistencyModelPipeline):
         bar: Any,
     ) -> Tensor:
         """diffusers' loop, with the fast network and the fused step."""
-        network = self._ready().network
+        unet, network = self.unet, self._ready().network
         for i, t in enumerate(self.scheduler.timesteps):
+            if self.unet is not unet:  # a callback has put another in
+                unet, network = self.unet, self._ready().network
             model_input = self.scheduler.scale_model_input(sample, t)
             model_output = network(model_input, t, class_labels=labels, return_dict=False)[0]
             sample = self.scheduler.step(model_output, t, sample, generator=generator)[0]
