@@ -325,6 +325,19 @@ def test_changes_are_seen(network):
         assert relative_error(b, a) > 1e-3
 
 
+def test_settings_of_the_network_that_change(network):
+    """More classes, and another input, both after the first call."""
+    plain = small_pipeline(num_class_embeds=4)
+    fast = accelerate(plain)
+    before = call(fast, 2, [1, 2], output_type="pt")[0]
+    plain.unet.class_embedding = torch.nn.Embedding(8, plain.unet.class_embedding.embedding_dim)
+    for config, labels in (({"num_class_embeds": 8}, [6, 7]), ({"center_input_sample": True}, [1, 2])):
+        plain.unet.register_to_config(**config)
+        expected, found = (call(p, 2, labels, output_type="pt")[0] for p in (plain, fast))
+        assert relative_error(found, expected) < DIFFUSERS_VALUE < relative_error(before, expected)
+        before = expected
+
+
 def test_averages_of_diffusers():
     """`EMAModel` writes them through `.data`, into all weights at once."""
     plain = small_pipeline()

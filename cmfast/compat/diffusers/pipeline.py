@@ -87,7 +87,7 @@ class _Engine:
     """A network made fast, and samplers with it, one for each schedule."""
 
     def __init__(self, unet: Any, config: Any, options: dict[str, Any]) -> None:
-        self.unet, self.passes, self.config = unet, _passes(unet), config
+        self.unet, self.seen, self.config = unet, _seen(unet), config
         self.network, self.reason = fast_network(unet, options["dtype"])
         shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
         self.model = _denoiser(UNet2DNetwork(self.network), config, shape)
@@ -133,9 +133,9 @@ def _denoiser(network: nn.Module, config: Any, image_shape: tuple[int, int, int]
     )
 
 
-def _passes(unet: Any) -> tuple[type, Any]:
-    """What runs when the network is called: its class, and a forward pass of its own if it was given one."""
-    return type(unet), vars(unet).get("forward")
+def _seen(unet: Any) -> tuple[type, Any, Any]:
+    """What runs when the network is called: its class, a forward pass of its own if it was given one, its settings."""
+    return type(unet), vars(unet).get("forward"), unet.config
 
 
 def fast_network(unet: Any, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
@@ -204,7 +204,7 @@ class _Accelerated(ConsistencyModelPipeline):
     def _ready(self) -> _Engine:
         """The engine for the network and scheduler that the pipeline has now."""
         engine, unet, config = self._engine, self.unet, self.scheduler.config
-        if engine is None or engine.unet is not unet or engine.passes != _passes(unet) or engine.config != config:
+        if engine is None or engine.unet is not unet or engine.seen != _seen(unet) or engine.config != config:
             engine = self._engine = _Engine(unet, config, self._options)
         elif engine.reason and engine.reason != fast_network(unet, self._options["dtype"])[1]:
             engine = self._engine = _Engine(unet, config, self._options)
