@@ -109,7 +109,7 @@ DROPOUT = [
 ]  # fmt: skip
 
 FAST = [
-    ("an optimised network draws for itself", "if (draw := current()) is not None:", "if (draw := current()) is None:",
+    ("an optimised network draws for itself", "        if draw is not None:\n", "        if draw is None:\n",
      _D + "an_optimised_network_drops_what_the_ordinary_does"),
 ]  # fmt: skip
 
