@@ -124,13 +124,15 @@ def load(
     return _cast(denoiser, dtype, settings)
 
 
-def load_teacher(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Denoiser:
+def load_teacher(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, convert: bool = False
+) -> Denoiser:
     """The diffusion model that a distillation starts from, as `load` reads it; but weights that do not say what they
     are count as one, whatever the file is called, as in the original's `cm_train.py`.
 
     Raises: CheckpointError: the file says that it holds a consistency model; and as `load`.
     """
-    network, settings = _read(path, {}, False)
+    network, settings = _read(path, {}, convert)
     # A scheduler of diffusers, which gives noise levels, is that of a consistency model.
     if settings.get("boundary", settings.get("sigma_min")) or settings.get("consistency") is True:
         raise CheckpointError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,7 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
     if paths["teacher"] is not None and not aim.needs_teacher:
         raise ValueError(f"recipe {settings['recipe']} takes no teacher; did you mean --init?")
     torch.manual_seed(settings["options"]["seed"])
-    # Weights are float32, whatever a file has: options.dtype says what networks compute in.
-    teacher = checkpoint.load_teacher(paths["teacher"], dtype=torch.float32) if aim.needs_teacher else None
+    teacher = _weights(checkpoint.load_teacher, paths["teacher"]) if aim.needs_teacher else None
     start = teacher if paths["init"] is None else _initial(paths["init"], run)
     if start is not None:
         settings["objective"] |= _levels(start, settings["objective"], given.get("objective", {}))
@@ -201,7 +201,25 @@ def _initial(path: str | os.PathLike[str], run: Path | None) -> Denoiser:
     """The model to start from. A run that goes on needs no more of it than its checkpoint has: the file may be gone."""
     if run is not None and not os.path.exists(path) and (newest := checkpoints.newest(run)) is not None:
         path = newest / MODEL
-    return checkpoint.load(path, dtype=torch.float32)
+    return _weights(checkpoint.load, path)
+
+
+def _weights(read: Callable[..., Denoiser], path: str | os.PathLike[str]) -> Denoiser:
+    """What `load` or `load_teacher` reads; a folder of diffusers as a `UNetModel`, which the files of a run hold, where
+    there is one for it."""
+    # Weights are float32, whatever a file has: options.dtype says what networks compute in.
+    if not os.path.isdir(path):
+        return read(path, dtype=torch.float32)
+    try:
+        return read(path, dtype=torch.float32, convert=True)
+    except checkpoint.CheckpointError as error:
+        model = read(path, dtype=torch.float32)  # fails again where converting is not the matter
+        warnings.warn(
+            f"{path} stays a network of diffusers: {error}. What is trained of it is saved as tensors alone, which "
+            "cmfast.load does not read, and a run goes on only while the folder is there",
+            stacklevel=2,
+        )
+        return model
 
 
 def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,31 @@ def test_what_a_run_began_with_may_be_gone(images, tmp_path):
         recipes.trainer(config.read(tmp_path / "run" / "config.yaml"), tmp_path / "new", resume="auto")
 
 
+@pytest.mark.parametrize("part, recipe", [("init", "ct"), ("teacher", "cd")], ids=["init", "teacher"])
+def test_a_folder_of_diffusers_ends_in_a_file_of_ours(part, recipe, images, tmp_path):
+    """And what --init named may be gone by the end."""
+    diffusers_utils = pytest.importorskip("tests.compat.diffusers_utils")
+    folder = tmp_path / "folder"
+    diffusers_utils.small_unet(num_class_embeds=3).save_pretrained(folder)
+    given = ["--recipe", recipe, "--data", images / "classes", "--loss-norm", "l2", "--batch-size", 4]
+    assert train(*given, f"--{part}", folder, "--steps", 1, "--out", tmp_path / "run") == 0
+    begin = cmfast.load(folder, convert=True)
+    if part == "init":
+        folder.rename(tmp_path / "elsewhere")
+    assert train("--resume", "--steps", 2, "--out", tmp_path / "run") == 0
+    assert cmfast.load(tmp_path / "run" / "model.safetensors").network.config == begin.network.config
+
+
+def test_a_network_of_diffusers_without_a_counterpart(images, tmp_path):
+    """It is trained as it is, and what that means is said."""
+    diffusers_utils = pytest.importorskip("tests.compat.diffusers_utils")
+    diffusers_utils.small_unet(norm_eps=1e-6).save_pretrained(tmp_path / "folder")
+    settings = {"recipe": "ect", "paths": {"data": str(images / "unlabelled.npz"), "init": str(tmp_path / "folder")}}
+    with pytest.warns(UserWarning, match=r"folder stays a network of diffusers: norm_eps=1e-06 has no "):
+        run = recipes.trainer(settings, tmp_path / "run")
+    assert type(run.step.model.network.unet).__name__ == "UNet2DModel"
+
+
 def test_settings_of_the_command_line(images, tmp_path, monkeypatch):
     out, made, model_of = tmp_path / "run", [], recipes._model
     monkeypatch.setattr(recipes, "_model", lambda *arguments: made.append(model_of(*arguments)) or made[-1])
