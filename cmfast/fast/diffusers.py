@@ -184,7 +184,8 @@ def _attention(module: Any, block: Any, where: str) -> Attention:
         raise Refused(f"{where} is not self-attention with one residual connection")
     projections = [exact(getattr(module, name), nn.Linear, f"{where}.{name}") for name in ("to_q", "to_k", "to_v")]
     head = projections[0].out_features // module.heads
-    if abs(module.scale * head**0.5 - 1) > 1e-6 or float(module.to_out[1].p) > 0:
+    dropout = exact(module.to_out[1], nn.Dropout, f"{where}.to_out.1")
+    if abs(module.scale * head**0.5 - 1) > 1e-6 or dropout.p > 0:
         raise Refused(f"{where} has another scale than 1 / sqrt(its heads' size), or dropout")
     proj = exact(module.to_out[0], nn.Linear, f"{where}.to_out.0")
     if any(p.bias is None for p in (*projections, proj)):

@@ -246,6 +246,7 @@ def part(path, name, value):
         (part("down_blocks.0.downsamplers.0", "use_conv", False), "conv is a Conv2d, expected AvgPool2d"),
         (part("mid_block.attentions.0", "rescale_output_factor", 2.0), "is not self-attention with one residual"),
         (part("mid_block.attentions.0", "scale", 1.0), "mid_block.attentions.0 has another scale than 1 / sqrt"),
+        (part("mid_block.attentions.0.to_out", "1", torch.nn.Identity()), "to_out.1 is a Identity, expected Dropout"),
         (part("mid_block.attentions.0", "to_q", torch.nn.Sequential()), "to_q is a Sequential, expected Linear"),
         (part("", "time_embedding", torch.nn.Identity()), "time_embedding is a Identity, expected TimestepEmbedding"),
         (part("time_embedding", "linear_1", torch.nn.Identity()), "time_embedding.linear_1 is a Identity, expected"),
