@@ -15,6 +15,7 @@ from cmfast.compat.diffusers import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
+from cmfast.fast import optimize
 from cmfast.tolerances import DIFFUSERS_VALUE
 from cmfast.unet import UNetModel
 from cmfast.unet_config import PUBLISHED
@@ -269,6 +270,50 @@ def test_weights_that_do_not_fit():
         unet_from_diffusers(network)
     with pytest.raises(TypeError, match="expected a UNetModel, got a UNet2DModel"):
         unet_to_diffusers(unet)
+
+
+class Halved(diffusers.models.attention_processor.AttnProcessor2_0):
+    """As of a method that edits attention."""
+
+    def __call__(self, *args, **options):
+        return 0.5 * super().__call__(*args, **options)
+
+
+def part(path, name, value):
+    """Another value of an attribute of a part."""
+    return lambda unet: setattr(unet.get_submodule(path), name, value)
+
+
+LOST = {
+    "processor": (part("mid_block.attentions.0", "processor", Halved()), "has the processor Halved, expected AttnPr"),
+    "heads": (part("mid_block.attentions.0", "heads", 1), r"mid_block\.attentions\.0 has heads=1, expected 4"),
+    "scale": (part("mid_block.resnets.0", "output_scale_factor", 2.0), "has output_scale_factor=2.0, expected 1"),
+    "activation": (part("mid_block.resnets.0", "nonlinearity", torch.nn.GELU()), "nonlinearity is a GELU, expected Si"),
+    "eps": (part("mid_block.resnets.0.norm1", "eps", 0.1), r"resnets\.0\.norm1 has eps=0\.1, expected 1e-05"),
+    "padding": (part("conv_in", "padding_mode", "circular"), "conv_in has padding_mode='circular', expected 'zeros'"),
+    "forward": (part("conv_in", "forward", torch.nn.functional.silu), "conv_in has a forward pass of its own"),
+    "class": (part("", "__class__", type("Own", (diffusers.UNet2DModel,), {"forward": None})), "the Own has a forward"),
+    "hook": (lambda unet: unet.mid_block.register_forward_hook(lambda *_: None), r"mid_block \(UNetM.*\) has a hook"),
+}
+
+
+@pytest.mark.parametrize("change, message", LOST.values(), ids=LOST)
+def test_what_a_configuration_does_not_say_would_be_lost(change, message):
+    unet = small_unet()
+    change(unet)
+    with pytest.raises(CheckpointError, match=f"not what its configuration says, which is what converts: .*{message}"):
+        unet_from_diffusers(unet)
+
+
+@pytest.mark.parametrize("name", ["AttnProcessor", "SlicedAttnProcessor"])
+def test_networks_that_compute_the_same_convert(name):
+    """Optimised, with gradient checkpointing, with attention in another way."""
+    unet = optimize(small_unet())
+    unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        if isinstance(module, diffusers.models.attention_processor.Attention):
+            module.set_processor(getattr(diffusers.models.attention_processor, name)(*[1][: name[0] == "S"]))
+    assert same_bits(unet_from_diffusers(unet), unet_from_diffusers(small_unet()))
 
 
 def test_defaults_are_those_of_diffusers():

@@ -24,6 +24,12 @@ DIFFUSERS_CONVERT = [
      CONVERTED + "same_outputs_and_back[imagenet-like]"),
     ("weights are shared", "{name: tensor.clone() for name, tensor in state.items()}, assign", "state, assign",
      CONVERTED + "converted_weights_are_copies"),
+    ("hooks are lost", "if (hooked := Watch(unet).hooked()) is not None:", "if (hooked := None) is not None:",
+     CONVERTED + "what_a_configuration_does_not_say_would_be_lost[hook]"),
+    ("settings are lost", " and now != value:", " and False:",
+     CONVERTED + "what_a_configuration_does_not_say_would_be_lost[padding]"),
+    ("a processor is lost", "if processor.__name__ not in _PROCESSORS or not", "if not",
+     CONVERTED + "what_a_configuration_does_not_say_would_be_lost[processor]"),
     ("left-over weights", '("not expected", state.keys() - wanted)', '("not expected", set())',
      CONVERTED + "weights_that_do_not_fit"),
 ]  # fmt: skip
@@ -131,6 +137,9 @@ FAST = [
      ACCELERATED + "saved_with_an_optimised_network[DDPM]"),
     ("a timestep that is not cut off", "torch.full((1,), int(timestep),", "torch.full((1,), float(timestep),",
      "tests/fast/test_diffusers.py::test_forms_of_a_timestep[5.5]"),
+    ("an attention without second derivatives", '_named(module.processor, "AttnProcessor2_0", f',
+     '_named(module.processor, ("AttnProcessor2_0", "AttnProcessor"), f',
+     "tests/fast/test_diffusers.py::test_another_attention_is_called"),
     ("whole numbers come out", "if not sample.is_floating_point():", "if False:",
      "tests/fast/test_diffusers.py::test_errors"),
 ]  # fmt: skip

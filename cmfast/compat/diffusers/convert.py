@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmfast import unet_config
 from cmfast.checkpoint import CheckpointError, meta_network
 from cmfast.compat.diffusers.config import config_from_diffusers, config_to_diffusers
 from cmfast.compat.diffusers.network import unet_class
+from cmfast.fast.plan import Refused, check_parts
 from cmfast.unet import UNetModel
+from cmfast.watch import Watch
 
 _RESBLOCK = {
     "in_layers.0": ("norm1",),
@@ -28,6 +30,11 @@ _RESBLOCK = {
     "skip_connection": ("conv_shortcut",),
 }
 _ATTENTION = {"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "proj_out": ("to_out.0",)}
+
+#: Of diffusers' processors those that compute the same attention.
+_PROCESSORS = ("AttnProcessor2_0", "AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
+#: What the settings of a part are, and those that are no part of the function.
+_SETTING, _MODES = bool | int | float | str | tuple | None, ("training", "gradient_checkpointing")
 
 
 def _counterparts(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -143,16 +150,53 @@ def unet_from_diffusers(unet: Any, *, image_size: int | None = None) -> UNetMode
 
     image_size: as of `config_from_diffusers`.
 
-    Raises: TypeError: `unet` is no UNet2DModel. CheckpointError (a ValueError): see `state_dict_from_diffusers`.
+    Raises: TypeError: `unet` is no UNet2DModel. CheckpointError (a ValueError): see `state_dict_from_diffusers`; or it
+        computes something else than its configuration says, as with a hook or a part that was put in.
     """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps
     if not isinstance(unet, unet_class()):
         raise TypeError(f"expected a UNet2DModel of diffusers, got a {type(unet).__name__}")
     state = state_dict_from_diffusers(unet.state_dict(), unet.config, image_size=image_size)
+    if change := _change(unet):
+        raise CheckpointError(f"this UNet2DModel is not what its configuration says, which is what converts: {change}")
     network: UNetModel = meta_network(config_from_diffusers(unet.config, image_size=image_size))
     network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     network.train(unet.training)
     return network
+
+
+def _change(unet: Any) -> str | None:
+    """What a UNet2DModel has that one of its configuration has not; None if nothing."""
+    kind = unet_class()
+    if type(unet).forward is not kind.forward and not hasattr(type(unet), "derives_weights"):
+        return f"the {type(unet).__name__} has a forward pass of its own"
+    try:
+        check_parts(unet)
+    except Refused as refused:
+        return str(refused)
+    if (hooked := Watch(unet).hooked()) is not None:
+        return hooked
+    parts = dict(unet.named_modules(remove_duplicate=False))
+    made = meta_network({"config": unet.config}, kind.from_config)
+    for name, plain in made.named_modules(remove_duplicate=False):
+        if name and (change := _changed_part(parts.get(name), plain)):
+            return f"{name} {change}"
+    return None
+
+
+def _changed_part(part: nn.Module | None, plain: nn.Module) -> str | None:
+    """How a part differs from that of a network as it is made: in class or settings."""
+    if type(part) is not type(plain):
+        return f"is a {type(part).__name__}, expected {type(plain).__name__}"
+    for name, value in vars(plain).items():
+        now = vars(part).get(name)
+        if name == "processor":
+            processor = type(now)
+            if processor.__name__ not in _PROCESSORS or not processor.__module__.startswith("diffusers."):
+                return f"has the processor {processor.__name__}, expected {type(value).__name__}"
+        elif isinstance(value, _SETTING) and not name.startswith("_") and name not in _MODES and now != value:
+            return f"has {name}={now!r:.80}, expected {value!r}"
+    return None
 
 
 def unet_to_diffusers(network: UNetModel, *, dtype: torch.dtype | None = None) -> Any:
