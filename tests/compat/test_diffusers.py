@@ -175,3 +175,19 @@ def test_without_diffusers(tmp_path, monkeypatch):
         monkeypatch.delitem(vars(cmfast.compat.diffusers), name, raising=False)
         with pytest.raises(ImportError, match=rf'{name} needs diffusers: pip install "cmfast\[diffusers\]"'):
             getattr(cmfast.compat.diffusers, name)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_weights_stored_in_another_dtype(storage, pipeline):
+    """By diffusers' layerwise casting: the input comes in the dtype that it computes in."""
+    unet = copy.deepcopy(pipeline.unet)
+    model = load(unet)
+    unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    assert model.input_dtype == torch.float32 and unet.conv_in.weight.dtype == storage
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 9])
+    with torch.no_grad():
+        found = model(x, 3.0, labels)
+        for parameter in unet.parameters():
+            parameter.data = parameter.float()
+        assert relative_error(found, load(unet)(x, 3.0, labels)) < 0.05
+    assert cmfast.Sampler(model, 2, steps=1).sample(2).dtype == torch.uint8

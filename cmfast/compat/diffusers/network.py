@@ -19,7 +19,7 @@ SCHEDULER = "CMStochasticIterativeScheduler"
 
 
 #: Attributes of a network that `cmfast.optimize` made; see `cmfast.fast.FastUNet`. Others do not have them.
-_OPTIMISED = ("derives_weights", "refresh", "compile_parts", "input_dtype", "input_format", "refusal")
+_OPTIMISED = ("derives_weights", "refresh", "compile_parts", "input_format", "refusal")
 
 
 #: As safetensors calls them.
@@ -44,6 +44,14 @@ class UNet2DNetwork(nn.Module):
         """F(x, timesteps, y), [B, C, H, W]."""
         output: Tensor = self.unet(x, timesteps, class_labels=y, return_dict=False)[0]  # as diffusers' loop calls it
         return output
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What an optimised network computes in, or one whose weights are stored in another dtype by
+        `enable_layerwise_casting`; None: that of the weights."""
+        own: torch.dtype | None = getattr(self.unet, "input_dtype", None)
+        # Its dtype says so, and takes a look at every part.
+        return self.unet.dtype if own is None and hasattr(self.unet.conv_in, "_diffusers_hook") else own
 
     def __getattr__(self, name: str) -> Any:
         """What an optimised network says of itself, such as `refresh`, is said of this one too."""
