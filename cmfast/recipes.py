@@ -258,8 +258,9 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
         aim.preconditioning, sigma_data=sigma_data, sigma_min=model.sigma_min
     )
     if settings["dropout"] is not None:
-        for layer in model.modules():
-            if isinstance(layer, nn.Dropout):
+        for name, layer in model.named_modules():
+            # diffusers' `dropout` is of residual blocks alone, too, and its attention has such a layer without use.
+            if isinstance(layer, nn.Dropout) and ".to_out." not in name:
                 layer.p = float(settings["dropout"])
     return model.requires_grad_(True)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import cmfast
-from cmfast import cli, recipes, unet_config
+from cmfast import cli, fast, recipes, unet_config
 from cmfast.checkpoint import load_teacher
 from cmfast.objectives import OBJECTIVES
 from cmfast.training import config
@@ -115,8 +115,10 @@ def test_a_network_of_diffusers_without_a_counterpart(images, tmp_path):
     diffusers_utils.small_unet(norm_eps=1e-6).save_pretrained(tmp_path / "folder")
     settings = {"recipe": "ect", "paths": {"data": str(images / "unlabelled.npz"), "init": str(tmp_path / "folder")}}
     with pytest.warns(UserWarning, match=r"folder stays a network of diffusers: norm_eps=1e-06 has no "):
-        run = recipes.trainer(settings, tmp_path / "run")
-    assert type(run.step.model.network.unet).__name__ == "UNet2DModel"
+        run = recipes.trainer({**settings, "dropout": 0.1}, tmp_path / "run")
+    network = run.step.model.network.unet
+    assert type(network).__name__ == "UNet2DModel" and fast.refusal(network) is None
+    assert network.mid_block.resnets[0].dropout.p == 0.1 and network.mid_block.attentions[0].to_out[1].p == 0
 
 
 def test_settings_of_the_command_line(images, tmp_path, monkeypatch):
