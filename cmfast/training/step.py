@@ -475,8 +475,11 @@ def _low_precision(parameter: Tensor) -> bool:
 def _recompute(model: Denoiser) -> None:
     """Have the blocks of a network make their activations again. Raises: ValueError: it has none that can."""
     blocks: list[Any] = [m for m in model.modules() if hasattr(m, "use_checkpoint")]
-    if hasattr(model.network, "enable_gradient_checkpointing"):
-        model.network.enable_gradient_checkpointing()
+    network: Any = model.network
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        network = getattr(network, "unet", network)  # of a UNet2DNetwork
+    if hasattr(network, "enable_gradient_checkpointing"):
+        network.enable_gradient_checkpointing()
     elif not blocks:
         kind = type(model.network).__name__
         raise ValueError(f"checkpointing=True: a {kind} has no blocks that can make their activations again")

@@ -99,6 +99,15 @@ def test_checkpointing_needs_blocks():
     network.enable_gradient_checkpointing = lambda: switched.append(True)
     step_of(EDM(), replace(OPTIONS, checkpointing=True), network)
     assert switched
+    network.unet = nn.Conv2d(3, 3, 1)  # which is not asked
+    step_of(EDM(), replace(OPTIONS, checkpointing=True), network)
+
+
+def test_checkpointing_of_diffusers():
+    diffusers_utils = pytest.importorskip("tests.compat.diffusers_utils")
+    model = cmfast.load(diffusers_utils.small_unet(), preconditioning="edm")
+    step_of(EDM(), replace(OPTIONS, checkpointing=True), model.network)
+    assert model.network.unet.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
