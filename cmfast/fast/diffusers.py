@@ -178,7 +178,8 @@ def _res_block(module: Any, block: Any, where: str) -> ResBlock:
 
 def _attention(module: Any, block: Any, where: str) -> Attention:
     _named(module, "Attention", where)
-    _named(module.processor, ("AttnProcessor2_0", "AttnProcessor"), f"{where}.processor")
+    # Not AttnProcessor, which whoever takes the gradient of a gradient chooses: this one's has none.
+    _named(module.processor, "AttnProcessor2_0", f"{where}.processor")
     plain = module.spatial_norm is None and module.norm_q is None and module.norm_k is None
     if not plain or not module.residual_connection or module.rescale_output_factor != 1:
         raise Refused(f"{where} is not self-attention with one residual connection")
@@ -217,7 +218,8 @@ def _fast_class(base: Any) -> Any:
             class_labels: Tensor | None = None,
             return_dict: bool = True,
         ) -> Any:
-            plan = self._fast.plan(self, sample)
+            fast = getattr(self, "_fast", None)  # one that `from_config` made of this class is without
+            plan = None if fast is None else fast.plan(self, sample)
             if plan is None:
                 return super().forward(sample, timestep, class_labels, return_dict)
             result = self._fast.run(plan, sample, lambda: _embed(self, sample, timestep, class_labels))

@@ -46,9 +46,9 @@ class Sum:
 class Forward:
     """One pass.
 
-    dtype: of all activations; live: gradients flow to the weights; packed: a CPU's convolutions, which have none;
-    waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications; workspace: of what is
-    packed.
+    dtype: of all activations; live: gradients flow to the weights; differentiable: to them or to the input; packed: a
+    CPU's convolutions, which have none; waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix
+    multiplications; workspace: of what is packed.
     """
 
     def __init__(
@@ -58,13 +58,15 @@ class Forward:
         dtype: torch.dtype,
         *,
         live: bool,
+        differentiable: bool = False,
         packed: bool = False,
         waits: bool = False,
         compiled: bool = False,
         workspace: winograd.Workspace | None = None,
     ) -> None:
         self.plan, self.weights, self.dtype = plan, weights, dtype
-        self.live, self.packed, self.waits, self.compiled = live, packed, waits, compiled
+        self.live, self.differentiable = live, differentiable
+        self.packed, self.waits, self.compiled = packed, waits, compiled
         self.workspace = workspace
         self._draw: ops.Draw | None = None
 
@@ -115,7 +117,7 @@ class Forward:
                 continue
             emb = (next(embeddings),) if isinstance(layer, ResBlock) else ()
             function: Any = self.res_block if isinstance(layer, ResBlock) else self.attend
-            if self.live and layer.checkpoint():
+            if self.differentiable and layer.checkpoint():
                 h = self._checkpointed(function, layer, h, *emb)
             else:
                 h = function(layer, h, *emb)

@@ -131,8 +131,8 @@ class FastPass:
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
             # Asked last of oneDNN, which Dynamo does not trace.
             packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and has_onednn(dtype)
-            options: dict[str, Any] = {"live": live, "packed": packed, "waits": waits, "compiled": self._compiled}
-            options["workspace"] = self._workspace if packed else None
+            options: dict[str, Any] = {"live": live, "differentiable": differentiable, "packed": packed, "waits": waits}
+            options |= {"compiled": self._compiled, "workspace": self._workspace if packed else None}
             return Forward(plan, weights, dtype, **options)(x, emb)
 
 
@@ -175,7 +175,8 @@ class FastUNet(UNetModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """As `UNetModel.forward`."""
-        plan = self._fast.plan(self, x)
+        fast = getattr(self, "_fast", None)  # one that its class was called for is without
+        plan = None if fast is None else fast.plan(self, x)
         if plan is None:
             return super().forward(x, timesteps, y)
         self._check_inputs(x, timesteps, y)
@@ -223,7 +224,7 @@ def fast_form(
     pack: bool,
 ) -> Any:  # fmt: skip
     """The fast form of a network, sharing everything with it, of the class that `fast_class` makes of its own."""
-    kind: Any = type(model) if hasattr(model, "_fast") else fast_class(type(model))
+    kind: Any = type(model) if hasattr(type(model), "derives_weights") else fast_class(type(model))
     network = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
     network.__dict__["_fast"] = FastPass(network, make_plan, dtype, pack)

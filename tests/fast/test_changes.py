@@ -234,6 +234,17 @@ def test_dropout():
         assert relative_error(fast(*args), model(*args)) < FAST_VALUE
 
 
+def test_another_of_its_class():
+    """An ordinary network, as no `optimize` made it."""
+    fast = optimize(small_unet().eval())
+    other = type(fast)(**fast.config).eval()
+    other.load_state_dict(fast.state_dict())
+    args = inputs(fast)
+    with torch.no_grad():
+        assert torch.equal(other(*args), small_unet().eval()(*args))
+    assert type(optimize(other)) is type(fast)
+
+
 def test_copies_are_networks_of_their_own():
     model = small_unet().eval()
     fast = optimize(model)

@@ -116,6 +116,52 @@ def test_is_that_model(tmp_path):
         assert torch.equal(other(*args).sample, fast(*args).sample)
 
 
+def test_another_of_its_class():
+    """As diffusers' EMAModel makes them: an ordinary network."""
+    fast = optimize(make("added"))
+    other = type(fast).from_config(fast.config).eval()
+    other.load_state_dict(fast.state_dict())
+    args = inputs(fast)
+    with torch.no_grad():
+        assert torch.equal(other(*args).sample, make("added")(*args).sample)
+    assert type(optimize(other)) is type(fast)
+
+
+def test_another_attention_is_called():
+    """The plain one, as for the gradient of a gradient."""
+    model = make("added")
+    fast, (x, timesteps) = optimize(model), inputs(model)
+    for module in model.modules():
+        if isinstance(module, diffusers.models.attention_processor.Attention):
+            module.set_processor(diffusers.models.attention_processor.AttnProcessor())
+    penalties = []
+    for network in (model, fast):
+        sample = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(network(sample, timesteps).sample.square().sum(), sample, create_graph=True)
+        penalties += torch.autograd.grad(grad.square().sum(), sample)
+    assert torch.equal(*penalties) and "processor is a AttnProcessor, expected AttnProcessor2_0" in fast.refusal
+
+
+def test_activations_made_again_for_frozen_weights():
+    """Where the gradient of the input alone is wanted."""
+    model = make("added").requires_grad_(False)
+    fast, (x, timesteps) = optimize(model), inputs(model)
+    kept, grads = [], []
+
+    def keep(tensor):
+        kept[-1] += tensor.numel()
+        return tensor
+
+    for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
+        switch()
+        kept.append(0)
+        sample = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = fast(sample, timesteps).sample.square().sum()
+        grads += torch.autograd.grad(loss, sample)
+    assert kept[1] < 0.75 * kept[0] and torch.equal(*grads)
+
+
 def test_a_copy_with_other_parts_runs_them():
     """As of `nn.DataParallel`."""
     fast, other = optimize(make("published")), make("published")
