@@ -28,7 +28,7 @@ DIFFUSERS_CONVERT = [
      CONVERTED + "what_a_configuration_does_not_say_would_be_lost[hook]"),
     ("settings are lost", " and now != value:", " and False:",
      CONVERTED + "what_a_configuration_does_not_say_would_be_lost[padding]"),
-    ("a processor is lost", "if processor.__name__ not in _PROCESSORS or not", "if not",
+    ("a processor is lost", "if processor.__name__ not in _PROCESSORS or not", "if False and not",
      CONVERTED + "what_a_configuration_does_not_say_would_be_lost[processor]"),
     ("left-over weights", '("not expected", state.keys() - wanted)', '("not expected", set())',
      CONVERTED + "weights_that_do_not_fit"),
