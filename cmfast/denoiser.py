@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,6 +208,13 @@ def _intercepted(model: Denoiser) -> bool:
     own = vars(model)
     replaced = "forward" in own or own.get("_compiled_call_impl") is not None
     return replaced or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside the `with` block matrices on that device are multiplied in their own dtype."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def unfused(model: object) -> str | None:

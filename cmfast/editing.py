@@ -1,7 +1,7 @@
 """Zero-shot editing with a consistency model: Song et al. 2023, algorithm 4 and appendix D.
 
 One editor serves all: an image is mapped by `transform`, the known part of it (mask = 1) is kept, the model fills the
-rest in, `inverse` maps back.
+rest in, `inverse` maps back. Under `torch.autocast` it is the model alone that runs in half precision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops
-from cmfast.denoiser import Model, evaluator
+from cmfast.denoiser import Model, evaluator, without_autocast
 from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn
 from cmfast.ops import _check
@@ -122,10 +122,12 @@ def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options:
     mask = images.new_tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
 
     def transform(image: Tensor) -> Tensor:
-        return torch.einsum("bchw,cd->bdhw", image, basis)
+        with without_autocast(image.device):
+            return torch.einsum("bchw,cd->bdhw", image, basis)
 
     def inverse(channels: Tensor) -> Tensor:
-        return torch.einsum("bdhw,cd->bchw", channels, basis)
+        with without_autocast(channels.device):
+            return torch.einsum("bdhw,cd->bchw", channels, basis)
 
     reference = inverse(transform(images) * mask)
     result = edit(model, reference, x, sigmas, mask=mask, transform=transform, inverse=inverse, **options)
@@ -161,10 +163,12 @@ def super_resolve(
         return grid.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
     def transform(image: Tensor) -> Tensor:
-        return patches(image) @ basis
+        with without_autocast(image.device):
+            return patches(image) @ basis
 
     def inverse(coefficients: Tensor) -> Tensor:
-        return assemble(coefficients @ basis.T)
+        with without_autocast(coefficients.device):
+            return assemble(coefficients @ basis.T)
 
     split = patches(images)
     reference = assemble(split.mean(-1, keepdim=True).expand_as(split))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmfast import samplers, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn
+from cmfast.denoiser import Denoiser, DenoiserFn, without_autocast
 from cmfast.precondition import Preconditioner
 
 
@@ -87,11 +87,13 @@ class MixtureDenoiser(Denoiser):
         level = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(x.shape[0])[:, None]
         variance = self.std**2 + level**2
         # ||x - mean||^2 without ||x||^2, which all components share: far less is left to round at high levels.
-        distances = means.square().sum(1) - 2 * flat @ means.T
+        with without_autocast(x.device):
+            distances = means.square().sum(1) - 2 * flat @ means.T
         logits = self.log_weights.to(dtype) - distances / (2 * variance)
         if labels is not None:
             logits = logits.masked_fill(cast(Tensor, labels[:, None] != self.labels), -torch.inf)
-        mean = logits.softmax(1) @ means
+        with without_autocast(x.device):
+            mean = logits.softmax(1) @ means
         denoised = mean + self.std**2 / variance * (flat - mean)
         return (denoised.clamp(-1, 1) if clip else denoised).view_as(x).to(x.dtype)
 

@@ -92,6 +92,14 @@ def test_dtypes(dtype, of):
         assert out.dtype == reference.dtype == x.dtype and out.isfinite().all()
 
 
+@pytest.mark.parametrize("run", [editing.colorize, editing.super_resolve])
+def test_what_is_known_is_kept_under_autocast(run):
+    wanted = run(model, IMAGES, X, SIGMAS, noise_fn=torch.zeros_like)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, IMAGES, X, SIGMAS, noise_fn=torch.zeros_like)
+    assert all(map(torch.equal, out, wanted))
+
+
 def test_the_state_keeps_its_layout():
     """Where noise is drawn like the state, that does not lie as the maps to and from a transform leave an image."""
     seen = []

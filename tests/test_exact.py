@@ -26,6 +26,13 @@ def test_far_out_and_close_by():
     torch.testing.assert_close(denoiser(x, torch.tensor(0.01)), MEANS[:1])
 
 
+def test_as_exact_under_autocast():
+    denoiser, x = MixtureDenoiser(MEANS.float(), 0.3), torch.randn(4, 1, 2, 2)
+    wanted = denoiser(x, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(denoiser(x, 1.0), wanted)
+
+
 def test_the_solved_map_ends_at_the_boundary():
     denoiser, x = MixtureDenoiser(MEANS, 0.3), torch.randn(2, 1, 2, 2, dtype=torch.float64)
     assert solved_map(denoiser, x, 0.002, 0.002) is x

@@ -128,7 +128,16 @@ SAMPLERS = [
      "tests/test_samplers.py::test_midpoint_ancestral_takes_the_time_of_the_midpoint"),
 ]  # fmt: skip
 
+EXACT = [
+    ("means weighted in bfloat16", "        with without_autocast(x.device):\n            mean =",
+     "        if True:\n            mean =", "tests/test_exact.py::test_as_exact_under_autocast"),
+]  # fmt: skip
+
 EDITING = [
+    ("pixels known to the precision of bfloat16", "with without_autocast(coefficients.device):", "if True:",
+     "tests/test_editing.py::test_what_is_known_is_kept_under_autocast"),
+    ("luminance known to the precision of bfloat16", "with without_autocast(channels.device):", "if True:",
+     "tests/test_editing.py::test_what_is_known_is_kept_under_autocast"),
     ("sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
      "sigma_min = 0.002 if sigma_min is None else sigma_min",
      "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
@@ -166,5 +175,6 @@ FAULTS = {
     "cmfast/levels.py": LEVELS,
     "cmfast/samplers.py": SAMPLERS,
     "cmfast/editing.py": EDITING,
+    "cmfast/exact.py": EXACT,
     "cmfast/checkpoint.py": CHECKPOINT,
 }
