@@ -217,5 +217,5 @@ def counts(model: Any) -> bool:
 
 
 def drops(modules: Iterable[nn.Module]) -> bool:
-    """Whether a dropout layer among them is at work: its masks are another's at every call."""
+    """Whether a dropout layer among these modules is at work: its masks are another's at every call."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)

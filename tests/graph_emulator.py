@@ -21,7 +21,7 @@ from cmfast import graphs
 aten = torch.ops.aten
 FORBIDDEN = {aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero}
 #: Checks of values on the CPU, which on a GPU are not made.
-CPU_CHECKS = {"sigma_level", "check_labels", "_check_inputs", "_element"}
+CPU_CHECKS = {"sigma_level", "check_labels", "_check_inputs"}
 
 
 class Recorder(TorchDispatchMode):

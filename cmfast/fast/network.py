@@ -123,8 +123,6 @@ class FastPass:
         if self.dtype is None and torch.is_autocast_enabled(x.device.type):
             dtype, live = torch.get_autocast_dtype(x.device.type), True
             weights = Weights(dtype)
-        if not live and x.device.type == "cpu":
-            weights.look()
         waits = _dispatch.use_kernel("group_norm_silu", x, dtypes=(dtype,))
         with torch.autocast(x.device.type, enabled=False):
             emb = embed()
@@ -199,9 +197,8 @@ class FastUNet(UNetModel):
     def refresh(self, force: bool = False) -> bool:
         """Make anew what was made of weights that have changed since; the forward pass does so itself.
 
-        `force`: also where no change shows, after a write through `.data`, as diffusers' `EMAModel` and PEFT make them
-        (on a CPU it shows if all weights were written), or to a setting of one of torch's modules, such as
-        `padding_mode`. True if memory was replaced that a captured CUDA graph reads, or the ordinary pass
+        `force`: also where no change shows, after a write through `.data`, as diffusers' `EMAModel` and PEFT make them,
+        or to a setting of one of torch's modules, such as `padding_mode`. True if memory was replaced that a captured CUDA graph reads, or the ordinary pass
         serves from now on: then it must be captured again.
         """
         return self._fast.refresh(force)

@@ -20,8 +20,6 @@ Make = Callable[..., Tensor]
 #: Of one convolution: shapes of input whose layout is known, and layouts that are kept. On most machines all batch
 #: sizes have the same.
 SHAPES, LAYOUTS = 16, 2
-#: On a CPU, weights of which one element each is read before every pass.
-PROBES = 8
 
 
 class Weights:
@@ -99,14 +97,6 @@ class Weights:
             kept.wait()
         return replaced
 
-    def look(self) -> None:
-        """Make everything anew if weights on a CPU were written through `.data`, as far as an element of a few shows:
-        all being written, as by diffusers' `EMAModel`, it does."""
-        packs, kept = list(self._packs.values()), list(self._kept.values())
-        firsts = [first for shapes in _spread(packs) for first in list(shapes.values())[:1]]
-        if any(each.overwritten for each in firsts or _spread(kept)):
-            self.refresh(force=True)
-
     def clear(self) -> None:
         """Forget everything that was made."""
         self._kept.clear()
@@ -178,19 +168,13 @@ class _Kept:
         else:
             torch.cuda.current_stream(self.value.device).wait_event(ready)
 
-    def _look(self) -> tuple[list[Any], list[Any], float | None]:
-        return _signature(self.parameters), list(map(storage_of, self.parameters)), _element(self.parameters[0])
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether an element has another value, and nothing else shows that it was written."""
-        then, now = self._seen[2], _element(self.parameters[0])
-        return now != then and now == now and not self.outdated  # NaN is none that it had not before
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        return _signature(self.parameters), list(map(storage_of, self.parameters))
 
     @property
     def outdated(self) -> bool:
         """Whether parameters have changed since; of tensors made in inference mode nobody can say."""
-        signature, storages, _ = self._seen
+        signature, storages = self._seen
         return (
             signature != _signature(self.parameters)
             or any(storage.expired() for storage in storages)
@@ -250,21 +234,6 @@ def _layout(packed: Tensor) -> bytes:
 def geometry(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
     """Padding, stride and dilation of a planned convolution; a linear layer is one of 1x1."""
     return list(getattr(module, "padding", (0, 0))), list(getattr(module, "stride", (1, 1))), [1, 1]
-
-
-def _spread(every: list[Any]) -> list[Any]:
-    """At most `PROBES` of them, at equal distances."""
-    return every[:: -(-len(every) // PROBES) or 1]
-
-
-def _element(parameter: Tensor) -> float | None:
-    """The one in the middle; None on a GPU, where reading it would stop the stream."""
-    if parameter.device.type != "cpu" or not parameter.numel():
-        return None
-    x = parameter.detach()
-    # In one step, where an index would take one for each dimension.
-    middle = x.storage_offset() + sum(size // 2 * stride for size, stride in zip(x.shape, x.stride()))
-    return x.as_strided((), (), middle).item()
 
 
 def _matrix(parameter: Tensor) -> Tensor:

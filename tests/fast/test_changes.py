@@ -100,8 +100,7 @@ def test_changes_are_seen(change, dtype, side):
 
 
 def test_refresh():
-    """A write through `.data` shows no change where it leaves the middle of the weights; what is made again, not
-    packed, is in the memory it was in."""
+    """A write through `.data` shows no change; what is made again, not packed, is in the memory it was in."""
     model = small_unet(model_channels=64).eval()
     fast = optimize(model, torch.bfloat16, pack=False)
     args = inputs(model)
@@ -109,7 +108,7 @@ def test_refresh():
         fast(*args)
         memory = {key: entry.value.data_ptr() for key, entry in fast._fast._weights._kept.items()}
         for p in model.parameters():
-            p.data[:1].mul_(1.25)
+            p.data.mul_(1.25)
         expected = optimize(copy.deepcopy(model), torch.bfloat16, pack=False)(*args)
         assert not torch.equal(fast(*args), expected)
         assert fast.refresh(force=True) is False

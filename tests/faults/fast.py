@@ -161,10 +161,6 @@ FAST_WEIGHTS = [
     ("what is kept keeps its keeper", "self._cast = functools.partial(_cast, dtype)",
      "self._cast = lambda p: _cast(self.dtype, p)", _MEMORY + "memory_is_given_back_at_once"),
     ("new memory", "replaced = not fits or made.is_mkldnn", "replaced = True", _CHANGES + "refresh"),
-    ("writes of all weights through .data", "if any(each.overwritten for", "if False and any(each.overwritten for",
-     _PACKING + "a_write_of_all_weights_through_data_is_seen[packed]"),
-    ("NaN is always new", "now != then and now == now and", "now != then and",
-     _PACKING + "a_write_of_all_weights_through_data_is_seen[packed]"),
     ("force is nothing", "if force or kept.outdated", "if kept.outdated", _CHANGES + "refresh"),
     (
         "tensors of inference mode",

@@ -47,7 +47,7 @@ def accelerate(
     offloading, `torch.autocast`, dropout that is on, another scheduler, a method of it that was replaced, labels that
     are no classes or a sigma_min of 0 are in the way, diffusers' own loop runs. `explain()` says which. A write of
     weights through `.data`, as PEFT merges them and diffusers' `EMAModel.copy_to` and `restore` do, or to a setting of
-    torch's own layers, such as `padding_mode`, needs a call of `refresh()`; on a CPU, one of all weights needs none.
+    torch's own layers, such as `padding_mode`, needs a call of `refresh()`.
 
     Args:
         pipe: its scheduler must be a CMStochasticIterativeScheduler.
