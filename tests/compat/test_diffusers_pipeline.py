@@ -29,6 +29,7 @@ from tests.golden_utils import relative_error
 from tests.graph_emulator import emulated_graphs  # noqa: F401
 
 attention_processor = pytest.importorskip("diffusers.models.attention_processor")
+training_utils = pytest.importorskip("diffusers.training_utils")
 
 
 @pytest.fixture(params=["as given", "optimised"])
