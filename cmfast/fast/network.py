@@ -198,8 +198,8 @@ class FastUNet(UNetModel):
         """Make anew what was made of weights that have changed since; the forward pass does so itself.
 
         `force`: also where no change shows, after a write through `.data`, as diffusers' `EMAModel` and PEFT make them,
-        or to a setting of one of torch's modules, such as `padding_mode`. True if memory was replaced that a captured CUDA graph reads, or the ordinary pass
-        serves from now on: then it must be captured again.
+        or to a setting of one of torch's modules, such as `padding_mode`. True if memory was replaced that a captured
+        CUDA graph reads, or the ordinary pass serves from now on: then it must be captured again.
         """
         return self._fast.refresh(force)
 
