@@ -84,7 +84,7 @@ LONG = [pytest.param(40, id="40"), pytest.param(10_000, id="10000", marks=pytest
 @pytest.mark.parametrize("call", [denoises, samples], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["optimised", "graphs"])
 def test_memory_stays_flat(kind, call, calls, emulated, counted):
-    """The same tensors and objects after the first calls, which took every shape, and at the end."""
+    """No more tensors and objects than after the first calls, which took every shape, and at the end."""
     model = unet() if kind == "optimised" else toy()
     # More shapes than programs are kept: every other call captures, and lets one go.
     sampler = Sampler(model, 2, cuda_graph=kind == "graphs", cache_size=3)
@@ -101,7 +101,8 @@ def test_memory_stays_flat(kind, call, calls, emulated, counted):
     counted(f"{calls - calls % SETTLED:,} calls, {after - before:+} tensors of {before}, {objects_after - objects:+} "
             f"objects, {grown / 2**20:+.1f} MB, {kept} programs kept, {emulated.captures:,} captured, "
             f"{emulated.replays:,} replayed")  # fmt: skip
-    assert after == before and abs(objects_after - objects) < 50 and grown < UNREST
+    # Fewer: what tests before this one left behind may go at any time.
+    assert after <= before and objects_after - objects < 50 and grown < UNREST
     assert kept == 3 * (kind == "graphs") and emulated.replays >= 2 * emulated.captures
 
 
