@@ -290,7 +290,7 @@ def easy_consistency_loss(
     Raises: ValueError: a stage in which D differs between t and r by little more than rounding.
     """
     below = curricula.stage_below(stage, q=q, k=k, b=b)
-    # There, rounding of the two points is a hundredth of the gradient; a stage later (q = 2) twice that.
+    # Closer, rounding of the two points is a large part of the gradient: docs/mathematics.md has numbers.
     dtype = _check.sigma_dtype(x_start)
     closest = 64 * torch.finfo(dtype).eps
     if below.factor < closest:
