@@ -108,6 +108,6 @@ def roofline(figure: Any, results: Results) -> bool:
         right.barh(i, row["percent_of_matrix"], color=COLOURS[row["provider"]])
     right.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=5)
     right.axvline(100, color="black", linewidth=0.8)
-    right.set_xlabel("% of the matrix rate (above 100: Winograd)")
+    right.set_xlabel("% of the matrix rate (above 100: fewer multiplications)")
     figure.set_size_inches(11, 6)
     return True

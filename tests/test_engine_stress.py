@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import cmfast
 from cmfast import Denoiser, Sampler, runner
 from cmfast.data import ImageData
-from cmfast.fast import plan, weights, winograd
+from cmfast.fast import plan, weights
 from cmfast.watch import Change, Watch
+from tests.fast.networks import count_small_networks
 from tests.golden_utils import small_unet
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
@@ -35,9 +36,8 @@ def toy() -> Denoiser:
 
 
 @pytest.fixture
-def winograd_for_small_networks(monkeypatch):
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 64)
-    monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+def small_networks_count(monkeypatch):
+    count_small_networks(monkeypatch)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ ROUNDS = [pytest.param(2, id="2"), pytest.param(100, id="100", marks=pytest.mark
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("shared", ["one sampler", "one network", "one model"])
-def test_threads(shared, rounds, eager_switching, counted, winograd_for_small_networks):
+def test_threads(shared, rounds, eager_switching, counted, small_networks_count):
     """Four threads that begin at once with what nobody has used yet, after weights changed: the bits of one thread.
 
     They share a sampler; or an optimised network, each in a sampler of its own; or the model alone.
@@ -440,7 +440,7 @@ def test_levels_of_float64(graph, emulated):
     assert torch.equal(sampler.denoise(x, 0.002, labels), x)
 
 
-def test_defaults_of_others(winograd_for_small_networks):
+def test_defaults_of_others(small_networks_count):
     """torch's default dtype and device are nobody's business: float64, or a device without memory."""
     model, args = small_unet(model_channels=64).eval(), (torch.ones(1, 3, 8, 8), torch.ones(1))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmfast import ops
 from cmfast.dropout import DROPOUT_DRAW, current, note
-from cmfast.fast import winograd
+from cmfast.fast import doubling, winograd
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
 from cmfast.ops._dispatch import keeping_backend
@@ -47,8 +47,8 @@ class Forward:
     """One pass.
 
     dtype: of all activations; live: gradients flow to the weights; differentiable: to them or to the input; packed: a
-    CPU's convolutions, which have none; waits: GroupNorm adds what waits; compiled: what is between a CPU's matrix
-    multiplications; workspace: of what is packed.
+    CPU's convolutions, which have none; doubles: those of images of twice the size by `doubling`, where it fits; waits:
+    GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications; workspace: of what is packed.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class Forward:
         live: bool,
         differentiable: bool = False,
         packed: bool = False,
+        doubles: bool = False,
         waits: bool = False,
         compiled: bool = False,
         workspace: winograd.Workspace | None = None,
     ) -> None:
         self.plan, self.weights, self.dtype = plan, weights, dtype
         self.live, self.differentiable = live, differentiable
-        self.packed, self.waits, self.compiled = packed, waits, compiled
+        self.packed, self.doubles, self.waits, self.compiled = packed, doubles, waits, compiled
         self.workspace = workspace
         self._draw: ops.Draw | None = None
 
@@ -127,14 +128,15 @@ class Forward:
         """x + conv(norm(conv(norm(x)))), the embedding halfway."""
         h = self.normalise(x, block.in_norm)
         residual = x.settle()
+        up = block.resample == "up"
         if block.resample:
-            h, residual = _resampled(h, block.resample), _resampled(residual, block.resample)
+            h, residual = h if up else _resampled(h, "down"), _resampled(residual, block.resample)
         if block.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            middle = self.convolved(h, block.in_conv)
+            middle = self.convolved(h, block.in_conv, up=up)
             h = self.normalise(middle, block.out_norm, scale=scale, shift=shift, dropout=block.dropout)
         else:
-            h = self.convolve(h, block.in_conv) + emb.to(h.dtype)[:, :, None, None]
+            h = self.convolve(h, block.in_conv, up=up) + emb.to(h.dtype)[:, :, None, None]
             h = self.normalise(Sum(h), block.out_norm, dropout=block.dropout)
         if block.skip is None:
             return self.convolved(h, block.out_conv, residual)
@@ -159,10 +161,11 @@ class Forward:
 
     def resample(self, layer: Resample, x: Sum) -> Sum:
         """Twice or half the resolution."""
+        if layer.conv is None:
+            return Sum(_resampled(x.settle(), layer.kind))
         if layer.kind == "up":
-            h = _resampled(x.settle(), "up")
-            return Sum(h) if layer.conv is None else self.convolved(h, layer.conv)
-        return Sum(_resampled(x.settle(), "down") if layer.conv is None else self.convolve(x.settle(), layer.conv))
+            return self.convolved(x.settle(), layer.conv, up=True)
+        return Sum(self.convolve(x.settle(), layer.conv))
 
     def normalise(
         self,
@@ -197,16 +200,23 @@ class Forward:
         number = getattr(dropout, "layer", None) if draw.draw >= DROPOUT_DRAW else None
         return draw if number is None else draw._replace(draw=DROPOUT_DRAW + number)
 
-    def convolved(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False) -> Sum:
-        """conv(h) + residual; `spare`: nobody else needs the residual."""
+    def convolved(
+        self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False, up: bool = False
+    ) -> Sum:
+        """conv(h) + residual; `spare`: nobody else needs the residual; up: of h at twice its size."""
         if self.waits:
-            return Sum(self.convolve(h, conv, bias=False), residual, self._plain(conv.bias))
-        return Sum(self.convolve(h, conv, residual, spare))
+            return Sum(self.convolve(h, conv, bias=False, up=up), residual, self._plain(conv.bias))
+        return Sum(self.convolve(h, conv, residual, spare, up=up))
 
     def convolve(
-        self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False, bias: bool = True
-    ) -> Tensor:
-        """conv(h) + residual, added now."""
+        self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None = None, spare: bool = False, bias: bool = True,
+        up: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """conv(h) + residual, added now; up: of h at twice its size, where the residual is none."""
+        if up and self.doubles and doubling.fits(conv, h, self.packed):
+            return self._doubled(h, conv)
+        if up:
+            h = _resampled(h, "up")
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
         if self.packed and winograd.fits(conv, h):
@@ -217,6 +227,14 @@ class Forward:
         vector = self._plain(conv.bias) if bias else None
         out = F.conv2d(h, self.weights.filters(conv.weight, self.live), vector, conv.stride, conv.padding)
         return out if residual is None else out + residual
+
+    def _doubled(self, h: Tensor, conv: nn.Conv2d) -> Tensor:
+        """conv of h at twice its size, without the large h."""
+        bias = self._plain(conv.bias)
+        if self.packed:
+            return doubling.convolve(h, self.weights.packed_doubled(conv, h.shape), bias)
+        weight = self.weights.doubled(conv.weight, self.live)
+        return F.conv_transpose2d(h, weight, bias, doubling.STRIDE, doubling.PADDING)
 
     def project(
         self,

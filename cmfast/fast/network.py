@@ -128,8 +128,10 @@ class FastPass:
             emb = embed()
             differentiable = live or (recording and (x.requires_grad or emb.requires_grad))
             # Asked last of oneDNN, which Dynamo does not trace.
-            packed = not (waits or differentiable) and self._pack and x.device.type == "cpu" and has_onednn(dtype)
+            onednn = not (waits or compiling) and x.device.type == "cpu" and has_onednn(dtype)
+            packed = onednn and self._pack and not differentiable
             options: dict[str, Any] = {"live": live, "differentiable": differentiable, "packed": packed, "waits": waits}
+            options["doubles"] = onednn
             options |= {"compiled": self._compiled, "workspace": self._workspace if packed else None}
             return Forward(plan, weights, dtype, **options)(x, emb)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmfast.fast import winograd
+from cmfast.fast import doubling, winograd
 from cmfast.watch import storage_of
 
 Make = Callable[..., Tensor]
@@ -50,6 +50,10 @@ class Weights:
         cast, form = self._cast, torch.channels_last
         return self._made("filters", (parameter,), lambda w: cast(w).contiguous(memory_format=form), live)
 
+    def doubled(self, parameter: Tensor, live: bool) -> Tensor:
+        """A convolution's weight [K, C, 3, 3] as `doubling.fold` makes it, [C, K, 4, 4]."""
+        return self._made("doubled", (parameter,), functools.partial(doubling.fold, dtype=self.dtype), live)
+
     def joined(self, parameters: tuple[Tensor, ...], live: bool) -> Tensor:
         """Matrices [O, I] or [O, I, 1, 1], or vectors [O], one below the other."""
         if len(parameters) == 1 and self.dtype in (None, parameters[0].dtype):
@@ -85,6 +89,11 @@ class Weights:
         cast, strip = self._cast, winograd.strip_shape(shape)
         weight = self._laid_out("winograd", (conv.weight,), lambda w: winograd.pack(cast(w), strip), strip)
         return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(cast(b)), False)
+
+    def packed_doubled(self, conv: Any, shape: torch.Size) -> Tensor:
+        """The weight of a 3x3 convolution for `doubling.convolve` of inputs of `shape`."""
+        dtype = self.dtype
+        return self._laid_out("doubling", (conv.weight,), lambda w: doubling.pack(w, dtype, shape), tuple(shape))
 
     def refresh(self, force: bool = False) -> bool:
         """Make anew what is out of date, or everything; True if memory that a graph may read was replaced."""

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Fewest channels, and multiplications of an ordinary convolution, that pay for the transforms.
-LEAST_CHANNELS = 128
-LEAST_WORK = 75_000_000
+#: Fewest channels, as the harmonic mean of inputs and outputs, and multiplications of an ordinary convolution, that pay
+#: for the transforms: these grow with their sum, and what they save with their product.
+LEAST_CHANNELS = 150
+LEAST_WORK = 190_000_000
 #: What it is done in: bfloat16 has no digits to spare for the transforms.
 DTYPE = torch.float32
 #: What the number of channels must be divisible by: the widest vector.
@@ -36,7 +37,7 @@ def wide(conv: nn.Conv2d) -> bool:
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
-        and min(channels) >= LEAST_CHANNELS
+        and 2 * math.prod(channels) >= LEAST_CHANNELS * sum(channels)
         and not any(count % VECTOR for count in channels)
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     )

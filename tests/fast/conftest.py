@@ -2,15 +2,13 @@
 
 import pytest
 
-from cmfast.fast import winograd
-from tests.fast.networks import CONFIGS
+from tests.fast.networks import CONFIGS, count_small_networks
 from tests.golden_utils import small_unet
 
 
 @pytest.fixture
-def winograd_for_small_networks(monkeypatch):
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 64)
-    monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+def small_networks_count(monkeypatch):
+    count_small_networks(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -18,7 +18,7 @@ from cmfast.unet_blocks import AttentionBlock, Downsample, GroupNorm32, ResBlock
 from tests.fast.networks import check, inputs, last, run
 from tests.golden_utils import relative_error, small_unet
 
-pytestmark = pytest.mark.usefixtures("winograd_for_small_networks")
+pytestmark = pytest.mark.usefixtures("small_networks_count")
 
 
 def test_shares_everything(model):

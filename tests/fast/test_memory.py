@@ -13,7 +13,7 @@ from tests.fast.networks import inputs
 from tests.fast.test_changes import changed_in_place
 from tests.golden_utils import small_unet
 
-pytestmark = pytest.mark.usefixtures("winograd_for_small_networks")
+pytestmark = pytest.mark.usefixtures("small_networks_count")
 
 
 def test_memory_is_given_back_at_once():

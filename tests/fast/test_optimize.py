@@ -16,7 +16,7 @@ from tests.fast.networks import check, inputs, last, run
 from tests.fast.test_changes import Lora
 from tests.golden_utils import imagenet64_input, load, relative_error, small_unet, unet_arguments, unet_weights
 
-pytestmark = pytest.mark.usefixtures("winograd_for_small_networks")
+pytestmark = pytest.mark.usefixtures("small_networks_count")
 
 # --- numbers --------------------------------------------------------------------------------------
 

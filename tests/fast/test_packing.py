@@ -12,7 +12,7 @@ from cmfast.tolerances import FAST_VALUE, FLOOR
 from tests.fast.networks import inputs
 from tests.golden_utils import relative_error, small_unet
 
-pytestmark = pytest.mark.usefixtures("winograd_for_small_networks")
+pytestmark = pytest.mark.usefixtures("small_networks_count")
 
 
 def test_weights_are_made_once(model):

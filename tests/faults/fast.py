@@ -49,6 +49,8 @@ FAST_PLAN = [
 ]
 
 FAST_FORWARD = [
+    ("the small image where it is not doubled", '        if up:\n            h = _resampled(h, "up")\n', "",
+     _FAST + "float64"),
     ("a half torso goes on to the end", "if self.weights.dtype is None and plan", "if False and plan",
      _CHANGES + "a_torso_in_half_precision[False-torch.float16]"),
     ("no skip", "skips.append(h)", "skips.append(skips[0])", _FAST_OUTPUT.format("published")),
@@ -183,6 +185,7 @@ FAST_WINOGRAD = [
         "torch.empty(count)",
         "tests/test_engine_stress.py::test_defaults_of_others",
     ),
+    ("narrow for wide", " * sum(channels)", "", "tests/fast/test_winograd.py::test_what_it_does_not_do[narrow]"),
     ("wrong sign", "(2, 1, -1), (1, 3, -1))", "(2, 1, 1), (1, 3, -1))", _WINOGRAD_STRIP),
     ("wrong filter", "(0.5, -0.5, 0.5)", "(0.5, 0.5, 0.5)", _WINOGRAD_STRIP),
     ("bias at another place", "(0, 0, 5, 10)", "(0, 0, 6, 9)", _WINOGRAD_STRIP),
@@ -228,6 +231,25 @@ FAST_WINOGRAD = [
         "parts[1] - parts[2] + parts[3]",
         "tests/fast/test_winograd.py::test_transforms_for_a_compiler[(3, 64, 6, 10)]",
     ),
+]
+
+_DOUBLING = "tests/fast/test_doubling.py::test_"
+
+FAST_DOUBLING = [
+    ("a tap too few", "(0.0, 1.0, 1.0)", "(0.0, 1.0, 0.0)", _DOUBLING + "values[32-96-(3, 5, 7)-torch.float32]"),
+    ("mirrored", "(0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0)",
+     "(1.0, 0.0, 0.0), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0)",
+     _DOUBLING + "values[32-96-(3, 5, 7)-torch.float32]"),
+    ("rows for columns", '"ai,bj->abij"', '"ai,bj->abji"', _DOUBLING + "values[32-96-(3, 5, 7)-torch.float32]"),
+    ("rounded, then added", "taps = weight.permute", "taps = weight.to(dtype).permute",
+     _DOUBLING + "weights_are_added_before_they_are_rounded"),
+    ("any stride", "(conv.stride, conv.padding) == ((1, 1), (1, 1))", "conv.padding == (1, 1)",
+     _DOUBLING + "what_it_does_not_do[stride]"),
+    ("any padding", "(conv.stride, conv.padding) == ((1, 1), (1, 1))", "conv.stride == (1, 1)",
+     _DOUBLING + "what_it_does_not_do[padding]"),
+    ("a filter for few pixels", "(kept or h.numel() // h.shape[1] >= LEAST_PIXELS)", "True",
+     _DOUBLING + "filters_for_one_pass_are_for_many_pixels"),
+    ("kept filters for many pixels alone", "(kept or h.numel()", "(h.numel()", _DOUBLING + "networks_use_it[True]"),
 ]
 
 FAST_NETWORK = [
@@ -319,6 +341,7 @@ FAULTS = {
     "cmfast/fast/forward.py": FAST_FORWARD,
     "cmfast/fast/weights.py": FAST_WEIGHTS,
     "cmfast/fast/winograd.py": FAST_WINOGRAD,
+    "cmfast/fast/doubling.py": FAST_DOUBLING,
     "cmfast/fast/__init__.py": [
         ("attributes of another", "parts = model._modules if own else {}",
          'parts = {n: getattr(model, n, None) for n in ("network", "unet")}',
