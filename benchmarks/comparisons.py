@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmfast.benchmarks.cores import APART
+
 #: A difference of the median ratio up to this is a tie.
 TIE = 0.03
 #: Two runs on a machine that others use as well should agree within this.
@@ -87,18 +89,32 @@ def counts(found: Sequence[Comparison]) -> str:
 
 def agreed(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> str:
     """How far the median ratios of two runs lie apart, the worst first: what a difference between runs must exceed.
+    A line says so where one of them found the cores of its CPU apart, and the other did not.
 
     Raises: ValueError: they have no comparison in common.
     """
-    others = {(c.suite, c.case, c.rival): c.p50 for c in comparisons(second)}
+    others = {(c.suite, c.case, c.rival): c for c in comparisons(second)}
     pairs = [(c, others[key]) for c in comparisons(first) if (key := (c.suite, c.case, c.rival)) in others]
     if not pairs:
         raise ValueError("the two runs have no case and rival in common")
-    found = sorted(((max(c.p50, p50) / min(c.p50, p50) - 1, c, p50) for c, p50 in pairs), key=lambda pair: -pair[0])
+    nearest = min((c.row["sync_us"] for pair in pairs for c in pair if "sync_us" in c.row), default=0.0)
+
+    def remark(*pair: Comparison) -> str:
+        apart = [c.row.get("sync_us", 0.0) > APART * nearest for c in pair]
+        return "  cores apart in one of them" if apart[0] != apart[1] else ""
+
+    def difference(pair: tuple[Comparison, Comparison]) -> float:
+        ratios = [c.p50 for c in pair]
+        return max(ratios) / min(ratios) - 1
+
+    found = sorted(pairs, key=difference, reverse=True)
     width = max(len(f"{c.suite} {c.case}") for c, _ in pairs)
-    lines = [f"{f'{c.suite} {c.case}':{width}}  {c.rival:22} {c.p50:7.3f} {p50:7.3f}  {apart:6.1%}"
-             for apart, c, p50 in found]  # fmt: skip
-    near = sum(apart <= AGREE for apart, _, _ in found)
+    lines = [
+        f"{f'{c.suite} {c.case}':{width}}  {c.rival:22} {c.p50:7.3f} {other.p50:7.3f}  {difference((c, other)):6.1%}"
+        f"{remark(c, other)}"
+        for c, other in found
+    ]
+    near = sum(difference(pair) <= AGREE for pair in found)
     return "\n".join([*lines, f"{near} of {len(found)} ratios within {AGREE:.0%}"])
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cmfast.benchmarks import timing
+from cmfast.benchmarks.cores import Cores, known
 from cmfast.benchmarks.record import Record
 
 #: `rows`, `failures` and `missing` of a trial. `later`, if there is any: provider, field of its rows, and what measures
@@ -130,10 +131,12 @@ class Suite:
         record = Record(self.name, options.out, device, self.command(options), rates=[], missing={}, **fields)
         record.result["rates"].append(timing.rates(device, options.quick))
         timing.end = math.inf if options.seconds is None else begun + options.seconds
+        if device.type == "cpu" and torch.get_num_threads() > 1:
+            timing.cores = Cores(known(record.path.parent, f"*{record.path.name.removeprefix(self.name)}"))
         try:
             self._run(record, trials, measure, options.seconds, begun)
         finally:
-            timing.end = math.inf
+            timing.end, timing.cores = math.inf, None
         record.result["rates"].append(timing.rates(device, options.quick))
         for row in record.result["rows"]:
             rated(row, record.result["rates"])
@@ -160,7 +163,10 @@ class Suite:
             try:
                 found = _measured(measure, trial, i)
                 took.append(time.perf_counter() - start)
-                rows = [rated({"name": trial.name, "trial": i} | row, result["rates"]) for row in found["rows"]]
+                about = {"name": trial.name, "trial": i}
+                if timing.cores and timing.cores.seconds_of_last:
+                    about["sync_us"] = round(timing.cores.seconds_of_last * 1e6, 2)
+                rows = [rated(about | row, result["rates"]) for row in found["rows"]]
                 result["rows"] += rows
                 result["failures"] += found["failures"]
                 result["missing"] |= found["missing"]

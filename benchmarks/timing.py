@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmfast.benchmarks.cases import Case, Inputs, run
+from cmfast.benchmarks.cores import Cores
 from cmfast.fast.network import has_onednn
 from cmfast.graphs import CudaSpace
 
@@ -31,6 +32,10 @@ WARM_UP_S = {"cuda": 0.3, "cpu": 0.0}
 LEAST_ROUNDS = 3
 #: By `time.perf_counter()`, when a run is to be over; of one with `--seconds` it is `runs.Suite.main` that sets it.
 end = math.inf
+#: Those of a run on a CPU with several threads, by which its rounds are chosen.
+cores: Cores | None = None
+#: Times its budget that a trial waits for rounds with the cores side by side.
+PATIENCE = 2.0
 #: Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -182,13 +187,18 @@ def interleave(
     none, that failed: the others go on.
 
     Every other round goes backwards. `rounds`: at least so many, then until the budget is spent, and at most so many;
-    of a run that is `late`, LEAST_ROUNDS.
+    of a run that is `late`, LEAST_ROUNDS. Of a CPU's rounds those count that had its cores side by side, which it takes
+    PATIENCE to have enough of, or all.
     """
     samples: dict[str, list[float]] = {name: [] for name in slices}
     broken: dict[str, str] = {}
+    apart: list[float] = []
+    now = cores.seconds() if cores else 0.0
     start = time.perf_counter()
     for i in range(rounds[1]):
-        if i >= rounds[0] and time.perf_counter() - start > budget_s or i >= LEAST_ROUNDS and late():
+        spent = time.perf_counter() - start
+        enough = cores is None or len(cores.near(apart)) >= rounds[0] or spent > PATIENCE * budget_s
+        if i >= rounds[0] and spent > budget_s and enough or i >= LEAST_ROUNDS and late():
             break
         for name in list(samples)[:: 1 if i % 2 == 0 else -1]:
             try:
@@ -196,6 +206,12 @@ def interleave(
             except Exception as error:
                 broken[name] = reason_of(error)
                 del samples[name]
+        if cores:
+            before, now = now, cores.seconds()
+            apart.append(max(before, now))
+    if cores:
+        counted = cores.counted(apart, LEAST_ROUNDS)
+        samples = {name: [times[i] for i in counted] for name, times in samples.items()}
     return samples, broken
 
 

@@ -3,6 +3,7 @@
 REPORT = "tests/test_benchmarks_report.py::"
 BENCH = "tests/test_benchmarks_bench.py::"
 SAMPLING = "tests/test_benchmarks_sampling.py::"
+CORES = "tests/test_benchmarks_cores.py::"
 
 FAULTS = {
     "benchmarks/comparisons.py": [
@@ -65,6 +66,18 @@ FAULTS = {
          "tests/test_benchmarks.py::test_one_that_fails_while_it_is_timed_is_left_out"),
         ("a round that is late", " or i >= LEAST_ROUNDS and late():", ":",
          BENCH + "test_what_is_there_when_time_is_over_makes_rows"),
+        ("no patience", "len(cores.near(apart)) >= rounds[0]", "True",
+         CORES + "test_rounds_with_the_cores_apart_do_not_count[apart for a moment]"),
+        ("patience without end", " or spent > PATIENCE * budget_s", "",
+         CORES + "test_all_count_where_patience_ends[known from before]"),
+        ("cores that move within a round", "apart.append(max(before, now))", "apart.append(before)",
+         CORES + "test_rounds_with_the_cores_apart_do_not_count[apart for a moment]"),
+    ],
+    "benchmarks/cores.py": [
+        ("every round counts", "near if len(near) >= least else", "",
+         CORES + "test_rounds_with_the_cores_apart_do_not_count[side by side at last]"),
+        ("too few rounds count", "near if len(near) >= least else", "near or",
+         CORES + "test_all_count_where_patience_ends[too few]"),
     ],
     "benchmarks/sampling.py": [
         ("counted before it is timed", "                contenders[name] = contender\n",
