@@ -7,7 +7,7 @@ so one line serves the fused operation, its plain form, torch.compile of that, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -295,6 +295,7 @@ CPU_SIZES = [((3, 64, 64), 1), ((3, 64, 64), 16), ((3, 32, 32), 1), ((3, 32, 32)
 #: Of a quick run there: larger tensors leave the core's own cache, and what comes from the one that a shared machine's
 #: other users fill moves a ratio by a quarter.
 CPU_QUICK = ((3, 64, 64), 4)
+CPU_QUICK_MAP = (192, 16, 16)
 
 
 def _of_maps(dtype: torch.dtype, sizes: int | None = None, largest: int | None = None) -> list[Config]:
@@ -319,10 +320,9 @@ def configs(device_type: str, quick: bool = False) -> list[Config]:
     if quick:
         cuda = device_type == "cuda"
         size, dtypes = (MAIN_SIZES[0], Dtypes()) if cuda else (CPU_QUICK, all_float32)
-        maps = _of_maps(dtypes.model, 1, None if cuda else 1)
-        return [
-            *(Config(case, *size, dtypes=dtypes) for case in QUICK), *(c for c in maps if c.case == "group_norm_silu")
-        ]
+        (norm,) = (c for c in _of_maps(dtypes.model, 1, None if cuda else 1) if c.case == "group_norm_silu")
+        norm = norm if cuda else replace(norm, shape=CPU_QUICK_MAP)
+        return [*(Config(case, *size, dtypes=dtypes) for case in QUICK), norm]
     if device_type != "cuda":
         # What networks run in on a CPU.
         maps = _of_maps(torch.float32, 1, 1) + _of_maps(torch.float32, 1, 4)
