@@ -18,6 +18,7 @@ SECONDS: dict[str, tuple[float, float]] = {
     "kernels": (80, 24),
     "parameters": (90, 18),
     "perceptual": (0, 0),
+    "doubling": (0, 0),
     "startup": (70, 0),
 }
 #: Of such a one that --case names.

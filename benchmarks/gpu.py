@@ -119,6 +119,7 @@ def steps(out: Path, long: bool = False) -> list[Step]:
         suite("parameters", 400),
         _sanitizer("memcheck", 120, SANITIZED),
         suite("profile", 120),
+        suite("doubling", 120),
         suite("perceptual", 400, needs="torchvision"),
         suite("startup", 900),
         _tests("compiled", 300, FILES, "compiled_whole", *workers),

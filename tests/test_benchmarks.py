@@ -334,7 +334,8 @@ class TestGpuSteps:
         assert gpu.main(["--dry", *(["--long"] if long else [])]) == 0
         out = capsys.readouterr().out
         names = ("environment", "smoke", "sampling", "training", "kernels", "parameters", "memcheck", "profile")
-        for name in (*names, *(("perceptual", "startup", "compiled", "all-tests", "racecheck") if long else ())):
+        others = ("doubling", "perceptual", "startup", "compiled", "all-tests", "racecheck")
+        for name in (*names, *(others if long else ())):
             assert f"\n{name} " in f"\n{out}"
         assert long or sum(step.seconds for step in gpu.steps(Path("out"))) <= gpu.TOTAL_S <= 530
 

@@ -8,6 +8,7 @@ output is the same sum in another order, and there is no large image to write an
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Fewest pixels of the small image, in all samples, that pay for a filter which is made for one pass.
@@ -41,6 +42,11 @@ def fold(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (places @ taps.to(sums.dtype)).to(dtype or weight.dtype).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
+def transposed(h: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+    """The 3x3 convolution of h [B, C, H, W] at twice its size; filters: of `fold`."""
+    return F.conv_transpose2d(h, filters, bias, STRIDE, PADDING)
+
+
 def pack(weight: Tensor, dtype: torch.dtype | None, shape: torch.Size) -> Tensor:
     """The filter as oneDNN wants it for inputs of `shape`."""
     reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
@@ -48,6 +54,6 @@ def pack(weight: Tensor, dtype: torch.dtype | None, shape: torch.Size) -> Tensor
 
 
 def convolve(h: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """The 3x3 convolution of h [B, C, H, W] at twice its size; packed: of `pack` for its shape."""
+    """As `transposed`; packed: of `pack` for the shape of h."""
     apply = torch.ops.mkldnn._convolution_transpose_pointwise
     return apply(h, packed, bias, PADDING, [0, 0], STRIDE, [1, 1], 1, "none", [], "")

@@ -233,8 +233,7 @@ class Forward:
         bias = self._plain(conv.bias)
         if self.packed:
             return doubling.convolve(h, self.weights.packed_doubled(conv, h.shape), bias)
-        weight = self.weights.doubled(conv.weight, self.live)
-        return F.conv_transpose2d(h, weight, bias, doubling.STRIDE, doubling.PADDING)
+        return doubling.transposed(h, self.weights.doubled(conv.weight, self.live), bias)
 
     def project(
         self,
