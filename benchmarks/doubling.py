@@ -81,11 +81,16 @@ def _kept(conv: nn.Conv2d, h: Tensor) -> Function:
     return lambda h, *_: doubling.transposed(h, folded, bias)  # type: ignore[arg-type]  # it has a bias
 
 
+def _in_training(conv: nn.Conv2d, h: Tensor) -> Function:
+    """On a CPU as networks have it, for a map that is large enough."""
+    return at_once if h.device.type == "cuda" or doubling.fits(conv, h, kept=False) else two_passes
+
+
 #: What makes each provider of a convolution, the maps that it will be given, and whether gradients are taken.
 PROVIDERS: dict[str, Callable[[nn.Conv2d, Tensor, bool], Function]] = {
     "reference": lambda conv, h, training: two_passes,
     "inductor": lambda conv, h, training: torch.compile(two_passes, dynamic=False),
-    "cmfast": lambda conv, h, training: at_once if training else _kept(conv, h),
+    "cmfast": lambda conv, h, training: _in_training(conv, h) if training else _kept(conv, h),
 }
 COMPILED = ("inductor",)
 

@@ -19,6 +19,7 @@ def recorded(folder, *options):
 def short(monkeypatch):
     monkeypatch.setattr(doubling, "QUICK_S", 0.01)
     monkeypatch.setattr(doubling, "QUICK_MAPS", ((32, 8),))
+    monkeypatch.setattr(fast, "LEAST_PIXELS", 1)
 
 
 def test_forward_and_training(tmp_path):
