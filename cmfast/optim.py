@@ -48,9 +48,16 @@ class _Fused(torch.optim.Optimizer):
     #: GradScaler then sets `grad_scale` and `found_inf`, and leaves unscaling and skipping to `step`.
     _step_supports_amp_scaling = True
 
-    def _prepare(
-        self, max_norm: float | None, averages: Averages | None, copies: nn.Module | Iterable[Tensor] | None
+    def __init__(
+        self,
+        params: ParamsT,
+        *arguments: Any,
+        max_norm: float | None = None,
+        averages: Averages | None = None,
+        copies: nn.Module | Iterable[Tensor] | None = None,
+        **options: Any,
     ) -> None:
+        super().__init__(params, *arguments, **options)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.max_norm, self.averages = max_norm, averages
@@ -213,18 +220,6 @@ class RAdam(_Fused, torch.optim.RAdam):
 
     _update = staticmethod(ops.radam_ema_)
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *arguments: Any,
-        max_norm: float | None = None,
-        averages: Averages | None = None,
-        copies: nn.Module | Iterable[Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, *arguments, **options)
-        self._prepare(max_norm, averages, copies)
-
 
 class Adam(_Fused, torch.optim.Adam):
     __doc__ = f"""torch.optim.Adam in one pass (`cmfast.ops.adam_ema_`), with its params, arguments and state; AdamW
@@ -234,18 +229,6 @@ class Adam(_Fused, torch.optim.Adam):
     """
 
     _update = staticmethod(ops.adam_ema_)
-
-    def __init__(
-        self,
-        params: ParamsT,
-        *arguments: Any,
-        max_norm: float | None = None,
-        averages: Averages | None = None,
-        copies: nn.Module | Iterable[Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, *arguments, **options)
-        self._prepare(max_norm, averages, copies)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
