@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cmfast import fast
 from cmfast.denoiser import Denoiser, input_dtype
 from cmfast.errors import Unavailable
 from cmfast.unet import UNetModel
@@ -89,14 +90,10 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
 
 def _fast(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
     """The model made fast; or as it is, and why."""
-    try:
-        from cmfast.fast import Refused, optimize
-    except ImportError:
-        return model, "this version has no optimised networks"
     # Hooks, which come and go, are no reason here: they are asked for at each call.
     try:
-        return optimize(model, dtype=dtype).eval(), None
-    except Refused as refused:
+        return fast.optimize(model, dtype=dtype).eval(), None
+    except fast.Refused as refused:
         return model, str(refused)
 
 
