@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cmfast.fast import diffusers
-from cmfast.fast.network import FastUNet, fast_unet
+from cmfast.fast.network import FastUNet, fast_unet, is_fast
 from cmfast.fast.plan import Refused, check_parts, of_unet
 from cmfast.unet import UNetModel
 from cmfast.watch import Watch
@@ -108,7 +108,7 @@ def _plan_of(model: Any) -> None:
     """Refused, if it has no plan, or another forward pass than that of its class."""
     ours = isinstance(model, UNetModel)
     original = UNetModel if ours else diffusers.unet2d_class()
-    if not hasattr(type(model), "derives_weights") and type(model).forward is not original.forward:
+    if not is_fast(model) and type(model).forward is not original.forward:
         raise Refused(f"the {type(model).__name__} has a forward pass of its own")
     if model._compiled_call_impl is not None:
         raise Refused(f"the {type(model).__name__} was compiled by its compile()")

@@ -164,6 +164,11 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return there and dtype == torch.float32
 
 
+def is_fast(model: object) -> bool:
+    """Whether it is of a class that `optimize` makes, whose forward pass is not the one it was written with."""
+    return hasattr(type(model), "derives_weights")
+
+
 class FastUNet(UNetModel):
     """A `UNetModel` with the fast forward pass: `optimize` makes it.
 
@@ -223,7 +228,7 @@ def fast_form(
     pack: bool,
 ) -> Any:  # fmt: skip
     """The fast form of a network, sharing everything with it, of the class that `fast_class` makes of its own."""
-    kind: Any = type(model) if hasattr(type(model), "derives_weights") else fast_class(type(model))
+    kind: Any = type(model) if is_fast(model) else fast_class(type(model))
     network = kind.__new__(kind)
     network.__dict__.update(model.__dict__)
     network.__dict__["_fast"] = FastPass(network, make_plan, dtype, pack)

@@ -17,6 +17,7 @@ from cmfast import unet_config
 from cmfast.checkpoint import CheckpointError, meta_network
 from cmfast.compat.diffusers.config import config_from_diffusers, config_to_diffusers
 from cmfast.compat.diffusers.network import unet_class
+from cmfast.fast.network import is_fast
 from cmfast.fast.plan import Refused, check_parts
 from cmfast.unet import UNetModel
 from cmfast.watch import Watch
@@ -168,7 +169,7 @@ def unet_from_diffusers(unet: Any, *, image_size: int | None = None) -> UNetMode
 def _change(unet: Any) -> str | None:
     """What a UNet2DModel has that one of its configuration has not; None if nothing."""
     kind = unet_class()
-    if type(unet).forward is not kind.forward and not hasattr(type(unet), "derives_weights"):
+    if type(unet).forward is not kind.forward and not is_fast(unet):
         return f"the {type(unet).__name__} has a forward pass of its own"
     try:
         check_parts(unet)
