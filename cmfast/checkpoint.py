@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cmfast import unet_config, untrusted
 from cmfast.denoiser import Denoiser
+from cmfast.ops import _check
 from cmfast.precondition import PRECONDITIONINGS, Preconditioner, overridden
 from cmfast.unet import UNetModel
 from cmfast.whole import written_whole
@@ -206,9 +206,10 @@ def save(
 
 def _plain_number(value: Any) -> Any:
     """For JSON, a number of NumPy's as Python's: an argument of the network may be one."""
-    if not isinstance(value, np.generic):
+    number = _check.without_numpy(value)
+    if number is value:
         raise TypeError(f"a {type(value).__name__} among the arguments of a network: {value!r}")
-    return value.item()
+    return number
 
 
 def write_tensors(

@@ -74,17 +74,12 @@ def _first(draw: ops.Draw) -> ops.Draw:
         seed = seed.to(torch.int64)
     else:
         # Made on the device: a copy from the host would break the capture of a CUDA graph.
-        seed = index.new_full((), _signed(seed), dtype=torch.int64)
+        seed = index.new_full((), _check.as_int64(seed), dtype=torch.int64)
     if isinstance(number, Tensor):
-        seed = seed ^ (number.to(torch.int64) * _signed(_MIX))
+        seed = seed ^ (number.to(torch.int64) * _check.as_int64(_MIX))
     elif number:
-        seed = seed ^ _signed(number * _MIX)
+        seed = seed ^ _check.as_int64(number * _MIX)
     return ops.Draw(seed, index, DROPOUT_DRAW)
-
-
-def _signed(value: int) -> int:
-    """The low 64 bits as an int64."""
-    return (value + 2**63) % 2**64 - 2**63
 
 
 def current() -> ops.Draw | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cmfast.errors import Unavailable
 from cmfast.levels import keep_levels
 from cmfast.memory import capturing, out_of_memory
+from cmfast.ops import _check
 from cmfast.watch import name_of
 
 #: What a loop is given: tensors; numbers, which a graph reads from a scalar; ranges, as int64 [n].
@@ -146,7 +147,7 @@ SPACES: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaSpace}
 class Program:
     """A loop captured for values of one kind: `run` puts values into its buffers and replays.
 
-    loop: from values by name to a tensor; it takes its noise levels through `cmfast.samplers`.
+    loop: from values by name to a tensor; it takes its noise levels through `cmfast.levels`.
     model: the module that is blamed where the capture breaks. Generators are left where they were.
 
     Raises: GraphError: the capture broke; the message names the innermost of the model's modules that ran.
@@ -190,7 +191,7 @@ class Program:
                 if isinstance(value, range):
                     torch.arange(value.start, value.stop, out=buffer, device=buffer.device)
                 else:
-                    buffer.fill_(_signed(value) if isinstance(value, int) else value)
+                    buffer.fill_(_check.as_int64(value) if isinstance(value, int) else value)
                 self._filled[name] = value
 
 
@@ -265,11 +266,6 @@ def _buffer(value: Value, device: torch.device) -> Tensor:
     if isinstance(value, range):
         return torch.empty(len(value), dtype=torch.int64, device=device)
     return torch.empty((), dtype=torch.int64 if isinstance(value, int) else torch.float64, device=device)
-
-
-def _signed(value: int) -> int:
-    """The low 64 bits of a number as int64 has them: all that a seed is read for."""
-    return (value + 2**63) % 2**64 - 2**63
 
 
 def kind(values: Values) -> Hashable:

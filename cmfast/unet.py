@@ -5,9 +5,8 @@ they are.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,11 +24,6 @@ from .unet_blocks import (
     timestep_embedding,
     zero_,
 )
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy's as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _weight_dtype(module: nn.Module) -> torch.dtype:
@@ -106,9 +100,9 @@ class UNetModel(nn.Module):
             "model_channels": model_channels,
             "out_channels": out_channels,
             "num_res_blocks": num_res_blocks,
-            "attention_resolutions": [_plain(factor) for factor in attention_resolutions],
+            "attention_resolutions": [_check.without_numpy(factor) for factor in attention_resolutions],
             "dropout": dropout,
-            "channel_mult": [_plain(mult) for mult in channel_mult],
+            "channel_mult": [_check.without_numpy(mult) for mult in channel_mult],
             "conv_resample": conv_resample,
             "dims": dims,
             "num_classes": num_classes,
@@ -121,7 +115,7 @@ class UNetModel(nn.Module):
             "resblock_updown": resblock_updown,
             "use_new_attention_order": use_new_attention_order,
         }
-        self.config = {name: _plain(value) for name, value in self.config.items()}
+        self.config = {name: _check.without_numpy(value) for name, value in self.config.items()}
         if num_heads_upsample == -1:
             num_heads_upsample = num_heads
         self.image_size = image_size

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,16 @@ def integer(name: str, value: Any, device: torch.device) -> Any:
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer or an integer scalar tensor, got {type(value).__name__}")
     return value if isinstance(value, int) else operator.index(value)
+
+
+def as_int64(value: int) -> int:
+    """The low 64 bits of a number as int64 has them: all that a seed is read for."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def without_numpy(value: Any) -> Any:
+    """A number of NumPy's as Python's, and anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def sample_index(index: object) -> None:

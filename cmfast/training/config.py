@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import numpy as np
+from cmfast.ops import _check
 
 OPTIMIZERS = ("radam", "adam", "adamw")
 DECAYS = ("constant", "linear", "cosine")
@@ -131,9 +131,7 @@ def plain(value: Any) -> Any:
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else _check.without_numpy(value)
 
 
 def make(kind: type, values: Mapping[str, Any], what: str) -> Any:
@@ -227,7 +225,7 @@ def written(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
 
 
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[str, ...] = FREE) -> list[str]:
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """What two settings have otherwise, as `name: saved, given` lines; names within names are joined by dots.
 
     >>> differences({"options": {"seed": 0, "keep": 3}}, {"options": {"seed": 1, "keep": 5}})
@@ -235,11 +233,11 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], free: tuple[
     """
     found: list[str] = []
     for name in [*saved, *(name for name in given if name not in saved)]:
-        if name in free:
+        if name in FREE:
             continue
         old, new = plain(saved.get(name)), plain(given.get(name))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{name}.{line}" for line in differences(old, new, free)]
+            found += [f"{name}.{line}" for line in differences(old, new)]
         elif old != new:
             found.append(f"{name}: {old}, now {new}")
     return found

@@ -40,7 +40,7 @@ GRAPHS = [
      GRAPHED + "a_graph_makes_the_same_bits[3]"),
     ("tensors are not filled in", "                buffer.copy_(value)\n", "                pass\n",
      GRAPHED + "generate_from_given_noise[3-None]"),
-    ("seeds of more than 63 bits", "_signed(value) if isinstance(value, int) else value", "value",
+    ("seeds of more than 63 bits", "_check.as_int64(value) if isinstance(value, int) else value", "value",
      GRAPHED + "a_graph_makes_the_same_bits[3]"),
     ("levels are made anew", "            with keep_levels(self._levels):\n                return loop(dict(",
      "            if True:\n                return loop(dict(", GRAPHED + "a_graph_makes_the_same_bits[3]"),
