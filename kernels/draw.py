@@ -19,7 +19,8 @@ from cmfast.kernels.launch import dense, empty, outputs, plan, scaling
 from cmfast.kernels.normal import Noise, _counter
 from cmfast.kernels.philox import box_muller, load_word, noise_tile, words
 
-#: How levels are drawn.
+#: How levels are drawn: by name on the host, as numbers in a kernel.
+LEVELS = ("alike", "thresholds", "lognormal", "below")
 _ALIKE, _THRESHOLDS, _LOGNORMAL, _BELOW = (tl.constexpr(i) for i in range(4))
 #: As in `reference.draw`.
 _LEVEL_DRAW = tl.constexpr(0xFFFFFFFD)
@@ -124,14 +125,15 @@ def _how(levels: Any, spare: Tensor) -> tuple[int, tuple[Tensor, Tensor], dict[s
     scalars = {"intervals": 1, "mean": 0.0, "std": 0.0, "factor": 0.0, "k": 0.0, "b": 0.0, "STRIDE": 1, "SEARCH": 0}
     if hasattr(levels, "table"):
         intervals, thresholds = levels.intervals, levels.thresholds
-        scalars |= {"intervals": intervals, "STRIDE": levels.stride, "LEVELS": 0}
+        scalars |= {"intervals": intervals, "STRIDE": levels.stride, "LEVELS": LEVELS.index("alike")}
         if thresholds is not None:
-            scalars |= {"LEVELS": 1, "SEARCH": (intervals - 1).bit_length()}
+            scalars |= {"LEVELS": LEVELS.index("thresholds"), "SEARCH": (intervals - 1).bit_length()}
         tables = levels.table.contiguous(), spare if thresholds is None else thresholds.contiguous()
         return 1 + levels.stride, tables, scalars
-    scalars |= {"mean": float(levels.mean), "std": float(levels.std), "LEVELS": 2}
+    scalars |= {"mean": float(levels.mean), "std": float(levels.std), "LEVELS": LEVELS.index("lognormal")}
     if levels.below is not None:
-        scalars |= {name: float(value) for name, value in levels.below._asdict().items()} | {"LEVELS": 3}
+        scalars |= {name: float(value) for name, value in levels.below._asdict().items()}
+        scalars["LEVELS"] = LEVELS.index("below")
     return 1 if levels.below is None else 2, (spare, spare), scalars
 
 

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import load_state, store_state
-from cmfast.kernels.group_norm_tiles import kept
-from cmfast.kernels.launch import CONTIGUOUS, dense, empty, launch, layout
-from cmfast.kernels.normal import _counter, _signed_word
+from cmfast.kernels.group_norm_tiles import dropping, kept
+from cmfast.kernels.launch import CONTIGUOUS, dense, empty, launch, layout, power_of_two
+from cmfast.kernels.normal import _counter
 
 #: Elements of a program, and its channels: four share a counter, and side by side in memory there may be more.
 BLOCK = 1024
@@ -57,14 +57,12 @@ def dropout_fwd(x: Tensor, p: float, draw: Any) -> Tensor:
     batch, channels = x.shape[:2]
     pixels = x.numel() // max(batch * channels, 1)
     last = layout(x) != CONTIGUOUS
-    count = min(LAST, max(PLANES, 1 << (channels - 1).bit_length())) if last else PLANES
+    count = min(LAST, max(PLANES, power_of_two(channels))) if last else PLANES
     rows = BLOCK // count
     parts, blocks = -(-channels // count), -(-pixels // rows)
     if x.numel():
         launch(
             _dropout_fwd_kernel, batch * parts * blocks, y, x, draw.index.contiguous(), parts, blocks, channels, pixels,
-            **_counter(draw.seed, draw.draw),
-            least=_signed_word(min(round(p * 2**32), 2**32 - 1)), keep_scale=1 / (1 - p),
-            STATE_LAST=last, ROWS=rows, CHANNELS=count,
+            **_counter(draw.seed, draw.draw), **dropping(p), STATE_LAST=last, ROWS=rows, CHANNELS=count,
         )
     return y

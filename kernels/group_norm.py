@@ -251,7 +251,7 @@ def group_norm_silu_fwd(
             eps=float(eps), **options, X_BIAS=x_bias is not None, RESIDUAL=residual is not None,
         )
         return results
-    after = {key: options.pop(key) for key in list(options) if key not in ("scale_stride", "shift_stride", "FILM")}
+    film = {key: options.pop(key) for key in ("scale_stride", "shift_stride", "FILM")}
     partial, coefficients = room(x, x.shape[0], tiles.parts, 2, x.shape[1]), room(x, x.shape[0], 3, x.shape[1])
     # A bias is part of a sum that is stored; alone it moves the means, which is the fold's to do.
     early, late = (x_bias is not None and (residual is None) == alone for alone in (False, True))
@@ -261,7 +261,7 @@ def group_norm_silu_fwd(
     )
     tiles.fold(
         _group_norm_fold_kernel, coefficients, moments, partial, added[1], *affine,
-        eps=float(eps), **options, X_BIAS=late,
+        eps=float(eps), **film, X_BIAS=late,
     )
-    tiles.run(_group_norm_apply_kernel, y, x if total is None else total, coefficients, index, **after)
+    tiles.run(_group_norm_apply_kernel, y, x if total is None else total, coefficients, index, **options)
     return results

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import as_float32, load_state
-from cmfast.kernels.launch import CONTIGUOUS, launch, layout
+from cmfast.kernels.launch import CONTIGUOUS, launch, layout, power_of_two
 from cmfast.kernels.normal import _counter, _signed_word
 from cmfast.kernels.philox import load_word, words
 
@@ -138,6 +138,11 @@ def kept(
     return tl.where(word >= load_word(least, False).to(tl.uint32), as_float32(keep_scale), 0.0)
 
 
+def dropping(p: float) -> dict[str, Any]:
+    """What `kept` takes to drop the part p, by name."""
+    return {"least": _signed_word(min(round(p * 2**32), 2**32 - 1)), "keep_scale": 1 / (1 - p)}
+
+
 class Tensors(NamedTuple):
     """What is read beside the batch, and how: arguments of a kernel, in order and by name."""
 
@@ -161,8 +166,7 @@ def beside(
     counter = _counter(0, 0) if draw is None else _counter(draw.seed, draw.draw)
     index = x if draw is None else draw.index.contiguous()
     scalars = {
-        "scale_stride": rows[0].stride(0), "shift_stride": rows[1].stride(0), **counter,
-        "least": _signed_word(min(round(dropout * 2**32), 2**32 - 1)), "keep_scale": 1 / (1 - dropout),
+        "scale_stride": rows[0].stride(0), "shift_stride": rows[1].stride(0), **counter, **dropping(dropout),
         "FILM": scale is not None, "SILU": silu, "DROPOUT": draw is not None,
     }
     return Tensors((weight.contiguous(), bias.contiguous(), *rows, index), scalars)
@@ -217,11 +221,6 @@ class Cut(NamedTuple):
         sizes = self.groups, self.parts, self.channels, self.pixels
         warps = max(1, min(8, parts * channels // 256))
         launch(kernel, self.batch * self.groups, *arguments, *sizes, **constants, **options, warps=warps)
-
-
-def power_of_two(n: int) -> int:
-    """The next, or n itself."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:

@@ -35,6 +35,11 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x if x.is_contiguous(memory_format=memory_format) else x.contiguous(memory_format=memory_format)
 
 
+def power_of_two(n: int) -> int:
+    """The next, or n itself."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def empty(like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None) -> Tensor:
     """Room for a tensor like a dense one."""
     return torch.empty_like(like, dtype=dtype or like.dtype, memory_format=memory_format or layout(like) or CONTIGUOUS)
@@ -120,7 +125,7 @@ def plan(
         # One row for all samples keeps accesses aligned whatever the size of a sample is.
         shape = (batch, 1, sample) if per_row or rows else (1, 1, batch * sample)
         last = False, False
-    block = BLOCK if shape[2] > BLOCK // 2 else max(1 << (shape[2] - 1).bit_length(), 128)
+    block = BLOCK if shape[2] > BLOCK // 2 else max(power_of_two(shape[2]), 128)
     return Plan(batch, *shape, block, 1, WARPS, levels, per_row, *last)
 
 

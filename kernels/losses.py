@@ -24,7 +24,7 @@ from cmfast.kernels.common import (
     store_state,
     tile_offsets,
 )
-from cmfast.kernels.launch import Plan, dense, gradients, outputs, plan, scaling
+from cmfast.kernels.launch import Plan, dense, gradients, outputs, plan, power_of_two, scaling
 
 Grads = tuple[Tensor | None, ...]
 
@@ -219,12 +219,12 @@ class _Pair:
 def _summing(tiles: Plan) -> Plan:
     """The plan of a sum: one program for a whole sample if that is short, else few blocks each, and many programs."""
     if tiles.planes == 1 and tiles.pixels <= WHOLE:
-        block = min(WHOLE_BLOCK, max(128, 1 << (tiles.pixels - 1).bit_length()))
+        block = min(WHOLE_BLOCK, max(128, power_of_two(tiles.pixels)))
         steps = max(1, -(-tiles.pixels // block))
         return tiles._replace(block=block, steps=steps, warps=max(tiles.warps, block // 256))
     blocks = tiles.planes * tiles.blocks
     steps = max(min(STEPS, tiles.rows * blocks // ENOUGH), -(-blocks // PARTS), 1)
-    return tiles._replace(steps=1 << (steps - 1).bit_length())
+    return tiles._replace(steps=power_of_two(steps))
 
 
 def _measure(norm: str, huber_c: float, weighting: str = "given", weight_sigma_data: float = 1.0) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _loss_fwd(
     if parts > 1:
         tiles.fold(
             _fold_kernel, loss, distance, partial, tiles.levels[2], parts, elements=pair.elements, **measure,
-            PARTS=1 << (parts - 1).bit_length(),
+            PARTS=power_of_two(parts),
         )
     return loss, distance
 

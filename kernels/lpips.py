@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import load_state, store_state
-from cmfast.kernels.group_norm_tiles import power_of_two
-from cmfast.kernels.launch import CONTIGUOUS, dense, gradients, launch, layout, outputs
+from cmfast.kernels.launch import CONTIGUOUS, dense, gradients, launch, layout, outputs, power_of_two
 
 Grads = tuple[Tensor | None, ...]
 

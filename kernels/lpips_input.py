@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmfast.kernels.common import as_float32, load_state, store_state
-from cmfast.kernels.group_norm_tiles import power_of_two
-from cmfast.kernels.launch import CONTIGUOUS, dense, empty, launch, layout
+from cmfast.kernels.launch import CONTIGUOUS, dense, empty, launch, layout, power_of_two
 
 #: Elements that a program does at a time, at most.
 BLOCK = 1024

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmfast.kernels.averages import average
 from cmfast.kernels.common import as_float32, lerp, load_state, store_state
-from cmfast.kernels.launch import BLOCK, launch
+from cmfast.kernels.launch import BLOCK, launch, power_of_two
 from cmfast.kernels.pointers import piece, tables, tensor_at
 
 #: Partial sums of a norm that one program folds, about, and how many keep a GPU busy.
@@ -74,7 +74,7 @@ def grad_norm(gradients: list[Tensor], *, grad_scale: Tensor | None = None) -> T
     scale = norm if grad_scale is None else grad_scale
     launch(
         _norm_fold_kernel, 1, norm, partial, scale, parts, HAS_SCALE=grad_scale is not None,
-        PARTS=1 << max(parts - 1, 1).bit_length(), warps=8,
+        PARTS=max(power_of_two(parts), 2), warps=8,
     )  # fmt: skip
     return norm
 

@@ -284,6 +284,7 @@ NORM_TILES = [
     ("words in the wrong order", "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))",
      T_DROPS.format("(3, 30, 5, 7)-5")),
     ("what is kept not scaled", "as_float32(keep_scale), 0.0)", "1.0, 0.0)", norm("dropout")),
+    ("a scale of 1 for what is kept", '"keep_scale": 1 / (1 - p)', '"keep_scale": 1.0', norm("dropout")),
     ("slabs that share a counter of dropout", "if last else (4,)", "if last else (1,)",
      T_DROPS.format("(3, 30, 5, 7)-5")),
     ("a projection's rows copied", "t if t.stride(-1) == 1 else t.contiguous()", "t.contiguous()",

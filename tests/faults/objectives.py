@@ -152,7 +152,6 @@ DROPOUT_KERNEL = [
      "at = base + pixel[:, None] * channels + channel[None, :]", _MASKS.format("contiguous")),
     ("a wrong end of the channels", "(channel < channels)[None, :]", "(channel <= channels)[None, :]",
      _MASKS.format("contiguous")),
-    ("what is kept not scaled", "keep_scale=1 / (1 - p)", "keep_scale=1.0", _MASKS.format("channels_last")),
 ]  # fmt: skip
 
 FAULTS = {
