@@ -168,7 +168,7 @@ class Averages:
         """
         parameters = self._parameters_of(unwrap(module))
         for parameter, average in zip(parameters, self._averages[k]):
-            parameter.copy_(_like(average, parameter))
+            parameter.copy_(average if hasattr(parameter, "full_tensor") else whole(average))
         for buffer, source in zip(*self._buffers_of(unwrap(module))):
             buffer.copy_(source)
 
@@ -276,6 +276,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def whole(tensor: _T) -> _T:
+    """A DTensor put together on every rank; any other tensor, or none, itself."""
+    full_tensor: Callable[[], _T] | None = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
 def _named(parameters: Parameters) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
         yield from map(_unwrapped, unwrap(parameters).named_parameters())
@@ -294,12 +300,6 @@ def _unwrapped(named: tuple[str, _T]) -> tuple[str, _T]:
 def _average_of(parameter: Tensor) -> Tensor:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return parameter.detach().to(dtype, copy=True)
-
-
-def _like(average: Tensor, parameter: Tensor) -> Tensor:
-    """All of a sharded average for a parameter that is whole."""
-    gather: Callable[[], Tensor] | None = getattr(average, "full_tensor", None)
-    return average if gather is None or hasattr(parameter, "full_tensor") else gather()
 
 
 def _same_names(names: list[str], wanted: list[str], what: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from cmfast import ops
-from cmfast.ema import Averages, local
+from cmfast.ema import Averages, local, whole
 
 
 class _Cohort(NamedTuple):
@@ -85,7 +85,8 @@ class _Fused(torch.optim.Optimizer):
         cohorts = self._cohorts()
         if not cohorts:
             return loss
-        scale, found = (_whole(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        # Of GradScaler, which may have made DTensors of them.
+        scale, found = (whole(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
         gradients = [_gradient(p) for cohort in cohorts for p in cohort.parameters]
         norm = None
         if self.max_norm is not None:
@@ -237,12 +238,6 @@ def _gradient(parameter: Tensor) -> Tensor:
     if gradient.is_sparse:
         raise RuntimeError("sparse gradients are not supported: torch.optim.SparseAdam is for them")
     return gradient
-
-
-def _whole(scalar: Tensor | None) -> Tensor | None:
-    """A scalar that GradScaler may have made a DTensor."""
-    full: Callable[[], Tensor] | None = getattr(scalar, "full_tensor", None)
-    return scalar if full is None else full()
 
 
 def _norm(gradients: list[Tensor], scale: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,12 +109,6 @@ def synchronising(model: Denoiser, last: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is shared out, put together on every process; any other as it is."""
-    full_tensor: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()
 
 
 def distributed_like(value: Any, like: Tensor) -> Any:

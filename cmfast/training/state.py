@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cmfast import checkpoint
 from cmfast.denoiser import Denoiser
+from cmfast.ema import whole
 from cmfast.memory import out_of_memory
 from cmfast.ranks import RankError, Ranks
-from cmfast.training.parallel import distributed_like, whole, with_network
+from cmfast.training.parallel import distributed_like, with_network
 from cmfast.training.step import TrainStep
 from cmfast.unet import UNetModel
 
