@@ -50,11 +50,8 @@ def paired(draw: ops.Draw) -> Iterator[None]:
     ...     bool((layer(x) == layer(x)).all())
     True
     """
-    before, _now.draw = _now.draw, _first(draw)
-    try:
+    with at(_first(draw)):
         yield
-    finally:
-        _now.draw = before
 
 
 @contextmanager
@@ -151,11 +148,8 @@ def kept(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def again(*arguments: Any) -> Any:
-        before, _now.draw = _now.draw, draw
-        try:
+        with at(draw):
             return function(*arguments)
-        finally:
-            _now.draw = before
 
     return again
 
