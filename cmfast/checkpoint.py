@@ -93,8 +93,7 @@ def load(
     if preconditioning is not None and preconditioning not in PRECONDITIONINGS:
         known = ", ".join(PRECONDITIONINGS)
         raise ValueError(f"unknown preconditioning {preconditioning!r}; known: {known}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+    _check_dtype(dtype)
     unknown = [name for name in overrides if name not in NETWORK_KEYWORDS + SCHEDULE_KEYWORDS]
     if unknown:
         known = ", ".join(SCHEDULE_KEYWORDS + NETWORK_KEYWORDS)
@@ -174,8 +173,7 @@ def save(
     if not isinstance(model, Denoiser) or not isinstance(network, UNetModel):
         what = f"holds a {type(network).__name__}" if isinstance(model, Denoiser) else f"is a {type(model).__name__}"
         raise CheckpointError(f"only a Denoiser around a UNetModel can be saved, this one {what}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+    _check_dtype(dtype)
 
     header: dict[str, Any] = {
         "version": _VERSION,
@@ -232,6 +230,12 @@ def write_tensors(
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {str(error).strip()}") from error
         file.chmod(mode)  # save_file leaves a file that only its owner may read
+
+
+def _check_dtype(dtype: object) -> None:
+    """Raises: ValueError: neither None nor one of weights."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
 
 
 def _device(device: torch.device | str) -> torch.device:
