@@ -38,8 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("parallel", str, "several processes: ddp (default) or fsdp"),
         ("on_nan", str, "stop (default) or skip"),
     ):
-        flags = [f"--{name.replace('_', '-')}"]
-        parser.add_argument(*flags, type=kind, help=text, dest=f"options.{name}", metavar=name.upper())
+        parser.add_argument(_flag(name), type=kind, help=text, dest=f"options.{name}", metavar=name.upper())
     parser.add_argument("--checkpointing", action="store_true", default=None, dest="options.checkpointing",
                         help="less memory, a third more time")  # fmt: skip
     parser.add_argument("--loss-norm", dest="objective.loss_norm", metavar="NORM",
@@ -164,7 +163,7 @@ _MNIST_STEPS = ("edm_steps", "shape_steps", "cd_steps", "guided_steps")
 
 def _beside_mnist(arguments: argparse.Namespace) -> list[str]:
     """What was given that the digits' recipe does not take, as on the command line."""
-    takes = {*_MNIST_STEPS, "command", "run", "recipe", "out", "resume", "device", "options.seed"}
+    takes = {*_MNIST_STEPS, "run", "recipe", "out", "resume", "device", "options.seed"}
     given = [name for name, value in vars(arguments).items() if name not in takes and value is not None and value != []]
     return [_flag(name) for name in given]
 

@@ -9,9 +9,7 @@ from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._dispatch import use_kernel
 from cmfast.ops.noise import add_noise, add_noise_pair
-from cmfast.reference import Below, Draw, Grid, Levels, LogNormal
-
-__all__ = ["Below", "Drawn", "Grid", "Levels", "LogNormal", "draw_levels", "draw_pair"]
+from cmfast.reference import Draw, Grid, Levels, LogNormal
 
 
 class Drawn(NamedTuple):

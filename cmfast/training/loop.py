@@ -340,11 +340,10 @@ class Trainer:
                 warnings.warn(f"a picture is missing at step {self.done}: {error}", stacklevel=2)
 
     def _finish(self) -> Denoiser:
-        average = self.average()
+        average, consistency = self.average(), self.step.objective.consistency
         # No process returns before the file is there.
-        kind = self.step.objective.consistency
         self.group.together(
-            lambda: None if self.group.rank else save_weights(average, self.out / RESULT, consistency=kind)
+            lambda: None if self.group.rank else save_weights(average, self.out / RESULT, consistency=consistency)
         )
         return average
 

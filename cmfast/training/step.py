@@ -274,9 +274,9 @@ class TrainStep:
             self._scale().copy_(self._kept_scale)
 
     def _loss(self, images: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
-        half = getattr(torch, self.options.dtype)
+        dtype = getattr(torch, self.options.dtype)
         # Optimised networks have a dtype of their own.
-        with torch.autocast(self.device.type, half, enabled=half != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             terms = self.objective.loss(
                 self.student,
                 images,
@@ -334,10 +334,10 @@ class TrainStep:
         """The model in the form that is called: optimised, if it may be and can be. pack: as in `fast.optimize`."""
         if not self.options.optimize or self._sharded or fast.refusal(model) is not None:
             return model
-        half = getattr(torch, self.options.dtype)
+        dtype = getattr(torch, self.options.dtype)
         # None would be the weights' own: of a teacher from a file in half precision, not what was asked for.
-        own = half == torch.float32 and not any(map(_low_precision, model.parameters()))
-        return fast.optimize(model, dtype=None if own else half, pack=pack)
+        own = dtype == torch.float32 and not any(map(_low_precision, model.parameters()))
+        return fast.optimize(model, dtype=None if own else dtype, pack=pack)
 
     def _frozen(self, model: Denoiser | None) -> Denoiser | None:
         if model is None:
