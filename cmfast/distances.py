@@ -13,10 +13,8 @@ from torch import Tensor
 from cmfast import ops
 from cmfast.denoiser import Evaluator
 from cmfast.ops import _check
-from cmfast.ops.losses import _check_weight
+from cmfast.ops.losses import NORMS, _check_weight
 
-#: Those that `ops.consistency_loss` takes from network outputs.
-_FUSED_NORMS = ("l1", "l2", "huber")
 #: Distances between two denoised batches, by name.
 LOSS_NORMS = ("l1", "l2", "l2-32", "huber", "lpips")
 #: (x, y) -> distance per sample [B], such as `cmfast.perceptual.LPIPS()`; [B, 1, 1, 1], as of the `lpips` package, too.
@@ -104,7 +102,7 @@ class Measure:
         """
         model_output, x_t, sigma = point
         others = isinstance(target, tuple) and target[0].scaling != student.scaling
-        if self.loss_norm not in _FUSED_NORMS or others:
+        if self.loss_norm not in NORMS or others:
             denoised = student.denoised(model_output, x_t, sigma)
             if isinstance(target, tuple):
                 with torch.no_grad():

@@ -18,6 +18,8 @@ from cmfast import reference
 from cmfast.ops._autograd import fused
 from cmfast.ops._strips import lpips_layer
 from cmfast.reference import Draw
+from cmfast.reference._common import per_sample
+from cmfast.reference.noise import _epsilon
 
 #: Elements of a batch from which on these forms pay, and with gradients.
 LEAST, LEAST_WITH_GRADIENTS = 2**16, 2**17
@@ -39,8 +41,7 @@ def _scalings(sigma: Tensor, x: Tensor, sigma_data: float, boundary: float) -> t
 
 
 def _beside(sigma: Tensor, x: Tensor) -> Tensor:
-    sigma = sigma.to(torch.float32)
-    return sigma.reshape(sigma.shape + (1,) * (x.ndim - 1)) if sigma.ndim else sigma
+    return per_sample(sigma, x, torch.float32)
 
 
 def _input(x: Tensor, sigma: Tensor, model_output: Tensor, options: _Sizes) -> tuple[Tensor, Tensor]:
@@ -68,9 +69,7 @@ def denoise(model_output: Tensor, x_t: Tensor, sigma: Tensor, **options: Any) ->
 def add_noise(
     x_start: Tensor, noise: Tensor | Draw, sigma: Tensor, input_sigma: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(noise, Draw):
-        noise = reference.normal(noise.seed, noise.index, x_start.shape[1:], draw=noise.draw)
-    x_t = torch.addcmul(x_start, noise, _beside(sigma, x_start))
+    x_t = torch.addcmul(x_start, _epsilon(noise, x_start.shape, torch.float32), _beside(sigma, x_start))
     return x_t, *reference.scale_input(x_t, sigma if input_sigma is None else input_sigma, **options)
 
 
@@ -84,11 +83,10 @@ def renoise(
     sigma_min: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(noise, Draw):
-        noise = reference.normal(noise.seed, noise.index, x_t.shape[1:], draw=noise.draw)
+    epsilon = _epsilon(noise, x_t.shape, torch.float32)
     x_next = _denoised(model_output, x_t, sigma, options["sigma_data"], options["boundary"], options["clip"])
     level = _beside(next_sigma, x_t)
-    x_next.addcmul_(noise, ((level - sigma_min) * (level + sigma_min)).clamp(min=0).sqrt())
+    x_next.addcmul_(epsilon, ((level - sigma_min) * (level + sigma_min)).clamp(min=0).sqrt())
     return x_next, *_input(x_next, next_sigma, model_output, options)
 
 
