@@ -151,7 +151,9 @@ def _step(
     lr = options["lr"]
     if not isinstance(lr, float | int | Real | Tensor):
         raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
-    for kind in (*(("lr",) if isinstance(lr, Tensor) else ()), "grad_scale", "found_inf", "grad_norm"):
+    tensors, numbers = ["grad_scale", "found_inf", "grad_norm"], ["eps", "weight_decay"]
+    (tensors if isinstance(lr, Tensor) else numbers).append("lr")
+    for kind in tensors:
         if options[kind] is not None:
             _lists.scalar(kind, options[kind], device)
     betas = options["betas"]
@@ -161,7 +163,7 @@ def _step(
         _check.part("each of betas", beta)
     # NumPy's numbers as Python's: powers of a float32 miss RAdam's threshold rho > 5.
     options["betas"] = tuple(map(float, betas))
-    for kind in ("eps", "weight_decay", *(() if isinstance(lr, Tensor) else ("lr",))):
+    for kind in numbers:
         _check.number(kind, options[kind])
         options[kind] = float(options[kind])
     if options["max_norm"] is not None:
