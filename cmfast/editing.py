@@ -181,12 +181,12 @@ def inpaint(
 ) -> tuple[Tensor, Tensor]:
     """Fill in where `mask` is 0. Returns the result and the reference, black (-1) where it is not known.
 
-    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known; model, x, sigmas
-        and options as in `edit`.
+    Args: images [B, C, H, W] in [-1, 1]; mask, any that broadcasts to images, 1 where they are known, and between 0 and
+        1 mixed; model, x, sigmas and options as in `edit`.
     Raises: ValueError: a mask that does not broadcast, or what `edit` refuses.
     """
     images = _like(images, x, "images")
     mask = _mask(mask, images, "images")
     black = torch.full_like(images, -1.0)
     reference = torch.lerp(black, torch.where(mask == 0, black, images), mask)
-    return edit(model, reference, x, sigmas, mask=mask, **options), reference
+    return edit(model, images, x, sigmas, mask=mask, **options), reference

@@ -26,6 +26,14 @@ def test_inpaint_keeps_the_known_pixels(shape):
     torch.testing.assert_close(other[~known], IMAGES[~known])
 
 
+def test_inpaint_mixes_where_the_mask_is_between():
+    """The model's with the image itself, and not with what is black in part already."""
+    mask = torch.linspace(0, 1, 16)
+    out, reference = editing.inpaint(model, IMAGES, X, [80.0], mask)
+    torch.testing.assert_close(out, torch.lerp(model(X, None).clamp(-1, 1), IMAGES, mask.expand_as(X)))
+    torch.testing.assert_close(reference, torch.lerp(torch.tensor(-1.0), IMAGES, mask.expand_as(X)))
+
+
 def test_colorize_keeps_the_luminance():
     out, reference = editing.colorize(model, IMAGES, X, SIGMAS)
     weights = torch.tensor([0.2989, 0.5870, 0.1140])

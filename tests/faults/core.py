@@ -141,6 +141,9 @@ EDITING = [
     ("sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
      "sigma_min = 0.002 if sigma_min is None else sigma_min",
      "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
+    ("black in what is known in part", "edit(model, images, x, sigmas, mask=mask, **options), reference",
+     "edit(model, reference, x, sigmas, mask=mask, **options), reference",
+     "tests/test_editing.py::test_inpaint_mixes_where_the_mask_is_between"),
     ("the state laid out as what was edited", "torch.empty_like(x).copy_(edited)", "edited",
      "tests/test_editing.py::test_the_state_keeps_its_layout"),
 ]  # fmt: skip
