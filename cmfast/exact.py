@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmfast import samplers, schedules
 from cmfast.denoiser import Denoiser, DenoiserFn, without_autocast
+from cmfast.ops import _check
 from cmfast.precondition import Preconditioner
 
 
@@ -25,11 +26,11 @@ class MixtureDenoiser(Denoiser):
     Args:
         means: [K, C, H, W], data units; images of a data set where std is 0.
         std: of every component, in each dimension.
-        weights: [K], positive; all alike if not given.
+        weights: [K], 0 or more; all alike if not given.
         labels: int64 [K], the class of each component: D(x, sigma, labels) knows those of a class alone.
         sigma_min, sigma_max, rho: as of a `Denoiser`.
 
-    Raises: ValueError: std negative, or means, weights or labels of other shapes.
+    Raises: ValueError: std or weights negative, or means, weights or labels of other shapes.
 
     >>> teacher = MixtureDenoiser(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1))
     >>> teacher(torch.tensor([0.5, -9.0]).view(2, 1, 1, 1), 1.0).flatten()  # tanh(x / sigma^2)
@@ -68,6 +69,8 @@ class MixtureDenoiser(Denoiser):
             num_classes=None if labels is None else int(labels.max()) + 1,
         )
         self.std = std
+        if weights is not None and not (weights.min() >= 0 and weights.sum() > 0):
+            raise ValueError(f"weights must be 0 or more, and not all 0, got {weights.tolist()!r:.80}")
         weights = means.new_ones(len(means)) if weights is None else weights.to(means)
         self.register_buffer("means", means)
         self.register_buffer("log_weights", (weights / weights.sum()).log())
@@ -96,6 +99,15 @@ class MixtureDenoiser(Denoiser):
             mean = logits.softmax(1) @ means
         denoised = mean + self.std**2 / variance * (flat - mean)
         return (denoised.clamp(-1, 1) if clip else denoised).view_as(x).to(x.dtype)
+
+    def check_labels(self, labels: Tensor | None, batch: int) -> None:
+        """ValueError unless `labels` fit this model and a batch of that size, and each class has means."""
+        super().check_labels(labels, batch)
+        if labels is None or labels.device.type != "cpu" or not _check.has_values(labels):
+            return
+        without = labels[~torch.isin(labels, cast(Tensor, self.labels))]
+        if len(without):
+            raise ValueError(f"labels must be of classes that have means, and {without[0].item()} has none")
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """Data: [num, C, H, W], of all components; generator: torch's, by default the global one."""

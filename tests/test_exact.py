@@ -1,5 +1,6 @@
 """The exact denoiser of a mixture, where its value is known."""
 
+import pytest
 import torch
 
 from cmfast.exact import MixtureDenoiser, solved_map
@@ -17,6 +18,21 @@ def test_a_class_is_the_mixture_of_its_means():
         alone = MixtureDenoiser(MEANS[label == CLASSES], 0.3)
         torch.testing.assert_close(value[i : i + 1], alone(x[i : i + 1], sigma[i : i + 1]))
     assert not torch.allclose(value, MixtureDenoiser(MEANS, 0.3)(x, sigma))
+
+
+def test_a_class_without_means():
+    """There is no D of it, and no NaN in its place."""
+    denoiser, x = MixtureDenoiser(MEANS, labels=2 * CLASSES), torch.zeros(2, 1, 2, 2)
+    assert denoiser(x, 1.0, torch.tensor([0, 4])).isfinite().all()
+    with pytest.raises(ValueError, match="labels must be of classes that have means, and 3 has none"):
+        denoiser(x, 1.0, torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("weights", [[3.0, -1.0], [0.0, 0.0], [1.0, torch.nan]], ids=str)
+def test_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match="weights must be 0 or more, and not all 0, got"):
+        MixtureDenoiser(MEANS[:2], weights=torch.tensor(weights))
+    assert torch.equal(MixtureDenoiser(MEANS[:2], weights=torch.tensor([0, 3]))(MEANS[:1], 9.0), MEANS[1:2])
 
 
 def test_far_out_and_close_by():

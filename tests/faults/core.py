@@ -131,6 +131,10 @@ SAMPLERS = [
 EXACT = [
     ("means weighted in bfloat16", "        with without_autocast(x.device):\n            mean =",
      "        if True:\n            mean =", "tests/test_exact.py::test_as_exact_under_autocast"),
+    ("NaN for a class without means", "        if len(without):\n", "        if False:\n",
+     "tests/test_exact.py::test_a_class_without_means"),
+    ("NaN for weights below 0", "weights.min() >= 0 and", "",
+     "tests/test_exact.py::test_weights_that_are_none[[3.0, -1.0]]"),
 ]  # fmt: skip
 
 EDITING = [
