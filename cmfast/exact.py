@@ -82,10 +82,10 @@ class MixtureDenoiser(Denoiser):
         return self.means.device
 
     def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, *, clip: bool = False) -> Tensor:
-        """D [B, C, H, W] in the dtype of x, computed in the wider of its dtype and that of the means. Arguments as of
-        `Denoiser.forward`."""
+        """D [B, C, H, W] in the dtype of x, computed in the wider of its dtype, that of the means and float32.
+        Arguments as of `Denoiser.forward`."""
         self.check_labels(labels, x.shape[0])
-        dtype = torch.promote_types(x.dtype, self.means.dtype)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.means.dtype), torch.float32)
         means, flat = self.means.flatten(1).to(dtype), x.flatten(1).to(dtype)
         level = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(x.shape[0])[:, None]
         variance = self.std**2 + level**2

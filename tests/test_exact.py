@@ -42,6 +42,14 @@ def test_far_out_and_close_by():
     torch.testing.assert_close(denoiser(x, torch.tensor(0.01)), MEANS[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
+def test_half_precision_is_rounded_once(dtype, sigma):
+    means, x = MEANS.to(dtype), (MEANS[:3] + 0.1).to(dtype)
+    wanted = MixtureDenoiser(means.double())(x.double(), sigma)
+    torch.testing.assert_close(MixtureDenoiser(means)(x, sigma), wanted.to(dtype))
+
+
 def test_as_exact_under_autocast():
     denoiser, x = MixtureDenoiser(MEANS.float(), 0.3), torch.randn(4, 1, 2, 2)
     wanted = denoiser(x, 1.0)

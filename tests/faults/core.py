@@ -131,6 +131,9 @@ SAMPLERS = [
 EXACT = [
     ("means weighted in bfloat16", "        with without_autocast(x.device):\n            mean =",
      "        if True:\n            mean =", "tests/test_exact.py::test_as_exact_under_autocast"),
+    ("distances in half precision", "(torch.promote_types(x.dtype, self.means.dtype), torch.float32)",
+     "(x.dtype, self.means.dtype)",
+     "tests/test_exact.py::test_half_precision_is_rounded_once[0.002-torch.float16]"),
     ("NaN for a class without means", "        if len(without):\n", "        if False:\n",
      "tests/test_exact.py::test_a_class_without_means"),
     ("NaN for weights below 0", "weights.min() >= 0 and", "",
