@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from cmfast.ops import _check
 from cmfast.whole import written_whole
 
 SUFFIXES = (".png", ".npz")
@@ -44,14 +45,17 @@ def save(
     The .npz holds `arr_0` uint8 [N, H, W, 3] (grey images repeated) and, if given, `arr_1` the labels [N]: what
     openai's evaluator takes. The file appears when it is whole. columns: as of `grid`.
 
-    Raises: ValueError: images of another dtype or shape, none for a picture, or a path that `check_output` refuses.
-        OSError: it cannot be written.
+    Raises: ValueError: images of another dtype or shape, none for a picture, not as many labels, or a path that
+        `check_output` refuses. OSError: it cannot be written.
     """
     path = check_output(path)
     pixels = _pixels(images)
     if path.suffix.lower() == ".npz":
         pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
         arrays = [pixels] + ([] if labels is None else [np.asarray(labels)])
+        if arrays[-1].shape[:1] != pixels.shape[:1]:
+            got = list(arrays[-1].shape)
+            raise ValueError(f"labels must be [N] with N = {len(pixels)}, one for each of the images, got {got}")
         with written_whole(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, *arrays)
         return path
@@ -69,13 +73,13 @@ def grid(images: Tensor | np.ndarray, *, columns: int | None = None, gap: int = 
     can be.
 
     columns: images in a row; gap: black pixels between two.
-    Raises: ValueError: no images, or images of another dtype or shape.
+    Raises: ValueError: no images, images of another dtype or shape, or columns below 1.
     """
     pixels = _pixels(images)
     n, height, width, channels = pixels.shape
     if n == 0:
         raise ValueError("a picture of no images: ask for 1 or more, or write .npz")
-    columns = columns or int(np.ceil(np.sqrt(n)))
+    columns = int(np.ceil(np.sqrt(n))) if columns is None else _check.whole("columns", columns, least=1)
     rows = -(-n // columns)
     canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), dtype=np.uint8)
     for i, image in enumerate(pixels):

@@ -85,6 +85,19 @@ def test_a_file_is_replaced_not_rewritten(tmp_path):
         assert old.read() == before != path.read_bytes()
 
 
+@pytest.mark.parametrize("labels", [[0, 1], torch.arange(6), 3], ids=str)
+def test_labels_of_other_images(tmp_path, labels):
+    with pytest.raises(ValueError, match=r"labels must be \[N\] with N = 5, one for each of the images, got \["):
+        images.save(tmp_path / "x.npz", PIXELS, labels)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("columns, error", [(0, ValueError), (-2, ValueError), (2.5, TypeError)])
+def test_columns_that_are_none(columns, error):
+    with pytest.raises(error, match=f"columns must be .*, got {columns}"):
+        images.grid(PIXELS, columns=columns)
+
+
 def test_no_images():
     with pytest.raises(ValueError, match="1 or more"):
         images.grid(PIXELS[:0])
