@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmfast.data import ImageData, decode, open_data
+from cmfast.data import FolderData, ImageData, decode, open_data
 from cmfast.data.folder import LISTING
 from cmfast.data.stream import Draw
 from tests.test_data import equal, pixels, take
@@ -71,6 +71,13 @@ def test_what_a_folder_holds(tmp_path):
     (rows,) = take(ImageData(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)), 1, 5)
     order = rows.images.flatten()
     assert torch.equal(batch.images, torch.stack([pixels(3, 4, 6, seed=int(i)) for i in order]))
+
+
+def test_paths_as_text(folder, tmp_path):
+    """As `open_data` takes them."""
+    (tmp_path / LISTING).write_bytes(open_data(folder).listing)
+    opened = FolderData(str(folder), run=str(tmp_path))
+    assert opened.fingerprint == open_data(folder).fingerprint and equal(take(opened, 2), take(open_data(folder), 2))
 
 
 def test_suffixes(tmp_path):

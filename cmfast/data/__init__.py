@@ -54,7 +54,7 @@ def open_data(
         if _is_folder(path):
             return FolderData(
                 path, image_size=image_size, channels=channels, flip=flip, labelled=labelled,
-                skip_unreadable=skip_unreadable, run=None if run is None else Path(run),
+                skip_unreadable=skip_unreadable, run=run,
             )  # fmt: skip
         data = read_npz(path)
     if not len(data):

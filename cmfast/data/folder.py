@@ -59,21 +59,22 @@ class FolderData(Dataset):
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         image_size: int | None = None,
         channels: int | None = None,
         flip: bool = False,
         labelled: bool | None = None,
         skip_unreadable: bool = False,
-        run: Path | None = None,
+        run: str | Path | None = None,
     ) -> None:
+        path = Path(path)
         self.path, self.flip, self.skip_unreadable = path, flip, skip_unreadable
         self._warned = False
         found = {name: _size(path / name) for name in _images_in(path, skip_unreadable)}
         if not found:
             raise ValueError(f"{path} holds no images: no file in it ends in {', '.join(decode.SUFFIXES)}")
-        began = None if run is None else _began_with(run / LISTING, found)
+        began = None if run is None else _began_with(Path(run) / LISTING, found)
         files = began or found
         self.unreadable = {name: _change(found.get(name)) for name in files if files[name] != found.get(name)}
         names = list(files)
