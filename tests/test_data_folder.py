@@ -80,6 +80,12 @@ def test_paths_as_text(folder, tmp_path):
     assert opened.fingerprint == open_data(folder).fingerprint and equal(take(opened, 2), take(open_data(folder), 2))
 
 
+def test_numbers_of_numpy(folder):
+    """A fingerprint is that of the same numbers in Python, by which a run knows its data again."""
+    opened = open_data(folder, image_size=np.int64(4), channels=np.int64(1))
+    assert opened.fingerprint == open_data(folder, image_size=4, channels=1).fingerprint
+
+
 def test_suffixes(tmp_path):
     for suffix in decode.SUFFIXES:
         write(tmp_path / f"image{suffix}", pixels(3, 4, 4))

@@ -80,7 +80,8 @@ class FolderData(Dataset):
         names = list(files)
         self.classes, labels = _find_labels(path, names, labelled)
         height, width = self._check_headers(names, one_size=image_size is None, resumed=began is not None)
-        shape = (channels or 3, image_size or height, image_size or width)
+        # Python's own, since NumPy's would stand in the fingerprint by their type.
+        shape = int(channels or 3), int(image_size or height), int(image_size or width)
         left_out = [name in self.unreadable for name in names]
         self._reader = _Reader(path, names, labels, shape, image_size, left_out, skip_unreadable)
         listing = _listing(files)

@@ -104,6 +104,8 @@ READER = [
     ("an empty folder is there", "return next(entries, None) is None", "return False",
      FOLDER + "a_disk_that_goes_away[0-an empty folder]"),
     ("all of a million are tried", "tried == _MOST or ", "", FOLDER + "too_many_in_a_row"),
+    ("sizes by their type in a fingerprint", "int(channels or 3), int(image_size or height), int(image_size or width)",
+     "(channels or 3, image_size or height, image_size or width)", FOLDER + "numbers_of_numpy"),
     ("images of several sizes", "elif one_size and this != size:", "elif False:", FOLDER + "sizes_and_channels"),
 ]  # fmt: skip
 
