@@ -143,6 +143,14 @@ def test_bad_images(arguments, message):
         ImageData(*arguments)
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], np.arange(3)], ids=["list", "array"])
+def test_what_are_no_tensors(labels):
+    with pytest.raises(TypeError, match="images must be a torch.Tensor, got ndarray: torch.as_tensor makes one"):
+        ImageData(pixels(3, 1, 4, 4).numpy())
+    with pytest.raises(TypeError, match=f"labels must be a torch.Tensor, got {type(labels).__name__}"):
+        ImageData(pixels(3, 1, 4, 4), labels)
+
+
 def test_fingerprints_tell_data_apart():
     others = [
         SEVEN,

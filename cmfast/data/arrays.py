@@ -33,7 +33,8 @@ FINGERPRINT_IMAGES = 64
 class ImageData(Dataset):
     """images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None. flip: as of `Dataset`.
 
-    Raises: ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative or has no image.
+    Raises: TypeError: no tensors. ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative
+        or has no image.
     """
 
     images: Tensor
@@ -42,6 +43,9 @@ class ImageData(Dataset):
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        for name, given in (("images", images), ("labels", labels)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}: torch.as_tensor makes one")
         if images.ndim != 4:
             raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
         if images.dtype not in (torch.uint8, torch.float32):
