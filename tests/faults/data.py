@@ -45,6 +45,8 @@ PIXELS = [
     ("no antialiasing", "antialias=True", "antialias=False", MEMORY + "fit_is_torchvisions[torch.uint8-(3, 12, 12)-5]"),
     ("floats ring", "flat.clamp(-1, 1)", "flat.clamp(-2, 2)",
      MEMORY + "fit_is_torchvisions[torch.float32-(1, 8, 6)-9]"),
+    ("channels that are left as they are", "if channels is not None and images.shape[-3] not in (1, 3):", "if False:",
+     MEMORY + "channels_of_what_is_neither_grey_nor_rgb[3]"),
     ("grey is cut, not rounded", " + 2**15) >> 16", ") >> 16", MEMORY + "fit_colours"),
 ]  # fmt: skip
 
