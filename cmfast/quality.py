@@ -118,9 +118,10 @@ def measure(
     features = torch.cat([classifier.features(part) for part in images.split(500)])
     real = torch.cat([classifier.features(part) for part in training.images.split(500)])
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()
-    # As many real ones as made, else the balls of the larger set are smaller.
-    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[: len(features)]
-    precision, recall = coverage(real[chosen], features)
+    # As many real ones as made, and as many made as real, else the balls of the larger set are smaller.
+    count = min(len(real), len(features))
+    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:count]
+    precision, recall = coverage(real[chosen], features[:count])
     nearest = nearest_distance(images, training.images)
     return Quality(accuracy, frechet_distance(features, real), precision, recall, nearest)
 

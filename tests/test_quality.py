@@ -1,5 +1,7 @@
 """The measures of quality on data whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,18 @@ def test_the_classifier_learns_and_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state) and not classifier.training
     measured = quality.measure(classifier, images, labels, toy)
     assert measured.accuracy > 0.9 and measured.frechet < 1e-2 and measured.recall == 1.0
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_precision_and_recall_of_as_many_as_there_are_real_ones(count):
+    """Balls are as large for both sets."""
+    pixels = SimpleNamespace(features=lambda images: images.flatten(1), head=torch.nn.Identity())
+    real, made = (torch.rand(n, 1, 1, 4, generator=GENERATOR) for n in (40, count))
+    training, labels = ImageData(real), torch.zeros(count, dtype=torch.int64)
+    measured = quality.measure(pixels, made, labels, training)
+    chosen = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: min(40, count)]
+    expected = quality.coverage(real[chosen].flatten(1), made[:40].flatten(1))
+    assert (measured.precision, measured.recall) == expected
 
 
 def test_models_of_something_else_are_refused_at_once(monkeypatch):
