@@ -31,8 +31,7 @@ class Constant(Rate):
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"a rate must be from 0 to 1, got {self.rate}")
+        _part(self.rate)
 
     @property
     def constant(self) -> float:  # type: ignore[override]  # read alone
@@ -141,6 +140,8 @@ class Given(Rate):
     """Set from outside, as mu(N(k)) of a curriculum: `rate.set_(value)`, a number or a scalar on the device. start: the
     first.
 
+    Raises: ValueError: a number that is not from 0 to 1.
+
     >>> rate = Given(0.9)
     >>> rate.set_(0.95)
     >>> rate(torch.tensor(1))
@@ -151,14 +152,14 @@ class Given(Rate):
     value: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.value = torch.tensor(self.start, dtype=torch.float64)
+        self.value = torch.tensor(_part(self.start), dtype=torch.float64)
 
     def set_(self, rate: float | Tensor) -> None:
-        """The rate of the updates that follow: a number, or a scalar. Neither kind waits for the device."""
+        """The rate of the updates that follow: a number from 0 to 1, or a scalar. Neither kind waits for the device."""
         if isinstance(rate, Tensor):
             self.value.copy_(rate)
         else:
-            self.value.fill_(rate)
+            self.value.fill_(_part(rate))
 
     def __call__(self, step: Tensor) -> Tensor:
         return self.value
@@ -199,6 +200,13 @@ def parse_rate(rate: Rate | float | str) -> Rate:
 
 
 _KINDS = "known: 0.9999, halflife:IMAGES[,batch=N][,rampup=PART], power:STD, warmup:RATE, given:START"
+
+
+def _part(rate: float) -> float:
+    """Raises: ValueError: it is not from 0 to 1, and an average would leave the range of what it is of."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"a rate must be from 0 to 1, got {rate}")
+    return rate
 
 
 def _std_of(gamma: float) -> float:

@@ -70,6 +70,9 @@ def test_given():
     assert rate(torch.tensor(3)).item() == 0.95
     rate.set_(torch.tensor(0.5))
     assert rate(torch.tensor(3)).item() == 0.5
+    with pytest.raises(ValueError, match="a rate must be from 0 to 1, got 95"):
+        rate.set_(95)
+    assert rate(torch.tensor(3)).item() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,8 @@ def test_text_and_back(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["fast", "halflife:x", "power:0.5", "power:0.1,0.2", "1.5", "halflife:5,rate=1", "halflife:-1", ""]
+    "text",
+    ["fast", "halflife:x", "power:0.5", "power:0.1,0.2", "1.5", "halflife:5,rate=1", "halflife:-1", "given:1.5", ""],
 )
 def test_texts_that_are_none(text):
     with pytest.raises(ValueError, match="known: 0.9999, halflife:IMAGES"):

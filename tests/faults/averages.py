@@ -167,6 +167,7 @@ FAULTS = {
         ("images of this step too", "(step - 1).double() * (self.batch", "step.double() * (self.batch",
          _RATES + "half_life_that_ramps_up"),
         ("warm-up one step late", "t / (t + 9)", "t / (t + 10)", _RATES + "warm_up"),
+        ("a rate beyond 1 is set", "self.value.fill_(_part(rate))", "self.value.fill_(rate)", _RATES + "given"),
         ("steps for images", "0.5 ** (self.batch / self.halflife)", "0.5 ** (1 / self.halflife)", _RATES + "half_life"),
     ],
     "cmfast/ema.py": [
