@@ -237,5 +237,5 @@ def _quality(arguments: argparse.Namespace) -> None:
     from cmfast import checkpoint, quality
 
     model = _load(arguments)
-    teacher = checkpoint.load(arguments.teacher).to(model.device).eval() if arguments.teacher else None
+    teacher = checkpoint.load_teacher(arguments.teacher).to(model.device).eval() if arguments.teacher else None
     print(quality.report(model, teacher, num=arguments.num, seed=arguments.seed))

@@ -14,6 +14,7 @@ from PIL import Image
 
 import cmfast
 from cmfast import UNetModel, cli, cli_common, ops
+from cmfast.checkpoint import BUNDLED
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,13 @@ def test_what_to_do_about_lost_settings(tmp_path, capsys):
 def test_quality_is_of_digits(checkpoint, capsys):
     assert cli.main(["quality", "--model", checkpoint]) == 2
     assert "model: quality is measured of digits (1, 32, 32) of 10 classes" in capsys.readouterr().err
+
+
+def test_a_consistency_model_is_no_teacher_of_digits(monkeypatch, capsys):
+    """Its 18 Heun steps would be measured as if they followed a path."""
+    monkeypatch.setattr("cmfast.quality.report", lambda *models, **options: "")
+    assert cli.main(["quality", "--teacher", str(BUNDLED)]) == 2
+    assert "mnist.safetensors is a consistency model, and a teacher is a diffusion model" in capsys.readouterr().err
 
 
 def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):

@@ -28,6 +28,8 @@ FAULTS = {
          _STOP + "the_step_at_hand_is_the_last"),
     ],
     "cmfast/cli.py": [
+        ("a consistency model as the digits' teacher", "checkpoint.load_teacher(", "checkpoint.load(",
+         "tests/test_cli.py::test_a_consistency_model_is_no_teacher_of_digits"),
         ("no output at all", "        if stream is None:", "        if False:",
          "tests/test_cli.py::test_output_that_is_closed[>&-]"),
         ("letters that the output lacks end it", '            stream.reconfigure(errors="backslashreplace")',
