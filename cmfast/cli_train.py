@@ -101,8 +101,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
 
     if stages := [_flag(name) for name in _MNIST_STEPS if getattr(arguments, name) is not None]:
         raise ValueError(f"{', '.join(stages)}: only recipe mnist has these stages; leave it out, or give --steps")
-    if arguments.network is not None and arguments.init is not None:
-        raise ValueError("--network makes new weights, and --init names others: leave one of them out")
+    for name in ("init", "teacher"):  # without the first, a student begins as the second
+        if arguments.network is not None and getattr(arguments, name) is not None:
+            raise ValueError(f"--network makes new weights, and --{name} names others: leave --network out")
     settings: dict[str, object] = {}
     if arguments.resume:
         if arguments.out is None and arguments.recipe is None:

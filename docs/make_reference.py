@@ -55,7 +55,8 @@ INTERNAL = {
 }
 #: Settings that neither a flag nor a docstring describes.
 OTHERS = {
-    "network": "new weights: a name, or the arguments of `cmfast.UNetModel` that data do not say",
+    "network": "new weights, not beside `--init` or `--teacher`: a name, or the arguments of `cmfast.UNetModel` that "
+    "data do not say",
     "paths.lpips_trunk": "a file with the weights of LPIPS's trunk, as torchvision names them; default: downloaded",
     "paths.lpips_head": "a file with LPIPS's linear weights; default: those of the package `lpips`",
     "data.labelled": "whether labels are used; default: as the model to start from has classes, else if there are any",

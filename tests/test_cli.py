@@ -265,6 +265,7 @@ def test_unknown_recipe(capsys):
         (["--recipe", "mnist", "--guided-steps", "0"], "guided_steps must be 1 or more, got 0"),
         (["--recipe", "ect", "--data", "images", "--teacher", "x.pt"], "ect takes no teacher; did you mean --init?"),
         (["--recipe", "ect", "--network", "tiny", "--init", "x.pt"], "--network makes new weights, and --init names"),
+        (["--recipe", "cd", "--network", "tiny", "--teacher", "x.pt"], "new weights, and --teacher names others"),
         (["--recipe", "edm", "--out", cli.__file__], "is a file; name a folder"),
         (["--recipe", "edm", "--resume"], "there is no run to resume in runs/edm: no runs/edm/config.yaml"),
     ],

@@ -52,6 +52,8 @@ FAULTS = {
     "cmfast/cli_train.py": [
         ("digits whatever was given", 'digits = arguments.recipe == "mnist"', "digits = arguments.recipe is None",
          "tests/test_cli.py::test_what_is_trained_is_said[arguments0---recipe is missing]"),
+        ("a network that nobody makes", 'for name in ("init", "teacher"):', 'for name in ("init",):',
+         "tests/test_cli.py::test_what_is_trained_is_said[arguments10-new weights, and --teacher names others]"),
     ],
     "cmfast/perceptual.py": [
         ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",

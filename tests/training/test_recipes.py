@@ -38,7 +38,8 @@ def teacher(tmp_path_factory):
     return str(path)
 
 
-SMALL = ["--steps", "2", "--batch-size", "4", "--network", "tiny", "--save-interval", "1"]
+SHORT = ["--steps", "2", "--batch-size", "4", "--save-interval", "1"]
+SMALL = [*SHORT, "--network", "tiny"]
 
 
 def train(*arguments):
@@ -47,11 +48,11 @@ def train(*arguments):
 
 @pytest.mark.parametrize("recipe", OBJECTIVES)
 def test_every_recipe(recipe, images, teacher, tmp_path, capsys):
-    more = ["--teacher", teacher] if OBJECTIVES[recipe].needs_teacher else []
+    more = [*SHORT, "--teacher", teacher] if OBJECTIVES[recipe].needs_teacher else SMALL
     names = {field.name for field in fields(OBJECTIVES[recipe])}
-    more += ["--loss-norm", "l2"] if "loss_norm" in names else []
+    more = [*more, "--loss-norm", "l2"] if "loss_norm" in names else more
     out = tmp_path / "run"
-    assert train("--recipe", recipe, "--data", images / "classes", *SMALL, *more, "--out", out) == 0
+    assert train("--recipe", recipe, "--data", images / "classes", *more, "--out", out) == 0
     assert str(out / "model.safetensors") in capsys.readouterr().out
     model = cmfast.load(out / "model.safetensors")
     assert model.preconditioner.name == OBJECTIVES[recipe].preconditioning
