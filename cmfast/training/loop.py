@@ -41,6 +41,7 @@ class Trainer:
         log.jsonl            loss, learning rate, speed at every `log_interval`
         checkpoints/step-…/  the state of the last `keep` steps that were saved (`cmfast.training.checkpoints`)
         samples/, loss.png   pictures, every `sample_interval`
+        tensorboard/         the log, with `tensorboard`
         model.safetensors    the first average, once the last step is done
         .lock                held while it runs, so that no other process writes there (`cmfast.training.lock`)
 
