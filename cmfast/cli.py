@@ -113,7 +113,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
     parser.add_argument("--ts", type=integers, help="indices of a grid of levels instead, such as 0,22,39")
     parser.add_argument("--num-scales", type=int, default=40, help="levels of that grid (default: 40)")
-    parser.add_argument("--sigmas", type=numbers, help="noise levels instead, such as 80,1.382")
+    parser.add_argument("--sigmas", type=numbers,
+                        help="noise levels instead, such as 80,1.382; of an ODE solver down to 0")  # fmt: skip
     # Two names, since torchrun takes `--num` for a beginning of its own --numa-binding.
     parser.add_argument("--num", "--num-images", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument("--classes", type=integers, help="such as 3 or 0,1,2, in turn; default: drawn from the seed")

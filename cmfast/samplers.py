@@ -388,7 +388,8 @@ def sampler_sigmas(
     """The noise levels of a sampler from exactly one of `steps`, `sigmas`, `ts` (default: steps=1, 18 for solvers).
 
     For `multistep`: the levels of the model's evaluations: `steps=2` is [80, 1.382], which is `ts=(0, 22, 39)` of
-    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0. sigma_min, sigma_max, rho: of the grid.
+    `num_scales=40`. For ODE solvers: `steps` Karras levels and 0 (`progdist`: one level more); `sigmas` that do not end
+    in 0 leave noise of the last level in the images. sigma_min, sigma_max, rho: of the grid.
 
     Raises: ValueError: an unknown sampler, more than one of the three, or levels that make no schedule.
 

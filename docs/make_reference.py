@@ -60,14 +60,14 @@ OTHERS = {
     "paths.lpips_trunk": "a file with the weights of LPIPS's trunk, as torchvision names them; default: downloaded",
     "paths.lpips_head": "a file with LPIPS's linear weights; default: those of the package `lpips`",
     "data.labelled": "whether labels are used; default: as the model to start from has classes, else if there are any",
-    "data.channels": "1 or 3: what images are converted to; default: as they are",
+    "data.channels": "1 or 3: what images are converted to; default: as they are; a folder: 3",
     "lpips.net": "LPIPS's trunk: vgg, alex or squeeze",
     "lpips.pretrained": "whether the trunk has been trained",
 }
 ENVIRONMENT = {
     "CMFAST_BACKEND": "`auto`, `triton` or `reference`, as `cmfast.backend` takes it, for a whole process",
     "OMP_NUM_THREADS": "PyTorch's threads on a CPU",
-    "TRITON_INTERPRET": "1: kernels run in Triton's interpreter, on a CPU, slowly",
+    "TRITON_INTERPRET": "1: with `CMFAST_BACKEND=triton` kernels run in Triton's interpreter, on a CPU, slowly",
     "TORCH_COMPILE_DISABLE": "1: nothing is compiled by `torch.compile`",
     "TORCHDYNAMO_DISABLE": "1: as `TORCH_COMPILE_DISABLE`",
     "OPENAI_LOGDIR": "where the stand-in for openai's `cm.logger` writes, beside others of the original's",
@@ -151,7 +151,10 @@ def settings() -> Iterator[str]:
         "a flag those that have one. From Python they are `cmfast.recipes.trainer({...}, out)`."
     )
     yield table("setting | flag | default | what it is", rows)
-    yield "`options`, from Python `cmfast.training.TrainOptions`; recipes have steps, rates and averages of their own:"
+    yield (
+        "`options`, from Python `cmfast.training.TrainOptions`; recipes have steps, rates and averages of their own, "
+        "`pd` a decay:"
+    )
     texts, fields = described(TrainOptions), dataclasses.fields(TrainOptions)
     rows = [row(f"options.{field.name}", default(field), texts[field.name]) for field in fields]
     yield table("setting | flag | default | what it is", rows)
@@ -171,6 +174,7 @@ def commands() -> Iterator[str]:
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     helps = {action.dest: action.help or "" for action in subparsers._choices_actions}
     yield table("command | what it does", [(f"`python -m cmfast {name}`", text) for name, text in helps.items()])
+    yield "`cmfast` is short for `python -m cmfast`, and `cmfast --version` says which it is."
     yield "What `train` takes beside settings, and all that the others take:"
     groups = recipes.SETTINGS.values()
     settings = {*recipes.SETTINGS, *(name for group in groups if isinstance(group, dict) for name in group)}
@@ -179,7 +183,8 @@ def commands() -> Iterator[str]:
         for action in command._actions:
             setting = name == "train" and (action.dest in settings or "." in action.dest)
             if action.dest != "help" and not setting:
-                said = (action.help or "").replace("|", "\\|")
+                choices = f" ({', '.join(action.choices)})" if action.choices else ""
+                said = (action.help or "").replace("|", "\\|") + choices
                 rows.append((f"`{name}`", f"`{', '.join(action.option_strings)}`", said))
     yield table("command | flag | what it is", rows)
 

@@ -44,7 +44,7 @@ class TrainOptions:
     weight_decay     of the optimizer: L2, or with adamw what each step takes off weights, times learning_rate
     learning_rate    of the optimizer, at its highest
     warmup           steps in which it rises from near 0
-    decay            what becomes of it: constant, or linear or cosine to 0 at the last step
+    decay            what becomes of it: constant, or linear or cosine to 0 at the last step (pd: of each stage)
     max_norm         to which the norm of all gradients is clipped; None: not
     averages         rates of averaged weights, as `cmfast.ema.Averages` takes them: one or more, the first sampled from
     dtype            what networks compute in; weights, loss and averages are float32. float16 scales its gradients
