@@ -36,7 +36,8 @@ def group_norm_silu(
     Args:
         x: [B, C, ...], contiguous or channels_last: others are copied. residual: of its shape.
         num_groups, eps: of the normalisation. Statistics are taken in float32 (float64 for float64), from differences
-            to the mean.
+            to the mean; on a CPU as PyTorch's GroupNorm takes them, in channels_last from E[x^2] - E[x]^2 where no mean
+            is more than 4 deviations.
         weight, bias, x_bias: [C]. scale, shift: [B, C], both or neither; rows may lie apart, as in the halves of a
             larger projection. Any floating dtype.
         silu: False leaves z as it is.
