@@ -25,6 +25,13 @@ def spread(model: Denoiser) -> None:
         tensor.copy_(whole)
 
 
+def anywhere(flag: Tensor) -> Tensor:
+    """Whether a flag, a scalar on the device, is set on any process."""
+    flags = flag.float()
+    dist.all_reduce(flags)
+    return flags > 0
+
+
 def check_used(model: Denoiser) -> None:
     """After a backward pass: ValueError where a weight has no gradient, since its part of the mean over processes, and
     that of others which travel together with it, was then waited for in vain."""

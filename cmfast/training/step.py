@@ -128,7 +128,7 @@ class TrainStep:
     group           the processes that share a batch
 
     In float16 gradients that overflow are left out and halve the scale of the loss; once that is below 2^-24, they are
-    no overflow, and the step is a bad one.
+    no overflow, and the step is a bad one. A loss that is not finite leaves the scale as it is.
 
     Everything random follows from (options.seed, position of an image in the data), so that the number of processes and
     the size of microbatches change nothing. A step with a loss or gradients that are not finite changes no weight and
@@ -219,8 +219,11 @@ class TrainStep:
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.group.size > 1 and not self._sharded:
             parallel.check_used(self.student)
-        self._update(number)
-        self._note(total, number)
+        lost = ~total.isfinite()
+        if self.scaler is not None and self.group.size > 1:
+            lost = parallel.anywhere(lost)
+        self._update(number, lost)
+        self._note(total, lost, number)
 
     def enter(self, stage: Stage) -> None:
         """Go on in a stage; where it is a new one of a progressive distillation, the student becomes the teacher."""
@@ -292,7 +295,8 @@ class TrainStep:
     def _renews(self, stage: Stage) -> bool:
         return self.objective.teacher_follows and stage.number != self.stage.number
 
-    def _update(self, number: int) -> None:
+    def _update(self, number: int, lost: Tensor) -> None:
+        """A step of the optimizer; lost: the loss is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(number)
         if self.scaler is None:
@@ -301,13 +305,16 @@ class TrainStep:
             if self._kept_scale is None:
                 self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
+            # A loss that is not finite is no overflow: at no scale would it be.
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.mul_(~lost)
             self.scaler.update()
         if self._buffers:
             # As of the weights: the norm is that of all processes, and says what the optimizer has passed over.
             self._buffers.put_back(~self.optimizer.grad_norm.isfinite().reshape(()))
             self.averages.follow()
 
-    def _note(self, total: Tensor, number: int) -> None:
+    def _note(self, total: Tensor, lost: Tensor, number: int) -> None:
         """Count a step and its loss, and whether it was bad."""
         bad = ~self.optimizer.grad_norm.isfinite().reshape(())
         if self.scaler is not None:
@@ -316,7 +323,7 @@ class TrainStep:
             self._kept_scale = torch.where(bad, self._kept_scale, scale)
             bad = bad & (scale < LEAST_SCALE)
             scale.copy_(torch.where(bad, self._kept_scale, scale))
-        bad = bad | ~total.isfinite()
+        bad = bad | lost
         self._sum += torch.where(bad, 0.0, total)
         self._losses += ~bad
         self._steps += 1

@@ -105,6 +105,20 @@ def a_nan_of_one(out, group):
     return found
 
 
+def a_nan_of_one_in_float16(out, group):
+    """The scale of the loss after it, of gradients that are averaged and of those that are shared out."""
+    def act(step, number):
+        step.model.network.factor = float("nan") if number == 1 and group.rank else 1.0
+
+    found = []
+    for kind in ("ddp", "fsdp"):
+        run = trainer(out / kind, group, parallel=kind, on_nan="skip", steps=4, dtype="float16")
+        with each_step(act):
+            run.run(progress=False)
+        found.append(run.step.scaler.get_scale())
+    return found
+
+
 def a_full_disk(out, group, kind="ddp"):
     def full(*_, **options):
         raise OSError(28, "No space left on device")
@@ -286,6 +300,7 @@ CASES = [
     stopped_at_a_step_just_saved,
     a_nan_that_comes_again,
     a_nan_of_one,
+    a_nan_of_one_in_float16,
     a_full_disk,
     a_full_disk_and_shared_weights,
     a_folder_on_each_machine,

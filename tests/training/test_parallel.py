@@ -123,6 +123,10 @@ def test_a_nan_of_one_leaves_the_buffers_of_both(pair):
     assert pair("a_nan_of_one")[0] == [[[True, 3]] * 2] * 2
 
 
+def test_a_nan_of_one_leaves_the_scale_of_both(pair):
+    assert pair("a_nan_of_one_in_float16")[0] == [[2.0**16] * 2] * 2
+
+
 @pytest.mark.parametrize("case", ["a_full_disk", "a_full_disk_and_shared_weights"])
 def test_both_see_a_full_disk(pair, case):
     found, saved = pair(case)

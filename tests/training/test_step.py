@@ -311,6 +311,12 @@ def test_overflow_in_float16_is_counted_and_goes_on():
     assert torch.isfinite(weights(step.model)).all()
 
 
+def test_a_loss_that_is_not_finite_leaves_the_scale_of_float16():
+    """Else one broken image in some hundreds takes it, halved each time, to where all gradients are 0."""
+    step = step_of(EDM(), replace(OPTIONS, dtype="float16", on_nan="skip", optimize=False), Bad())
+    assert bad_at(step, {1, 3, 4}, 6).skipped == 3 and step.scaler.get_scale() == 2.0**16
+
+
 def test_gradients_that_no_scale_makes_finite_are_no_overflow():
     """In float16: the scale falls from 2^16 to 2^-24 at most, and the step after is a bad one, as in float32."""
 
