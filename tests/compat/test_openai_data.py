@@ -166,6 +166,14 @@ def test_lognormal_levels():
     assert weights.tolist() == [1.0] * 6
 
 
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
+def test_even_lognormal_levels_are_finite(monkeypatch, drawn):
+    """Whatever torch draws, the least and the most included: rounded to float32, the last of 2048 was infinity."""
+    monkeypatch.setattr(torch, "rand", lambda size: torch.full((size,), drawn))
+    levels, _ = resample.LogNormalSampler(even=True).sample(2048, "cpu")
+    assert levels.isfinite().all() and levels.min() > 0
+
+
 def test_even_lognormal_levels_of_all_ranks(monkeypatch):
     norm = pytest.importorskip("scipy.stats").norm
     monkeypatch.setattr(resample.dist_util.dist, "is_initialized", lambda: False)
