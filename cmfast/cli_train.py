@@ -78,10 +78,12 @@ def _recipe(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     out = folder_of(arguments.out or f"runs/{settings.get('recipe')}")
     device = device_of(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
+    # What torchrun starts again, after a process was lost, goes on where there is a checkpoint.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with ranks(tensors_on=device.type) as group:
         try:
             training = recipes.trainer(
-                settings, out, device=device, group=group, resume=arguments.resume,
+                settings, out, device=device, group=group, resume=arguments.resume or (again and "auto"),
                 tensorboard=bool(arguments.tensorboard),
             )  # fmt: skip
             training.run(progress=sys.stderr.isatty())

@@ -94,9 +94,8 @@ SAMPLERS = [
     ("the newest loss is dropped", "[*self._loss_history[t, 1:], loss]", "[loss, *self._loss_history[t, :-1]]",
      DATA + "losses_shape_the_distribution"),
     ("each rank all intervals", "(self.size * bs)", "bs", DATA + "even_lognormal_levels_of_all_ranks"),
-    ("a level of infinity", "torch.rand(bs).double()", "torch.rand(bs)",
-     DATA + "even_lognormal_levels_are_finite[0.9999999403953552]"),
-    ("a level of 0", " + 2**-25", "", DATA + "even_lognormal_levels_are_finite[0.0]"),
+    ("a level of infinity", "1 - 2**-24)", "1)", DATA + "even_lognormal_levels_are_finite[0.9999999403953552]"),
+    ("a level of 0", "clamp(2**-25, ", "clamp(0, ", DATA + "even_lognormal_levels_are_finite[0.0]"),
 ]  # fmt: skip
 
 SCRIPT_UTIL = [

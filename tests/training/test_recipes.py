@@ -374,3 +374,13 @@ def test_lpips_is_made_where_it_is_asked_for(images, tmp_path, monkeypatch):
     run = recipes.trainer(settings, tmp_path)
     assert run.step.lpips.net == "alex"
     run.run(progress=False)
+
+
+def test_what_torchrun_starts_again_goes_on(images, tmp_path, monkeypatch, capsys):
+    command = ["--recipe", "edm", "--data", images / "classes", *SMALL, "--out", tmp_path / "run"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(*command) == 0  # where it was lost before the first checkpoint
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train(*command) == 2 and "holds a run (step-00000002)" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(*command) == 0

@@ -137,9 +137,9 @@ class LogNormalSampler:
     def sample(self, bs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """(noise levels float32 [bs], weights of their losses, which are 1)."""
         if self.even:
-            # In float64, between the numbers that rand draws: 0 and 1 would be levels of 0 and infinity.
-            part = torch.rand(bs).double() + 2**-25
-            locs = (torch.arange(self.rank * bs, (self.rank + 1) * bs) + part) / (self.size * bs)
+            locs = (torch.arange(self.rank * bs, (self.rank + 1) * bs) + torch.rand(bs)) / (self.size * bs)
+            # 0 and 1, which rounding makes of their neighbours, would be levels of 0 and infinity.
+            locs = locs.clamp(2**-25, 1 - 2**-24)
             sigmas = torch.exp(self.inv_cdf(locs).to(device, torch.float32))
         else:
             sigmas = lognormal_sigmas(torch.randn(bs, device=device), mean=self.p_mean, std=self.p_std)
