@@ -60,7 +60,7 @@ class Trial:
         """The convolution, its filter in channels_last."""
         torch.manual_seed(0)
         conv = nn.Conv2d(self.channels, self.channels, 3, padding=1)
-        return conv.to(self.dtype, memory_format=torch.channels_last)
+        return conv.to(self.dtype).to(memory_format=torch.channels_last)
 
 
 def two_passes(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ def at_once(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _kept(conv: nn.Conv2d, h: Tensor) -> Function:
     """For maps like h, as sampling has it: what is made of the weight is made once."""
-    weight, bias = conv.weight.detach(), conv.bias
+    weight = conv.weight.detach()
     if h.device.type == "cpu":
         packed = doubling.pack(weight, None, h.shape)
-        return lambda h, *_: doubling.convolve(h, packed, bias)  # type: ignore[arg-type]  # it has a bias
+        return lambda h, _, bias: doubling.convolve(h, packed, bias)
     folded = doubling.fold(weight)
-    return lambda h, *_: doubling.transposed(h, folded, bias)  # type: ignore[arg-type]  # it has a bias
+    return lambda h, _, bias: doubling.transposed(h, folded, bias)
 
 
 def _in_training(conv: nn.Conv2d, h: Tensor) -> Function:
@@ -122,7 +122,8 @@ def measure(trial: Trial, device: torch.device, budget_s: float) -> runs.Found:
     """Rows, failures and missing providers of one trial."""
     conv, training = trial.module().to(device), trial.mode == TRAINING
     h = torch.randn(trial.batch, trial.channels, trial.side, trial.side, device=device)
-    given = h.to(trial.dtype, memory_format=torch.channels_last), conv.weight.detach(), conv.bias.detach()
+    parameters = [parameter.detach() for parameter in conv.parameters()]
+    given = h.to(trial.dtype, memory_format=torch.channels_last), *parameters
     slices: dict[str, Callable[[], float]] = {}
     found: runs.Found = {"rows": [], "failures": [], "missing": {}}
     for name in trial.providers:
