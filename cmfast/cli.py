@@ -107,7 +107,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=file_path, help="a .pt or .safetensors checkpoint or a diffusers folder; default: bundled"
     )
-    parser.add_argument("--preconditioning", choices=("consistency", "edm"), help="of a checkpoint that does not say")
+    parser.add_argument("--preconditioning", choices=("consistency", "edm"),
+                        help="default: what the checkpoint says, or its name")  # fmt: skip
     parser.add_argument("--sampler", default="multistep",
                         help="multistep (default), onestep, heun, euler, dpm, ancestral or progdist")  # fmt: skip
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
@@ -134,7 +135,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         type=override,
         dest="overrides",
         metavar="NAME=VALUE",
-        help="model option that the checkpoint does not hold, such as num_head_channels=64",
+        help="model option that the checkpoint lacks, such as num_head_channels=64, or has otherwise",
     )
     parser.add_argument("--option", action="append", default=[], type=override, dest="options", metavar="NAME=VALUE",
                         help="of the sampler, such as s_churn=10 or clip_denoised=False")  # fmt: skip
