@@ -276,7 +276,7 @@ def _make_heads(net: str, weights: Weights | None, pretrained: bool) -> Tensor:
 
     weights = _read("head_weights", weights)
     names = [f"lin{i}.model.1.weight" for i in range(len(channels))]
-    heads = [weights[name].flatten().float() for name in names if name in weights]
+    heads = [weights[name].detach().flatten().float() for name in names if name in weights]
     if tuple(map(len, heads)) != channels:
         raise ValueError(
             f"head_weights must hold {names[0]} to {names[-1]} of {channels} channels, "

@@ -340,6 +340,16 @@ def test_caller_keeps_their_weights():
     assert torch.equal(model.trunk[0].weight, before)
 
 
+def test_heads_that_are_parameters():
+    """As in `named_parameters()` of a module of the lpips package: they get no gradient, and a copy can be made."""
+    pytest.importorskip("torchvision", reason=EXTRA)
+    channels = perceptual._TRUNKS["alex"].channels
+    heads = {f"lin{i}.model.1.weight": nn.Parameter(torch.rand(1, n, 1, 1)) for i, n in enumerate(channels)}
+    model = LPIPS("alex", trunk_weights=random_weights("alex"), head_weights=heads)
+    x, y = images(1, 3, 32, 32)
+    assert not copy.deepcopy(model)(x, y, resize=False).requires_grad
+
+
 def test_import_is_lean():
     code = "import sys, cmfast.perceptual; print({'torchvision', 'lpips', 'piq', 'scipy'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
