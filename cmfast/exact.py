@@ -126,14 +126,16 @@ def gaussian_map(x: Tensor, sigma: Tensor | float, boundary: float, *, mean: Ten
     d(x - mean)/dsigma = (x - mean) sigma / (std^2 + sigma^2), whose solutions are x - mean = const sqrt(std^2 +
     sigma^2). The boundary is sigma_min for a consistency model, f(x, sigma_min) = x, and 0 for EDM scalings.
 
-    x [B, ...]; sigma [B] or a number.
+    x [B, ...], whose dtype the result has, computed in float32 or wider; sigma [B] or a number.
 
     >>> gaussian_map(torch.tensor([5.0]), 1.0, 0.0, mean=1.0, std=0.75)
     tensor([3.4000])
     """
-    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    level = torch.as_tensor(sigma, dtype=wide, device=x.device)
     level = level.reshape(level.shape + (1,) * (x.ndim - level.ndim)) if level.ndim else level
-    return mean + (x - mean) * ((std**2 + boundary**2) / (std**2 + level**2)).sqrt()
+    mapped = mean + (x.to(wide) - mean) * ((std**2 + boundary**2) / (std**2 + level**2)).sqrt()
+    return mapped.to(x.dtype)
 
 
 def solved_map(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmfast.exact import MixtureDenoiser, solved_map
+from cmfast.exact import MixtureDenoiser, gaussian_map, solved_map
 
 MEANS = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 CLASSES = torch.tensor([0, 0, 1, 1, 1, 2])
@@ -48,6 +48,15 @@ def test_half_precision_is_rounded_once(dtype, sigma):
     means, x = MEANS.to(dtype), (MEANS[:3] + 0.1).to(dtype)
     wanted = MixtureDenoiser(means.double())(x.double(), sigma)
     torch.testing.assert_close(MixtureDenoiser(means)(x, sigma), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sigma", [0.002, 80.0, 300.0])
+def test_the_map_of_a_gaussian_is_rounded_once(dtype, sigma):
+    x = (sigma * MEANS).to(dtype)
+    for level in (sigma, torch.full((6,), sigma, dtype=torch.float64)):
+        found, wanted = (gaussian_map(each, level, 0.002, mean=0.3, std=0.5) for each in (x, x.double()))
+        torch.testing.assert_close(found, wanted.to(dtype))
 
 
 def test_as_exact_under_autocast():
