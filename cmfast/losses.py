@@ -15,7 +15,7 @@ from torch import Tensor
 from cmfast import curricula, ops, schedules
 from cmfast.denoiser import Evaluator, Model, evaluator
 from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distance
-from cmfast.dropout import Pairing
+from cmfast.dropout import Pairing, counts
 from cmfast.ops import _check
 from cmfast.reference import level_gap
 from cmfast.samplers import overwritten
@@ -145,6 +145,11 @@ def _input_of(evaluate: Evaluator, maker: Evaluator, point: Point, sigma: Tensor
     return evaluate.scale_input(x, sigma)
 
 
+def _own(model: Model, model_input: Tensor) -> Tensor:
+    """The input of a call, where another model gets it after: networks of others may write into it."""
+    return model_input if counts(model) else model_input.clone()
+
+
 def consistency_loss(
     model: Model,
     target_model: Model,
@@ -221,7 +226,8 @@ def consistency_loss(
             first = ops.add_noise(x_start, noise, sigma, **options)
 
     with pairing:
-        x_t, model_output = first[0], student(*first[1:])
+        x_t, model_input, c_noise = first
+        model_output = student(model_input if training else _own(model, model_input), c_noise)
     maker = student
     if second is None:
         assert teacher_model is not None  # else second is there
@@ -388,8 +394,10 @@ def progressive_distillation_loss(
         )
         first = ops.add_noise(x_start, noise, sigma, **student.input_options)
     x_t = first[0]
+    model_input, c_noise = _input_of(teacher, student, first, sigma)
+    model_input = _own(teacher_model, model_input)
     with pairing:
-        x_mid, *middle = _solve(teacher, x_t, _input_of(teacher, student, first, sigma), sigma, mid_sigma, "euler")
+        x_mid, *middle = _solve(teacher, x_t, (model_input, c_noise), sigma, mid_sigma, "euler")
         x_next, *_ = _solve(teacher, x_mid, (middle[0], middle[1]), mid_sigma, next_sigma, "euler")
     with pairing:  # last: torch's generators go on from where the student leaves them
         model_output = student(*first[1:])

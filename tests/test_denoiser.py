@@ -282,6 +282,36 @@ def test_a_network_may_write_into_its_time(kind):
             assert torch.equal(models[0](X, sigma), models[1](X, sigma))
 
 
+class Doubling(torch.nn.Module):
+    """A network that doubles its input in place."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv, self.in_place = torch.nn.Conv2d(3, 3, 3, padding=1), in_place
+
+    def forward(self, x, t):
+        x = x.mul_(2) if self.in_place else x * 2
+        return self.conv(x.tanh())
+
+
+@pytest.mark.parametrize("kind", ["network", "function"])
+@pytest.mark.parametrize("solver", ["heun", "euler", "progressive", "none"])
+def test_a_network_may_write_into_its_input(solver, kind):
+    """Which is no other's, though several are asked about one point."""
+    found, draw = [], ops.Draw(0, torch.arange(3))
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        networks = [Doubling(in_place) for _ in range(3)]
+        model, target, teacher = networks if kind == "function" else map(Denoiser, networks)
+        if solver == "progressive":
+            terms = losses.progressive_distillation_loss(model, teacher, X, 8, draw=draw)
+        else:
+            others = {} if solver == "none" else {"solver": solver, "teacher_model": teacher}
+            terms = losses.consistency_loss(model, target, X, 18, draw=draw, **others)
+        found.append(terms["loss"])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", [Karras, Timed])
 class TestOverriddenPreconditioner:
     """Methods of a subclass are what a Denoiser computes with, at every step and in every loss."""
