@@ -48,6 +48,8 @@ class Averages:
         *,
         targets: Mapping[int, nn.Module] | None = None,
     ) -> None:
+        if isinstance(rates, str):
+            raise TypeError(f"rates must be a list, with a rate for each average, got {rates!r}")
         self.model = unwrap(parameters) if isinstance(parameters, nn.Module) else None
         pairs = list(_named(parameters))
         if not pairs:

@@ -127,6 +127,12 @@ def test_a_target_in_another_dtype_is_rounded_from_its_average():
     assert averages.tensors(0)[0].dtype == torch.float32
 
 
+def test_one_rate_is_no_list():
+    """Its letters are none either."""
+    with pytest.raises(TypeError, match="rates must be a list, with a rate for each average, got 'power:0.05'"):
+        Averages([torch.zeros(2)], "power:0.05")
+
+
 def test_a_skipped_step_is_none():
     averages = Averages([torch.zeros(2)], [0.5])
     averages.advance(torch.ones(()))
