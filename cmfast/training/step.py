@@ -219,7 +219,7 @@ class TrainStep:
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.group.size > 1 and not self._sharded:
             parallel.check_used(self.student)
-        lost = ~total.isfinite()
+        lost = ~(total * self._alive).isfinite()
         if self.scaler is not None and self.group.size > 1:
             lost = parallel.anywhere(lost)
         self._update(number, lost)
@@ -271,10 +271,8 @@ class TrainStep:
 
     def forget(self, steps: int) -> None:
         """Take back what the last steps, which a stop has made do nothing, changed all the same: each counted as
-        skipped, and in float16 halved the scale of the loss."""
+        skipped."""
         self.optimizer.skipped.sub_(steps)
-        if self.scaler is not None and self._kept_scale is not None:
-            self._scale().copy_(self._kept_scale)
 
     def _loss(self, images: Tensor, labels: Tensor | None, index: Tensor) -> Tensor:
         dtype = getattr(torch, self.options.dtype)
@@ -296,7 +294,7 @@ class TrainStep:
         return self.objective.teacher_follows and stage.number != self.stage.number
 
     def _update(self, number: int, lost: Tensor) -> None:
-        """A step of the optimizer; lost: the loss is not finite."""
+        """A step of the optimizer; lost: the loss is not finite, or that of a step before was not."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(number)
         if self.scaler is None:
@@ -305,10 +303,12 @@ class TrainStep:
             if self._kept_scale is None:
                 self._kept_scale = self._scale().clone()
             self.scaler.step(self.optimizer)
-            # A loss that is not finite is no overflow: at no scale would it be.
-            for found in self.scaler._found_inf_per_device(self.optimizer).values():
-                found.mul_(~lost)
+            scaling = self.scaler._check_scale_growth_tracker("update")
+            before = [x.clone() for x in scaling]
             self.scaler.update()
+            # A loss that is not finite is no overflow: at no scale would it be.
+            for now, then in zip(scaling, before):
+                now.copy_(torch.where(lost, then, now))
         if self._buffers:
             # As of the weights: the norm is that of all processes, and says what the optimizer has passed over.
             self._buffers.put_back(~self.optimizer.grad_norm.isfinite().reshape(()))

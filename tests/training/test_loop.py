@@ -315,12 +315,17 @@ def test_a_nan_loss_is_gone_on_from_as_the_message_says(tmp_path):
     assert [line["learning_rate"] for line in pictures.read_log(tmp_path / "other" / loop.LOG)] == [3e-3, *[1e-4] * 3]
 
 
-def test_a_nan_loss_leaves_the_scale_of_float16(tmp_path):
-    """Steps after it, up to the reading, find no finite gradients either, and it was not the scale's fault."""
+@pytest.mark.parametrize("first, scale, since", [(2.0**16, 2.0**16, 2), (2.0**40, 2.0**38, 0)])
+def test_a_nan_loss_leaves_the_scale_of_float16(tmp_path, first, scale, since):
+    """Steps after it, up to the reading, find no finite gradients either, and it was not the scale's fault; that of
+    steps before it was, and stays."""
+    run = exploding(tmp_path, 2, replace(OPTIONS, dtype="float16", log_interval=20))
+    run.step.scaler = torch.amp.GradScaler("cpu", init_scale=first)
     with pytest.raises(NaNLoss, match="the loss of step 2 "):
-        exploding(tmp_path, 2, replace(OPTIONS, dtype="float16", log_interval=20)).run(progress=False)
+        run.run(progress=False)
     resumed = exploding(tmp_path, None, replace(OPTIONS, dtype="float16", on_nan="skip"), resume=True)
-    assert resumed.done == 2 and resumed.step.scaler.state_dict()["scale"] == 2.0**16
+    state = resumed.step.scaler.state_dict()
+    assert resumed.done == 2 and (state["scale"], state["_growth_tracker"]) == (scale, since)
 
 
 @pytest.mark.parametrize("at, save_interval", [(6, 8), (18, 20)], ids=["a checkpoint", "the last step"])
