@@ -24,7 +24,8 @@ def test_every_suite_has_its_time():
 def test_list(capsys):
     assert cli.main(["bench", "--list", "--quick", "--device", "cpu", "--provider", "foreach,cmfast"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines} == {"sampling", "training", "kernels", "parameters", "startup"}
+    suites = {"sampling", "training", "kernels", "parameters", "doubling", "startup"}
+    assert {line.split()[0] for line in lines} == suites
     assert cli.main(["bench", "--list", "--quick", "--device", "cpu", "--case", "parameters averages"]) == 0
     assert capsys.readouterr().out == "parameters averages 6M 2\n"
 

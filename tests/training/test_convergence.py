@@ -82,7 +82,7 @@ def test_digits(digits, name):
 def test_it_fails_where_nothing_is_learnt(digits):
     objective, share = DIGITS["ct"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "_update", lambda self, number: None)
+        patch.setattr(TrainStep, "_update", lambda self, number, lost: None)
         (start, end), _ = learn(objective, digits)
     assert end > 0.95 * start > share * start
 
