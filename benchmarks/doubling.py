@@ -196,14 +196,9 @@ def start(
     return {}, lambda trial, number: measure(trial, device, budget_s)
 
 
-def line(trial: Trial, found: runs.Found) -> str:
-    """One trial while a run goes on."""
-    return runs.found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.2f} ms" for row in found["rows"]])
-
-
 SUITE = runs.Suite(
-    "doubling", "doubling with the convolution after it", tuple(PROVIDERS), chosen_trials, start, line, text,
-    COMPILED, add_options, ("batch",),
+    "doubling", "doubling with the convolution after it", tuple(PROVIDERS), chosen_trials, start,
+    runs.milliseconds_line, text, COMPILED, add_options, ("batch",),
 )  # fmt: skip
 main = SUITE.main
 

@@ -287,14 +287,9 @@ def start(
     return {}, lambda trial, number: measure(trial, device, budget_s)
 
 
-def line(trial: Trial, found: runs.Found) -> str:
-    """One trial while a run goes on."""
-    return runs.found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.2f} ms" for row in found["rows"]])
-
-
 SUITE = runs.Suite(
     "parameters", "averages, and an optimizer's step with averages", ("loop", "foreach", "inductor", "cmfast"),
-    chosen_trials, start, line, text,
+    chosen_trials, start, runs.milliseconds_line, text,
 )  # fmt: skip
 main = SUITE.main
 

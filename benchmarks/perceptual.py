@@ -229,14 +229,9 @@ def start(
     return {}, lambda trial, number: measure(trial, device, BUDGET_S[device.type])
 
 
-def line(trial: Trial, found: runs.Found) -> str:
-    """One trial while a run goes on."""
-    return runs.found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.1f} ms" for row in found["rows"]])
-
-
 SUITE = runs.Suite(
-    "perceptual", "the LPIPS loss with its gradient", tuple(PROVIDERS), chosen_trials, start, line, text,
-    COMPILED, add_options, ("batch",),
+    "perceptual", "the LPIPS loss with its gradient", tuple(PROVIDERS), chosen_trials, start,
+    runs.milliseconds_line, text, COMPILED, add_options, ("batch",),
 )  # fmt: skip
 main = SUITE.main
 

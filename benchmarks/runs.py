@@ -243,6 +243,11 @@ def found_line(trial: Any, found: Found, times: Iterable[str]) -> str:
     return f"{trial}\n    " + "\n    ".join([*times, *wrong, *missing])
 
 
+def milliseconds_line(trial: Any, found: Found) -> str:
+    """One trial while a run goes on, of a suite whose rows are in microseconds."""
+    return found_line(trial, found, [f"{row['provider']} {row['p50_us'] / 1e3:.2f} ms" for row in found["rows"]])
+
+
 def _words(text: str) -> list[str]:
     return text.split(",")
 

@@ -110,6 +110,8 @@ FAST_FORWARD = [
 ]
 
 FAST_WEIGHTS = [
+    ("doubled filters in the dtype of weights", "functools.partial(doubling.fold, dtype=self.dtype)", "doubling.fold",
+     "tests/fast/test_optimize.py::test_gradients[resampling-torch.bfloat16]"),
     (
         "a weight that could not be made counts as made",
         "        seen, made, old = self._look(), self._made(), self.value\n",

@@ -54,6 +54,10 @@ FAULTS = {
          "tests/test_cli.py::test_what_is_trained_is_said[arguments0---recipe is missing]"),
         ("a network that nobody makes", 'for name in ("init", "teacher"):', 'for name in ("init",):',
          "tests/test_cli.py::test_what_is_trained_is_said[arguments10-new weights, and --teacher names others]"),
+        ("what torchrun starts again is refused", '(again and "auto")', "False",
+         "tests/training/test_recipes.py::test_what_torchrun_starts_again_goes_on"),
+        ("what is begun goes on with another run", '(again and "auto")', '"auto"',
+         "tests/training/test_recipes.py::test_what_torchrun_starts_again_goes_on"),
     ],
     "cmfast/perceptual.py": [
         ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",
