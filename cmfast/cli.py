@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cmfast import __version__, cli_train
-from cmfast.cli_common import device_of, file_path, folder_of, for_users, integer, integers, numbers, override
+from cmfast.cli_common import Said, device_of, file_path, folder_of, for_users, integer, integers, numbers, override
 
 if TYPE_CHECKING:  # the command line starts without torch
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
         return status
+    except Said:
+        return 2
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return 0

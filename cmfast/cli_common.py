@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # the command line starts without torch
     import torch
 
 
+class Said(Exception):
+    """A command has failed, and has said why."""
+
+
 def for_users(error: Exception) -> str | None:
     """What an error says, where it is no fault of cmfast's own: an argument, a file, what is missing on this machine,
     or memory that ran out."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cmfast.cli_common import device_of, file_path, folder_of, for_users, integer, override, words
+from cmfast.cli_common import Said, device_of, file_path, folder_of, for_users, integer, override, words
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,28 +74,44 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> None:
     from cmfast import recipes
-    from cmfast.ranks import RankError, ranks
-    from cmfast.training import NaNLoss
+    from cmfast.ranks import ranks
+    from cmfast.training.stop import Stop
 
     settings = _settings(arguments)
     out = folder_of(arguments.out or f"runs/{settings.get('recipe')}")
     device = device_of(arguments.device, int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
     # What torchrun starts again, after a process was lost, goes on where there is a checkpoint.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    with ranks(tensors_on=device.type) as group:
-        try:
-            training = recipes.trainer(
-                settings, out, device=device, group=group, resume=arguments.resume or (again and "auto"),
-                tensorboard=bool(arguments.tensorboard),
-            )  # fmt: skip
-            training.run(progress=sys.stderr.isatty())
-        except Exception as error:
-            # Here alone: the others only see that this process is gone. A NaN all of them see, and a RankError.
-            if group.rank and for_users(error) is not None and not isinstance(error, (NaNLoss, RankError)):
-                print(f"cmfast: error: rank {group.rank}: {for_users(error)}", file=sys.stderr)
+    with ranks(tensors_on=device.type) as group, ExitStack() as until_said, _said(group.rank):
+        training = recipes.trainer(
+            settings, out, device=device, group=group, resume=arguments.resume or (again and "auto"),
+            tensorboard=bool(arguments.tensorboard),
+        )  # fmt: skip
+        # torchrun sends SIGTERM as soon as one process is gone, and this one may have yet to say so.
+        until_said.enter_context(Stop(group))
+        training.run(progress=sys.stderr.isatty())
+    if group.rank == 0:
+        print(out / "model.safetensors")
+
+
+@contextmanager
+def _said(rank: int) -> Iterator[None]:
+    """What fails within is said at once, by the first process for all. Others say what it may not live to say, that a
+    process is gone, and what it only sees as one that is gone: not a NaN, nor a RankError. Raises: Said: then."""
+    from cmfast.ranks import Lost, RankError
+    from cmfast.training import NaNLoss
+
+    try:
+        yield
+    except Exception as error:
+        message = for_users(error)
+        if message is None:
             raise
-        if group.rank == 0:
-            print(out / "model.safetensors")
+        if not rank or isinstance(error, Lost):
+            print(f"cmfast: error: {message}", file=sys.stderr)
+        elif not isinstance(error, (NaNLoss, RankError)):
+            print(f"cmfast: error: rank {rank}: {message}", file=sys.stderr)
+        raise Said from error
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, object]:

@@ -58,6 +58,8 @@ FAULTS = {
          "tests/training/test_recipes.py::test_what_torchrun_starts_again_goes_on"),
         ("what is begun goes on with another run", '(again and "auto")', '"auto"',
          "tests/training/test_recipes.py::test_what_torchrun_starts_again_goes_on"),
+        ("torchrun ends it before it says why", "        until_said.enter_context(Stop(group))\n", "",
+         _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/perceptual.py": [
         ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",
