@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
+from cmfast.fast import winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -32,6 +33,8 @@ def _versions() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    why = winograd.refusal()
+    yield "3x3 convolutions on a CPU: " + (f"oneDNN's ({why})" if why else "by Winograd in float32, where it gains")
     if not torch.cuda.is_available():
         yield "no GPU that PyTorch can use"
         return

@@ -55,20 +55,11 @@ def prepare(model: Any, *, optimize: str | bool, compile: str, dtype: torch.dtyp
     for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(variable) == "1":
             return Prepared(prepared, optimised, ("off", f"{variable}=1 has PyTorch compile nothing"), refresh)
-    if compile == "whole" and _compiled_in_parts(prepared):
-        why = "compile='whole' was asked for; on a CPU with wide convolutions its parts are faster"
-        return Prepared(prepared, optimised, ("parts", why), refresh)
+    network = prepared.network if isinstance(prepared, Denoiser) else prepared
+    if compile == "whole" and getattr(network, "faster_uncompiled", False) is True:
+        why = "compile='whole' was asked for; on this CPU the optimised network is faster as it is"
+        return Prepared(prepared, optimised, ("off", why), refresh)
     return Prepared(_compiled(prepared, compile), optimised, (compile, f"compile={compile!r} was asked for"), refresh)
-
-
-def _compiled_in_parts(model: Any) -> bool:
-    """Whether the network compiles its parts itself: an optimised one on a CPU, if that is the faster way."""
-    network = model.network if isinstance(model, Denoiser) else model
-    parts = getattr(network, "compile_parts", None)
-    if parts is None or not parts():
-        return False
-    _check_compiler(model)
-    return True
 
 
 def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, compile: str) -> tuple[Any, str | None]:

@@ -51,6 +51,7 @@ def pytest(tree: Path, interpreted: bool, *arguments: str) -> subprocess.Complet
     """pytest in a copy, whose package is the one imported; nothing compiled is kept from one run to the next."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CMFAST_BACKEND", "TRITON_INTERPRET")}
     environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment["XDG_CACHE_HOME"] = str(tree / ".cache")  # where C with a fault in it is not found again
     # A second of each run, and no test here uses them.
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if interpreted:

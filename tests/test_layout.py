@@ -23,7 +23,7 @@ LEVELS = [
     {"kernels", "reference", "tolerances", "errors"},
     {"ops"},
     {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "untrusted"}
-    | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula", "whole"},
+    | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula", "whole", "native"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "digits", "recipes", "quality", "info", "compat", "benchmarks", "__main__"}

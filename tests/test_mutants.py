@@ -19,7 +19,8 @@ def test_each_fault_can_be_made(file):
     """Its line is there, as often as the table says, and what becomes of it is Python."""
     for mutant in (m for m in MUTANTS if m.file == file):
         assert TEXTS[file].count(mutant.old) == mutant.count >= mutant.nth >= 1, mutant.name
-        ast.parse(mutant.apply(TEXTS[file]))
+        if file.endswith(".py"):
+            ast.parse(mutant.apply(TEXTS[file]))
         assert mutant.new != mutant.old, mutant.name
 
 

@@ -248,9 +248,10 @@ def _fast_class(base: Any) -> Any:
 
         input_format = torch.channels_last
 
-        def compile_parts(self) -> bool:
-            """As `cmfast.fast.FastUNet.compile_parts`."""
-            return bool(self._fast.compile_parts())
+        @property
+        def faster_uncompiled(self) -> bool:
+            """As `cmfast.fast.FastUNet.faster_uncompiled`."""
+            return bool(self._fast.faster_uncompiled)
 
         @property
         def refusal(self) -> str | None:

@@ -47,8 +47,8 @@ class Forward:
     """One pass.
 
     dtype: of all activations; live: gradients flow to the weights; differentiable: to them or to the input; packed: a
-    CPU's convolutions, which have none; doubles: those of images of twice the size by `doubling`, where it fits; waits:
-    GroupNorm adds what waits; compiled: what is between a CPU's matrix multiplications; workspace: of what is packed.
+    CPU's convolutions, which have none; onednn: it does the convolutions, or better `winograd` and `doubling`, where
+    they fit; waits: GroupNorm adds what waits; workspace: of `winograd`.
     """
 
     def __init__(
@@ -60,14 +60,13 @@ class Forward:
         live: bool,
         differentiable: bool = False,
         packed: bool = False,
-        doubles: bool = False,
+        onednn: bool = False,
         waits: bool = False,
-        compiled: bool = False,
         workspace: winograd.Workspace | None = None,
     ) -> None:
         self.plan, self.weights, self.dtype = plan, weights, dtype
         self.live, self.differentiable = live, differentiable
-        self.packed, self.doubles, self.waits, self.compiled = packed, doubles, waits, compiled
+        self.packed, self.onednn, self.waits = packed, onednn, waits
         self.workspace = workspace
         self._draw: ops.Draw | None = None
 
@@ -213,18 +212,21 @@ class Forward:
         up: bool = False,
     ) -> Tensor:  # fmt: skip
         """conv(h) + residual, added now; up: of h at twice its size, where the residual is none."""
-        if up and self.doubles and doubling.fits(conv, h, self.packed):
+        if up and self.onednn and doubling.fits(conv, h, self.packed):
             return self._doubled(h, conv)
         if up:
             h = _resampled(h, "up")
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
-        if self.packed and winograd.fits(conv, h):
-            options: dict[str, Any] = {"workspace": self.workspace, "compiled": self.compiled}
-            return winograd.convolve(h, *self.weights.winograd(conv, h.shape), residual, **options)
+        vector = self._plain(conv.bias) if bias else None
+        if self.onednn and winograd.fits(conv, h, self.packed):
+            if self.packed:
+                packed, outputs = self.weights.winograd(conv), conv.out_channels
+                return winograd.convolve(h, packed, outputs, vector, residual, workspace=self.workspace)
+            weight = self.weights.filters(conv.weight, self.live)
+            return winograd.convolution(h, weight, vector, residual, self.workspace)
         if self.packed:
             return self._packed(h, (conv,), residual, spare)
-        vector = self._plain(conv.bias) if bias else None
         out = F.conv2d(h, self.weights.filters(conv.weight, self.live), vector, conv.stride, conv.padding)
         return out if residual is None else out + residual
 

@@ -42,7 +42,6 @@ class FastPass:
         self._methods: dict[tuple[type, str], object] = {}
         #: Whether there is no plan of the modules as they are.
         self._stale = True
-        self._compiled = False
         #: By which it is found while Dynamo traces, where it cannot be looked at.
         self.number = next(_numbers)
         _passes[self.number] = self
@@ -104,16 +103,16 @@ class FastPass:
         """As `FastUNet.refresh`."""
         return self._look(force) or self._weights.refresh(force)
 
-    def compile_parts(self) -> bool:
-        """As `FastUNet.compile_parts`."""
+    @property
+    def faster_uncompiled(self) -> bool:
+        """As `FastUNet.faster_uncompiled`."""
         self._look()
         if self._plan is None:
             return False
         weight = self._plan.first.weight
         dtype = self.dtype or weight.dtype
         on_cpu = self._pack and weight.device.type == "cpu" and has_onednn(dtype)
-        self._compiled = on_cpu and dtype == winograd.DTYPE and any(map(winograd.wide, self._plan.convolutions()))
-        return self._compiled
+        return on_cpu and dtype == winograd.DTYPE and any(map(winograd.wide, self._plan.convolutions()))
 
     def run(self, plan: Plan, x: Tensor, embed: Callable[[], Tensor]) -> Tensor:
         """The fast pass. x [B, C, H, W], embed() [B, E]."""
@@ -131,8 +130,7 @@ class FastPass:
             onednn = not (waits or compiling) and x.device.type == "cpu" and has_onednn(dtype)
             packed = onednn and self._pack and not differentiable
             options: dict[str, Any] = {"live": live, "differentiable": differentiable, "packed": packed, "waits": waits}
-            options["doubles"] = onednn
-            options |= {"compiled": self._compiled, "workspace": self._workspace if packed else None}
+            options |= {"onednn": onednn, "workspace": self._workspace if onednn else None}
             return Forward(plan, weights, dtype, **options)(x, emb)
 
 
@@ -210,12 +208,10 @@ class FastUNet(UNetModel):
         """
         return self._fast.refresh(force)
 
-    def compile_parts(self) -> bool:
-        """Have inductor compile what is between a CPU's matrix multiplications, at the next call; True if it will.
-
-        With wide convolutions that is faster than the network compiled as a whole, whose convolutions are slower.
-        """
-        return self._fast.compile_parts()
+    @property
+    def faster_uncompiled(self) -> bool:
+        """Whether a compiler would make it slower: on a CPU its convolutions take less time than inductor's."""
+        return self._fast.faster_uncompiled
 
     @property
     def refusal(self) -> str | None:

@@ -84,11 +84,10 @@ class Weights:
         weights: Any = tuple(c.weight for c in convs)
         return self._laid_out("packed", weights, pack, tuple(shape))
 
-    def winograd(self, conv: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a 3x3 convolution for `winograd.convolve` of inputs of `shape`."""
-        cast, strip = self._cast, winograd.strip_shape(shape)
-        weight = self._laid_out("winograd", (conv.weight,), lambda w: winograd.pack(cast(w), strip), strip)
-        return weight, self._made("spread", (conv.bias,), lambda b: winograd.spread(cast(b)), False)
+    def winograd(self, conv: Any) -> Tensor:
+        """The weight of a 3x3 convolution for `winograd.convolve`."""
+        cast = self._cast
+        return self._made("winograd", (conv.weight,), lambda w: winograd.pack(cast(w)), False)
 
     def packed_doubled(self, conv: Any, shape: torch.Size) -> Tensor:
         """The weight of a 3x3 convolution for `doubling.convolve` of inputs of `shape`."""

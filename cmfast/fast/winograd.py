@@ -1,34 +1,83 @@
-"""3x3 convolutions on a CPU in 4/9 of the multiplications: Winograd's F(2x2, 3x3), Lavin & Gray 2016.
+"""3x3 convolutions on a CPU in 4/9 of the multiplications: Winograd's F(2x2, 3x3), by the functions of winograd.c.
 
-An output tile of 2x2 pixels comes from an input tile of 4x4, Y = A' ((G g G') * (B' d B)) A, and the products of one
-place in all tiles are a matrix multiplication over channels: 16 of them, which oneDNN does as one grouped 1x1
-convolution. Everything is channels_last, so each addition of a transform runs over whole rows of channels. Tiles are
-done in strips that stay in cache.
+These are compiled when a convolution first needs them. Where there is no compiler, oneDNN's convolutions serve.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Fewest channels, as the harmonic mean of inputs and outputs, and multiplications of an ordinary convolution, that pay
-#: for the transforms: these grow with their sum, and what they save with their product.
-LEAST_CHANNELS = 150
-LEAST_WORK = 190_000_000
+from cmfast import native
+from cmfast.errors import Unavailable
+
 #: What it is done in: bfloat16 has no digits to spare for the transforms.
 DTYPE = torch.float32
-#: What the number of channels must be divisible by: the widest vector.
+#: What numbers of channels must be divisible by: the widest vector.
 VECTOR = 16
-#: Elements of a strip's transformed input, at most, where a row of tiles is no more.
-STRIP = 1 << 21
+#: Fewest channels that pay for the transforms, as the harmonic mean of inputs and outputs: the transforms grow with
+#: their sum, and what is saved with their product.
+LEAST_CHANNELS = 24
+#: Fewest tiles of 2x2 pixels for each thread.
+LEAST_TILES = 8
+#: Fewest pixels, in all samples, that pay for filters which are made for one pass.
+LEAST_PIXELS = 512
+#: Most sums for the gradient of filters, of all threads: each has its own of 16/9 of them.
+MOST_SUMS = 1 << 25
+#: Tiles that a thread does at once, at most: what it reads and writes for them is to stay in its cache.
+BLOCK = 48
 
-_FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_SOURCE = Path(__file__).with_suffix(".c")
+
+
+class _Functions:
+    """Those of winograd.c for a CPU."""
+
+    def __init__(self, cpu: str | None) -> None:
+        library = native.library(_SOURCE, cpu)
+        pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+        def function(name: str, *arguments: Any, result: Any = None) -> Any:
+            found = getattr(library, f"winograd_{name}")
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        self.rows: int = function("rows", result=number)()
+        self.size = function("size", *[number] * 2, result=number)
+        self.room = function("room", *[number] * 2, result=number)
+        self.gradient_room = function("gradient_room", *[number] * 3, result=number)
+        self.filters = function("filters", *[pointer] * 2, *[number] * 5, threads, threads)
+        self.convolve = function("convolve", *[pointer] * 6, *[number] * 6, threads)
+        self.gradient = function("gradient", *[pointer] * 4, *[number] * 9, threads)
+
+    def block(self, tiles: int, threads: int) -> int:
+        """Tiles of a block: few enough, and as many for one thread as for another."""
+        each = -(-tiles // threads)
+        each = -(-each // -(-each // BLOCK)) if each else 1
+        return -(-each // self.rows) * self.rows
+
+
+@functools.cache
+def functions(cpu: str | None = None) -> _Functions:
+    """Raises: Unavailable: they cannot be had here."""
+    return _Functions(cpu)
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the functions cannot be had here; None if they can."""
+    try:
+        functions()
+    except Unavailable as error:
+        return str(error)
+    return None
 
 
 def wide(conv: nn.Conv2d) -> bool:
@@ -36,177 +85,142 @@ def wide(conv: nn.Conv2d) -> bool:
     channels = conv.in_channels, conv.out_channels
     return (
         conv.kernel_size == (3, 3)
-        and conv.stride == (1, 1)
+        and (conv.stride, conv.padding) == ((1, 1), (1, 1))
         and 2 * math.prod(channels) >= LEAST_CHANNELS * sum(channels)
         and not any(count % VECTOR for count in channels)
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and refusal() is None
     )
 
 
-def fits(conv: nn.Conv2d, h: Tensor) -> bool:
-    """Whether the convolution of h [B, C, H, W] can be done so, and gains by it."""
-    work = 9 * conv.in_channels * conv.out_channels * (h.numel() // h.shape[1])
-    return h.dtype == DTYPE and wide(conv) and work >= LEAST_WORK and not any(size % 2 for size in h.shape[2:])
+def fits(conv: nn.Conv2d, h: Tensor, kept: bool) -> bool:
+    """Whether the convolution of h [B, C, H, W] can be done so, and gains by it; kept: its filters are made once."""
+    batch, _, height, width = h.shape
+    return (
+        h.dtype == DTYPE
+        and _tiles(batch, height, width) >= LEAST_TILES * torch.get_num_threads()
+        and (kept or batch * height * width >= LEAST_PIXELS)
+        and wide(conv)
+    )
 
 
-def transform(weight: Tensor) -> Tensor:
-    """G g G' of a weight [K, C, 3, 3]: [16 K, C, 1, 1], the place in the tile before the channel."""
-    g = torch.tensor(_FILTER, dtype=torch.float64, device=weight.device)
-    places = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g)
-    return places.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
+def _tiles(batch: int, height: int, width: int) -> int:
+    return batch * ((height + 1) // 2) * ((width + 1) // 2)
 
 
-def strip_shape(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Samples, places and channels, rows and columns of tiles of a strip for inputs of `shape`: all strips are alike.
+def pack(weight: Tensor, turned: bool = False, cpu: str | None = None) -> Tensor:
+    """G g G' of a weight [K, C, 3, 3], in the order in which `convolve` reads it.
 
-    oneDNN lays out a weight for one shape; with another it is many times slower.
+    turned: for the gradient of the input, which is the convolution of the output's with this.
     """
-    batch, channels, height, width = shape
-    row = 16 * channels * (width // 2)
-    rows = _divisor(height // 2, STRIP // row)
-    samples = _divisor(batch, STRIP // (row * rows)) if rows == height // 2 else 1
-    return samples, 16 * channels, rows, width // 2
-
-
-def _divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is no more than the limit, or 1."""
-    return next((d for d in range(min(limit, number), 1, -1) if number % d == 0), 1)
-
-
-def pack(weight: Tensor, strip: tuple[int, int, int, int]) -> Tensor:
-    """The transformed weight as oneDNN wants it, for strips of that shape."""
-    reorder = torch.ops.mkldnn._reorder_convolution_weight
-    return reorder(transform(weight), [0, 0], [1, 1], [1, 1], 16, list(strip))
-
-
-def spread(bias: Tensor) -> Tensor:
-    """A bias [K] for the products, [16 K]: at the place that every output adds once."""
-    return F.pad(bias[None], (0, 0, 5, 10)).flatten()
+    if weight.stride(2) != 3 * weight.stride(3):
+        weight = weight.contiguous()
+    outputs, channels = weight.shape[:2]
+    of_output, of_channel, _, of_tap = weight.stride()
+    if turned:
+        outputs, channels, of_output, of_channel = channels, outputs, of_channel, of_output
+    made, threads = functions(cpu), torch.get_num_threads()
+    packed = torch.empty(made.size(channels, outputs), dtype=DTYPE, device=weight.device)
+    strides = of_channel, of_output, of_tap
+    made.filters(weight.data_ptr(), packed.data_ptr(), channels, outputs, *strides, turned, threads)
+    return packed
 
 
 class Workspace(threading.local):
-    """Memory that one convolution leaves to the next, as fresh pages cost as much as the arithmetic: that of a strip,
-    in each thread its own. It goes with its thread, or with what holds this object."""
+    """Memory that one convolution leaves to the next, as fresh pages cost much: in each thread its own. It goes with
+    its thread, or with what holds this object."""
 
     def __init__(self) -> None:
-        self.by_name: dict[str, Tensor] = {}
+        self.memory: Tensor | None = None
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor of whatever was in it, until this name is next taken."""
-        count = math.prod(shape)
-        buffer = self.by_name.get(name)
-        if buffer is None or buffer.numel() < count:
+    def take(self, count: int) -> Tensor:
+        """A tensor of whatever was in it, until the next is taken."""
+        if self.memory is None or self.memory.numel() < count:
             with torch.inference_mode(False):
                 # Said, as defaults may be others.
-                buffer = self.by_name[name] = torch.empty(count, dtype=torch.float32, device="cpu")
-        return buffer[:count].view(shape)
+                self.memory = torch.empty(count, dtype=DTYPE, device="cpu")
+        return self.memory
 
 
 def convolve(
     h: Tensor,
     packed: Tensor,
-    bias: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
     workspace: Workspace | None = None,
-    compiled: bool = False,
+    cpu: str | None = None,
 ) -> Tensor:
-    """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus residual.
+    """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus bias [K] and residual [B, K, H, W]: in
+    channels_last, and with the same bits in any batch and for any number of threads.
 
-    packed, bias: of `pack` for the strips of h, and of `spread`. workspace: of the network; None: of this call alone.
-    compiled: the transforms, by inductor.
+    packed: of `pack`. outputs: K. workspace: of the network; None: of this call alone.
     """
-    workspace = workspace or Workspace()
-    tiles, untile = _compiled_transforms() if compiled else _transforms(workspace)
+    form = torch.channels_last
+    h = h.contiguous(memory_format=form)
     batch, channels, height, width = h.shape
-    image, added = h.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
-    out = torch.empty(batch, height, width, bias.numel() // 16, dtype=h.dtype, device=h.device)
-
-    samples, _, rows, _ = strip_shape(h.shape)
-    strip = workspace.take("padded", samples, 2 * rows + 2, width + 2, channels)
-    for side in (strip[:, :, 0], strip[:, :, -1]):
-        side.zero_()
-    for b in range(0, batch, samples):
-        for r in range(0, height // 2, rows):
-            # The rows of its tiles, and one on either side where the image goes on.
-            start, end = 2 * r - 1, 2 * (r + rows) + 1
-            first, last = max(start, 0), min(end, height)
-            for outside in (strip[:, : first - start], strip[:, last - start :]):
-                outside.zero_()
-            strip[:, first - start : last - start, 1:-1].copy_(image[b : b + samples, first:last])
-            products = torch.ops.mkldnn._convolution_pointwise(
-                tiles(strip), packed, bias, [0, 0], [1, 1], [1, 1], 16, "none", [], ""
-            )
-            place = slice(b, b + samples), slice(2 * r, 2 * (r + rows))
-            untile(products, out[place], None if added is None else added[place])
-    return out.permute(0, 3, 1, 2)
-
-
-def _transforms(workspace: Workspace) -> tuple[Any, Any]:
-    return functools.partial(_tiles, workspace), functools.partial(_untile, workspace)
-
-
-def _tiles(workspace: Workspace, strip: Tensor) -> Tensor:
-    """B' d B of a padded strip [b, 2 r + 2, W + 2, C], as an image [b, 16 C, r, W / 2] in channels_last."""
-    batch, height, width, channels = strip.shape
-    rows, columns = height // 2 - 1, width // 2 - 1
-    half = workspace.take("half", batch, rows, 4, width, channels)
-    d = [strip[:, i : i + 2 * rows - 1 : 2] for i in range(4)]
-    for place, (first, second, sign) in enumerate(_INPUT):
-        torch.add(d[first], d[second], alpha=sign, out=half[:, :, place])
-    whole = workspace.take("whole", batch, rows, columns, 4, 4, channels)
-    d = [half[:, :, :, i : i + 2 * columns - 1 : 2].transpose(2, 3) for i in range(4)]
-    for place, (first, second, sign) in enumerate(_INPUT):
-        torch.add(d[first], d[second], alpha=sign, out=whole[:, :, :, :, place])
-    return whole.flatten(3).permute(0, 3, 1, 2)
-
-
-#: B': each row is a sum or difference of two.
-_INPUT = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
-
-
-def _untile(workspace: Workspace, products: Tensor, out: Tensor, residual: Tensor | None) -> None:
-    """A' m A of an image [b, 16 K, r, c] in channels_last, plus residual, into out [b, 2 r, 2 c, K]."""
-    batch, places, rows, columns = products.shape
-    m = products.permute(0, 2, 3, 1).view(batch, rows, columns, 4, 4, places // 16)
-    half = workspace.take("folded", batch, rows, columns, 4, 2, places // 16)
-    torch.add(m[..., 0, :], m[..., 1, :], out=half[..., 0, :]).add_(m[..., 2, :])
-    torch.sub(m[..., 1, :], m[..., 2, :], out=half[..., 1, :]).sub_(m[..., 3, :])
-    # [b, r, row in the tile, c, column in the tile, K]
-    pixels = out.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
-    torch.add(half[:, :, :, 0], half[:, :, :, 1], out=pixels[:, :, 0]).add_(half[:, :, :, 2])
-    torch.sub(half[:, :, :, 1], half[:, :, :, 2], out=pixels[:, :, 1]).sub_(half[:, :, :, 3])
+    out = torch.empty((batch, outputs, height, width), dtype=DTYPE, device=h.device, memory_format=form)
     if residual is not None:
-        out += residual
+        residual = residual.contiguous(memory_format=form)
+    made, threads = functions(cpu), torch.get_num_threads()
+    block = made.block(_tiles(batch, height, width), threads)
+    space = (workspace or Workspace()).take(threads * made.room(channels, block))
+    given = [None if x is None else x.data_ptr() for x in (h, packed, bias, residual, out, space)]
+    made.convolve(*given, batch, height, width, channels, outputs, block, threads)
+    return out
 
 
-def _tiles_in_one(strip: Tensor) -> Tensor:
-    """`_tiles` for a compiler, which makes one pass of it."""
-
-    def differences(x: Tensor, dim: int) -> list[Tensor]:
-        count = x.shape[dim] // 2 - 1
-        d = [x.narrow(dim, i, 2 * count - 1).unfold(dim, 1, 2).squeeze(-1) for i in range(4)]
-        return [d[first] + sign * d[second] for first, second, sign in _INPUT]
-
-    places = [place for half in differences(strip, 1) for place in differences(half, 2)]
-    return torch.cat(places, dim=3).permute(0, 3, 1, 2)
-
-
-def _untile_in_one(products: Tensor, out: Tensor, residual: Tensor | None) -> None:
-    """`_untile` for a compiler, which makes one pass of it."""
-    batch, places, rows, columns = products.shape
-    m = products.permute(0, 2, 3, 1).reshape(batch, rows, columns, 4, 4, places // 16)
-
-    def sums(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return parts[0] + parts[1] + parts[2], parts[1] - parts[2] - parts[3]
-
-    halves = [sums([m[:, :, :, i, j] for j in range(4)]) for i in range(4)]
-    pixels = [torch.stack(row, dim=3) for row in zip(*(sums(list(h)) for h in zip(*halves)))]
-    result = torch.stack(pixels, dim=2).reshape(out.shape)
-    out.copy_(result if residual is None else result + residual)
+def gradient(
+    h: Tensor, grad: Tensor, weight: Tensor, *, workspace: Workspace | None = None, cpu: str | None = None
+) -> Tensor:
+    """The gradient of the weight [K, C, 3, 3] of a convolution of h [B, C, H, W], of that of its output
+    [B, K, H, W]; the same bits each time for one number of threads."""
+    h, grad = (x.contiguous(memory_format=torch.channels_last) for x in (h, grad))
+    batch, channels, height, width = h.shape
+    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    of_output, of_channel, _, of_tap = out.stride()
+    made, threads = functions(cpu), torch.get_num_threads()
+    block = made.block(_tiles(batch, height, width), threads)
+    space = (workspace or Workspace()).take(threads * made.gradient_room(channels, weight.shape[0], block))
+    sizes = batch, height, width, channels, weight.shape[0], of_channel, of_output, of_tap, block, threads
+    made.gradient(h.data_ptr(), grad.data_ptr(), out.data_ptr(), space.data_ptr(), *sizes)
+    return out
 
 
-@functools.cache
-def _compiled_transforms() -> tuple[Any, Any]:
-    """Both, for any shape: one compilation each."""
-    return torch.compile(_tiles_in_one, dynamic=True), torch.compile(_untile_in_one, dynamic=True)
+class _Convolution(torch.autograd.Function):
+    """With gradients, by the same algorithm. Gradients of gradients are PyTorch's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, workspace: Workspace | None
+    ) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        ctx.workspace = workspace
+        return convolve(h, pack(weight), weight.shape[0], bias, residual, workspace=workspace)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight = ctx.saved_tensors
+        wanted, workspace = list(ctx.needs_input_grad), ctx.workspace
+        found: list[Tensor | None] = [None, None, None, grad if wanted[3] else None, None]
+        if not torch.is_grad_enabled():
+            if wanted[0]:
+                found[0] = convolve(grad, pack(weight, turned=True), weight.shape[1], workspace=workspace)
+            if wanted[1] and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS:
+                found[1] = gradient(h, grad, weight, workspace=workspace)
+            if wanted[2]:
+                found[2] = grad.sum((0, 2, 3))
+        left = [want and made is None for want, made in zip(wanted[:3], found[:3], strict=True)]
+        if any(left):
+            geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+            others = torch.ops.aten.convolution_backward(grad, h, weight, [weight.shape[0]], *geometry, left)
+            found[:3] = [other if mine is None else mine for mine, other in zip(found[:3], others, strict=True)]
+        return tuple(found)
+
+
+def convolution(
+    h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, workspace: Workspace | None = None
+) -> Tensor:
+    """As `F.conv2d(h, weight, bias, padding=1) + residual`, with its gradients; the filters are made for this call."""
+    made: Tensor = _Convolution.apply(h, weight, bias, residual, workspace)
+    return made

@@ -19,8 +19,8 @@ CONFIGS = {
 
 def count_small_networks(monkeypatch) -> None:
     """Have them computed as those are for which it pays."""
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 64)
-    monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+    monkeypatch.setattr(winograd, "LEAST_TILES", 0)
+    monkeypatch.setattr(winograd, "LEAST_PIXELS", 0)
     monkeypatch.setattr(doubling, "LEAST_PIXELS", 1)
 
 

@@ -1,14 +1,13 @@
 """Weights as oneDNN wants them: made once, for few shapes, again when they change; Winograd's where it gains."""
 
 import copy
-import shutil
 
 import pytest
 import torch
 from torch import nn
 
 from cmfast.fast import optimize, weights, winograd
-from cmfast.tolerances import FAST_VALUE, FLOOR
+from cmfast.tolerances import FAST_VALUE
 from tests.fast.networks import inputs
 from tests.golden_utils import relative_error, small_unet
 
@@ -66,11 +65,11 @@ def test_another_batch_size(made):
     assert alike and all(alike)
 
 
-def test_parts_of_what_is_refused_are_not_compiled():
+def test_what_is_refused_is_compiled():
     model = small_unet(model_channels=64).eval()
     fast = optimize(model)
     model.out.append(nn.Identity())
-    assert fast.compile_parts() is False and fast.refusal == "out has 4 parts, expected 3"
+    assert fast.faster_uncompiled is False and fast.refusal == "out has 4 parts, expected 3"
 
 
 def test_few_shapes_are_known(monkeypatch):
@@ -107,7 +106,7 @@ def test_weights_that_are_not_kept_packed():
         with torch.no_grad():
             assert relative_error(each(*args), model(*args)) < FAST_VALUE
         assert not {"packed", "winograd"} & each._fast._weights.kinds()
-    assert not fast.compile_parts()
+    assert not fast.faster_uncompiled
 
 
 # Asked of PyTorch: a fault in our own answer must not skip the test.
@@ -128,41 +127,28 @@ def test_weights_are_packed_in_bfloat16(of_weights):
             parameter.mul_(1.5)
         assert not torch.equal(fast(*args), first)
         assert torch.equal(fast(*args), optimize(model, fast._fast.dtype)(*args))
-    assert not fast.compile_parts()
+    assert not fast.faster_uncompiled
 
 
-def test_winograd_is_used():
+@pytest.mark.skipif(winograd.refusal() is not None, reason=f"Winograd: {winograd.refusal()}")
+def test_winograd_is_used(monkeypatch):
+    """Where there are channels enough. A compiler would take its convolutions away."""
     model = small_unet(model_channels=64).eval()
-    fast = optimize(model)
-    with torch.no_grad():
-        fast(*inputs(model))
-    kinds = fast._fast._weights.kinds()
-    assert ("winograd" in kinds) == winograd.fits(nn.Conv2d(64, 64, 3, padding=1), torch.empty(1, 64, 4, 4))
+    for channels, used in ((64, True), (1000, False)):
+        monkeypatch.setattr(winograd, "LEAST_CHANNELS", channels)
+        fast = optimize(model)
+        with torch.no_grad():
+            fast(*inputs(model))
+        assert ("winograd" in fast._fast._weights.kinds()) == used == fast.faster_uncompiled
 
 
-def test_parts_are_compiled(monkeypatch):
-    """On a CPU, where convolutions are wide: the transforms, and with the same numbers."""
-    compiled = []
-    monkeypatch.setattr(winograd, "_compiled_transforms", lambda: compiled.append(1) or transforms)
-    transforms = winograd._tiles_in_one, winograd._untile_in_one
-    model = small_unet(model_channels=64).eval()
-    fast, plain = optimize(model), optimize(model)
-    args = inputs(model)
-    assert fast.compile_parts() == winograd.wide(nn.Conv2d(64, 64, 3, padding=1))
-    with torch.no_grad():
-        assert torch.equal(fast(*args), plain(*args))
-        assert bool(compiled) == fast.compile_parts()
-    assert (
-        not optimize(small_unet(channel_mult=[1, 1])).compile_parts()
-        and not optimize(model, torch.bfloat16).compile_parts()
-    )
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
-@pytest.mark.slow
-def test_parts_compiled_by_inductor():
+def test_without_a_compiler(monkeypatch):
+    """oneDNN's convolutions serve, with and without gradients."""
+    monkeypatch.setattr(winograd, "refusal", lambda: "there is no C compiler")
+    monkeypatch.delattr(winograd, "functions")
     model = small_unet(model_channels=64).eval()
     fast, args = optimize(model), inputs(model)
-    fast.compile_parts()
     with torch.no_grad():
-        assert relative_error(fast(*args), optimize(model)(*args)) < FLOOR[torch.float32]
+        assert relative_error(fast(*args), model(*args)) < FAST_VALUE
+    assert relative_error(fast(*args), model(*args)) < FAST_VALUE and not fast.faster_uncompiled
+    assert {"packed"} <= fast._fast._weights.kinds() and "winograd" not in fast._fast._weights.kinds()

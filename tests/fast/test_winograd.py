@@ -1,121 +1,259 @@
-"""Winograd's convolution on a CPU against float64, in every way of cutting it into strips."""
+"""Winograd's convolution on a CPU against float64, and each of its gradients, for every CPU that this one can be."""
+
+import ctypes
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from cmfast import native
 from cmfast.fast import winograd
 from cmfast.tolerances import FLOOR
+from tests.fast.networks import check
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="for CPUs with AVX2 or AVX512"
-)
-
-
-def convolution(channels: int, outputs: int) -> nn.Conv2d:
-    torch.manual_seed(channels + outputs)
-    return nn.Conv2d(channels, outputs, 3, padding=1)
-
-
-@torch.no_grad()
-def check(
-    conv: nn.Conv2d,
-    h: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    workspace: winograd.Workspace | None = None,
-) -> None:
-    packed = winograd.pack(conv.weight, winograd.strip_shape(h.shape))
-    out = winograd.convolve(h, packed, winograd.spread(conv.bias), residual, workspace=workspace)
-    extra = 0 if residual is None else residual.double()
-    exact = nn.functional.conv2d(h.double(), conv.weight.double(), conv.bias.double(), padding=1) + extra
-    eager = conv(h) + (0 if residual is None else residual)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    error, allowed = ((x - exact).abs().max() for x in (out, eager))
-    assert error <= 2 * allowed + FLOOR[torch.float32] * exact.abs().max()
+pytestmark = pytest.mark.skipif(winograd.refusal() is not None, reason=f"Winograd: {winograd.refusal()}")
+CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+#: Samples, channels, outputs, rows, columns: odd sizes, single pixels, more tiles than a block, a panel that is not
+#: full, nothing at all.
+SHAPES = [(2, 64, 32, 6, 10), (3, 32, 48, 7, 5), (1, 16, 16, 1, 1), (2, 48, 80, 3, 1), (5, 16, 64, 14, 9)]
+SHAPES += [(0, 32, 32, 4, 4)]
 
 
 def image(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("strip", [1, 5000, 40000, 1 << 21], ids=lambda n: f"strip{n}")
-@pytest.mark.parametrize("shape", [(1, 64, 2, 2), (3, 64, 6, 10), (2, 96, 16, 4), (4, 80, 8, 8)], ids=str)
-def test_every_strip(shape, strip, monkeypatch):
-    monkeypatch.setattr(winograd, "STRIP", strip)
-    check(convolution(shape[1], 112), image(*shape), image(shape[0], 112, *shape[2:]))
+def given(batch: int, channels: int, outputs: int, height: int, width: int) -> list[torch.Tensor]:
+    """The input, weight, bias and residual."""
+    torch.manual_seed(channels + outputs)
+    conv = nn.Conv2d(channels, outputs, 3, padding=1)
+    weight = conv.weight.detach().to(memory_format=torch.channels_last)
+    return [image(batch, channels, height, width), weight, conv.bias.detach(), image(batch, outputs, height, width)]
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 6, 10), (1, 96, 2, 2)], ids=str)
-def test_transforms_for_a_compiler(shape):
-    """In one expression, and with the same bits."""
-    batch, channels, height, width = shape
-    strip = torch.randn(batch, height + 2, width + 2, channels)
-    tiles, untile = winograd._transforms(winograd.Workspace())
-    assert torch.equal(winograd._tiles_in_one(strip), tiles(strip))
-    assert winograd._tiles_in_one(strip).is_contiguous(memory_format=torch.channels_last)
-    products = image(batch, 16 * channels, height // 2, width // 2)
-    for residual in (None, torch.randn(batch, height, width, channels)):
-        results = [torch.empty(batch, height, width, channels) for _ in range(2)]
-        untile(products, results[0], residual)
-        winograd._untile_in_one(products, results[1], residual)
-        assert torch.equal(*results)
+def used() -> winograd.Workspace:
+    """Memory with something in it."""
+    workspace = winograd.Workspace()
+    workspace.take(1 << 20).fill_(torch.nan)
+    return workspace
+
+
+def ordinary(h, weight, bias, residual) -> torch.Tensor:
+    return F.conv2d(h, weight, bias, padding=1) + residual
+
+
+def as_float64(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.double() for x in tensors]
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(shape, cpu):
+    """Also of inputs and weights in another layout, and without bias and residual."""
+    every = given(*shape)
+    h, weight, bias, residual = every
+    exact, eager = ordinary(*as_float64(every)), ordinary(*every)
+    for form in (torch.channels_last, torch.contiguous_format):
+        packed = winograd.pack(weight.contiguous(memory_format=form), cpu=cpu)
+        laid_out = (x.contiguous(memory_format=form) for x in (h, residual))
+        out = winograd.convolve(next(laid_out), packed, len(bias), bias, next(laid_out), workspace=used(), cpu=cpu)
+        assert out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
+        if shape[0]:
+            check(out, eager, exact, FLOOR[torch.float32], exact.abs().max())
+    alone = winograd.convolve(h, packed, len(bias), cpu=cpu)
+    torch.testing.assert_close(alone + bias[:, None, None] + residual, out)
 
 
 def test_shapes_of_the_published_network():
-    check(convolution(192, 192), image(1, 192, 64, 64))
-    check(convolution(768, 768), image(2, 768, 8, 8))
+    for shape in [(1, 192, 192, 64, 64), (2, 768, 768, 8, 8), (1, 1344, 576, 16, 16)]:
+        every = given(*shape)
+        exact, eager = ordinary(*as_float64(every)), ordinary(*every)
+        out = winograd.convolution(*every)
+        check(out, eager, exact, FLOOR[torch.float32], exact.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(shape):
+    """In every selection."""
+    every = given(*shape)
+    upstream = image(*every[3].shape)
+
+    def gradients(function, dtype=torch.float32, wanted=(True,) * 4):
+        leaves = [x.to(dtype, copy=True).requires_grad_(want) for x, want in zip(every, wanted, strict=True)]
+        function(*leaves).backward(upstream.to(dtype))
+        return [x.grad for x in leaves]
+
+    exact, eager = gradients(ordinary, torch.float64), gradients(ordinary)
+    for wanted in itertools.product((True, False), repeat=4):
+        if not any(wanted):
+            continue
+        for found, other, right, want in zip(
+            gradients(winograd.convolution, wanted=wanted), eager, exact, wanted, strict=True
+        ):
+            assert (found is not None) == want
+            if want and right.numel():
+                check(found, other, right, FLOOR[torch.float32], right.abs().max())
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradient_of_the_weight(shape, cpu):
+    h, weight, _, grad = given(*shape)
+
+    def found(dtype):
+        leaf = weight.to(dtype).requires_grad_()
+        return torch.autograd.grad(F.conv2d(h.to(dtype), leaf, padding=1), leaf, grad.to(dtype))[0]
+
+    exact, out = found(torch.float64), winograd.gradient(h, grad, weight, workspace=used(), cpu=cpu)
+    check(out, found(torch.float32), exact, FLOOR[torch.float32], exact.abs().max())
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sums_that_would_be_too_many(monkeypatch):
+    """The gradient of the weight is PyTorch's, with the bits of it."""
+    monkeypatch.setattr(winograd, "MOST_SUMS", 0)
+    monkeypatch.setattr(winograd, "gradient", lambda *args, **options: pytest.fail("it was summed all the same"))
+    h, weight, bias, residual = given(*SHAPES[0])
+    leaf = weight.clone().requires_grad_()
+    found = torch.autograd.grad(winograd.convolution(h, leaf, bias, residual), leaf, residual)
+    assert torch.equal(*found, torch.autograd.grad(F.conv2d(h, leaf, bias, padding=1), leaf, residual)[0])
+
+
+def test_gradients_of_gradients():
+    """PyTorch's."""
+    every = given(2, 16, 32, 4, 5)
+
+    def second(function):
+        leaves = [x.clone().requires_grad_() for x in every]
+        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.pow(2).sum() for x in first), leaves)
+
+    for found, expected in zip(second(winograd.convolution), second(ordinary), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.fixture
+def threads():
+    """Has PyTorch take another number of threads for a while."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_bits(threads):
+    """Of a sample: whatever the batch, the threads, and what is around it."""
+    h, weight, bias, residual = given(4, 32, 48, 10, 6)
+    packed = winograd.pack(weight)
+    together = winograd.convolve(h, packed, 48, bias, residual)
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(winograd.convolve(h, winograd.pack(weight), 48, bias, residual), together)
+        every = [winograd.convolve(h[i : i + 1], packed, 48, bias, residual[i : i + 1]) for i in range(4)]
+        assert torch.equal(torch.cat(every), together)
+    h[1:] = torch.nan
+    assert torch.equal(winograd.convolve(h, packed, 48, bias, residual)[0], together[0])
+
+
+def test_bits_of_threads(threads):
+    """That do not wait for each other. Of the gradient of the weight they are the same each time, and for other numbers
+    of threads within rounding."""
+    h, weight, _, grad = given(16, 32, 32, 24, 24)
+    threads(1)
+    alone, out = winograd.gradient(h, grad, weight), winograd.convolve(h, winograd.pack(weight), 32)
+    for count in (2, 3):
+        threads(count)
+        first = winograd.gradient(h, grad, weight)
+        torch.testing.assert_close(first, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+        for _ in range(10):
+            assert torch.equal(winograd.gradient(h, grad, weight), first)
+            assert torch.equal(winograd.convolve(h, winograd.pack(weight), 32), out)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_memory_around_is_left_alone(cpu):
+    """Nothing is written beside the output, the gradient and the workspace; what is there does not count."""
+    batch, channels, outputs, height, width = 3, 32, 48, 5, 7
+    h, weight, bias, grad = given(batch, channels, outputs, height, width)
+    made, margin = winograd.functions(cpu), 1024
+    block, threads = made.rows, 2
+
+    def within(x: torch.Tensor, around: float = torch.nan) -> tuple[torch.Tensor, int]:
+        memory = torch.full((x.numel() + 2 * margin,), around)
+        memory[margin:-margin] = x.permute(0, 2, 3, 1).flatten() if x.ndim == 4 else x
+        return memory, memory.data_ptr() + 4 * margin
+
+    room = max(made.room(channels, block), made.gradient_room(channels, outputs, block))
+    given_ = [within(x) for x in (h, winograd.pack(weight, cpu=cpu), bias, grad)]
+    written = [within(torch.full(shape, torch.nan), 7.0) for shape in (grad.shape, weight.shape, (threads * room,))]
+    pointers = [ctypes.c_void_p(at) for _, at in (*given_, *written)]
+    before = [memory.clone() for memory, _ in given_]
+    sizes = batch, height, width, channels, outputs
+    made.convolve(*pointers[:5], pointers[6], *sizes, block, threads)
+    strides = 1, 9 * channels, channels
+    made.gradient(pointers[0], pointers[3], pointers[5], pointers[6], *sizes, *strides, block, threads)
+    for memory, _ in written:
+        assert (memory[:margin] == 7).all() and (memory[-margin:] == 7).all()
+    for (memory, _), earlier in zip(given_, before, strict=True):
+        assert torch.equal(memory.nan_to_num(7), earlier.nan_to_num(7))
+    out = written[0][0][margin:-margin].view(batch, height, width, outputs).permute(0, 3, 1, 2)
+    torch.testing.assert_close(out, ordinary(h, weight, bias, grad))
+    assert written[1][0][margin:-margin].isfinite().all()
 
 
 def test_memory_is_used_again_for_another_shape():
-    """The zeros around an image are there again after a larger one was in the same memory."""
-    conv, workspace = convolution(64, 64), winograd.Workspace()
-    check(conv, 100 + image(2, 64, 12, 12), workspace=workspace)
-    memory = {name: buffer.data_ptr() for name, buffer in workspace.by_name.items()}
-    check(conv, image(1, 64, 4, 6), workspace=workspace)
-    check(conv, image(1, 64, 6, 4), workspace=workspace)
-    assert len(memory) == 4 and memory == {name: x.data_ptr() for name, x in workspace.by_name.items()}
-
-
-def test_memory_is_that_of_a_strip(monkeypatch):
-    """Whatever the number of images, and their height."""
-    monkeypatch.setattr(winograd, "STRIP", 1 << 14)
-    conv, sizes = convolution(64, 64), []
-    for shape in [(1, 64, 4, 8), (9, 64, 4, 8), (2, 64, 64, 8)]:
-        workspace = winograd.Workspace()
-        check(conv, image(*shape), workspace=workspace)
-        assert max(buffer.numel() for buffer in workspace.by_name.values()) <= 1 << 14
-        sizes.append(workspace.by_name["padded"].numel())
-    # Rows with a pixel around them: of one image, or eight at once.
-    assert sizes == [6 * 10 * 64, 6 * 10 * 64, 10 * 10 * 64]
+    workspace, seen = winograd.Workspace(), []
+    for shape in [(2, 64, 32, 12, 12), (1, 32, 32, 4, 6), (1, 64, 48, 6, 4)]:
+        every = given(*shape)
+        torch.testing.assert_close(winograd.convolution(*every, workspace), ordinary(*every))
+        seen.append(workspace.memory)
+    assert seen[0] is seen[1] is seen[2] is not None
 
 
 def test_in_and_out_of_inference_mode():
-    conv, workspace = convolution(64, 64), winograd.Workspace()
+    every, workspace = given(1, 64, 64, 4, 4), winograd.Workspace()
     with torch.inference_mode():
-        check(conv, image(1, 64, 4, 4), workspace=workspace)
-    check(conv, image(1, 64, 4, 4), workspace=workspace)
+        first = winograd.convolution(*every, workspace)
+    assert torch.equal(winograd.convolution(*every, workspace), first)
 
 
-def test_strips_are_alike():
-    for shape in [(1, 192, 64, 64), (6, 768, 8, 8), (7, 64, 34, 2), (1, 256, 256, 256)]:
-        samples, _, rows, columns = winograd.strip_shape(torch.Size(shape))
-        assert shape[0] % samples == 0 and shape[2] // 2 % rows == 0 and columns == shape[3] // 2
-        assert rows == shape[2] // 2 or samples == 1
+def test_blocks():
+    """As much work for each thread, and no more of it at once than stays in a cache."""
+    made = winograd.functions()
+    for tiles, threads in itertools.product((0, 1, 16, 64, 100, 1024, 99999), (1, 2, 3, 16)):
+        block = made.block(tiles, threads)
+        rounds = -(-tiles // (block * threads))
+        assert made.rows <= block <= winograd.BLOCK and block % made.rows == 0
+        assert block * rounds * threads < tiles + threads * made.rows * max(rounds, 1)
 
 
 @pytest.mark.parametrize(
-    "conv, shape",
+    "conv, shape, dtype",
     [
-        (nn.Conv2d(192, 192, 3, padding=1), (1, 192, 33, 32)),
-        (nn.Conv2d(192, 192, 3, stride=2, padding=1), (1, 192, 32, 32)),
-        (nn.Conv2d(192, 192, 1), (1, 192, 64, 64)),
-        (nn.Conv2d(96, 192, 3, padding=1), (1, 96, 64, 64)),
-        (nn.Conv2d(200, 192, 3, padding=1), (1, 200, 32, 32)),
-        (nn.Conv2d(192, 3, 3, padding=1), (1, 192, 64, 64)),
-        (nn.Conv2d(192, 192, 3, padding=1), (1, 192, 8, 8)),
+        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (4, 64, 32, 32), torch.float32),
+        (nn.Conv2d(64, 64, 3), (4, 64, 32, 32), torch.float32),
+        (nn.Conv2d(64, 64, 1), (4, 64, 32, 32), torch.float32),
+        (nn.Conv2d(16, 16, 3, padding=1), (4, 16, 32, 32), torch.float32),
+        (nn.Conv2d(200, 192, 3, padding=1), (4, 200, 32, 32), torch.float32),
+        (nn.Conv2d(192, 3, 3, padding=1), (4, 192, 32, 32), torch.float32),
+        (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 2, 2), torch.float32),
+        (nn.Conv2d(64, 64, 3, padding=1), (4, 64, 32, 32), torch.bfloat16),
     ],
-    ids=["odd", "stride", "1x1", "narrow", "vectors", "last", "little work"],
+    ids=["stride", "padding", "1x1", "narrow", "vectors", "last", "few tiles", "bfloat16"],
 )
-def test_what_it_does_not_do(conv, shape):
-    assert not winograd.fits(conv, torch.empty(shape))
-    assert winograd.fits(nn.Conv2d(192, 192, 3, padding=1), torch.empty(1, 192, 32, 32))
+def test_what_it_does_not_do(conv, shape, dtype):
+    assert not winograd.fits(conv, torch.empty(shape, dtype=dtype), True)
+
+
+def test_what_it_does(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    fits = [winograd.fits(conv, torch.empty(1, 64, size, size), kept) for size in (7, 22, 23) for kept in (True, False)]
+    assert fits == [True, False, True, False, True, True]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert not winograd.fits(conv, torch.empty(1, 64, 7, 7), True)
+
+
+def test_cpus_that_are_known():
+    assert set(CPUS) <= set(native.FLAGS)

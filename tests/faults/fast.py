@@ -7,7 +7,8 @@ _MEMORY = "tests/fast/test_memory.py::test_"
 _PACKING = "tests/fast/test_packing.py::test_"
 _MASKS = "tests/fast/test_masks.py::test_"
 _RESAMPLING = _CHANGES + "resampling_of_another_kind_is_called"
-_WINOGRAD_STRIP = "tests/fast/test_winograd.py::test_every_strip[(3, 64, 6, 10)-strip5000]"
+_WINOGRAD = "tests/fast/test_winograd.py::test_"
+_NATIVE = "tests/test_native.py::test_"
 _FAST_OUTPUT = _FAST + "outputs[{}-8-torch.float32]"
 
 
@@ -181,58 +182,73 @@ FAST_WEIGHTS = [
 ]
 
 FAST_WINOGRAD = [
-    (
-        "memory in the default dtype",
-        'torch.empty(count, dtype=torch.float32, device="cpu")',
-        "torch.empty(count)",
-        "tests/test_engine_stress.py::test_defaults_of_others",
-    ),
-    ("narrow for wide", " * sum(channels)", "", "tests/fast/test_winograd.py::test_what_it_does_not_do[narrow]"),
-    ("wrong sign", "(2, 1, -1), (1, 3, -1))", "(2, 1, 1), (1, 3, -1))", _WINOGRAD_STRIP),
-    ("wrong filter", "(0.5, -0.5, 0.5)", "(0.5, 0.5, 0.5)", _WINOGRAD_STRIP),
-    ("bias at another place", "(0, 0, 5, 10)", "(0, 0, 6, 9)", _WINOGRAD_STRIP),
-    ("no zeros on the left", "        side.zero_()", "        side.fill_(1.0)", _WINOGRAD_STRIP),
-    ("no zeros above", "outside.zero_()", "outside.fill_(1.0)", _WINOGRAD_STRIP),
-    ("each strip is an image", "max(start, 0), min(end, height)", "max(start, 2 * r), min(end, height)",
-     _WINOGRAD_STRIP),
-    ("memory of a whole batch", 'workspace.take("padded", samples, 2 * rows + 2, width + 2, channels)',
-     'workspace.take("padded", batch, 2 * rows + 2, width + 2, channels)[:samples]',
-     "tests/fast/test_winograd.py::test_memory_is_that_of_a_strip"),
-    ("memory of this call alone", "workspace = workspace or Workspace()", "workspace = Workspace()",
-     "tests/fast/test_winograd.py::test_memory_is_used_again_for_another_shape"),
+    ("narrow for wide", " * sum(channels)", "", _WINOGRAD + "what_it_does_not_do[narrow]"),
+    ("few tiles", " >= LEAST_TILES * torch.get_num_threads()", " >= 1", _WINOGRAD + "what_it_does_not_do[few tiles]"),
+    ("filters of one pass for few pixels", "(kept or batch", "(True or batch", _WINOGRAD + "what_it_does"),
+    ("memory of this call alone", "space = (workspace or Workspace()).take(threads * made.room", "space = "
+     "Workspace().take(threads * made.room", _WINOGRAD + "memory_is_used_again_for_another_shape"),
     ("one memory for all threads", "class Workspace(threading.local):", "class Workspace:",
      _MEMORY + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
-    ("residual of another strip", "added[place])", "added[:samples, : 2 * rows])", _WINOGRAD_STRIP),
-    (
-        "bfloat16 transformed",
-        "return h.dtype == DTYPE and wide(conv)",
-        "return wide(conv)",
-        _PACKING + "weights_are_packed_in_bfloat16[False]",
-    ),
-    (
-        "odd sizes",
-        "and not any(size % 2 for size in h.shape[2:])",
-        "",
-        "tests/fast/test_winograd.py::test_what_it_does_not_do[odd]",
-    ),
-    (
-        "strides",
-        "        and conv.stride == (1, 1)\n",
-        "",
-        "tests/fast/test_winograd.py::test_what_it_does_not_do[stride]",
-    ),
-    (
-        "strips that differ",
-        "for d in range(min(limit, number), 1, -1) if number % d == 0), 1)",
-        "for d in range(min(limit, number), 1, -1)), 1)",
-        "tests/fast/test_winograd.py::test_strips_are_alike",
-    ),
-    (
-        "other transforms when compiled",
-        "parts[1] - parts[2] - parts[3]",
-        "parts[1] - parts[2] + parts[3]",
-        "tests/fast/test_winograd.py::test_transforms_for_a_compiler[(3, 64, 6, 10)]",
-    ),
+    ("bfloat16 transformed", "        h.dtype == DTYPE\n        and _tiles", "        _tiles",
+     _PACKING + "weights_are_packed_in_bfloat16[False]"),
+    ("any number of channels", "not any(count % VECTOR for count in channels)", "True",
+     _WINOGRAD + "what_it_does_not_do[vectors]"),
+    ("strides and paddings", "(conv.stride, conv.padding) == ((1, 1), (1, 1))", "True",
+     _WINOGRAD + "what_it_does_not_do[stride]"),
+    ("blocks as large as they come", "each = -(-each // -(-each // BLOCK)) if each else 1", "each = max(each, 1)",
+     _WINOGRAD + "blocks"),
+    ("filters that are not turned", "pack(weight, turned=True)", "pack(weight.transpose(0, 1))",
+     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)]"),
+    ("no gradient of the residual", "grad if wanted[3] else None", "None",
+     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)]"),
+    ("gradients that end", "if not torch.is_grad_enabled():", "if True:", _WINOGRAD + "gradients_of_gradients"),
+    ("any number of sums", " and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS", "",
+     _WINOGRAD + "sums_that_would_be_too_many"),
+    ("an input in another layout", "h = h.contiguous(memory_format=form)", "pass",
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2]"),
+    ("a residual in another layout", "residual = residual.contiguous(memory_format=form)", "pass",
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2]"),
+]
+
+_EVEN, _ODD = (_WINOGRAD + f"values[{shape}-AVX2]" for shape in ("(2, 64, 32, 6, 10)", "(3, 32, 48, 7, 5)"))
+_OF_WEIGHT = _WINOGRAD + "gradient_of_the_weight[(3, 32, 48, 7, 5)-AVX2]"
+
+FAST_WINOGRAD_C = [
+    ("wrong sign of an input", "h[2][j] = d[2][j] - d[1][j];", "h[2][j] = d[2][j] + d[1][j];", _EVEN),
+    ("wrong sign of an output", "h[1][j] = m1 - m2 -", "h[1][j] = m1 - m2 +", _EVEN),
+    ("wrong filter", "h[2][j] = 0.5f * (g[j] + g[6 + j] - g[3 + j]);", "h[2][j] = 0.5f * (g[j] + g[6 + j] + g[3 + j]);",
+     _EVEN),
+    ("pixels beyond the image", " channels : zeros;\n            }\n            spread",
+     " channels : x;\n            }\n            spread", _EVEN),
+    ("outputs beyond the image", "if (top + i / 2 >= height ||", "if (top + i / 2 > height ||",
+     _WINOGRAD + "memory_around_is_left_alone[AVX2]"),
+    ("zeros that are not", "        memset(zeros, 0, channels * sizeof(float));\n", "",
+     _WINOGRAD + "memory_around_is_left_alone[AVX2]"),
+    ("a panel that is not full", "k < PANEL && panel + k < outputs; k", "k < PANEL; k",
+     _WINOGRAD + "memory_around_is_left_alone[AVX512]"),
+    ("one bias for every panel", "load(bias + panel + k)", "load(bias + k)", _ODD),
+    ("one memory for all threads", "float *inputs = space + omp_get_thread_num() * winograd_room(channels, block);",
+     "float *inputs = space;", _WINOGRAD + "bits_of_threads"),
+    ("sums begin with what was there", "        memset(sums, 0, size * sizeof(float));\n", "", _OF_WEIGHT),
+    ("sums of a thread alone", "thread < threads; thread++", "thread < 1; thread++", _WINOGRAD + "bits_of_threads"),
+    ("threads take what comes", "#pragma omp for schedule(static)\n", "#pragma omp for schedule(dynamic)\n",
+     _WINOGRAD + "bits_of_threads"),
+    ("wrong sign of a gradient", "h[3][j] = -g[1][j];", "h[3][j] = g[1][j];", _OF_WEIGHT),
+    ("tiles of the block before", "sums + (panel * 16 + p) * apart + c * PANEL, count);",
+     "sums + (panel * 16 + p) * apart + c * PANEL, block);",
+     _WINOGRAD + "gradient_of_the_weight[(5, 16, 64, 14, 9)-AVX2]"),
+]
+
+NATIVE = [
+    ("compiled in every process", "if folder is not None and (folder / name).is_file():", "if False:",
+     _NATIVE + "compiled_once"),
+    ("what is kept is never old", "repr((code, compile, link))", "repr((compile, link))", _NATIVE + "compiled_once"),
+    ("a file that was cut off ends it", "with contextlib.suppress(OSError):  # it was",
+     "with contextlib.nullcontext():  #", _NATIVE + "a_file_that_was_cut_off"),
+    ("what others put there is run", "and not others and", "and",
+     _NATIVE + "nothing_is_kept_where_it_is_not_safe[others may write]"),
+    ("any CPU", "if cpu not in FLAGS:", "if False:", _NATIVE + "other_machines[Linux-DEFAULT]"),
+    ("the compiler's first words", "if 'error' in line", "if line", _NATIVE + "a_fault_in_the_source_is_named"),
 ]
 
 _DOUBLING = "tests/fast/test_doubling.py::test_"
@@ -317,12 +333,8 @@ FAST_NETWORK = [
         "return False",
         _PACKING + "weights_are_packed_in_bfloat16[True]",
     ),
-    (
-        "bfloat16 compiled in parts",
-        "on_cpu and dtype == winograd.DTYPE and any",
-        "on_cpu and any",
-        _PACKING + "parts_are_compiled",
-    ),
+    ("bfloat16 is not compiled", "on_cpu and dtype == winograd.DTYPE and any", "on_cpu and any",
+     _PACKING + "weights_are_packed_in_bfloat16[False]"),
 ]
 
 FAST_DIFFUSERS = [
@@ -343,6 +355,8 @@ FAULTS = {
     "cmfast/fast/forward.py": FAST_FORWARD,
     "cmfast/fast/weights.py": FAST_WEIGHTS,
     "cmfast/fast/winograd.py": FAST_WINOGRAD,
+    "cmfast/fast/winograd.c": FAST_WINOGRAD_C,
+    "cmfast/native.py": NATIVE,
     "cmfast/fast/doubling.py": FAST_DOUBLING,
     "cmfast/fast/__init__.py": [
         ("attributes of another", "parts = model._modules if own else {}",

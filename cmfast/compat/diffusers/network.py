@@ -19,7 +19,7 @@ SCHEDULER = "CMStochasticIterativeScheduler"
 
 
 #: Attributes of a network that `cmfast.optimize` made; see `cmfast.fast.FastUNet`. Others do not have them.
-_OPTIMISED = ("derives_weights", "refresh", "compile_parts", "input_format", "refusal")
+_OPTIMISED = ("derives_weights", "refresh", "faster_uncompiled", "input_format", "refusal")
 
 
 #: As safetensors calls them.

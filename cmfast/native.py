@@ -1,0 +1,90 @@
+"""C for CPUs, for what PyTorch's operations cannot do at its speed: compiled when first used, once on each machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cmfast.errors import Unavailable
+
+#: What `CMFAST_NATIVE=0` switches off.
+VARIABLE = "CMFAST_NATIVE"
+#: What a compiler may use, by what PyTorch calls the CPU; of others nothing was measured.
+FLAGS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+}
+#: Without -fopenmp at the end: the threads are those of PyTorch, whose OpenMP is there already, and no second one.
+COMPILE, LINK = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-c"), ("-shared",)
+
+
+@functools.cache
+def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
+    """The functions of a C file, compiled for a CPU by its name in `FLAGS`; None: this one.
+
+    What is compiled is kept in the user's folder for such things, ~/.cache/cmfast, or for this process alone where that
+    cannot be written to, or others may write to it.
+
+    Raises: Unavailable: there is no compiler, or none whose OpenMP is PyTorch's; or this CPU is not known.
+    """
+    cpu = cpu or torch.backends.cpu.get_cpu_capability()
+    if os.environ.get(VARIABLE) == "0":
+        raise Unavailable(f"{VARIABLE}=0 is set")
+    if platform.system() != "Linux":
+        raise Unavailable(f"it is for Linux, and this is {platform.system()}")
+    if cpu not in FLAGS:
+        raise Unavailable(f"it is for CPUs with {' or '.join(FLAGS)}, and PyTorch says {cpu} of this one")
+    compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["cc"]]
+    compilers = [each for each in compilers if shutil.which(each[0])]
+    if not compilers:
+        raise Unavailable("there is no C compiler: install gcc, or name one in CC")
+    reasons: list[str] = []
+    for compiler in compilers:
+        try:
+            return _loaded(source, [*compiler, *COMPILE, *FLAGS[cpu]], [*compiler, *LINK])
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [str(error)]
+            reasons.append(f"{compiler[0]}: {next((line for line in said if 'error' in line), said[0])}")
+    raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
+
+
+def _loaded(source: Path, compile: list[str], link: list[str]) -> ctypes.CDLL:
+    code = source.read_bytes()
+    name = f"{source.stem}-{hashlib.sha256(repr((code, compile, link)).encode()).hexdigest()[:16]}.so"
+    folder = _folder()
+    if folder is not None and (folder / name).is_file():
+        with contextlib.suppress(OSError):  # it was cut off
+            return ctypes.CDLL(os.fspath(folder / name))
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made, linked = os.path.join(place, "made.o"), os.path.join(place, name)
+        for command in ([*compile, os.fspath(source), "-o", made], [*link, made, "-o", linked]):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        functions = ctypes.CDLL(linked)  # which outlives its file
+        if folder is not None:
+            # Whole, as another process may be about to load it.
+            os.replace(linked, folder / name)
+        return functions
+
+
+def _folder() -> Path | None:
+    """Where what is compiled is kept; None where others could put there what is then run, or it cannot be written."""
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfast"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if found.st_uid == os.geteuid() and not others and os.access(folder, os.W_OK):
+            return folder
+    return None

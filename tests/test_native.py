@@ -1,0 +1,153 @@
+"""C that is compiled on the user's machine: once, for nobody else to write to, and what is said where it cannot be."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cmfast import native
+from cmfast.errors import Unavailable
+from cmfast.fast import winograd
+
+SOURCE = "int omp_get_thread_num(void);\nint answer(void) {{ return {} + omp_get_thread_num(); }}\n"
+needs_compiler = pytest.mark.skipif(winograd.refusal() is not None, reason=f"C: {winograd.refusal()}")
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A file, an empty folder for what is compiled, and a compiler that was not asked yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setenv("CC", os.environ.get("CC") or "gcc")
+    path = tmp_path / "some.c"
+    path.write_text(SOURCE.format(42))
+    return path
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that are run."""
+    every, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: every.append(command) or run(command, **options))
+    return every
+
+
+def load(source):
+    """As in a new process."""
+    return native.library.__wrapped__(source)
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@needs_compiler
+def test_compiled_once(source, commands):
+    """And again when the source changes."""
+    assert load(source).answer() == 42 and len(commands) == 2
+    assert load(source).answer() == 42 and len(commands) == 2
+    source.write_text(SOURCE.format(43))
+    assert load(source).answer() == 43 and len(commands) == 4
+    kept = source.parent / "cache" / "cmfast"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700 and all(each.suffix == ".so" for each in kept.iterdir())
+
+
+@needs_compiler
+def test_a_file_that_was_cut_off(source, commands):
+    load(source)
+    (made,) = (source.parent / "cache" / "cmfast").iterdir()
+    content = made.read_bytes()
+    made.unlink()  # this process has it in memory
+    made.write_bytes(content[:100])
+    assert load(source).answer() == 42 and len(commands) == 4
+    assert load(source).answer() == 42 and len(commands) == 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["others may write", "a file", "no home"])
+def test_nothing_is_kept_where_it_is_not_safe(source, commands, kind, monkeypatch):
+    """What others could put there would be run."""
+    folder = source.parent / "cache" / "cmfast"
+    if kind == "others may write":
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    elif kind == "a file":
+        folder.parent.mkdir()
+        folder.write_text("")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(native.Path, "home", no_home)
+    for calls in (2, 4):
+        assert load(source).answer() == 42 and len(commands) == calls
+    assert not folder.is_dir() or not list(folder.iterdir())
+
+
+@needs_compiler
+def test_the_threads_are_those_of_pytorch():
+    """No second OpenMP, whose threads would wait for work beside them."""
+    winograd.functions()
+    with open("/proc/self/maps") as lines:
+        found = {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line}
+    assert len(found) <= 1
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({native.VARIABLE: "0"}, "CMFAST_NATIVE=0 is set"),
+        ({"CC": "", "PATH": "/nowhere"}, "there is no C compiler: install gcc, or name one in CC"),
+        ({"CC": "false"}, r"some.c could not be compiled here \(false: "),
+    ],
+    ids=["off", "none", "fails"],
+)
+def test_why_not(source, environment, message, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Unavailable, match=message):
+        load(source)
+
+
+@needs_compiler
+def test_a_fault_in_the_source_is_named(source):
+    source.write_text("int answer(void) { return nothing; }")
+    with pytest.raises(Unavailable, match=r"some\.c could not be compiled here \(gcc: .*nothing"):
+        load(source)
+
+
+@needs_compiler
+def test_a_second_openmp_is_refused(source):
+    """A function that no library here has, as those of another compiler's OpenMP."""
+    source.write_text("int __kmpc_of_another(void); int answer(void) { return __kmpc_of_another(); }")
+    with pytest.raises(Unavailable, match="undefined symbol: __kmpc_of_another"):
+        load(source)
+
+
+@pytest.mark.parametrize("system, cpu", [("Darwin", "AVX2"), ("Linux", "DEFAULT")])
+def test_other_machines(source, system, cpu, monkeypatch):
+    monkeypatch.setattr(native.platform, "system", lambda: system)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    with pytest.raises(Unavailable, match="it is for"):
+        load(source)
+
+
+def test_off_in_a_process_of_its_own():
+    """By the variable: the network computes, and `info` says why not."""
+    code = "from cmfast import fast, info; print(fast.winograd.refusal()); print(info.report())"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, native.VARIABLE: "0"}, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    assert done.stdout.startswith("CMFAST_NATIVE=0 is set\n")
+    assert "3x3 convolutions on a CPU: oneDNN's (CMFAST_NATIVE=0 is set)" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_the_compiler_warns_of_nothing():
+    flags = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    for cpu in native.FLAGS.values():
+        command = ["gcc", *native.COMPILE, *cpu, *flags, str(winograd._SOURCE), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
