@@ -19,8 +19,6 @@ import torch
 
 from cmfast.errors import Unavailable
 
-#: What `CMFAST_NATIVE=0` switches off.
-VARIABLE = "CMFAST_NATIVE"
 #: What a compiler may use, by what PyTorch calls the CPU; of others nothing was measured.
 FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -40,8 +38,8 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
     Raises: Unavailable: there is no compiler, or none whose OpenMP is PyTorch's; or this CPU is not known.
     """
     cpu = cpu or torch.backends.cpu.get_cpu_capability()
-    if os.environ.get(VARIABLE) == "0":
-        raise Unavailable(f"{VARIABLE}=0 is set")
+    if os.environ.get("CMFAST_NATIVE") == "0":
+        raise Unavailable("CMFAST_NATIVE=0 is set")
     if platform.system() != "Linux":
         raise Unavailable(f"it is for Linux, and this is {platform.system()}")
     if cpu not in FLAGS:

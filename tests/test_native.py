@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(winograd.refusal() is not None, reason=f"C: 
 def source(tmp_path, monkeypatch):
     """A file, an empty folder for what is compiled, and a compiler that was not asked yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.delenv("CMFAST_NATIVE", raising=False)
     monkeypatch.setenv("CC", os.environ.get("CC") or "gcc")
     path = tmp_path / "some.c"
     path.write_text(SOURCE.format(42))
@@ -98,7 +98,7 @@ def test_the_threads_are_those_of_pytorch():
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({native.VARIABLE: "0"}, "CMFAST_NATIVE=0 is set"),
+        ({"CMFAST_NATIVE": "0"}, "CMFAST_NATIVE=0 is set"),
         ({"CC": "", "PATH": "/nowhere"}, "there is no C compiler: install gcc, or name one in CC"),
         ({"CC": "false"}, r"some.c could not be compiled here \(false: "),
     ],
@@ -138,7 +138,7 @@ def test_other_machines(source, system, cpu, monkeypatch):
 def test_off_in_a_process_of_its_own():
     """By the variable: the network computes, and `info` says why not."""
     code = "from cmfast import fast, info; print(fast.winograd.refusal()); print(info.report())"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, native.VARIABLE: "0"}, text=True,
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "CMFAST_NATIVE": "0"}, text=True,
                           capture_output=True, check=True)  # fmt: skip
     assert done.stdout.startswith("CMFAST_NATIVE=0 is set\n")
     assert "3x3 convolutions on a CPU: oneDNN's (CMFAST_NATIVE=0 is set)" in done.stdout
