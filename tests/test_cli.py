@@ -178,7 +178,7 @@ def test_a_gpu_too_many(checkpoint, tmp_path, monkeypatch, capsys):
 def test_without_a_compiler(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    arguments = ["--device", "cpu", "--compile", "whole", "--out", str(tmp_path / "x.png")]
+    arguments = ["--device", "cpu", "--compile", "whole", "--dtype", "bfloat16", "--out", str(tmp_path / "x.png")]
     assert cli.main(["sample", "--model", checkpoint, *arguments]) == 2
     assert "cmfast: error: torch.compile needs a C++ compiler" in capsys.readouterr().err
 

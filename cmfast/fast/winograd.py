@@ -100,6 +100,8 @@ def fits(conv: nn.Conv2d, h: Tensor, kept: bool) -> bool:
         and _tiles(batch, height, width) >= LEAST_TILES * torch.get_num_threads()
         and (kept or batch * height * width >= LEAST_PIXELS)
         and wide(conv)
+        # A mode that looks on, such as one that counts operations, sees PyTorch's alone.
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 

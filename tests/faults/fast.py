@@ -191,6 +191,7 @@ FAST_WINOGRAD = [
      _MEMORY + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
     ("bfloat16 transformed", "        h.dtype == DTYPE\n        and _tiles", "        _tiles",
      _PACKING + "weights_are_packed_in_bfloat16[False]"),
+    ("nobody looks on", "and not torch._C._len_torch_dispatch_stack()", "", _PACKING + "a_mode_that_looks_on_sees_all"),
     ("any number of channels", "not any(count % VECTOR for count in channels)", "True",
      _WINOGRAD + "what_it_does_not_do[vectors]"),
     ("strides and paddings", "(conv.stride, conv.padding) == ((1, 1), (1, 1))", "True",
