@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cmfast.ops import WEIGHTINGS, loss_weight
+from cmfast.levels import Sigmas, read_levels
+from cmfast.ops import WEIGHTINGS, _check, loss_weight
 
 __all__ = [
     "WEIGHTINGS",
@@ -29,6 +30,17 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 _Level = TypeVar("_Level", float, Tensor)
 
 
+def _check_range(sigma_min: float, sigma_max: float, rho: float) -> None:
+    """The ends of a grid and its rho; those of a model may be tensors, which are not read."""
+    if any(isinstance(value, Tensor) for value in (sigma_min, sigma_max, rho)):
+        return
+    _check.number("sigma_min", sigma_min)
+    _check.positive("sigma_max", sigma_max)
+    _check.positive("rho", rho)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
+
+
 def karras_sigma(
     index: Tensor | float,
     num_scales: int,
@@ -40,7 +52,12 @@ def karras_sigma(
     """Level `index` of num_scales: (smax^(1/rho) + i / (N - 1) (smin^(1/rho) - smax^(1/rho)))^rho.
 
     Karras et al. 2022, eq. 5: index 0 is sigma_max, N - 1 is sigma_min; a number or a tensor, fractions allowed.
+
+    Raises: ValueError: a number that is no index of the grid, or sigma_min, sigma_max and rho that make none.
     """
+    _check_range(sigma_min, sigma_max, rho)
+    if not isinstance(index, Tensor) and not 0 <= index <= num_scales - 1:
+        raise ValueError(f"index must be from 0 to {num_scales - 1}, got {index}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     fraction = index / max(num_scales - 1, 1)
     if not isinstance(fraction, Tensor):
@@ -62,15 +79,15 @@ def karras_sigmas(
 ) -> Tensor:
     """`num_scales` levels from sigma_max down to sigma_min, and 0 if `append_zero`: [N + 1] or [N].
 
-    Raises: ValueError: num_scales below 1.
+    Raises: ValueError: num_scales below 1, or sigma_min, sigma_max and rho that make no grid. TypeError: num_scales
+        that is no whole number.
 
     dtype, device: of the result. sigma_min, sigma_max and rho shape the grid.
 
     >>> karras_sigmas(3).tolist()
     [80.0, 2.5152..., 0.002..., 0.0]
     """
-    if num_scales < 1:
-        raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
+    num_scales = _check.whole("num_scales", num_scales, least=1)
     index = torch.arange(num_scales, dtype=torch.float64, device="cpu")
     sigmas: Any = karras_sigma(index, num_scales, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     if append_zero:
@@ -94,11 +111,13 @@ def multistep_sigmas(
     sigma_min, sigma_max, rho: of the grid, in data units.
 
     Raises: ValueError: an index that is not on the grid of num_scales levels, fewer than two, or with `increasing`
-        indices that do not increase (the original takes any).
+        indices that do not increase (the original takes any); or sigma_min, sigma_max and rho that make no grid.
+        TypeError: num_scales that is no whole number.
 
     >>> [round(sigma, 3) for sigma in multistep_sigmas((0, 22, 39), 40)]
     [80.0, 1.382, 0.002]
     """
+    num_scales = _check.whole("num_scales", num_scales, least=1)
     bad = [t for t in ts if not 0 <= t <= num_scales - 1]
     if bad:
         raise ValueError(f"ts are indices of {num_scales} levels, from 0 to {num_scales - 1}; got {bad[0]}")
@@ -111,7 +130,7 @@ def multistep_sigmas(
 
 
 def nearest_ts(
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     num_scales: int = 40,
     *,
     sigma_min: float = SIGMA_MIN,
@@ -121,15 +140,18 @@ def nearest_ts(
     """The indices of the grid of num_scales levels nearest to `sigmas`, and where sampling ends: of `multistep_sigmas`
     the inverse. Nearest in sigma^(1/rho), in which the grid from sigma_max to sigma_min is even.
 
-    Raises: ValueError: a level that is negative, or NaN.
+    Raises: ValueError: a level that is negative, NaN or infinite, levels that do not decrease, num_scales below 1, or
+        sigma_min, sigma_max and rho that make no grid. TypeError: sigmas or num_scales that are none.
 
     >>> nearest_ts([80, 1.382], 40)
     (0, 22, 39)
     """
-    if not all(sigma >= 0 for sigma in sigmas):
-        raise ValueError(f"sigmas must be 0 or more and not NaN, got {list(sigmas)}")
+    _check_range(sigma_min, sigma_max, rho)
+    levels, num_scales = read_levels(sigmas, least=0), _check.whole("num_scales", num_scales, least=1)
+    if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+        raise ValueError(f"sigmas must decrease, got {levels}")
     high, low, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_scales - 1
-    fractions = [(high - sigma ** (1 / rho)) / (high - low) for sigma in sigmas]
+    fractions = [(high - sigma ** (1 / rho)) / (high - low) for sigma in levels]
     indices = [min(max(round(fraction * last), 0), last) for fraction in fractions]
     return tuple(indices if indices and indices[-1] == last else [*indices, last])
 
@@ -142,12 +164,13 @@ def step_sigmas(
     On the original's grid of 40 levels (sigma_min, sigma_max, rho): index 0 for one step; 0 and 22 for two (Song et al.
     2023 found it by search on ImageNet-64); evenly spaced indices, i 39 / steps rounded, for more.
 
-    Raises: ValueError: steps not from 1 to 39.
+    Raises: ValueError: steps not from 1 to 39, or sigma_min, sigma_max and rho that make no grid. TypeError: steps that
+        are no whole number.
 
     >>> [round(sigma, 3) for sigma in step_sigmas(2)]
     [80.0, 1.382]
     """
-    if not 1 <= steps <= 39:
+    if not 1 <= _check.whole("steps", steps) <= 39:
         raise ValueError(f"steps must be from 1 to 39 for multistep sampling, got {steps}")
     ts = [0, 22] if steps == 2 else [round(i * 39 / steps) for i in range(steps)]
     return multistep_sigmas([*ts, 39], 40, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:-1]

@@ -24,6 +24,42 @@ def test_karras_refuses(n):
         schedules.karras_sigmas(n)
 
 
+GRIDS = {
+    "karras_sigma": lambda **grid: schedules.karras_sigma(1, 3, **grid),
+    "karras_sigmas": lambda **grid: schedules.karras_sigmas(3, **grid),
+    "multistep_sigmas": lambda **grid: schedules.multistep_sigmas((0, 2), 3, **grid),
+    "nearest_ts": lambda **grid: schedules.nearest_ts([1.0], 3, **grid),
+    "step_sigmas": lambda **grid: schedules.step_sigmas(2, **grid),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_makes_no_grid(grid):
+    for name, bad in (("sigma_min", [math.nan, -1.0, "a"]), ("sigma_max", [math.nan, math.inf, 0.0]), ("rho", [0, -7])):
+        for value in bad:
+            with pytest.raises(ValueError, match=f"{name} must be .*, got '?{value}"):
+                GRIDS[grid](**{name: value})
+    for value in (80.0, 90.0):
+        with pytest.raises(ValueError, match=f"sigma_min must be below sigma_max, got {value} and 80.0"):
+            GRIDS[grid](sigma_min=value)
+
+
+@pytest.mark.parametrize("index", [-1, 2.5, math.nan])
+def test_no_level_of_the_grid(index):
+    with pytest.raises(ValueError, match=f"index must be from 0 to 2, got {index}"):
+        schedules.karras_sigma(index, 3)
+    assert schedules.karras_sigma(0.5, 3) > schedules.karras_sigma(1, 3)
+
+
+def test_numbers_of_levels_are_whole():
+    for make in (schedules.karras_sigmas, lambda n: schedules.nearest_ts([1.0], n), schedules.step_sigmas):
+        with pytest.raises(TypeError, match=r"(num_scales|steps) must be a whole number, got 2\.5"):
+            make(2.5)
+    for make in (lambda n: schedules.nearest_ts([1.0], n), lambda n: schedules.multistep_sigmas((0, 1), n)):
+        with pytest.raises(ValueError, match="num_scales must be 1 or more, got -4"):
+            make(-4)
+
+
 def test_every_form_of_two_steps_is_the_same():
     assert schedules.step_sigmas(2) == schedules.multistep_sigmas((0, 22, 39))[:-1]
     assert schedules.step_sigmas(2) == pytest.approx([80.0, 1.38237], rel=1e-5)

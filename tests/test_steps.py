@@ -67,6 +67,8 @@ def test_nearest_ts_inverts_the_grid(num_scales, options):
 def test_nearest_ts_of_levels_beside_the_grid():
     assert schedules.nearest_ts([1000.0, 1.4, 0.0]) == (0, 22, 39)
     assert schedules.nearest_ts([80.0, 1.42]) == (0, 22, 39) and schedules.nearest_ts([]) == (39,)
-    for bad in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="0 or more"):
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="sigmas must be positive"):
             schedules.nearest_ts([bad])
+    with pytest.raises(ValueError, match="sigmas must decrease, got"):
+        schedules.nearest_ts([1.0, 2.0])

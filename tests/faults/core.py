@@ -47,6 +47,10 @@ SCHEDULES = [
      "tests/test_golden.py::test_ema_and_scales"),
     ("progdist: last stages as short as the others", "distill_steps_per_iter * 2", "distill_steps_per_iter",
      "tests/test_schedules.py::test_progdist_halves_then_lingers"),
+    ("levels of a grid that is none", "    _check_range(sigma_min, sigma_max, rho)\n    if not", "    if not",
+     "tests/test_schedules.py::test_what_makes_no_grid[karras_sigmas]"),
+    ("indices of levels that rise", "b >= a for a, b in zip(levels", "b > math.inf for a, b in zip(levels",
+     "tests/test_steps.py::test_nearest_ts_of_levels_beside_the_grid"),
 ]  # fmt: skip
 
 TRAINING_LOSSES = [
