@@ -115,7 +115,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
                         help="multistep (default), onestep, heun, euler, dpm, ancestral or progdist")  # fmt: skip
     parser.add_argument("--steps", type=int, help="network calls, or levels of an ODE solver; default: 1, or 18")
     parser.add_argument("--ts", type=integers, help="indices of a grid of levels instead, such as 0,22,39")
-    parser.add_argument("--num-scales", type=int, default=40, help="levels of that grid (default: 40)")
+    parser.add_argument("--num-scales", type=int, help="levels of that grid (default: 40)")
     parser.add_argument("--sigmas", type=numbers,
                         help="noise levels instead, such as 80,1.382; of an ODE solver down to 0")  # fmt: skip
     # Two names, since torchrun takes `--num` for a beginning of its own --numa-binding.
@@ -150,6 +150,8 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     if arguments.num < 1:
         raise ValueError(f"--num must be 1 or more, got {arguments.num}")
+    if arguments.num_scales is not None and arguments.ts is None:
+        raise ValueError("--num-scales is of the grid that --ts are indices of: give --ts, or leave it out")
     num, seed, classes = arguments.num, arguments.seed, arguments.classes
     if classes is not None:
         classes = [classes[i % len(classes)] for i in range(num)]
@@ -175,7 +177,8 @@ def _sampler(arguments: argparse.Namespace, local_rank: int | None) -> Sampler:
     from cmfast.engine import Sampler
 
     model = _load(arguments, local_rank)
-    levels = {name: getattr(arguments, name) for name in ("steps", "ts", "sigmas", "num_scales")}
+    given = {name: getattr(arguments, name) for name in ("steps", "ts", "sigmas", "num_scales")}
+    levels = {name: value for name, value in given.items() if value is not None}
     how = {"compile": arguments.compile, "cuda_graph": GRAPHS[arguments.cuda_graph], "sampler": arguments.sampler}
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     try:

@@ -93,6 +93,7 @@ def test_samplers(checkpoint, tmp_path, sampler):
         (["--steps", "0"], "steps must be "),
         (["--steps", "1", "--ts", "0,39"], "one of steps, sigmas and ts"),
         (["--ts", "0,40"], "from 0 to 39"),
+        (["--steps", "2", "--num-scales", "151"], "--num-scales is of the grid that --ts are indices of: give --ts"),
         (["--sampler", "nope"], "known: onestep"),
         (["--num", "0"], "--num"),
         (["--option", "s_churn=1"], "unknown option s_churn of the multistep sampler; known: noise_fn"),
