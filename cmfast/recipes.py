@@ -153,8 +153,8 @@ def trainer(
 ) -> Trainer:
     """A run, ready to start or to go on, from the settings that are given and the recipe's.
 
-    Raises: ValueError, OSError, ImportError: settings, data or checkpoints that do not go together, and why. RankError:
-        one of these, on another process.
+    Raises: ValueError, OSError, ImportError: settings, data or checkpoints that do not go together, and why; those of a
+        run may have a network beside the model to start from, which wins. RankError: one of these, on another process.
     """
     group = group or Ranks()
     # Apart from what processes do together in a Trainer: one that failed here would answer the others' next question.
@@ -175,6 +175,11 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
         raise ValueError(f"recipe {settings['recipe']} needs a teacher: the checkpoint of a diffusion model")
     if paths["teacher"] is not None and not aim.needs_teacher:
         raise ValueError(f"recipe {settings['recipe']} takes no teacher; did you mean --init?")
+    # A run's config.yaml has what went without saying, too.
+    by_hand = run is None and "data_fingerprint" not in given
+    for name in ("init", "teacher"):
+        if by_hand and paths[name] is not None and settings["network"] != SETTINGS["network"]:
+            raise ValueError(f"network makes new weights, and paths.{name} names others: leave network out")
     torch.manual_seed(settings["options"]["seed"])
     teacher = _weights(checkpoint.load_teacher, paths["teacher"]) if aim.needs_teacher else None
     start = teacher if paths["init"] is None else _initial(paths["init"], run)

@@ -123,5 +123,7 @@ FAULTS = {
     ],
     "cmfast/recipes.py": [
         ("a folder is as it is", "**opening, run=run)", "**opening)", FAULT + "picture_that_vanishes[0]"),
+        ("settings of a run are somebody's", 'run is None and "data_fingerprint" not in given', "True",
+         "tests/training/test_recipes.py::test_a_network_beside_other_weights[teacher]"),
     ],
 }

@@ -353,10 +353,25 @@ def test_the_deviation_of_the_data_is_one(images, tmp_path):
     start = cmfast.Denoiser(unet(), cmfast.Preconditioner.edm(1.0), image_shape=(3, 8, 8))
     cmfast.save(start, tmp_path / "x.safetensors")
     settings["paths"]["init"] = str(tmp_path / "x.safetensors")
+    del settings["network"]
     run = recipes.trainer(settings, tmp_path / "old")
     assert run.step.objective.sigma_data == run.step.model.preconditioner.sigma_data == 1.0
     with pytest.raises(ValueError, match=r"a model with sigma_data=0\.25, not 1\."):
         recipes.trainer({**settings, "objective": {"sigma_data": 0.25}}, tmp_path / "both")
+
+
+@pytest.mark.parametrize("part, recipe", [("init", "ect"), ("teacher", "cd")], ids=["init", "teacher"])
+def test_a_network_beside_other_weights(part, recipe, images, teacher, tmp_path):
+    """That of somebody's settings would be another than trained; that of a run's own is what it began with."""
+    given = {"recipe": recipe, "paths": {"data": str(images / "classes"), part: teacher},
+             "objective": {"loss_norm": "l2"} if recipe == "cd" else {},
+             "options": {"steps": 1, "batch_size": 2}}  # fmt: skip
+    with pytest.raises(ValueError, match=f"network makes new weights, and paths.{part} names others: leave network"):
+        recipes.trainer({**given, "network": "tiny"}, tmp_path / "run")
+    recipes.trainer(recipes.complete(given), tmp_path / "run").run(progress=False)
+    saved = {**config.read(tmp_path / "run" / "config.yaml"), "network": "tiny"}
+    recipes.trainer(saved, tmp_path / "again").run(progress=False)
+    assert recipes.trainer({**given, "network": "tiny"}, tmp_path / "again", resume=True).done == 1
 
 
 def test_rates_with_arguments(images, tmp_path):
