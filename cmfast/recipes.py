@@ -190,6 +190,10 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
     if start is not None and opening["labelled"] is None:
         opening["labelled"] = start.num_classes is not None
     images = data.open_data(paths["data"], **opening, run=run)
+    if by_hand and start is None and isinstance(settings["network"], dict):
+        for name, value in _of_data(images).items():
+            if (said := settings["network"].get(name, value)) != value:
+                raise ValueError(f"network: {name} is that of the data, {value}, got {said!r:.80}: leave it out")
     model = _model(settings, aim, images, start)
     return {
         "model": model.to(device),
@@ -234,6 +238,13 @@ def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -
     return {name: value for name, value in own.items() if name in has and name not in given}
 
 
+def _of_data(images: Any) -> dict[str, Any]:
+    """What data say of a network."""
+    channels, height, _ = images.image_shape
+    numbers = {"image_size": height, "in_channels": channels, "out_channels": channels}
+    return {**numbers, "num_classes": images.num_classes}
+
+
 def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Denoiser | None) -> Denoiser:
     """A copy of the model to start from, or new weights; with the scalings and noise levels of the objective."""
     network = settings["network"]
@@ -244,10 +255,9 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
         if height != width:
             raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
-        own = {"image_size": height, "in_channels": channels, "out_channels": channels}
         try:
             untrusted.check_network(fields, untrusted.COUNTS)
-            unet = UNetModel(**{**fields, **own, "num_classes": images.num_classes})
+            unet = UNetModel(**{**fields, **_of_data(images)})
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise ValueError(f"network: {error}") from error
         factor = 2 ** (unet.num_levels - 1)

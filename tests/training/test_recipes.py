@@ -374,6 +374,19 @@ def test_a_network_beside_other_weights(part, recipe, images, teacher, tmp_path)
     assert recipes.trainer({**given, "network": "tiny"}, tmp_path / "again", resume=True).done == 1
 
 
+@pytest.mark.parametrize(
+    "name, right, wrong",
+    [("num_classes", 3, 1000), ("num_classes", 3, None), ("image_size", 8, 32), ("out_channels", 3, 6)],
+)
+def test_a_network_says_what_the_data_do(name, right, wrong, images, tmp_path):
+    """Or nothing of it."""
+    given = {"recipe": "edm", "paths": {"data": str(images / "classes")}, "options": {"steps": 1, "batch_size": 2}}
+    run = recipes.trainer({**given, "network": {**recipes.NETWORKS["tiny"], name: right}}, tmp_path / "run")
+    assert run.step.model.num_classes == 3
+    with pytest.raises(ValueError, match=f"network: {name} is that of the data, {right}, got {wrong}: leave it out"):
+        recipes.trainer({**given, "network": {**recipes.NETWORKS["tiny"], name: wrong}}, tmp_path / "run")
+
+
 def test_rates_with_arguments(images, tmp_path):
     rates = "0.9,halflife:500,batch=4,rampup=0.05,power:0.1"
     data = ["--recipe", "edm", "--data", images / "classes", *SMALL]
