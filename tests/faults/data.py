@@ -24,6 +24,8 @@ STREAM = [
 ]  # fmt: skip
 
 ARRAYS = [
+    ("all but the first digits held out", '_check.whole("held_out_per_class", held_out_per_class, least=0)',
+     "held_out_per_class", "tests/test_data.py::test_the_digits"),
     ("NaN is in [-1, 1]", "if not (low >= -1 and high <= 1):", "if low < -1 or high > 1:", MEMORY + "bad_images[3]"),
     ("labels are no part of a fingerprint", "            digest.update(self.labels.contiguous().numpy().tobytes())\n",
      "            pass\n", MEMORY + "fingerprints_tell_data_apart"),
