@@ -43,7 +43,8 @@ def save(
     """Write uint8 images [N, H, W, C], C = 1, 3 or 4: a grid if `path` ends in .png, arrays if in .npz.
 
     The .npz holds `arr_0` uint8 [N, H, W, 3] (grey images repeated) and, if given, `arr_1` the labels [N]: what
-    openai's evaluator takes; but of four channels [N, H, W, 4], which it does not. The file appears when it is whole. columns: as of `grid`.
+    openai's evaluator takes; but of four channels [N, H, W, 4], which it does not. The file appears when it is whole.
+    columns: as of `grid`.
 
     Raises: ValueError: images of another dtype or shape, none for a picture, not as many labels, or a path that
         `check_output` refuses. OSError: it cannot be written.
