@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cmfast import data
 from cmfast.denoiser import Denoiser
 from cmfast.engine import Sampler
+from cmfast.ops import _check
 
 #: Of precision and recall: the nearest image but so many says how far an image reaches.
 NEIGHBOURS = 3
@@ -65,10 +66,24 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
     return model.eval().requires_grad_(False)
 
 
+def _check_features(least: int, **sets: Tensor) -> None:
+    """Two sets of features [N, D] of one D, N being `least` or more."""
+    (first, x), _ = sets.items()
+    for name, features in sets.items():
+        if features.ndim != 2 or len(features) < least:
+            raise ValueError(f"{name} must be features [N, D] of {least} images or more, got {list(features.shape)}")
+        if features.shape[1] != x.shape[1]:
+            raise ValueError(f"{name} has {features.shape[1]} features of each image, {first} has {x.shape[1]}")
+
+
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets x and y of features [N, D]: Heusel et al. 2017."""
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets x and y of features [N, D]: Heusel et al. 2017.
+
+    Raises: ValueError: one of them has another shape, or fewer than two images.
+    """
+    _check_features(2, x=x, y=y)
     a, b = x.double().numpy(), y.double().numpy()
-    cov_x, cov_y = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cov_x, cov_y = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
     # The trace of the square root of a product is the sum of the roots of its eigenvalues, real and not negative
     # but for rounding.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_x @ cov_y).real, 0, None)).sum()
@@ -78,7 +93,12 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 def coverage(real: Tensor, made: Tensor, *, k: int = NEIGHBOURS) -> tuple[float, float]:
     """(precision, recall) of Kynkaanniemi et al. 2019: the share of made features [N, D] within the k-th neighbour's
-    distance of some real one, and of real ones within that of some made one."""
+    distance of some real one, and of real ones within that of some made one.
+
+    Raises: ValueError: one of them has another shape, or not more than k images; k below 1.
+    """
+    k = _check.whole("k", k, least=1)
+    _check_features(k + 1, real=real, made=made)
 
     def inside(points: Tensor, balls: Tensor) -> float:
         radius = torch.cdist(balls, balls).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
@@ -88,7 +108,13 @@ def coverage(real: Tensor, made: Tensor, *, k: int = NEIGHBOURS) -> tuple[float,
 
 
 def nearest_distance(images: Tensor, training: Tensor) -> float:
-    """The median pixel distance (root mean square, data range 2) of images to their nearest training image."""
+    """The median pixel distance (root mean square, data range 2) of images to their nearest training image.
+
+    Raises: ValueError: there are none, or those of training have another shape.
+    """
+    if not len(images) or not len(training) or images.shape[1:] != training.shape[1:]:
+        got = f"{list(images.shape)} and {list(training.shape)}"
+        raise ValueError(f"images and training must be images of one shape, one or more of each, got {got}")
     distances = torch.cdist(images.flatten(1), training.flatten(1)).min(1).values
     return float(distances.median()) / math.sqrt(images[0].numel())
 
@@ -114,7 +140,13 @@ def measure(
     classifier: DigitClassifier, images: Tensor, labels: Tensor, training: data.ImageData, *, seed: int = 0
 ) -> Quality:
     """Quality of images [N, 1, 32, 32] in [-1, 1] with their intended labels [N]: by a classifier, beside training
-    digits."""
+    digits.
+
+    Raises: ValueError: not as many labels, or so few images or digits that some have no third neighbour.
+    """
+    if labels.shape != images.shape[:1]:
+        n, got = len(images), list(labels.shape)
+        raise ValueError(f"labels must be [N] with N = {n}, one for each of the images, got {got}")
     features = torch.cat([classifier.features(part) for part in images.split(500)])
     real = torch.cat([classifier.features(part) for part in training.images.split(500)])
     accuracy = (classifier.head(features).argmax(1) == labels).double().mean().item()

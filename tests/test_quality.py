@@ -34,6 +34,34 @@ def test_precision_and_recall():
     assert recall == 1.0 and precision == pytest.approx(len(half) / len(ring), abs=0.05)
 
 
+@pytest.mark.parametrize("measured, least", [(quality.frechet_distance, 2), (quality.coverage, 4)])
+def test_what_are_no_features(measured, least):
+    few, some, others, images = (torch.zeros(shape) for shape in ((least - 1, 6), (9, 6), (9, 5), (9, 1, 2, 3)))
+    for wrong in (few, images, some[:, 0]):
+        for pair in ((wrong, some), (some, wrong)):
+            with pytest.raises(ValueError, match=rf"must be features \[N, D\] of {least} images or more, got \["):
+                measured(*pair)
+    with pytest.raises(ValueError, match="(made|y) has 5 features of each image, (real|x) has 6"):
+        measured(some, others)
+    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
+        quality.coverage(some, some, k=0)
+
+
+def test_a_single_feature():
+    x, y = torch.randn(50, 1, generator=GENERATOR), torch.randn(60, 1, generator=GENERATOR) * 2 + 1
+    expected = (x.double().mean() - y.double().mean()) ** 2 + (x.double().std() - y.double().std()) ** 2
+    assert quality.frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_measures_of_other_images():
+    images, training = torch.zeros(5, 1, 4, 4), torch.zeros(5, 1, 8, 8)
+    for some, others in ((images, training), (images[:0], images), (images, images[:0])):
+        with pytest.raises(ValueError, match=r"must be images of one shape, one or more of each, got \["):
+            quality.nearest_distance(some, others)
+    with pytest.raises(ValueError, match=r"labels must be \[N\] with N = 5, .*, got \[3\]"):
+        quality.measure(quality.DigitClassifier(), images, torch.zeros(3, dtype=torch.int64), ImageData(training))
+
+
 def test_nearest_distance():
     training = torch.randn(20, 1, 4, 4, generator=GENERATOR)
     assert quality.nearest_distance(training[:5], training) == pytest.approx(0, abs=1e-3)

@@ -197,6 +197,8 @@ FAULTS = {
     "cmfast/editing.py": EDITING,
     "cmfast/exact.py": EXACT,
     "cmfast/quality.py": [
+        ("an image is its own neighbour", "_check_features(k + 1, real", "_check_features(k, real",
+         "tests/test_quality.py::test_what_are_no_features[coverage-4]"),
         ("more made ones than real", "features[:count])", "features)",
          "tests/test_quality.py::test_precision_and_recall_of_as_many_as_there_are_real_ones[200]"),
     ],
