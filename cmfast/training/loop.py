@@ -131,6 +131,8 @@ class Trainer:
             folder cannot be written. RankError: of several processes one failed, or is gone.
         """
         with ExitStack() as held, self.group.connected(), self._stop_asked:
+            if self._board is not None:
+                held.callback(self._board.close)  # else the last lines may be lost with the process
             self.group.together(lambda: self._begin(held))
             return self._run(progress)
 

@@ -77,6 +77,8 @@ STEP = [
 ]  # fmt: skip
 
 LOOP = [
+    ("TensorBoard's last lines are lost", "held.callback(self._board.close)", "pass",
+     _LOOP + "tensorboard_shows_no_step_twice"),
     ("a model is looked at after the data",
      "            check_models(model, objective, teacher_model, lpips)\n            check_data(model, data)\n",
      "            check_data(model, data)\n",

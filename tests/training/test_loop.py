@@ -474,13 +474,14 @@ def test_a_curve_leaves_matplotlib_as_it_was(tmp_path):
 
 
 def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):
-    made = []
+    """And the last ones are there."""
+    made, closed = [], []
     board = SimpleNamespace(SummaryWriter=lambda path, **options: made.append(options) or SimpleNamespace(
-        add_scalar=lambda *arguments: None))  # fmt: skip
+        add_scalar=lambda *arguments: None, close=lambda: closed.append(made[-1])))  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     for steps, resume in ((2, False), (3, True)):
         trainer("edm", tmp_path, replace(OPTIONS, steps=steps), resume=resume, tensorboard=True).run(progress=False)
-    assert made == [{"purge_step": 1}, {"purge_step": 3}]
+    assert made == closed == [{"purge_step": 1}, {"purge_step": 3}]
 
 
 def test_the_log_and_the_pictures(tmp_path):
