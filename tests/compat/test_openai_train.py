@@ -4,6 +4,7 @@ import copy
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,6 +396,20 @@ def test_names_of_train_util_that_users_replace(name, monkeypatch):
     monkeypatch.setattr(train_util, name, lambda *args, **options: used.append(name) or own(*args, **options))
     cm_loop(schedule_sampler=None).run_step(*next(batches()))
     assert used
+
+
+def test_losses_of_any_shape_are_noted(monkeypatch):
+    """As there: a value for each time, as far as there are both."""
+    noted = []
+    monkeypatch.setattr(logger, "logkv_mean", lambda key, value: noted.append((key, value)))
+    loss = torch.tensor([1.0, 2.0, 6.0])
+    losses = {"loss": loss, "column": loss[:, None], "one": torch.ones(1)}
+    train_util.log_loss_dict(SimpleNamespace(num_timesteps=40), torch.tensor([0, 10, 39]), losses)
+    assert noted == [
+        *((f"{name}{part}", value) for name in ("loss", "column") for part, value in
+          (("", 3.0), ("_q0", 1.0), ("_q1", 2.0), ("_q3", 6.0))),
+        ("one", 1.0), ("one_q0", 1.0),
+    ]  # fmt: skip
 
 
 def test_a_folder_of_users_is_made(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ SCRIPTS = "tests/compat/test_openai_scripts.py::test_"
 OPENAI = "cmfast/compat/openai/"
 
 TRAIN_LOOP = [
+    ("losses noted of one shape alone", "[..., None].flatten(1).mean(1)", "",
+     "tests/compat/test_openai_train.py::test_losses_of_any_shape_are_noted"),
     ("steps before resuming count twice", "self._log_step(self.step)", "self._log_step(self.step + self.resume_step)",
      TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[edm-3-False]"),
     ("gradients of each rank alone", "self.use_ddp = dist.get_world_size() > 1", "self.use_ddp = False",

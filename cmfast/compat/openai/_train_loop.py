@@ -281,10 +281,11 @@ def _of_rank_0(value: Any) -> Any:
 
 
 def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
-    """Note the mean of each of `losses` [B], and those of four ranges of ts [B], by name_q0 to name_q3."""
-    table = torch.stack([ts.detach().float(), *(values.detach().float() for values in losses.values())])
-    times, *rows = table.tolist()  # the only read from the device
+    """Note the mean of each of `losses` [B, ...], and those of four ranges of ts [B], by name_q0 to name_q3."""
+    table = [x.detach().float()[..., None].flatten(1).mean(1).to(ts.device) for x in (ts, *losses.values())]
+    read = torch.cat(table).cpu()  # the only read from the device
+    times, *rows = (row.tolist() for row in read.split([len(row) for row in table]))
     for key, values in zip(losses, rows, strict=True):
         logger.logkv_mean(key, sum(values) / len(values))
-        for t, value in zip(times, values, strict=True):
+        for t, value in zip(times, values):  # as many as there are of both
             logger.logkv_mean(f"{key}_q{int(4 * t / diffusion.num_timesteps)}", value)
