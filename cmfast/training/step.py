@@ -18,7 +18,7 @@ from cmfast.ema import Averages, Place, held, places
 from cmfast.objectives import Objective, Stage
 from cmfast.optim import Adam, RAdam
 from cmfast.ranks import Ranks
-from cmfast.rates import Given
+from cmfast.rates import Given, parse_rate
 from cmfast.training import parallel
 from cmfast.training.config import TrainOptions
 from cmfast.training.frozen import frozen
@@ -139,7 +139,7 @@ class TrainStep:
     Raises: ValueError: the objective needs a teacher, or LPIPS, and there is none; or other scalings, or other
         noise levels; or a teacher is of other classes, or one that its students are to become of another kind; or the
         weights to be trained have fewer bits than float32, so that rounding would take most steps, or are none, or lie
-        outside the network. TypeError: a model is no Denoiser.
+        outside the network; or an average has the name of the target. TypeError: a model is no Denoiser.
 
     >>> from cmfast.objectives import EDM
     >>> from cmfast.precondition import Preconditioner
@@ -357,6 +357,9 @@ class TrainStep:
         rates: list[Any] = list(self.options.averages)
         if self.target_model is None:
             return Averages(self.model, rates)
+        name = str(self._target_rate)
+        if any(str(parse_rate(rate)) == name for rate in rates):
+            raise ValueError(f"averages have {name}, which the target's file is called: leave out 'given:'")
         return Averages(self.model, [self._target_rate, *rates], targets={0: self.target_model})
 
     def _optimizer(self) -> Any:

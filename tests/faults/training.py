@@ -8,6 +8,8 @@ _RECIPES = "tests/training/test_recipes.py::test_"
 _DIGITS = "tests/training/test_digits.py::test_"
 
 STEP = [
+    ("an average over the target's file", "str(parse_rate(rate)) == name for", "rate is name for",
+     _STEP + "an_average_by_the_name_of_the_target"),
     ("a teacher of other classes", "if (ours is None) != (theirs is None) or (ours or 0) > (theirs or 0):", "if False:",
      _STEP + "models_that_do_not_go_together[a teacher of fewer classes]"),
     ("what is not trained has to be float32", "if name in trained and _low_precision(p)", "if _low_precision(p)",

@@ -448,6 +448,16 @@ def test_models_that_do_not_go_together(objective, options, message):
         TrainStep(model, objective, OPTIONS, **options)
 
 
+def test_an_average_by_the_name_of_the_target():
+    """They would have one file; without a target, or of another rate, it has one of its own."""
+    start = OBJECTIVES["ct"].stage(0).target_rate
+    options = [replace(OPTIONS, averages=("0.9", f"given:{rate}")) for rate in (start, 0.5)]
+    with pytest.raises(ValueError, match=rf"averages have given:{start}, which the target's file is called"):
+        step_of(OBJECTIVES["ct"], options[0])
+    step_of(OBJECTIVES["ct"], options[1])
+    step_of(EDM(), options[0])
+
+
 @pytest.mark.parametrize(
     "model, teacher_model, message",
     [
