@@ -1,4 +1,5 @@
-"""Times of nearest-neighbour doubling with the 3x3 convolution after it: two passes, or one transposed convolution.
+"""Times of nearest-neighbour doubling with the 3x3 convolution after it: two passes, or one: Winograd's algorithm for a
+doubled image on a CPU in float32, else a transposed convolution.
 
     python -m cmfast.benchmarks.doubling --out DIR [--batch N] [--providers NAMES] [--seconds N] [--device cuda|cpu]
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from cmfast.benchmarks import runs, timing
 from cmfast.benchmarks.kernels import inductor_refusal
-from cmfast.fast import doubling
+from cmfast.fast import doubling, winograd
 from cmfast.tolerances import FLOOR
 
 #: Channels and side of the map that is doubled: of the published ImageNet-64 network, and the largest of LSUN-256.
@@ -74,6 +75,10 @@ def at_once(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _kept(conv: nn.Conv2d, h: Tensor) -> Function:
     """For maps like h, as sampling has it: what is made of the weight is made once."""
     weight = conv.weight.detach()
+    if winograd.fits(conv, h, kept=True, doubled=True):
+        filters, memory = winograd.pack(weight), winograd.Workspace()
+        options: dict[str, Any] = {"doubled": True, "workspace": memory}
+        return lambda h, _, bias: winograd.convolve(h, filters, len(weight), bias, **options)
     if h.device.type == "cpu":
         packed = doubling.pack(weight, None, h.shape)
         return lambda h, _, bias: doubling.convolve(h, packed, bias)
@@ -83,6 +88,8 @@ def _kept(conv: nn.Conv2d, h: Tensor) -> Function:
 
 def _in_training(conv: nn.Conv2d, h: Tensor) -> Function:
     """On a CPU as networks have it, for a map that is large enough."""
+    if winograd.fits(conv, h, kept=False, doubled=True):
+        return functools.partial(winograd.convolution, doubled=True, workspace=winograd.Workspace())
     return at_once if h.device.type == "cuda" or doubling.fits(conv, h, kept=False) else two_passes
 
 

@@ -8,12 +8,12 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,17 +44,19 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
         raise Unavailable(f"it is for Linux, and this is {platform.system()}")
     if cpu not in FLAGS:
         raise Unavailable(f"it is for CPUs with {' or '.join(FLAGS)}, and PyTorch says {cpu} of this one")
-    compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["gcc"], ["cc"]]
-    compilers = [each for each in compilers if shutil.which(each[0])]
+    named = os.environ.get("CC", "").split()
+    compilers = [each for each in ([named] if named else [["gcc"], ["cc"]]) if shutil.which(each[0])]
     if not compilers:
         raise Unavailable("there is no C compiler: install gcc, or name one in CC")
     reasons: list[str] = []
     for compiler in compilers:
         try:
             return _loaded(source, [*compiler, *COMPILE, *FLAGS[cpu]], [*compiler, *LINK])
+        except subprocess.CalledProcessError as error:
+            said = next((line for line in error.stderr.splitlines() if "error" in line), str(error))
         except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [str(error)]
-            reasons.append(f"{compiler[0]}: {next((line for line in said if 'error' in line), said[0])}")
+            said = str(error)
+        reasons.append(f"{compiler[0]}: {said}")
     raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
 
 
@@ -65,10 +67,12 @@ def _loaded(source: Path, compile: list[str], link: list[str]) -> ctypes.CDLL:
     if folder is not None and (folder / name).is_file():
         with contextlib.suppress(OSError):  # it was cut off
             return ctypes.CDLL(os.fspath(folder / name))
+    options: dict[str, Any] = {"check": True, "capture_output": True, "timeout": 120, "encoding": "utf-8"}
+    options |= {"errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
     with tempfile.TemporaryDirectory(dir=folder) as place:
         made, linked = os.path.join(place, "made.o"), os.path.join(place, name)
         for command in ([*compile, os.fspath(source), "-o", made], [*link, made, "-o", linked]):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(command, **options)
         functions = ctypes.CDLL(linked)  # which outlives its file
         if folder is not None:
             # Whole, as another process may be about to load it.

@@ -7,6 +7,7 @@ import torch
 
 from cmfast.benchmarks import doubling
 from cmfast.fast import doubling as fast
+from cmfast.fast import winograd
 
 
 def recorded(folder, *options):
@@ -19,7 +20,8 @@ def recorded(folder, *options):
 def short(monkeypatch):
     monkeypatch.setattr(doubling, "QUICK_S", 0.01)
     monkeypatch.setattr(doubling, "QUICK_MAPS", ((32, 8),))
-    monkeypatch.setattr(fast, "LEAST_PIXELS", 1)
+    for module in (fast, winograd):
+        monkeypatch.setattr(module, "LEAST_PIXELS", 1)
 
 
 def test_forward_and_training(tmp_path):
@@ -31,10 +33,16 @@ def test_forward_and_training(tmp_path):
     assert forward > 0 < training
 
 
+@pytest.mark.parametrize("by", [fast, winograd], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("mode", [doubling.FORWARD, doubling.TRAINING])
-def test_a_wrong_filter_is_not_timed(tmp_path, monkeypatch, mode):
-    fold = fast.fold
-    monkeypatch.setattr(fast, "fold", lambda *arguments: 1.01 * fold(*arguments))
+def test_a_wrong_filter_is_not_timed(tmp_path, monkeypatch, mode, by):
+    if by is fast:
+        monkeypatch.setattr(winograd, "refusal", lambda: "not now")
+    elif winograd.refusal() is not None:
+        pytest.skip(f"Winograd: {winograd.refusal()}")
+    name = "fold" if by is fast else "pack"
+    right = getattr(by, name)
+    monkeypatch.setattr(by, name, lambda *arguments, **options: 1.01 * right(*arguments, **options))
     status, result = recorded(tmp_path, "--only", f"float32, {mode}")
     failures = {failure["trial"].split(", ")[1]: failure["reason"] for failure in result["failures"]}
     assert status == 1 and failures[mode].startswith("image: relative error 0.0")

@@ -25,12 +25,14 @@ def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = Tr
 
     It computes in channels_last from end to end. GroupNorm, the embedding's scale and shift, SiLU, dropout and the
     additions before them are one operation (`ops.group_norm_silu`); the projections of the time embedding are one
-    matrix multiplication; q, k and v go into attention without copies. On a CPU, in float32, 3x3
-    convolutions take 4/9 of the multiplications, and so do their gradients (`fast.winograd`: C that is compiled when it
-    is first needed, in less than a second and once on a machine; without a compiler oneDNN serves). As few do those of
-    images that were doubled (`fast.doubling`). Where no gradient is recorded, in float32 or bfloat16, weights are kept
-    as these want them: that takes up to twice the memory of the weights more, and as much again where images of two
-    sizes want other layouts. The first call of each input shape lays them out.
+    matrix multiplication; q, k and v go into attention without copies.
+
+    On a CPU, in float32, 3x3 convolutions take 4/9 of the multiplications, and a quarter where the image is doubled
+    before, and so do their gradients (`fast.winograd`: C, compiled when it is first needed, in less than a second and
+    once on a machine; without a compiler oneDNN serves). In bfloat16 those of doubled images take 4/9
+    (`fast.doubling`). Where no gradient is recorded, weights are kept as these want them: that takes up to twice the
+    memory of the weights more, and as much again where images of two sizes want other layouts. The first call of each
+    input shape lays them out.
 
     Parameters, buffers and modules are shared with the model, and so is the state dict: training, loading or averaging
     either is seen by both. What is made of weights (another dtype or layout, joined projections) is made anew when they

@@ -1,4 +1,5 @@
-"""Nearest neighbour x 2 and the 3x3 convolution after it as one transposed convolution, in 4/9 of the multiplications.
+"""Nearest neighbour x 2 and the 3x3 convolution after it as one transposed convolution, in 4/9 of the multiplications:
+where `winograd` does not do them in fewer.
 
 The nine taps of a pixel of the large image fall on 2x2 pixels of the small one, so their weights can be added first.
 All four kinds of pixel together are a transposed convolution of stride 2, whose filter of 4x4 holds the sums: every

@@ -212,23 +212,27 @@ class Forward:
         up: bool = False,
     ) -> Tensor:  # fmt: skip
         """conv(h) + residual, added now; up: of h at twice its size, where the residual is none."""
+        if self.onednn and winograd.fits(conv, h, self.packed, up):
+            return self._winograd(h, conv, residual, up)
         if up and self.onednn and doubling.fits(conv, h, self.packed):
             return self._doubled(h, conv)
         if up:
             h = _resampled(h, "up")
         if conv.kernel_size == (1, 1):
             return self.project(h, (conv,), residual, spare)
-        vector = self._plain(conv.bias) if bias else None
-        if self.onednn and winograd.fits(conv, h, self.packed):
-            if self.packed:
-                packed, outputs = self.weights.winograd(conv), conv.out_channels
-                return winograd.convolve(h, packed, outputs, vector, residual, workspace=self.workspace)
-            weight = self.weights.filters(conv.weight, self.live)
-            return winograd.convolution(h, weight, vector, residual, self.workspace)
         if self.packed:
             return self._packed(h, (conv,), residual, spare)
+        vector = self._plain(conv.bias) if bias else None
         out = F.conv2d(h, self.weights.filters(conv.weight, self.live), vector, conv.stride, conv.padding)
         return out if residual is None else out + residual
+
+    def _winograd(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None, up: bool) -> Tensor:
+        """conv(h) + residual, of h at twice its size if `up`."""
+        bias = self._plain(conv.bias)
+        options: dict[str, Any] = {"doubled": up, "workspace": self.workspace}
+        if self.packed:
+            return winograd.convolve(h, self.weights.winograd(conv), conv.out_channels, bias, residual, **options)
+        return winograd.convolution(h, self.weights.filters(conv.weight, self.live), bias, residual, **options)
 
     def _doubled(self, h: Tensor, conv: nn.Conv2d) -> Tensor:
         """conv of h at twice its size, without the large h."""

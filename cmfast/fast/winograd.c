@@ -3,6 +3,9 @@
  * An output tile of 2x2 pixels comes from an input tile of 4x4, Y = A' ((G g G') * (B' d B)) A. The products of one place
  * in all tiles are a matrix multiplication over channels, so there are 16 of these, with 4/9 of the multiplications.
  * A thread does a block of tiles from the first step to the last while they are in its cache.
+ *
+ * Of an image that nearest neighbour doubles, a tile has rows and columns [a b b c], of which B' makes [a-b 2b 0 b-c]:
+ * seven of the 16 products are none, and the small image is read in place of the large one.
  */
 #include <string.h>
 
@@ -21,6 +24,8 @@ int omp_get_thread_num(void);
 #define PANEL (2 * LANES)
 /* Between what lies 16 times in memory: without it, all 16 fall on the same lines of the cache. */
 #define APART 16
+/* Whether there is nothing at a place of a doubled image's tile. */
+#define EMPTY(place) ((place) / 4 == 2 || (place) % 4 == 2)
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -107,14 +112,24 @@ INLINE void gather(const float *from, long apart, vec out[2][2])
     }
 }
 
+/* The channels of a pixel of image b of x [batch, height, width, channels], zeros around it; of its size when doubled. */
+INLINE const float *pixel(const float *x, const float *zeros, long b, long h, long w, long height, long width,
+                          long channels, int doubled)
+{
+    if (h < 0 || h >= height || w < 0 || w >= width)
+        return zeros;
+    return x + ((b * (height >> doubled) + (h >> doubled)) * (width >> doubled) + (w >> doubled)) * channels;
+}
+
 /* y = the convolution of x with zeros around it, plus bias and residual, which may be NULL.
  *
- * x [batch, height, width, channels], residual and y [..., outputs], bias [outputs]; filters: of `winograd_filters`.
- * channels and outputs are multiples of LANES. space: `winograd_room` for each thread. block: tiles, a multiple of ROWS.
+ * x [batch, height, width, channels], or half as high and wide if it is to be doubled; residual and y [batch, height,
+ * width, outputs], bias [outputs]; filters: of `winograd_filters`. channels and outputs are multiples of LANES. space:
+ * `winograd_room` for each thread. block: tiles, a multiple of ROWS.
  */
 void winograd_convolve(const float *x, const float *filters, const float *bias, const float *residual, float *y,
-                       float *space, long batch, long height, long width, long channels, long outputs, long block,
-                       int threads)
+                       float *space, long batch, long height, long width, long channels, long outputs, int doubled,
+                       long block, int threads)
 {
     long rows = (height + 1) / 2, columns = (width + 1) / 2, tiles = batch * rows * columns;
     long from_apart = block * channels + APART, to_apart = block * PANEL + APART;
@@ -130,17 +145,18 @@ void winograd_convolve(const float *x, const float *filters, const float *bias, 
             long tile = first + t, b = tile / (rows * columns);
             long top = 2 * (tile / columns % rows) - 1, left = 2 * (tile % columns) - 1;
             const float *from[16];
-            for (int i = 0; i < 16; i++) {
-                long h = top + i / 4, w = left + i % 4, inside = h >= 0 && h < height && w >= 0 && w < width;
-                from[i] = inside ? x + ((b * height + h) * width + w) * channels : zeros;
-            }
+            for (int i = 0; i < 16; i++)
+                from[i] = pixel(x, zeros, b, top + i / 4, left + i % 4, height, width, channels, doubled);
             spread(from, inputs + t * channels, from_apart, channels);
         }
+        for (int p = 0; doubled && p < 16; p++)
+            if (EMPTY(p))
+                memset(products + p * to_apart, 0, block * PANEL * sizeof(float));
         for (long panel = 0; panel < outputs; panel += PANEL) {
             const float *of_panel = filters + panel / PANEL * 16 * (channels * PANEL + APART);
             /* Rows beyond the last tile are multiplied as well: whatever is there, nobody reads what comes of it. */
             for (int p = 0; p < 16; p++)
-                for (long t = 0; t < count; t += ROWS)
+                for (long t = 0; t < count && !(doubled && EMPTY(p)); t += ROWS)
                     multiply(inputs + p * from_apart + t * channels, of_panel + p * (channels * PANEL + APART),
                              products + p * to_apart + t * PANEL, channels);
             for (long t = 0; t < count; t++) {
@@ -261,7 +277,8 @@ long winograd_gradient_room(long channels, long outputs, long block)
  * `winograd_gradient_room` for each thread. Which tiles a thread sums does not change from one call to the next.
  */
 void winograd_gradient(const float *x, const float *gradient, float *to, float *space, long batch, long height, long width,
-                       long channels, long outputs, long of_channel, long of_output, long of_tap, long block, int threads)
+                       long channels, long outputs, int doubled, long of_channel, long of_output, long of_tap, long block,
+                       int threads)
 {
     long rows = (height + 1) / 2, columns = (width + 1) / 2, tiles = batch * rows * columns;
     long panels = (outputs + PANEL - 1) / PANEL, room = winograd_gradient_room(channels, outputs, block);
@@ -282,15 +299,11 @@ void winograd_gradient(const float *x, const float *gradient, float *to, float *
                 long tile = first + t, b = tile / (rows * columns);
                 long top = 2 * (tile / columns % rows), left = 2 * (tile % columns);
                 const float *from[16], *of_pixel[4];
-                for (int i = 0; i < 16; i++) {
-                    long h = top - 1 + i / 4, w = left - 1 + i % 4, inside = h >= 0 && h < height && w >= 0 && w < width;
-                    from[i] = inside ? x + ((b * height + h) * width + w) * channels : zeros;
-                }
+                for (int i = 0; i < 16; i++)
+                    from[i] = pixel(x, zeros, b, top - 1 + i / 4, left - 1 + i % 4, height, width, channels, doubled);
                 spread(from, inputs + t * channels, x_apart, channels);
-                for (int i = 0; i < 4; i++) {
-                    long h = top + i / 2, w = left + i % 2;
-                    of_pixel[i] = h < height && w < width ? gradient + ((b * height + h) * width + w) * outputs : zeros;
-                }
+                for (int i = 0; i < 4; i++)
+                    of_pixel[i] = pixel(gradient, zeros, b, top + i / 2, left + i % 2, height, width, outputs, 0);
                 for (long k = 0; k < outputs; k += LANES) {
                     vec g[2][2];
                     for (int i = 0; i < 4; i++)
@@ -299,7 +312,7 @@ void winograd_gradient(const float *x, const float *gradient, float *to, float *
                 }
             }
             for (int p = 0; p < 16; p++)
-                for (long panel = 0; panel < panels; panel++)
+                for (long panel = 0; panel < panels && !(doubled && EMPTY(p)); panel++)
                     for (long c = 0; c < channels; c += BAND)
                         accumulate(inputs + p * x_apart + c, channels, outgoing + p * g_apart + panel * block * PANEL,
                                    sums + (panel * 16 + p) * apart + c * PANEL, count);

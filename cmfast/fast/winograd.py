@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmfast import native
@@ -42,7 +43,7 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         library = native.library(_SOURCE, cpu)
-        pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+        pointer, number, flag, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int
 
         def function(name: str, *arguments: Any, result: Any = None) -> Any:
             found = getattr(library, f"winograd_{name}")
@@ -53,9 +54,9 @@ class _Functions:
         self.size = function("size", *[number] * 2, result=number)
         self.room = function("room", *[number] * 2, result=number)
         self.gradient_room = function("gradient_room", *[number] * 3, result=number)
-        self.filters = function("filters", *[pointer] * 2, *[number] * 5, threads, threads)
-        self.convolve = function("convolve", *[pointer] * 6, *[number] * 6, threads)
-        self.gradient = function("gradient", *[pointer] * 4, *[number] * 9, threads)
+        self.filters = function("filters", *[pointer] * 2, *[number] * 5, flag, threads)
+        self.convolve = function("convolve", *[pointer] * 6, *[number] * 5, flag, number, threads)
+        self.gradient = function("gradient", *[pointer] * 4, *[number] * 5, flag, *[number] * 4, threads)
 
     def block(self, tiles: int, threads: int) -> int:
         """Tiles of a block: few enough, and as many for one thread as for another."""
@@ -92,9 +93,12 @@ def wide(conv: nn.Conv2d) -> bool:
     )
 
 
-def fits(conv: nn.Conv2d, h: Tensor, kept: bool) -> bool:
-    """Whether the convolution of h [B, C, H, W] can be done so, and gains by it; kept: its filters are made once."""
-    batch, _, height, width = h.shape
+def fits(conv: nn.Conv2d, h: Tensor, kept: bool, doubled: bool = False) -> bool:
+    """Whether the convolution of h [B, C, H, W], or of h at twice its size, can be done so, and gains by it.
+
+    kept: its filters are made once.
+    """
+    batch, height, width = _size(h, doubled)
     return (
         h.dtype == DTYPE
         and _tiles(batch, height, width) >= LEAST_TILES * torch.get_num_threads()
@@ -103,6 +107,12 @@ def fits(conv: nn.Conv2d, h: Tensor, kept: bool) -> bool:
         # A mode that looks on, such as one that counts operations, sees PyTorch's alone.
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _size(h: Tensor, doubled: bool) -> tuple[int, int, int]:
+    """Images, and their height and width where they are convolved."""
+    batch, _, height, width = h.shape
+    return (batch, 2 * height, 2 * width) if doubled else (batch, height, width)
 
 
 def _tiles(batch: int, height: int, width: int) -> int:
@@ -150,17 +160,19 @@ def convolve(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    doubled: bool = False,
     workspace: Workspace | None = None,
     cpu: str | None = None,
 ) -> Tensor:
     """The 3x3 convolution of h [B, C, H, W] with zeros around it, plus bias [K] and residual [B, K, H, W]: in
     channels_last, and with the same bits in any batch and for any number of threads.
 
-    packed: of `pack`. outputs: K. workspace: of the network; None: of this call alone.
+    packed: of `pack`. outputs: K. doubled: of h at twice its size, by nearest neighbour, as the residual and the result
+    are then; in 9 of 36 multiplications. workspace: of the network; None: of this call alone.
     """
     form = torch.channels_last
     h = h.contiguous(memory_format=form)
-    batch, channels, height, width = h.shape
+    channels, (batch, height, width) = h.shape[1], _size(h, doubled)
     out = torch.empty((batch, outputs, height, width), dtype=DTYPE, device=h.device, memory_format=form)
     if residual is not None:
         residual = residual.contiguous(memory_format=form)
@@ -168,24 +180,31 @@ def convolve(
     block = made.block(_tiles(batch, height, width), threads)
     space = (workspace or Workspace()).take(threads * made.room(channels, block))
     given = [None if x is None else x.data_ptr() for x in (h, packed, bias, residual, out, space)]
-    made.convolve(*given, batch, height, width, channels, outputs, block, threads)
+    made.convolve(*given, batch, height, width, channels, outputs, doubled, block, threads)
     return out
 
 
 def gradient(
-    h: Tensor, grad: Tensor, weight: Tensor, *, workspace: Workspace | None = None, cpu: str | None = None
+    h: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    *,
+    doubled: bool = False,
+    workspace: Workspace | None = None,
+    cpu: str | None = None,
 ) -> Tensor:
     """The gradient of the weight [K, C, 3, 3] of a convolution of h [B, C, H, W], of that of its output
-    [B, K, H, W]; the same bits each time for one number of threads."""
+    [B, K, H, W], or twice as large; the same bits each time for one number of threads."""
     h, grad = (x.contiguous(memory_format=torch.channels_last) for x in (h, grad))
-    batch, channels, height, width = h.shape
+    channels, (batch, height, width) = h.shape[1], _size(h, doubled)
     out = torch.empty_like(weight, memory_format=torch.channels_last)
     of_output, of_channel, _, of_tap = out.stride()
     made, threads = functions(cpu), torch.get_num_threads()
     block = made.block(_tiles(batch, height, width), threads)
     space = (workspace or Workspace()).take(threads * made.gradient_room(channels, weight.shape[0], block))
-    sizes = batch, height, width, channels, weight.shape[0], of_channel, of_output, of_tap, block, threads
-    made.gradient(h.data_ptr(), grad.data_ptr(), out.data_ptr(), space.data_ptr(), *sizes)
+    given = (x.data_ptr() for x in (h, grad, out, space))
+    sizes = batch, height, width, channels, weight.shape[0]
+    made.gradient(*given, *sizes, doubled, of_channel, of_output, of_tap, block, threads)
     return out
 
 
@@ -194,35 +213,53 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, workspace: Workspace | None
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        doubled: bool,
+        workspace: Workspace | None,
     ) -> Tensor:
         ctx.save_for_backward(h, weight)
-        ctx.workspace = workspace
-        return convolve(h, pack(weight), weight.shape[0], bias, residual, workspace=workspace)
+        ctx.options = {"doubled": doubled, "workspace": workspace}
+        return convolve(h, pack(weight), weight.shape[0], bias, residual, **ctx.options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
-        wanted, workspace = list(ctx.needs_input_grad), ctx.workspace
-        found: list[Tensor | None] = [None, None, None, grad if wanted[3] else None, None]
+        wanted, doubled, workspace = ctx.needs_input_grad, ctx.options["doubled"], ctx.options["workspace"]
+        found: list[Tensor | None] = [None] * 3
         if not torch.is_grad_enabled():
             if wanted[0]:
                 found[0] = convolve(grad, pack(weight, turned=True), weight.shape[1], workspace=workspace)
             if wanted[1] and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS:
-                found[1] = gradient(h, grad, weight, workspace=workspace)
+                found[1] = gradient(h, grad, weight, **ctx.options)
             if wanted[2]:
                 found[2] = grad.sum((0, 2, 3))
-        left = [want and made is None for want, made in zip(wanted[:3], found[:3], strict=True)]
+        left = [want and made is None for want, made in zip(wanted[:3], found, strict=True)]
         if any(left):
+            image = F.interpolate(h, scale_factor=2.0, mode="nearest") if doubled else h
             geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-            others = torch.ops.aten.convolution_backward(grad, h, weight, [weight.shape[0]], *geometry, left)
-            found[:3] = [other if mine is None else mine for mine, other in zip(found[:3], others, strict=True)]
-        return tuple(found)
+            others = torch.ops.aten.convolution_backward(grad, image, weight, [weight.shape[0]], *geometry, left)
+            found = [other if mine is None else mine for mine, other in zip(found, others, strict=True)]
+        if doubled and found[0] is not None:
+            found[0] = F.avg_pool2d(found[0], 2, divisor_override=1)
+        return *found, grad if wanted[3] else None, None, None
 
 
 def convolution(
-    h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, workspace: Workspace | None = None
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    doubled: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
-    """As `F.conv2d(h, weight, bias, padding=1) + residual`, with its gradients; the filters are made for this call."""
-    made: Tensor = _Convolution.apply(h, weight, bias, residual, workspace)
+    """As `F.conv2d(h, weight, bias, padding=1) + residual`, with its gradients; the filters are made for this call.
+
+    doubled: as of `convolve`.
+    """
+    made: Tensor = _Convolution.apply(h, weight, bias, residual, doubled, workspace)
     return made

@@ -25,12 +25,13 @@ def image(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).to(memory_format=torch.channels_last)
 
 
-def given(batch: int, channels: int, outputs: int, height: int, width: int) -> list[torch.Tensor]:
-    """The input, weight, bias and residual."""
+def given(batch, channels, outputs, height, width, doubled: bool = False) -> list[torch.Tensor]:
+    """The input, weight, bias and residual, which is twice as large where the input is to be doubled."""
     torch.manual_seed(channels + outputs)
     conv = nn.Conv2d(channels, outputs, 3, padding=1)
     weight = conv.weight.detach().to(memory_format=torch.channels_last)
-    return [image(batch, channels, height, width), weight, conv.bias.detach(), image(batch, outputs, height, width)]
+    size = (2 * height, 2 * width) if doubled else (height, width)
+    return [image(batch, channels, height, width), weight, conv.bias.detach(), image(batch, outputs, *size)]
 
 
 def used() -> winograd.Workspace:
@@ -40,7 +41,8 @@ def used() -> winograd.Workspace:
     return workspace
 
 
-def ordinary(h, weight, bias, residual) -> torch.Tensor:
+def ordinary(h, weight, bias, residual, doubled: bool = False) -> torch.Tensor:
+    h = F.interpolate(h, scale_factor=2.0, mode="nearest") if doubled else h
     return F.conv2d(h, weight, bias, padding=1) + residual
 
 
@@ -48,21 +50,23 @@ def as_float64(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.double() for x in tensors]
 
 
+@pytest.mark.parametrize("doubled", [False, True], ids=["as it is", "doubled"])
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values(shape, cpu):
+def test_values(shape, cpu, doubled):
     """Also of inputs and weights in another layout, and without bias and residual."""
-    every = given(*shape)
+    every = given(*shape, doubled)
     h, weight, bias, residual = every
-    exact, eager = ordinary(*as_float64(every)), ordinary(*every)
+    exact, eager = ordinary(*as_float64(every), doubled), ordinary(*every, doubled)
+    options = {"doubled": doubled, "cpu": cpu}
     for form in (torch.channels_last, torch.contiguous_format):
         packed = winograd.pack(weight.contiguous(memory_format=form), cpu=cpu)
         laid_out = (x.contiguous(memory_format=form) for x in (h, residual))
-        out = winograd.convolve(next(laid_out), packed, len(bias), bias, next(laid_out), workspace=used(), cpu=cpu)
+        out = winograd.convolve(next(laid_out), packed, len(bias), bias, next(laid_out), workspace=used(), **options)
         assert out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
         if shape[0]:
             check(out, eager, exact, FLOOR[torch.float32], exact.abs().max())
-    alone = winograd.convolve(h, packed, len(bias), cpu=cpu)
+    alone = winograd.convolve(h, packed, len(bias), **options)
     torch.testing.assert_close(alone + bias[:, None, None] + residual, out)
 
 
@@ -74,15 +78,16 @@ def test_shapes_of_the_published_network():
         check(out, eager, exact, FLOOR[torch.float32], exact.abs().max())
 
 
+@pytest.mark.parametrize("doubled", [False, True], ids=["as it is", "doubled"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients(shape):
+def test_gradients(shape, doubled):
     """In every selection."""
-    every = given(*shape)
+    every = given(*shape, doubled)
     upstream = image(*every[3].shape)
 
     def gradients(function, dtype=torch.float32, wanted=(True,) * 4):
         leaves = [x.to(dtype, copy=True).requires_grad_(want) for x, want in zip(every, wanted, strict=True)]
-        function(*leaves).backward(upstream.to(dtype))
+        function(*leaves, doubled=doubled).backward(upstream.to(dtype))
         return [x.grad for x in leaves]
 
     exact, eager = gradients(ordinary, torch.float64), gradients(ordinary)
@@ -97,37 +102,43 @@ def test_gradients(shape):
                 check(found, other, right, FLOOR[torch.float32], right.abs().max())
 
 
+@pytest.mark.parametrize("doubled", [False, True], ids=["as it is", "doubled"])
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient_of_the_weight(shape, cpu):
-    h, weight, _, grad = given(*shape)
+def test_gradient_of_the_weight(shape, cpu, doubled):
+    h, weight, bias, grad = given(*shape, doubled)
 
     def found(dtype):
         leaf = weight.to(dtype).requires_grad_()
-        return torch.autograd.grad(F.conv2d(h.to(dtype), leaf, padding=1), leaf, grad.to(dtype))[0]
+        made = ordinary(h.to(dtype), leaf, bias.to(dtype), 0, doubled)
+        return torch.autograd.grad(made, leaf, grad.to(dtype))[0]
 
-    exact, out = found(torch.float64), winograd.gradient(h, grad, weight, workspace=used(), cpu=cpu)
+    exact = found(torch.float64)
+    out = winograd.gradient(h, grad, weight, doubled=doubled, workspace=used(), cpu=cpu)
     check(out, found(torch.float32), exact, FLOOR[torch.float32], exact.abs().max())
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_sums_that_would_be_too_many(monkeypatch):
+@pytest.mark.parametrize("doubled", [False, True], ids=["as it is", "doubled"])
+def test_sums_that_would_be_too_many(monkeypatch, doubled):
     """The gradient of the weight is PyTorch's, with the bits of it."""
     monkeypatch.setattr(winograd, "MOST_SUMS", 0)
     monkeypatch.setattr(winograd, "gradient", lambda *args, **options: pytest.fail("it was summed all the same"))
-    h, weight, bias, residual = given(*SHAPES[0])
+    h, weight, bias, residual = given(*SHAPES[0], doubled)
     leaf = weight.clone().requires_grad_()
-    found = torch.autograd.grad(winograd.convolution(h, leaf, bias, residual), leaf, residual)
-    assert torch.equal(*found, torch.autograd.grad(F.conv2d(h, leaf, bias, padding=1), leaf, residual)[0])
+    found = (torch.autograd.grad(function(h, leaf, bias, residual, doubled=doubled), leaf, residual)[0]
+             for function in (winograd.convolution, ordinary))  # fmt: skip
+    assert torch.equal(*found)
 
 
-def test_gradients_of_gradients():
+@pytest.mark.parametrize("doubled", [False, True], ids=["as it is", "doubled"])
+def test_gradients_of_gradients(doubled):
     """PyTorch's."""
-    every = given(2, 16, 32, 4, 5)
+    every = given(2, 16, 32, 4, 5, doubled)
 
     def second(function):
         leaves = [x.clone().requires_grad_() for x in every]
-        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        first = torch.autograd.grad(function(*leaves, doubled=doubled).pow(3).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(x.pow(2).sum() for x in first), leaves)
 
     for found, expected in zip(second(winograd.convolution), second(ordinary), strict=True):
@@ -190,9 +201,9 @@ def test_memory_around_is_left_alone(cpu):
     pointers = [ctypes.c_void_p(at) for _, at in (*given_, *written)]
     before = [memory.clone() for memory, _ in given_]
     sizes = batch, height, width, channels, outputs
-    made.convolve(*pointers[:5], pointers[6], *sizes, block, threads)
+    made.convolve(*pointers[:5], pointers[6], *sizes, False, block, threads)
     strides = 1, 9 * channels, channels
-    made.gradient(pointers[0], pointers[3], pointers[5], pointers[6], *sizes, *strides, block, threads)
+    made.gradient(pointers[0], pointers[3], pointers[5], pointers[6], *sizes, False, *strides, block, threads)
     for memory, _ in written:
         assert (memory[:margin] == 7).all() and (memory[-margin:] == 7).all()
     for (memory, _), earlier in zip(given_, before, strict=True):
@@ -206,7 +217,7 @@ def test_memory_is_used_again_for_another_shape():
     workspace, seen = winograd.Workspace(), []
     for shape in [(2, 64, 32, 12, 12), (1, 32, 32, 4, 6), (1, 64, 48, 6, 4)]:
         every = given(*shape)
-        torch.testing.assert_close(winograd.convolution(*every, workspace), ordinary(*every))
+        torch.testing.assert_close(winograd.convolution(*every, workspace=workspace), ordinary(*every))
         seen.append(workspace.memory)
     assert seen[0] is seen[1] is seen[2] is not None
 
@@ -214,8 +225,8 @@ def test_memory_is_used_again_for_another_shape():
 def test_in_and_out_of_inference_mode():
     every, workspace = given(1, 64, 64, 4, 4), winograd.Workspace()
     with torch.inference_mode():
-        first = winograd.convolution(*every, workspace)
-    assert torch.equal(winograd.convolution(*every, workspace), first)
+        first = winograd.convolution(*every, workspace=workspace)
+    assert torch.equal(winograd.convolution(*every, workspace=workspace), first)
 
 
 def test_blocks():

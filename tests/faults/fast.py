@@ -191,7 +191,7 @@ FAST_WINOGRAD = [
      _MEMORY + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
     ("bfloat16 transformed", "        h.dtype == DTYPE\n        and _tiles", "        _tiles",
      _PACKING + "weights_are_packed_in_bfloat16[False]"),
-    ("nobody looks on", "and not torch._C._len_torch_dispatch_stack()", "", _PACKING + "a_mode_that_looks_on_sees_all"),
+    ("nobody looks on", "and not torch._C._len_torch_dispatch_stack()", "", _FAST + "no_idle_passes"),
     ("any number of channels", "not any(count % VECTOR for count in channels)", "True",
      _WINOGRAD + "what_it_does_not_do[vectors]"),
     ("strides and paddings", "(conv.stride, conv.padding) == ((1, 1), (1, 1))", "True",
@@ -199,28 +199,38 @@ FAST_WINOGRAD = [
     ("blocks as large as they come", "each = -(-each // -(-each // BLOCK)) if each else 1", "each = max(each, 1)",
      _WINOGRAD + "blocks"),
     ("filters that are not turned", "pack(weight, turned=True)", "pack(weight.transpose(0, 1))",
-     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)]"),
+     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)-as it is]"),
     ("no gradient of the residual", "grad if wanted[3] else None", "None",
-     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)]"),
-    ("gradients that end", "if not torch.is_grad_enabled():", "if True:", _WINOGRAD + "gradients_of_gradients"),
+     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)-as it is]"),
+    ("a gradient of the large image", "        if doubled and found[0] is not None:", "        if False:",
+     _WINOGRAD + "gradients[(2, 64, 32, 6, 10)-doubled]"),
+    ("PyTorch's gradient of the small image", "if doubled else h\n            geometry",
+     "if False else h\n            geometry", _WINOGRAD + "gradients_of_gradients[doubled]"),
+    ("gradients that end", "if not torch.is_grad_enabled():", "if True:",
+     _WINOGRAD + "gradients_of_gradients[as it is]"),
     ("any number of sums", " and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS", "",
-     _WINOGRAD + "sums_that_would_be_too_many"),
+     _WINOGRAD + "sums_that_would_be_too_many[as it is]"),
     ("an input in another layout", "h = h.contiguous(memory_format=form)", "pass",
-     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2]"),
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2-as it is]"),
     ("a residual in another layout", "residual = residual.contiguous(memory_format=form)", "pass",
-     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2]"),
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2-as it is]"),
 ]
 
-_EVEN, _ODD = (_WINOGRAD + f"values[{shape}-AVX2]" for shape in ("(2, 64, 32, 6, 10)", "(3, 32, 48, 7, 5)"))
-_OF_WEIGHT = _WINOGRAD + "gradient_of_the_weight[(3, 32, 48, 7, 5)-AVX2]"
+_EVEN, _ODD = (_WINOGRAD + f"values[{shape}-AVX2-as it is]" for shape in ("(2, 64, 32, 6, 10)", "(3, 32, 48, 7, 5)"))
+_OF_WEIGHT = _WINOGRAD + "gradient_of_the_weight[(3, 32, 48, 7, 5)-AVX2-as it is]"
 
 FAST_WINOGRAD_C = [
     ("wrong sign of an input", "h[2][j] = d[2][j] - d[1][j];", "h[2][j] = d[2][j] + d[1][j];", _EVEN),
     ("wrong sign of an output", "h[1][j] = m1 - m2 -", "h[1][j] = m1 - m2 +", _EVEN),
     ("wrong filter", "h[2][j] = 0.5f * (g[j] + g[6 + j] - g[3 + j]);", "h[2][j] = 0.5f * (g[j] + g[6 + j] + g[3 + j]);",
      _EVEN),
-    ("pixels beyond the image", " channels : zeros;\n            }\n            spread",
-     " channels : x;\n            }\n            spread", _EVEN),
+    ("pixels beyond the image", "        return zeros;", "        return x;", _EVEN),
+    ("a doubled image as it is", "(w >> doubled)) * channels", "w) * channels",
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2-doubled]"),
+    ("what there is of other places", "doubled && p < 16", "0 && p < 16",
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2-doubled]"),
+    ("too many places are empty", "((place) / 4 == 2 || (place) % 4 == 2)", "((place) / 4 == 2 || (place) % 4 == 1)",
+     _WINOGRAD + "values[(2, 64, 32, 6, 10)-AVX2-doubled]"),
     ("outputs beyond the image", "if (top + i / 2 >= height ||", "if (top + i / 2 > height ||",
      _WINOGRAD + "memory_around_is_left_alone[AVX2]"),
     ("zeros that are not", "        memset(zeros, 0, channels * sizeof(float));\n", "",
@@ -237,7 +247,7 @@ FAST_WINOGRAD_C = [
     ("wrong sign of a gradient", "h[3][j] = -g[1][j];", "h[3][j] = g[1][j];", _OF_WEIGHT),
     ("tiles of the block before", "sums + (panel * 16 + p) * apart + c * PANEL, count);",
      "sums + (panel * 16 + p) * apart + c * PANEL, block);",
-     _WINOGRAD + "gradient_of_the_weight[(5, 16, 64, 14, 9)-AVX2]"),
+     _WINOGRAD + "gradient_of_the_weight[(5, 16, 64, 14, 9)-AVX2-as it is]"),
 ]
 
 NATIVE = [
@@ -249,7 +259,7 @@ NATIVE = [
     ("what others put there is run", "and not others and", "and",
      _NATIVE + "nothing_is_kept_where_it_is_not_safe[others may write]"),
     ("any CPU", "if cpu not in FLAGS:", "if False:", _NATIVE + "other_machines[Linux-DEFAULT]"),
-    ("the compiler's first words", "if 'error' in line", "if line", _NATIVE + "a_fault_in_the_source_is_named"),
+    ("the compiler's first words", 'if "error" in line', "if line", _NATIVE + "a_fault_in_the_source_is_named"),
 ]
 
 _DOUBLING = "tests/fast/test_doubling.py::test_"
