@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmfast.fast import doubling, optimize
+from cmfast.fast import doubling, optimize, winograd
 from cmfast.fast.network import has_onednn
 from cmfast.tolerances import FLOOR
 from tests.fast.networks import check, inputs
@@ -110,7 +110,8 @@ def test_filters_for_one_pass_are_for_many_pixels():
 
 @pytest.mark.parametrize("resblock_updown", [True, False])
 def test_networks_use_it(resblock_updown, monkeypatch):
-    """Kept in sampling; in training and for a target where the batch is large enough."""
+    """Kept in sampling; in training and for a target where the batch is large enough. Where Winograd's are not."""
+    monkeypatch.setattr(winograd, "refusal", lambda: "not now")
     model = small_unet(resblock_updown=resblock_updown).eval()
     transposed = []
     monkeypatch.setattr(F, "conv_transpose2d", lambda *a, f=F.conv_transpose2d: transposed.append(1) or f(*a))

@@ -132,14 +132,22 @@ def test_weights_are_packed_in_bfloat16(of_weights):
 
 @pytest.mark.skipif(winograd.refusal() is not None, reason=f"Winograd: {winograd.refusal()}")
 def test_winograd_is_used(monkeypatch):
-    """Where there are channels enough. A compiler would take its convolutions away."""
-    model = small_unet(model_channels=64).eval()
+    """Where there are channels enough, of doubled images as well. A compiler would take its convolutions away."""
+    model, doubled, convolve = small_unet(model_channels=64).eval(), set(), winograd.convolve
+
+    def noted(*args, **options):
+        doubled.add(options["doubled"])
+        return convolve(*args, **options)
+
+    monkeypatch.setattr(winograd, "convolve", noted)
     for channels, used in ((64, True), (1000, False)):
         monkeypatch.setattr(winograd, "LEAST_CHANNELS", channels)
         fast = optimize(model)
         with torch.no_grad():
             fast(*inputs(model))
         assert ("winograd" in fast._fast._weights.kinds()) == used == fast.faster_uncompiled
+        assert doubled == ({True, False} if used else set())
+        doubled.clear()
 
 
 def test_without_a_compiler(monkeypatch):
