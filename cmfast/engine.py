@@ -43,7 +43,8 @@ class Sampler:
             `cmfast.samplers.sampler_sigmas`; by default one step, 18 for ODE solvers.
         sampler: `multistep`, `onestep`, `heun`, `euler`, `dpm`, `ancestral` or `progdist`.
         image_shape: (C, H, W); needed where the model does not know it.
-        compile: True or `whole`: `torch.compile` for the network; `regional`: for its blocks; False, `auto`: no.
+        compile: True or `whole`: `torch.compile` for the network, but for one whose own convolutions on a CPU are
+            faster; `regional`: for its blocks; False, `auto`: no.
         cuda_graph: `auto`: on a GPU where nothing speaks against it; True: or an error; False: no.
         dtype: what an optimised network computes in (default: as the model).
         noise: `counter`: it follows from (seed, index); or a generator on the model's device, drawn from in turn.

@@ -273,4 +273,4 @@ def test_wheel_from_sdist(tmp_path):
     assets = {path.as_posix() for path in repository_files() if path.parts[:2] == ("cmfast", "assets")}
     modules = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
     assert assets
-    assert assets | modules | {"cmfast/py.typed"} <= names
+    assert assets | modules | {"cmfast/py.typed", "cmfast/fast/winograd.c"} <= names
