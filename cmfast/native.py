@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cmfast import whole
 from cmfast.errors import Unavailable
 
 #: What a compiler may use, by what PyTorch calls the CPU; of others nothing was measured.
@@ -45,9 +46,10 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
     if cpu not in FLAGS:
         raise Unavailable(f"it is for CPUs with {' or '.join(FLAGS)}, and PyTorch says {cpu} of this one")
     named = os.environ.get("CC", "").split()
-    compilers = [each for each in ([named] if named else [["gcc"], ["cc"]]) if shutil.which(each[0])]
+    compilers = [each for each in (named, ["gcc"], ["cc"]) if each and shutil.which(each[0])]
     if not compilers:
-        raise Unavailable("there is no C compiler: install gcc, or name one in CC")
+        tried = "gcc" if not named else f"{named[0]} nor gcc"
+        raise Unavailable(f"there is no C compiler, {tried}: install one, or name it in CC")
     reasons: list[str] = []
     for compiler in compilers:
         try:
@@ -60,24 +62,27 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
     raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
 
 
-def _loaded(source: Path, compile: list[str], link: list[str]) -> ctypes.CDLL:
-    code = source.read_bytes()
-    name = f"{source.stem}-{hashlib.sha256(repr((code, compile, link)).encode()).hexdigest()[:16]}.so"
-    folder = _folder()
-    if folder is not None and (folder / name).is_file():
-        with contextlib.suppress(OSError):  # it was cut off
+def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:
+    """By these two commands, or from the folder where it was kept."""
+    content = repr((source.read_bytes(), to_object, to_library))
+    name, folder = f"{source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so", _folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):  # it is not there, or was cut off
             return ctypes.CDLL(os.fspath(folder / name))
-    options: dict[str, Any] = {"check": True, "capture_output": True, "timeout": 120, "encoding": "utf-8"}
-    options |= {"errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    options: dict[str, Any] = {
+        "check": True, "capture_output": True, "timeout": 120, "encoding": "utf-8", "errors": "replace",
+        "env": {**os.environ, "LC_ALL": "C"},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         made, linked = os.path.join(place, "made.o"), os.path.join(place, name)
-        for command in ([*compile, os.fspath(source), "-o", made], [*link, made, "-o", linked]):
-            subprocess.run(command, **options)
-        functions = ctypes.CDLL(linked)  # which outlives its file
+        subprocess.run([*to_object, os.fspath(source), "-o", made], **options)
+        subprocess.run([*to_library, made, "-o", linked], **options)
         if folder is not None:
-            # Whole, as another process may be about to load it.
-            os.replace(linked, folder / name)
-        return functions
+            with contextlib.suppress(OSError):  # no room, or nothing may be run from there
+                with whole.written_whole(folder / name) as file:
+                    shutil.copyfile(linked, file)
+                return ctypes.CDLL(os.fspath(folder / name))
+        return ctypes.CDLL(linked)  # which outlives its file
 
 
 def _folder() -> Path | None:
@@ -85,8 +90,13 @@ def _folder() -> Path | None:
     with contextlib.suppress(OSError, RuntimeError):  # there may be no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmfast"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if found.st_uid == os.geteuid() and not others and os.access(folder, os.W_OK):
-            return folder
+        folder = folder.resolve()
+        for each in (folder, *folder.parents):
+            found = each.stat()
+            others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            # In /tmp, which is sticky, nobody can put another folder in the place of one's own.
+            kept_apart = each != folder and found.st_mode & stat.S_ISVTX
+            if found.st_uid not in (0, os.geteuid()) or (others and not kept_apart):
+                return None
+        return folder
     return None

@@ -57,7 +57,7 @@ def prepare(model: Any, *, optimize: str | bool, compile: str, dtype: torch.dtyp
             return Prepared(prepared, optimised, ("off", f"{variable}=1 has PyTorch compile nothing"), refresh)
     network = prepared.network if isinstance(prepared, Denoiser) else prepared
     if compile == "whole" and getattr(network, "faster_uncompiled", False) is True:
-        why = "compile='whole' was asked for; on this CPU the optimised network is faster as it is"
+        why = "compile='whole' was asked for; on a CPU the optimised network has faster convolutions of its own"
         return Prepared(prepared, optimised, ("off", why), refresh)
     return Prepared(_compiled(prepared, compile), optimised, (compile, f"compile={compile!r} was asked for"), refresh)
 

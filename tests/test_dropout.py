@@ -12,7 +12,7 @@ from cmfast.dropout import Dropout, counts, number, paired
 from cmfast.fast import optimize
 from cmfast.tolerances import FAST_VALUE
 from tests.golden_utils import relative_error, small_unet
-from tests.graph_emulator import EmulatedSpace
+from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
 from tests.toy import ToyNetwork
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -273,7 +273,7 @@ def test_a_whole_loss_under_compile():
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_in_a_captured_graph(unet):
+def test_in_a_captured_graph(unet, emulated):
     """A replay reads seed and index anew, and both calls in it drop the same."""
     model = Denoiser(optimize(unet))
     seed, index = torch.tensor(3), DRAW.index.clone()
@@ -284,7 +284,7 @@ def test_in_a_captured_graph(unet):
             return losses.consistency_loss(model, model, X, 100_000, draw=ops.Draw(seed, index))["loss"]
 
     step()
-    value, replay = EmulatedSpace("cpu").capture(step, [])
+    value, replay = emulated("cpu").capture(step, [])
     first = value.clone()
     seed.fill_(4)
     index.add_(1)

@@ -45,6 +45,10 @@ def no_home():
     raise RuntimeError("Could not determine home directory.")
 
 
+def no_room(path):
+    raise OSError(28, "No space left on device")
+
+
 @needs_compiler
 def test_compiled_once(source, commands):
     """And again when the source changes."""
@@ -58,23 +62,26 @@ def test_compiled_once(source, commands):
 
 @needs_compiler
 def test_a_file_that_was_cut_off(source, commands):
-    load(source)
+    code = f"from pathlib import Path; from cmfast import native; native.library(Path({str(source)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
     (made,) = (source.parent / "cache" / "cmfast").iterdir()
-    content = made.read_bytes()
-    made.unlink()  # this process has it in memory
-    made.write_bytes(content[:100])
-    assert load(source).answer() == 42 and len(commands) == 4
-    assert load(source).answer() == 42 and len(commands) == 4
+    made.write_bytes(made.read_bytes()[:100])
+    commands.clear()
+    assert load(source).answer() == 42 and len(commands) == 2
+    assert load(source).answer() == 42 and len(commands) == 2
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["others may write", "a file", "no home"])
+@pytest.mark.parametrize("kind", ["others may write", "others may put another there", "a file", "no home"])
 def test_nothing_is_kept_where_it_is_not_safe(source, commands, kind, monkeypatch):
     """What others could put there would be run."""
     folder = source.parent / "cache" / "cmfast"
     if kind == "others may write":
         folder.mkdir(parents=True)
         folder.chmod(0o777)
+    elif kind == "others may put another there":
+        folder.mkdir(parents=True)
+        folder.parent.chmod(0o777)
     elif kind == "a file":
         folder.parent.mkdir()
         folder.write_text("")
@@ -92,17 +99,19 @@ def test_the_threads_are_those_of_pytorch():
     winograd.functions()
     with open("/proc/self/maps") as lines:
         found = {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line}
-    assert len(found) <= 1
+    # Others may have brought their own before.
+    assert not any(path.startswith(("/usr/lib", "/lib")) for path in found)
 
 
 @pytest.mark.parametrize(
     "environment, message",
     [
         ({"CMFAST_NATIVE": "0"}, "CMFAST_NATIVE=0 is set"),
-        ({"CC": "", "PATH": "/nowhere"}, "there is no C compiler: install gcc, or name one in CC"),
-        ({"CC": "false"}, r"some.c could not be compiled here \(false: "),
+        ({"CC": "", "PATH": "/nowhere"}, "there is no C compiler, gcc: install one, or name it in CC"),
+        ({"CC": "mycc -m64", "PATH": "/nowhere"}, "there is no C compiler, mycc nor gcc: install"),
+        ({"CC": "/bin/false", "PATH": "/nowhere"}, r"some.c could not be compiled here \(/bin/false: "),
     ],
-    ids=["off", "none", "fails"],
+    ids=["off", "none", "another", "fails"],
 )
 def test_why_not(source, environment, message, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -113,8 +122,21 @@ def test_why_not(source, environment, message, monkeypatch):
 
 
 @needs_compiler
+def test_another_compiler_where_the_first_fails(source, monkeypatch):
+    monkeypatch.setenv("CC", "/bin/false")
+    assert load(source).answer() == 42
+
+
+@needs_compiler
+def test_where_nothing_can_be_kept(source, monkeypatch):
+    """For want of room, say: it serves all the same."""
+    monkeypatch.setattr(native.whole, "written_whole", no_room)
+    assert load(source).answer() == 42
+
+
+@needs_compiler
 def test_a_fault_in_the_source_is_named(source):
-    source.write_text("int answer(void) { return nothing; }")
+    source.write_text("int answer(void) { return nothing; }\n")
     with pytest.raises(Unavailable, match=r"some\.c could not be compiled here \(gcc: .*nothing"):
         load(source)
 

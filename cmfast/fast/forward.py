@@ -227,12 +227,12 @@ class Forward:
         return out if residual is None else out + residual
 
     def _winograd(self, h: Tensor, conv: nn.Conv2d, residual: Tensor | None, up: bool) -> Tensor:
-        """conv(h) + residual, of h at twice its size if `up`."""
+        """conv(h) + residual, of h at twice its size if `up`; its bias as well, since nothing waits on a CPU."""
         bias = self._plain(conv.bias)
         options: dict[str, Any] = {"doubled": up, "workspace": self.workspace}
         if self.packed:
             return winograd.convolve(h, self.weights.winograd(conv), conv.out_channels, bias, residual, **options)
-        return winograd.convolution(h, self.weights.filters(conv.weight, self.live), bias, residual, **options)
+        return winograd.convolution(h, self._plain(conv.weight), bias, residual, **options)
 
     def _doubled(self, h: Tensor, conv: nn.Conv2d) -> Tensor:
         """conv of h at twice its size, without the large h."""

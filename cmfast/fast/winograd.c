@@ -9,7 +9,7 @@
  */
 #include <string.h>
 
-int omp_get_thread_num(void);
+int omp_get_thread_num(void), omp_get_num_threads(void);
 
 /* Numbers in a vector, and rows of the matrix multiplication that are summed in registers, for two vectors of columns. */
 #ifdef __AVX512F__
@@ -33,13 +33,13 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec x) { *(vec *)to = x; }
 
-/* Numbers of memory that a thread needs. */
+/* Floats of workspace for each thread. */
 long winograd_room(long channels, long block)
 {
     return 16 * (block * channels + APART) + 16 * (block * PANEL + APART) + channels;
 }
 
-/* Numbers of transformed filters. */
+/* Floats of packed filters. */
 long winograd_size(long channels, long outputs)
 {
     return (outputs + PANEL - 1) / PANEL * 16 * (channels * PANEL + APART);
@@ -193,6 +193,7 @@ void winograd_filters(const float *from, float *to, long channels, long outputs,
 {
     long vectors = (outputs + PANEL - 1) / PANEL * 2, apart = channels * PANEL + APART;
 
+    /* Channels by as many as lie in the lines of the cache that are read, as taps may lie apart. */
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
     for (long vector = 0; vector < vectors; vector++)
         for (long some = 0; some < channels; some += LANES)
@@ -263,7 +264,7 @@ INLINE void accumulate(const float *a, long wide, const float *b, float *c, long
     }
 }
 
-/* Numbers of memory that a thread needs for the gradient of filters. */
+/* Floats of workspace for each thread, for the gradient of filters. */
 long winograd_gradient_room(long channels, long outputs, long block)
 {
     long panels = (outputs + PANEL - 1) / PANEL;
@@ -287,6 +288,8 @@ void winograd_gradient(const float *x, const float *gradient, float *to, float *
 
 #pragma omp parallel num_threads(threads)
     {
+        /* OpenMP may give fewer threads than were asked for. */
+        int team = omp_get_num_threads();
         float *sums = space + omp_get_thread_num() * room, *inputs = sums + size;
         float *outgoing = inputs + 16 * x_apart, *zeros = outgoing + 16 * g_apart;
 
@@ -325,7 +328,7 @@ void winograd_gradient(const float *x, const float *gradient, float *to, float *
                     for (int p = 0; p < 16; p++) {
                         const float *of_thread = space + (vector / 2 * 16 + p) * apart + c * PANEL + vector % 2 * LANES;
                         vec sum = load(of_thread);
-                        for (int thread = 1; thread < threads; thread++)
+                        for (int thread = 1; thread < team; thread++)
                             sum += load(of_thread + thread * room);
                         u[p / 4][p % 4] = sum;
                     }

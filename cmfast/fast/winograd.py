@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cmfast import native
 from cmfast.errors import Unavailable
+from cmfast.ops._autograd import stands_for_many
 
 #: What it is done in: bfloat16 has no digits to spare for the transforms.
 DTYPE = torch.float32
@@ -30,9 +31,10 @@ LEAST_CHANNELS = 24
 LEAST_TILES = 8
 #: Fewest pixels, in all samples, that pay for filters which are made for one pass.
 LEAST_PIXELS = 512
-#: Most sums for the gradient of filters, of all threads: each has its own of 16/9 of them.
+#: Most floats for the gradient of a weight, of which each thread sums 16/9 as many as the weight has: 128 MiB, which a
+#: network keeps from its first backward pass on. Beyond, the gradient is PyTorch's.
 MOST_SUMS = 1 << 25
-#: Tiles that a thread does at once, at most: what it reads and writes for them is to stay in its cache.
+#: Tiles that a thread does at once, at most: more would leave its cache, fewer read the filters too often.
 BLOCK = 48
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -42,6 +44,7 @@ class _Functions:
     """Those of winograd.c for a CPU."""
 
     def __init__(self, cpu: str | None) -> None:
+        # Arguments as in winograd.c.
         library = native.library(_SOURCE, cpu)
         pointer, number, flag, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int
 
@@ -83,9 +86,9 @@ def refusal() -> str | None:
 
 def wide(conv: nn.Conv2d) -> bool:
     """Whether a convolution can be done so, and gains by it in images that are not small."""
-    channels = conv.in_channels, conv.out_channels
+    channels = conv.weight.shape[:2]
     return (
-        conv.kernel_size == (3, 3)
+        conv.weight.shape[2:] == (3, 3)
         and (conv.stride, conv.padding) == ((1, 1), (1, 1))
         and 2 * math.prod(channels) >= LEAST_CHANNELS * sum(channels)
         and not any(count % VECTOR for count in channels)
@@ -103,10 +106,24 @@ def fits(conv: nn.Conv2d, h: Tensor, kept: bool, doubled: bool = False) -> bool:
         h.dtype == DTYPE
         and _tiles(batch, height, width) >= LEAST_TILES * torch.get_num_threads()
         and (kept or batch * height * width >= LEAST_PIXELS)
+        and not _watched()
         and wide(conv)
-        # A mode that looks on, such as one that counts operations, sees PyTorch's alone.
-        and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _watched() -> bool:
+    """Whether a mode, such as one that counts operations, or `torch.jit.trace` looks on, who see PyTorch's alone."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
+
+
+def _check(name: str, x: Tensor | None, *shape: int) -> None:
+    """What C is given a pointer to: float32 on the CPU, of a shape. Raises: TypeError, ValueError."""
+    if x is None:
+        return
+    if x.dtype != DTYPE or x.device.type != "cpu":
+        raise TypeError(f"{name} must be float32 on the CPU, got {x.dtype} on {x.device}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
 
 
 def _size(h: Tensor, doubled: bool) -> tuple[int, int, int]:
@@ -124,9 +141,10 @@ def pack(weight: Tensor, turned: bool = False, cpu: str | None = None) -> Tensor
 
     turned: for the gradient of the input, which is the convolution of the output's with this.
     """
+    outputs, channels = weight.shape[:2]
+    _check("weight", weight, outputs, channels, 3, 3)
     if weight.stride(2) != 3 * weight.stride(3):
         weight = weight.contiguous()
-    outputs, channels = weight.shape[:2]
     of_output, of_channel, _, of_tap = weight.stride()
     if turned:
         outputs, channels, of_output, of_channel = channels, outputs, of_channel, of_output
@@ -147,6 +165,7 @@ class Workspace(threading.local):
     def take(self, count: int) -> Tensor:
         """A tensor of whatever was in it, until the next is taken."""
         if self.memory is None or self.memory.numel() < count:
+            self.memory = None  # before there is another
             with torch.inference_mode(False):
                 # Said, as defaults may be others.
                 self.memory = torch.empty(count, dtype=DTYPE, device="cpu")
@@ -173,10 +192,14 @@ def convolve(
     form = torch.channels_last
     h = h.contiguous(memory_format=form)
     channels, (batch, height, width) = h.shape[1], _size(h, doubled)
-    out = torch.empty((batch, outputs, height, width), dtype=DTYPE, device=h.device, memory_format=form)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=form)
-    made, threads = functions(cpu), torch.get_num_threads()
+    made, threads, shape = functions(cpu), torch.get_num_threads(), (batch, outputs, height, width)
+    _check("h", h, *h.shape)
+    _check("packed", packed, made.size(channels, outputs))
+    _check("bias", bias, outputs)
+    _check("residual", residual, *shape)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=form)
+    out = torch.empty(shape, dtype=DTYPE, device=h.device, memory_format=form)
     block = made.block(_tiles(batch, height, width), threads)
     space = (workspace or Workspace()).take(threads * made.room(channels, block))
     given = [None if x is None else x.data_ptr() for x in (h, packed, bias, residual, out, space)]
@@ -197,7 +220,13 @@ def gradient(
     [B, K, H, W], or twice as large; the same bits each time for one number of threads."""
     h, grad = (x.contiguous(memory_format=torch.channels_last) for x in (h, grad))
     channels, (batch, height, width) = h.shape[1], _size(h, doubled)
-    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    _check("h", h, *h.shape)
+    _check("grad", grad, batch, weight.shape[0], height, width)
+    _check("weight", weight, weight.shape[0], channels, 3, 3)
+    # In the weight's own layout, so that nobody copies it to the parameter's.
+    out = torch.empty_like(weight)
+    if out.stride(2) != 3 * out.stride(3):
+        out = torch.empty_like(weight, memory_format=torch.channels_last)
     of_output, of_channel, _, of_tap = out.stride()
     made, threads = functions(cpu), torch.get_num_threads()
     block = made.block(_tiles(batch, height, width), threads)
@@ -230,7 +259,7 @@ class _Convolution(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         wanted, doubled, workspace = ctx.needs_input_grad, ctx.options["doubled"], ctx.options["workspace"]
         found: list[Tensor | None] = [None] * 3
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or stands_for_many(grad) or _watched()):
             if wanted[0]:
                 found[0] = convolve(grad, pack(weight, turned=True), weight.shape[1], workspace=workspace)
             if wanted[1] and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS:

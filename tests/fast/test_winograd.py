@@ -2,13 +2,15 @@
 
 import ctypes
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmfast import native
 from cmfast.fast import winograd
 from cmfast.tolerances import FLOOR
 from tests.fast.networks import check
@@ -61,8 +63,8 @@ def test_values(shape, cpu, doubled):
     options = {"doubled": doubled, "cpu": cpu}
     for form in (torch.channels_last, torch.contiguous_format):
         packed = winograd.pack(weight.contiguous(memory_format=form), cpu=cpu)
-        laid_out = (x.contiguous(memory_format=form) for x in (h, residual))
-        out = winograd.convolve(next(laid_out), packed, len(bias), bias, next(laid_out), workspace=used(), **options)
+        x, added = (each.contiguous(memory_format=form) for each in (h, residual))
+        out = winograd.convolve(x, packed, len(bias), bias, added, workspace=used(), **options)
         assert out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
         if shape[0]:
             check(out, eager, exact, FLOOR[torch.float32], exact.abs().max())
@@ -266,5 +268,80 @@ def test_what_it_does(monkeypatch):
     assert not winograd.fits(conv, torch.empty(1, 64, 7, 7), True)
 
 
-def test_cpus_that_are_known():
-    assert set(CPUS) <= set(native.FLAGS)
+FEW = """
+import torch
+from cmfast.fast import winograd
+torch.set_num_threads(4)
+assert torch.get_num_threads() == 4
+h, grad, weight = torch.randn(4, 16, 24, 24), torch.randn(4, 16, 24, 24), torch.randn(16, 16, 3, 3)
+workspace = winograd.Workspace()
+workspace.take(1 << 20).fill_(torch.nan)
+found = winograd.gradient(h, grad, weight, workspace=workspace).double()
+# Not in float32: oneDNN waits for ever for threads that there are not.
+exact = torch.nn.grad.conv2d_weight(h.double(), weight.shape, grad.double(), padding=1)
+torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_fewer_threads_than_were_asked_for():
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"}
+    subprocess.run([sys.executable, "-c", FEW], env=environment, check=True, timeout=100)
+
+
+def test_many_gradients_at_once():
+    """`is_grads_batched`, as of a vectorized jacobian: PyTorch's."""
+    every = given(2, 16, 32, 4, 5)
+    found = []
+    for function in (winograd.convolution, ordinary):
+        leaves = [x.clone().requires_grad_() for x in every]
+        upstream = torch.stack([every[3], 2 * every[3] + 1])
+        found.append(torch.autograd.grad(function(*leaves), leaves, upstream, is_grads_batched=True))
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_trace_is_not_of_it():
+    """Which would see no more than an empty tensor."""
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    said = []
+    torch.jit.trace(lambda h: said.append(winograd.fits(conv, h, True)) or h + 1, torch.randn(2, 64, 16, 16))
+    assert said[0] is False and winograd.fits(conv, torch.randn(2, 64, 16, 16), True)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "a slice of channels", "misaligned", "transposed"])
+def test_views(layout):
+    h, weight, bias, residual = given(2, 32, 48, 6, 8)
+    if layout == "expanded":
+        residual = residual[:1].expand(2, -1, -1, -1)
+        bias = bias[:1].expand(48)
+    elif layout == "a slice of channels":
+        h, residual = torch.cat([h, h], 1)[:, 16:48], torch.cat([residual, residual], 1)[:, 24:72]
+    elif layout == "misaligned":
+        h, weight, residual = (torch.cat([x[0, 0, 0, :1], x.flatten()])[1:].view_as(x) for x in (h, weight, residual))
+    else:
+        h, weight, residual = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (h, weight, residual))
+    every = h, weight, bias, residual
+    leaves, others = ([x.detach().requires_grad_() for x in every] for _ in range(2))
+    torch.testing.assert_close(winograd.convolution(*leaves), ordinary(*others))
+    winograd.convolution(*leaves).sum().backward()
+    ordinary(*others).sum().backward()
+    for leaf, other in zip(leaves, others, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda h, w, b, r: (h, w.double(), b, r), TypeError, "weight must be float32 on the CPU, got torch.float64"),
+        (lambda h, w, b, r: (h, w, b.bfloat16(), r), TypeError, "bias must be float32 on the CPU"),
+        (lambda h, w, b, r: (h, w.to("meta"), b, r), TypeError, "got torch.float32 on meta"),
+        (lambda h, w, b, r: (h[:, :16], w, b, r), ValueError, r"packed must have shape"),
+        (lambda h, w, b, r: (h, w, b[1:], r), ValueError, r"bias must have shape \[48\], got \[47\]"),
+        (lambda h, w, b, r: (h, w, b, r[..., 1:]), ValueError, r"residual must have shape \[2, 48, 6, 8\]"),
+    ],
+    ids=["float64", "bfloat16", "meta", "channels", "bias", "residual"],
+)
+def test_what_c_must_not_be_given(change, error, message):
+    """Of a network whose parts were moved or replaced, say."""
+    with pytest.raises(error, match=message):
+        winograd.convolution(*change(*given(2, 32, 48, 6, 8)))
