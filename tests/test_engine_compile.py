@@ -8,7 +8,7 @@ from torch import nn
 
 import cmfast
 from cmfast import Denoiser, Sampler, UNetModel, networks
-from cmfast.fast import Refused
+from cmfast.fast import Refused, winograd
 from cmfast.graphs import GraphError
 from cmfast.networks import sharing
 from cmfast.tolerances import GOLDEN_VALUE
@@ -43,6 +43,15 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setitem(networks.COMPILE_OPTIONS, "backend", backend)
     return graphs
+
+
+@pytest.mark.skipif(winograd.refusal() is not None, reason=f"Winograd: {winograd.refusal()}")
+def test_convolutions_of_its_own_are_not_compiled(compiled):
+    """Those of an optimised network on a CPU; of one in bfloat16, or not optimised, a compiler's are as good."""
+    for options, path in (({}, "off"), ({"dtype": torch.bfloat16}, "whole"), ({"optimize": False}, "whole")):
+        sampler = Sampler(tiny(), 2, compile=True, **options)
+        assert sampler.explain()["compile"][0] == path
+    assert "faster convolutions of its own" in Sampler(tiny(), 2, compile=True).explain()["compile"][1]
 
 
 def close(a, b):

@@ -164,6 +164,8 @@ WATCH = [
 ]  # fmt: skip
 
 NETWORKS = [
+    ("slower by a compiler", 'getattr(network, "faster_uncompiled", False) is True', "False",
+     "tests/test_engine_compile.py::test_convolutions_of_its_own_are_not_compiled"),
     ("torch.compile gives up at eight", "    with torch._dynamo.config.patch(limits):\n", "    if True:\n",
      COMPILED + "the_blocks_of_a_network"),
     ("hooks of the start are for ever", "    # Hooks, which come and go, are no reason",

@@ -265,6 +265,7 @@ NATIVE = [
      _NATIVE + "nothing_is_kept_where_it_is_not_safe[others may write]"),
     ("what others put in a folder's place is run", "for each in (folder, *folder.parents):", "for each in (folder,):",
      _NATIVE + "nothing_is_kept_where_it_is_not_safe[others may put another there]"),
+    ("an OpenMP of its own", '("-shared",)', '("-shared", "-fopenmp")', _NATIVE + "the_threads_are_those_of_pytorch"),
     ("any CPU", "if cpu not in FLAGS:", "if False:", _NATIVE + "other_machines[Linux-DEFAULT]"),
     ("the compiler's first words", 'if "error" in line', "if line", _NATIVE + "a_fault_in_the_source_is_named"),
 ]
