@@ -169,7 +169,7 @@ CONFIG = [
 
 STATE = [
     ("what a network makes late goes unseen", "        if changed:\n", "        if False:\n",
-     "tests/training/test_state.py::test_a_network_that_grows_is_found_at_once[module]"),
+     "tests/training/test_state.py::test_a_network_that_grows_is_found_at_once"),
     ("a file that is removed is held", 'mmap=step.device.type != "cpu")', "mmap=True)",
      "tests/training/test_state.py::test_nothing_of_a_checkpoint_is_held_open"),
     ("a damaged state, and no word of what to do", "_damaged(folder, error)) from error\n    kinds",
