@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from cmfast.benchmarks import runs, timing
 from cmfast.benchmarks.kernels import inductor_refusal
-from cmfast.fast import doubling, winograd
+from cmfast.fast import doubling
+from cmfast.native import winograd
 from cmfast.tolerances import FLOOR
 
 #: Channels and side of the map that is doubled: of the published ImageNet-64 network, and the largest of LSUN-256.

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
-from cmfast.fast import winograd
+from cmfast.native import winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cmfast import graphs
-from cmfast.fast import winograd
+from cmfast.native import winograd
 
 aten = torch.ops.aten
 FORBIDDEN = {aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero}

@@ -27,8 +27,8 @@ if __name__ == "__main__":
 from tests.faults import MUTANTS, Mutant  # noqa: E402
 
 AT_A_TIME = 2
-#: Seconds that one run of pytest may take.
-LIMIT = 300
+#: Seconds that the test of a fault may take, and all of them together, without one.
+LIMIT, LIMIT_OF_ALL = 300, 3600
 #: Exceptions of a program that is no program: a fault that raises them was written wrong.
 BROKEN = re.compile(r"^E +(?:\w+\.)*(SyntaxError|IndentationError|NameError|ImportError|ModuleNotFoundError)\b", re.M)
 
@@ -47,7 +47,7 @@ def copy_of_the_checkout(folder: Path) -> Path:
     return folder
 
 
-def pytest(tree: Path, interpreted: bool, *arguments: str) -> subprocess.CompletedProcess:
+def pytest(tree: Path, interpreted: bool, *arguments: str, limit: int = LIMIT) -> subprocess.CompletedProcess:
     """pytest in a copy, whose package is the one imported; nothing compiled is kept from one run to the next."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CMFAST_BACKEND", "TRITON_INTERPRET")}
     environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -58,16 +58,20 @@ def pytest(tree: Path, interpreted: bool, *arguments: str) -> subprocess.Complet
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     try:
-        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, -1, f"no end after {LIMIT} seconds", "")
+        return subprocess.CompletedProcess(command, -1, f"no end after {limit} seconds", "")
 
 
 def red_without_a_fault(trees: list[Path], mutants: list[Mutant]) -> str:
     """What pytest says of the tests where one fails or is skipped with no fault in; else nothing."""
     tests = [sorted({m.test for m in mutants if m.interpreted == interpreted}) for interpreted in (False, True)]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        runs = [pool.submit(pytest, trees[i % len(trees)], bool(i), *ids) for i, ids in enumerate(tests) if ids]
+        runs = [
+            pool.submit(pytest, trees[i % len(trees)], bool(i), *ids, limit=LIMIT_OF_ALL)
+            for i, ids in enumerate(tests)
+            if ids
+        ]
         done = [run.result() for run in runs]
     bad = [run for run in done if run.returncode or "skipped" in run.stdout.splitlines()[-1]]
     return "\n".join(run.stdout + run.stderr for run in bad)

@@ -7,7 +7,7 @@ import torch
 
 from cmfast.benchmarks import doubling
 from cmfast.fast import doubling as fast
-from cmfast.fast import winograd
+from cmfast.native import winograd
 
 
 def recorded(folder, *options):

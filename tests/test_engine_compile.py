@@ -8,8 +8,9 @@ from torch import nn
 
 import cmfast
 from cmfast import Denoiser, Sampler, UNetModel, networks
-from cmfast.fast import Refused, winograd
+from cmfast.fast import Refused
 from cmfast.graphs import GraphError
+from cmfast.native import winograd
 from cmfast.networks import sharing
 from cmfast.tolerances import GOLDEN_VALUE
 from tests.golden_utils import relative_error

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and from the lines above it. Packages stand for all their modules.
 LEVELS = [
     {"kernels", "reference", "tolerances", "errors"},
-    {"ops"},
+    {"ops", "native", "whole"},
     {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "untrusted"}
-    | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula", "whole", "native"},
+    | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "digits", "recipes", "quality", "info", "compat", "benchmarks", "__main__"}
@@ -273,4 +273,4 @@ def test_wheel_from_sdist(tmp_path):
     assets = {path.as_posix() for path in repository_files() if path.parts[:2] == ("cmfast", "assets")}
     modules = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
     assert assets
-    assert assets | modules | {"cmfast/py.typed", "cmfast/fast/winograd.c"} <= names
+    assert assets | modules | {"cmfast/py.typed", "cmfast/native/winograd.c"} <= names

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cmfast import ops
 from cmfast.dropout import DROPOUT_DRAW, current, note
-from cmfast.fast import doubling, winograd
+from cmfast.fast import doubling
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
+from cmfast.native import winograd
 from cmfast.ops._dispatch import keeping_backend
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmfast.fast import winograd
 from cmfast.fast.forward import Forward
 from cmfast.fast.plan import Plan, Refused, check_parts, methods, of_unet
 from cmfast.fast.weights import Weights
+from cmfast.native import winograd
 from cmfast.ops import _dispatch
 from cmfast.unet import UNetModel
 from cmfast.watch import Change, Watch, fork_safe, is_plain

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmfast.fast import doubling, winograd
+from cmfast.fast import doubling
+from cmfast.native import winograd
 from cmfast.watch import storage_of
 
 Make = Callable[..., Tensor]

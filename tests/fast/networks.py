@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cmfast.fast import doubling, winograd
+from cmfast.fast import doubling
+from cmfast.native import winograd
 
 CONFIGS = {
     "published": {"num_classes": 5},

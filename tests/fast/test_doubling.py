@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmfast.fast import doubling, optimize, winograd
+from cmfast.fast import doubling, optimize
 from cmfast.fast.network import has_onednn
+from cmfast.native import winograd
 from cmfast.tolerances import FLOOR
 from tests.fast.networks import check, inputs
 from tests.golden_utils import small_unet

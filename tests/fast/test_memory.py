@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import cmfast
-from cmfast.fast import optimize, weights, winograd
+from cmfast.fast import optimize, weights
+from cmfast.native import winograd
 from tests.fast.networks import inputs
 from tests.fast.test_changes import changed_in_place
 from tests.golden_utils import small_unet

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cmfast.fast import optimize, weights, winograd
+from cmfast.fast import optimize, weights
+from cmfast.native import winograd
 from cmfast.tolerances import FAST_VALUE
 from tests.fast.networks import inputs
 from tests.golden_utils import relative_error, small_unet

@@ -7,8 +7,8 @@ _MEMORY = "tests/fast/test_memory.py::test_"
 _PACKING = "tests/fast/test_packing.py::test_"
 _MASKS = "tests/fast/test_masks.py::test_"
 _RESAMPLING = _CHANGES + "resampling_of_another_kind_is_called"
-_WINOGRAD = "tests/fast/test_winograd.py::test_"
-_NATIVE = "tests/test_native.py::test_"
+_WINOGRAD = "tests/native/test_winograd.py::test_"
+_NATIVE = "tests/native/test_native.py::test_"
 _FAST_OUTPUT = _FAST + "outputs[{}-8-torch.float32]"
 
 
@@ -373,9 +373,9 @@ FAULTS = {
     "cmfast/fast/plan.py": FAST_PLAN,
     "cmfast/fast/forward.py": FAST_FORWARD,
     "cmfast/fast/weights.py": FAST_WEIGHTS,
-    "cmfast/fast/winograd.py": FAST_WINOGRAD,
-    "cmfast/fast/winograd.c": FAST_WINOGRAD_C,
-    "cmfast/native.py": NATIVE,
+    "cmfast/native/winograd.py": FAST_WINOGRAD,
+    "cmfast/native/winograd.c": FAST_WINOGRAD_C,
+    "cmfast/native/__init__.py": NATIVE,
     "cmfast/fast/doubling.py": FAST_DOUBLING,
     "cmfast/fast/__init__.py": [
         ("attributes of another", "parts = model._modules if own else {}",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmfast.fast import winograd
+from cmfast.native import winograd
 from cmfast.tolerances import FLOOR
 from tests.fast.networks import check
 
@@ -270,7 +270,7 @@ def test_what_it_does(monkeypatch):
 
 FEW = """
 import torch
-from cmfast.fast import winograd
+from cmfast.native import winograd
 torch.set_num_threads(4)
 assert torch.get_num_threads() == 4
 h, grad, weight = torch.randn(4, 16, 24, 24), torch.randn(4, 16, 24, 24), torch.randn(16, 16, 3, 3)

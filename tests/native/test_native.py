@@ -11,7 +11,7 @@ import torch
 
 from cmfast import native
 from cmfast.errors import Unavailable
-from cmfast.fast import winograd
+from cmfast.native import winograd
 
 SOURCE = "int omp_get_thread_num(void);\nint answer(void) {{ return {} + omp_get_thread_num(); }}\n"
 needs_compiler = pytest.mark.skipif(winograd.refusal() is not None, reason=f"C: {winograd.refusal()}")
@@ -158,7 +158,7 @@ def test_other_machines(source, system, cpu, monkeypatch):
 
 def test_off_in_a_process_of_its_own():
     """By the variable: the network computes, and `info` says why not."""
-    code = "from cmfast import fast, info; print(fast.winograd.refusal()); print(info.report())"
+    code = "from cmfast import info, native; print(native.winograd.refusal()); print(info.report())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "CMFAST_NATIVE": "0"}, text=True,
                           capture_output=True, check=True)  # fmt: skip
     assert done.stdout.startswith("CMFAST_NATIVE=0 is set\n")
