@@ -226,6 +226,14 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
+def called_plainly(module: nn.Module) -> bool:
+    """Whether a call of a module runs its class's `forward`, and nothing else."""
+    own = vars(module)
+    replaced = "forward" in own or own.get("_compiled_call_impl") is not None
+    hooked = any(own[kind] or getattr(torch_module, f"_global{kind}") for kind in _HOOKS)
+    return not (replaced or hooked)
+
+
 def storage_of(x: Tensor) -> StorageWeakRef:
     """Says when the memory that x has now was given up: new memory may have its address, after a second swap of
     `.data` even mostly has. It keeps nothing alive."""

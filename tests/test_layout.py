@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "reference", "tolerances", "errors"},
     {"ops", "native", "whole"},
-    {"precondition", "schedules", "noise", "perceptual", "unet", "unet_blocks", "unet_config", "images", "untrusted"}
-    | {"rates", "ema", "optim", "levels"} | {"watch", "dropout", "curricula"},
+    {"precondition", "schedules", "noise", "unet", "unet_blocks", "unet_config", "images", "untrusted", "rates", "ema"}
+    | {"optim", "levels", "watch", "dropout", "curricula", "perceptual", "perceptual_cpu"},
     {"denoiser", "distances", "losses", "objectives", "samplers", "editing", "fast", "exact"},
     {"ranks", "transfer", "memory", "networks", "graphs", "runner", "engine", "checkpoint", "training", "data"},
     {"sharding", "digits", "recipes", "quality", "info", "compat", "benchmarks", "__main__"}

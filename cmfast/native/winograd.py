@@ -10,11 +10,12 @@ import functools
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmfast import native
 from cmfast.errors import Unavailable
@@ -155,6 +156,29 @@ def pack(weight: Tensor, turned: bool = False, cpu: str | None = None) -> Tensor
     return packed
 
 
+class _Kept(NamedTuple):
+    packed: Tensor
+    weight: Tensor  # so that its id stays its own
+    seen: tuple[int, int]
+    storage: StorageWeakRef
+
+
+class Filters:
+    """Those of weights that seldom change, as `pack` makes them: kept, and made again after a weight was written to."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], _Kept] = {}
+
+    def of(self, weight: Tensor, turned: bool) -> Tensor:
+        if weight.is_inference():  # nobody counts what is written to it
+            return pack(weight, turned)
+        kept = self._kept.get((id(weight), turned))
+        if kept is None or kept.seen != (weight.data_ptr(), weight._version) or kept.storage.expired():
+            seen, storage = (weight.data_ptr(), weight._version), StorageWeakRef(weight.untyped_storage())
+            kept = self._kept[id(weight), turned] = _Kept(pack(weight, turned), weight, seen, storage)
+        return kept.packed
+
+
 class Workspace(threading.local):
     """Memory that one convolution leaves to the next, as fresh pages cost much: in each thread its own. It goes with
     its thread, or with what holds this object."""
@@ -249,10 +273,11 @@ class _Convolution(torch.autograd.Function):
         residual: Tensor | None,
         doubled: bool,
         workspace: Workspace | None,
+        filters: Filters | None,
     ) -> Tensor:
         ctx.save_for_backward(h, weight)
-        ctx.options = {"doubled": doubled, "workspace": workspace}
-        return convolve(h, pack(weight), weight.shape[0], bias, residual, **ctx.options)
+        ctx.options, ctx.filters = {"doubled": doubled, "workspace": workspace}, filters
+        return convolve(h, _packed(weight, filters), weight.shape[0], bias, residual, **ctx.options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,7 +286,8 @@ class _Convolution(torch.autograd.Function):
         found: list[Tensor | None] = [None] * 3
         if not (torch.is_grad_enabled() or stands_for_many(grad) or _watched()):
             if wanted[0]:
-                found[0] = convolve(grad, pack(weight, turned=True), weight.shape[1], workspace=workspace)
+                turned = _packed(weight, ctx.filters, turned=True)
+                found[0] = convolve(grad, turned, weight.shape[1], workspace=workspace)
             if wanted[1] and torch.get_num_threads() * weight.numel() * 16 // 9 <= MOST_SUMS:
                 found[1] = gradient(h, grad, weight, **ctx.options)
             if wanted[2]:
@@ -274,7 +300,11 @@ class _Convolution(torch.autograd.Function):
             found = [other if mine is None else mine for mine, other in zip(found, others, strict=True)]
         if doubled and found[0] is not None:
             found[0] = F.avg_pool2d(found[0], 2, divisor_override=1)
-        return *found, grad if wanted[3] else None, None, None
+        return *found, grad if wanted[3] else None, None, None, None
+
+
+def _packed(weight: Tensor, filters: Filters | None, turned: bool = False) -> Tensor:
+    return pack(weight, turned) if filters is None else filters.of(weight, turned)
 
 
 def convolution(
@@ -285,10 +315,11 @@ def convolution(
     *,
     doubled: bool = False,
     workspace: Workspace | None = None,
+    filters: Filters | None = None,
 ) -> Tensor:
-    """As `F.conv2d(h, weight, bias, padding=1) + residual`, with its gradients; the filters are made for this call.
+    """As `F.conv2d(h, weight, bias, padding=1) + residual`, with its gradients.
 
-    doubled: as of `convolve`.
+    doubled, workspace: as of `convolve`. filters: where those of the weight are kept; None: made for this call.
     """
-    made: Tensor = _Convolution.apply(h, weight, bias, residual, doubled, workspace)
+    made: Tensor = _Convolution.apply(h, weight, bias, residual, doubled, workspace, filters)
     return made

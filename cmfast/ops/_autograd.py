@@ -81,11 +81,12 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.others)
-        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors[:count], ctx.others)]
+        held = ctx.saved_tensors  # once: torch.utils.checkpoint makes them again for one look
+        inputs = [other if x is None else x for x, other in zip(held[:count], ctx.others)]
         needed, grads = ctx.needs_input_grad[5:], grads[: len(grads) - ctx.keep]
         results: list[Tensor | None] = [None] * count
         if not torch.is_grad_enabled() and not stands_for_many(*grads):
-            kept = {"saved": ctx.saved_tensors[count : count + ctx.keep]} if ctx.keep else {}
+            kept = {"saved": held[count : count + ctx.keep]} if ctx.keep else {}
             results = list(ctx.kernel(needed, grads, *inputs, **kept, **ctx.options))
         missing = [i for i in range(count) if needed[i] and results[i] is None]
         if missing:

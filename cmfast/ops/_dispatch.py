@@ -226,31 +226,31 @@ def plain(function: Function, *inputs: Any) -> Function:
     """
     name = function.__name__
     least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
-    if inputs[0].numel() < least or current_backend() != "auto" or torch.compiler.is_compiling():
+    if inputs[0].numel() < least:
         return function
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     half = name in _inplace.HALF and inputs[0].dtype == torch.bfloat16
-    dtypes = (torch.float32, torch.bfloat16) if half else (torch.float32,)
-    if any(x.device.type != "cpu" or x.dtype not in dtypes for x in tensors):
+    if not plain_on_cpu(tensors, (torch.float32, torch.bfloat16) if half else (torch.float32,)):
         return function
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < with_gradients:
             return function
-    if _subclass_refusal(tensors) is not None or transform_refusal() is not None:
-        return function
     return cast(Function, _inplace.FORMS[name])
 
 
 def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
     """The same for an operation on lists of tensors: its form for the CPU, where all are float32."""
-    first = tensors[0]
-    if first.device.type != "cpu" or current_backend() != "auto" or torch.compiler.is_compiling():
-        return function
-    if {x.dtype for x in tensors} != {torch.float32}:
-        return function
-    if _subclass_refusal(tensors) is not None or transform_refusal() is not None:
-        return function
-    return cast(Function, _multi.FORMS[function.__name__])
+    return cast(Function, _multi.FORMS[function.__name__]) if plain_on_cpu(tensors) else function
+
+
+def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
+    for, and nothing compiled."""
+    if current_backend() != "auto" or torch.compiler.is_compiling():
+        return False
+    if any(x.device.type != "cpu" or x.dtype not in dtypes for x in tensors):
+        return False
+    return _subclass_refusal(tensors) is None and transform_refusal() is None
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:

@@ -35,7 +35,7 @@ AUTOGRAD = [
      "results[: len(results) - keep + 1]", kernel("weighted_loss l2")),
     ("kept results off by one", "kept = output[len(output) - ctx.keep :]",
      "kept = output[len(output) - ctx.keep - 1 :]", kernel("weighted_loss huber")),
-    ("kept distances dropped", '{"saved": ctx.saved_tensors[count : count + ctx.keep]} if ctx.keep else {}', "{}",
+    ("kept distances dropped", '{"saved": held[count : count + ctx.keep]} if ctx.keep else {}', "{}",
      kernel("weighted_loss huber")),
     ("c_noise carries a gradient", "*(() if levels_vary else [output[i] for i in c_noise])", "",
      kernel("euler_step", "the_same_results_carry_gradients", "levels given")),

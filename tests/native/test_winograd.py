@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmfast.native import winograd
 from cmfast.tolerances import FLOOR
@@ -345,3 +346,23 @@ def test_what_c_must_not_be_given(change, error, message):
     """Of a network whose parts were moved or replaced, say."""
     with pytest.raises(error, match=message):
         winograd.convolution(*change(*given(2, 32, 48, 6, 8)))
+
+
+def test_filters_of_memory_given_up():
+    """By `.data`, after which new memory may have the old address."""
+    weight, filters = torch.randn(16, 16, 3, 3), winograd.Filters()
+    packed = filters.of(weight, False)
+    assert filters.of(weight, False) is packed
+    ((key, kept),) = filters._kept.items()
+    filters._kept[key] = kept._replace(storage=StorageWeakRef(torch.empty(1).untyped_storage()))
+    assert filters.of(weight, False) is not packed
+
+
+def test_filters_of_inference_mode():
+    """Of which nobody counts what is written to them."""
+    h, filters = torch.randn(1, 16, 4, 4), winograd.Filters()
+    with torch.inference_mode():
+        weight = torch.randn(16, 16, 3, 3)
+        once = winograd.convolve(h, filters.of(weight, False), 16)
+        weight.mul_(2)
+        torch.testing.assert_close(winograd.convolve(h, filters.of(weight, False), 16), 2 * once)
