@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
             said = str(error)
         reasons.append(f"{compiler[0]}: {said}")
     raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
+
+
+def refusal(functions: Callable[[], Any]) -> str | None:
+    """Why functions that `library` loads cannot be had here; None if they can."""
+    try:
+        functions()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def watched() -> bool:
+    """Whether a mode, such as one that counts operations, or `torch.jit.trace` looks on, who see PyTorch's alone."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
 def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cmfast import native
-from cmfast.errors import Unavailable
 from cmfast.ops._autograd import stands_for_many
 
 #: What it is done in: bfloat16 has no digits to spare for the transforms.
@@ -78,11 +77,7 @@ def functions(cpu: str | None = None) -> _Functions:
 @functools.cache
 def refusal() -> str | None:
     """Why the functions cannot be had here; None if they can."""
-    try:
-        functions()
-    except Unavailable as error:
-        return str(error)
-    return None
+    return native.refusal(functions)
 
 
 def wide(conv: nn.Conv2d) -> bool:
@@ -107,14 +102,9 @@ def fits(conv: nn.Conv2d, h: Tensor, kept: bool, doubled: bool = False) -> bool:
         h.dtype == DTYPE
         and _tiles(batch, height, width) >= LEAST_TILES * torch.get_num_threads()
         and (kept or batch * height * width >= LEAST_PIXELS)
-        and not _watched()
+        and not native.watched()
         and wide(conv)
     )
-
-
-def _watched() -> bool:
-    """Whether a mode, such as one that counts operations, or `torch.jit.trace` looks on, who see PyTorch's alone."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
 def _check(name: str, x: Tensor | None, *shape: int) -> None:
@@ -284,7 +274,7 @@ class _Convolution(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         wanted, doubled, workspace = ctx.needs_input_grad, ctx.options["doubled"], ctx.options["workspace"]
         found: list[Tensor | None] = [None] * 3
-        if not (torch.is_grad_enabled() or stands_for_many(grad) or _watched()):
+        if not (torch.is_grad_enabled() or stands_for_many(grad) or native.watched()):
             if wanted[0]:
                 turned = _packed(weight, ctx.filters, turned=True)
                 found[0] = convolve(grad, turned, weight.shape[1], workspace=workspace)

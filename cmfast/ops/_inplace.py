@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmfast import reference
+from cmfast.native import group_norm
 from cmfast.ops._autograd import fused
 from cmfast.ops._strips import lpips_layer
 from cmfast.reference import Draw
@@ -312,7 +313,7 @@ def group_norm_silu(
     dropout: float,
     draw: Draw | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """By PyTorch's own GroupNorm and gradients; in the memory of its result where no graph is recorded."""
+    """In C, or by PyTorch's own GroupNorm and gradients: in the memory of its result where no graph is recorded."""
     records = _records(x, weight, bias, scale, shift, x_bias, residual)
     pixels = (1,) * (x.ndim - 2)
     total = x
@@ -321,12 +322,16 @@ def group_norm_silu(
     if residual is not None:
         total = total.float() + residual if records or total is x else total.add_(residual)
         total = total.to(x.dtype)
-    y = _group_norm(total.float(), num_groups, weight.float(), bias.float(), eps)
-    if scale is not None and shift is not None:
-        factor, summand = (t.float().unflatten(1, (-1, *pixels)) for t in (1 + scale.float(), shift))
-        y = torch.addcmul(summand, y, factor, out=None if records else y)
-    if silu:
-        y = F.silu(y, inplace=not records)
+    if group_norm.fits(total):
+        options: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu}
+        y = group_norm.group_norm_silu(total, weight, bias, scale, shift, **options)
+    else:
+        y = _group_norm(total.float(), num_groups, weight.float(), bias.float(), eps)
+        if scale is not None and shift is not None:
+            factor, summand = (t.float().unflatten(1, (-1, *pixels)) for t in (1 + scale.float(), shift))
+            y = torch.addcmul(summand, y, factor, out=None if records else y)
+        if silu:
+            y = F.silu(y, inplace=not records)
     if dropout and draw is not None:
         factor = reference.dropout_mask(draw, x.shape, dropout) * (1 / (1 - dropout))
         y = y * factor if records else y.mul_(factor)

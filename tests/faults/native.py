@@ -5,6 +5,7 @@ _MEMORY = "tests/fast/test_memory.py::test_"
 _PACKING = "tests/fast/test_packing.py::test_"
 _WINOGRAD = "tests/native/test_winograd.py::test_"
 _NATIVE = "tests/native/test_native.py::test_"
+_NORM = "tests/native/test_group_norm.py::test_"
 _TRUNK = "tests/test_perceptual_cpu.py::test_"
 
 WINOGRAD = [
@@ -17,8 +18,7 @@ WINOGRAD = [
      _MEMORY + "memory_of_convolutions_goes_with_the_thread_and_the_network"),
     ("bfloat16 transformed", "        h.dtype == DTYPE\n        and _tiles", "        _tiles",
      _PACKING + "weights_are_packed_in_bfloat16[False]"),
-    ("nobody looks on", "torch._C._len_torch_dispatch_stack() or ", "", _FAST + "no_idle_passes"),
-    ("traces have it", " or torch._C._get_tracing_state()", "", _WINOGRAD + "a_trace_is_not_of_it"),
+    ("nobody looks on", "        and not native.watched()\n", "", _FAST + "no_idle_passes"),
     ("one gradient for many", " or stands_for_many(grad)", "", _WINOGRAD + "many_gradients_at_once"),
     ("any memory", "    if x.dtype != DTYPE or x.device", "    if False and x.device",
      _WINOGRAD + "what_c_must_not_be_given[float64]"),
@@ -87,6 +87,8 @@ WINOGRAD_C = [
 ]
 
 COMPILING = [
+    ("nobody looks on", "torch._C._len_torch_dispatch_stack() or ", "", _FAST + "no_idle_passes"),
+    ("traces have it", " or torch._C._get_tracing_state()", "", _WINOGRAD + "a_trace_is_not_of_it"),
     ("compiled in every process", "if folder is not None:\n        with contextlib.suppress(OSError):  # it is",
      "if False:\n        with contextlib.suppress(OSError):  # it is",
      _NATIVE + "compiled_once"),
@@ -100,8 +102,61 @@ COMPILING = [
     ("the compiler's first words", 'if "error" in line', "if line", _NATIVE + "a_fault_in_the_source_is_named"),
 ]
 
+_NORM_OF, _NORM_PLAIN = (_NORM + f"values_and_gradients[(2, 192, 9, 7)-32-AVX2-torch.float32-{kind}]"
+                         for kind in ("film", "plain"))  # fmt: skip
+_NORM_HALF = _NORM + "values_and_gradients[(2, 192, 9, 7)-32-AVX2-torch.bfloat16-film]"
+
+GROUP_NORM_C = [
+    ("sums of float32", "two[2 * v + i] += each * each;", "two[2 * v + i] ="
+     " __builtin_convertvector(__builtin_convertvector(two[2 * v + i] + each * each, few), wide);",
+     _NORM + "means_larger_than_deviations[-10000.0]"),
+    ("means of all pixels of a part", "one /= (double)each * pixels;", "one /= (double)each;", _NORM_OF),
+    ("eps outside the root", "sqrt((two < 0 ? 0 : two) + eps)", "(sqrt(two < 0 ? 0 : two) + eps)", _NORM_OF),
+    ("variance and mean square", "two / ((double)each * pixels) - one * one", "two / ((double)each * pixels)",
+     _NORM_OF),
+    ("scale without one", "scale ? 1.0f + scale[c] : 1.0f", "scale ? scale[c] : 1.0f", _NORM_OF),
+    ("bias unscaled", "bias[c] * more", "bias[c]", _NORM_OF),
+    ("the first sample's shift", "it->shift ? it->shift + b * it->channels : 0", "it->shift", _NORM_OF),
+    ("channels of the next group", "mean[c / each]", "mean[(c + 1) / each]", _NORM_OF),
+    ("no SiLU", "                z *= sigmoid(z);", "                z *= 1.0f;", _NORM_PLAIN),
+    ("the slope of a sigmoid", "g *= s * (1.0f + z * (1.0f - s));\n            }\n            if (!half)",
+     "g *= s * (1.0f - s);\n            }\n            if (!half)", _NORM_PLAIN),
+    ("the slope of a sigmoid, in bfloat16", "g *= s * (1.0f + z * (1.0f - s));\n            }\n            g = g",
+     "g *= s * (1.0f - s);\n            }\n            g = g", _NORM_HALF),
+    ("the mean's gradient forgotten", "g = g * factor - load(of_groups + c) -", "g = g * factor -", _NORM_OF),
+    ("the deviation's gradient forgotten", " - h * load(of_groups + channels + c);", ";", _NORM_OF),
+    ("a part that is not full", "return (pixels + each - 1) / each;", "return pixels / each;", _NORM_OF),
+    ("bfloat16 cut off", "bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;", "bits = bits >> 16;",
+     _NORM + "bfloat16_is_rounded_once[AVX2]"),
+    ("NaN rounded to a number", "(bits & ~nan) | (0x7fc0 & nan)", "bits", _NORM + "nan_stays_nan_in_bfloat16"),
+    ("an exponential's series cut off", "series = series * r + 1.0f / 24;", "series = series * r;",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+    ("a logarithm in one part", "x - n * 0.693359375f + n * 2.12194440e-4f", "x - n * 0.693359375f",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+    ("exponents beyond float32's", "x = choose(x < least, least, choose(x > most, most, x));", "",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+]
+
+GROUP_NORM = [
+    ("contiguous images", "        and x.movedim(1, -1).is_contiguous()\n", "",
+     _NORM + "what_it_does_not_do[contiguous]"),
+    ("any number of channels", "        and x.shape[1] % LINE == 0\n", "", _NORM + "what_it_does_not_do[no line]"),
+    ("nothing at all", "        and x.numel() > 0\n", "", _NORM + "what_it_does_not_do[empty]"),
+    ("any dtype", "x.dtype in DTYPES", "True", _NORM + "what_it_does_not_do[float64]"),
+    ("nobody looks on", "        and not native.watched()\n", "", _NORM + "who_looks_on_sees_pytorchs"),
+    ("without a compiler", "        and refusal() is None\n", "", _NORM + "a_network_without_a_compiler"),
+    ("a gradient as it lies", "grad.to(x.dtype).movedim(1, -1).contiguous()", "grad.to(x.dtype)",
+     _NORM + "the_operation_takes_it"),
+    ("parameters in their own dtype", "x.float().contiguous()", "x.contiguous()", _NORM + "the_operation_takes_it"),
+    ("halves of a projection as they lie", "x.float().contiguous()", "x.float()", _NORM_OF),
+    ("gradients of weights unscaled", "(of_h * factor).sum(0)", "of_h.sum(0)", _NORM_OF),
+    ("the scale's gradient without the bias", " + of_z * bias.float()", "", _NORM_OF),
+]
+
 FAULTS = {
     "cmfast/native/__init__.py": COMPILING,
     "cmfast/native/winograd.py": WINOGRAD,
     "cmfast/native/winograd.c": WINOGRAD_C,
+    "cmfast/native/group_norm.py": GROUP_NORM,
+    "cmfast/native/group_norm.c": GROUP_NORM_C,
 }

@@ -1,0 +1,398 @@
+/* GroupNorm with scale, shift and SiLU in channels_last, of float32 or bfloat16, and its gradients: called by
+ * group_norm.py.
+ *
+ * With h = (x - mean) rstd: z = (h weight + bias) (1 + scale) + shift and y = z sigmoid(z), in float32. A sample is summed
+ * in parts of a few pixels, whose number does not depend on the threads; sums of x and x^2 are float64, so that means may
+ * be large beside deviations.
+ */
+#include <math.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+/* Channels done at once: a line of the cache, of which `channels` is a multiple. */
+#define LINE 16
+#define VECTORS (LINE / LANES)
+/* Numbers in a part. */
+#define PART 16384
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef unsigned words __attribute__((vector_size(4 * LANES), may_alias));
+typedef unsigned short halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef float few __attribute__((vector_size(2 * LANES), may_alias));
+typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *from) { return *(const vec *)from; }
+INLINE void store(float *to, vec x) { *(vec *)to = x; }
+
+/* Number `at` and the next of an image, half: in bfloat16. */
+INLINE vec read(const void *from, long at, int half)
+{
+    if (!half)
+        return load((const float *)from + at);
+    return (vec)(__builtin_convertvector(*(const halves *)((const unsigned short *)from + at), words) << 16);
+}
+
+INLINE vec choose(ints where, vec x, vec other) { return (vec)(((ints)x & where) | ((ints)other & ~where)); }
+
+INLINE void write(void *to, long at, vec x, int half)
+{
+    if (!half) {
+        store((float *)to + at, x);
+        return;
+    }
+    words bits = (words)x;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    words nan = (words)(x != x);
+    *(halves *)((unsigned short *)to + at) = __builtin_convertvector((bits & ~nan) | (0x7fc0 & nan), halves);
+}
+
+/* e^x by 2^n e^r with |r| <= ln(2) / 2, and for e^r its series to the seventh power, the rest of which is 5e-9. */
+INLINE vec exponential(vec x)
+{
+    const vec least = (vec){0} - 87.0f, most = (vec){0} + 88.0f;
+    x = choose(x < least, least, choose(x > most, most, x)); /* NaN stays */
+    vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: n is in the last bits */
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln(2) in two parts */
+    vec series = (vec){0} + 1.0f / 5040;
+    series = series * r + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    return series * (vec)(((ints)shifted << 23) + (127 << 23));
+}
+
+INLINE vec sigmoid(vec z) { return 1.0f / (1.0f + exponential(-z)); }
+
+static long pixels_of_part(long channels) { return channels < PART ? PART / channels : 1; }
+
+long group_norm_parts(long pixels, long channels)
+{
+    long each = pixels_of_part(channels);
+    return (pixels + each - 1) / each;
+}
+
+/* What a sample's channels have: */
+enum { MEAN, RSTD, FACTOR, OFFSET, OF_CHANNELS };
+
+/* h = (x - mean) rstd and z = h factor + offset. */
+static void of_channels(float *to, const float *mean, const float *rstd, const float *weight, const float *bias,
+                        const float *scale, const float *shift, long channels, long groups)
+{
+    long each = channels / groups;
+    for (long c = 0; c < channels; c++) {
+        float more = scale ? 1.0f + scale[c] : 1.0f;
+        to[MEAN * channels + c] = mean[c / each];
+        to[RSTD * channels + c] = rstd[c / each];
+        to[FACTOR * channels + c] = weight[c] * more;
+        to[OFFSET * channels + c] = bias[c] * more + (shift ? shift[c] : 0.0f);
+    }
+}
+
+/* Sums over the pixels of a part of x and x^2: to [2, channels]. */
+INLINE void sum(const void *x, long first, long pixels, long channels, double *to, int half)
+{
+    for (long c = 0; c < channels; c += LINE) {
+        wide one[2 * VECTORS], two[2 * VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * VECTORS; v++)
+            one[v] = two[v] = (wide){0};
+        for (long p = 0; p < pixels; p++) {
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++) {
+                union { vec all; few part[2]; } d = {read(x, (first + p) * channels + c + v * LANES, half)};
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    wide each = __builtin_convertvector(d.part[i], wide);
+                    one[2 * v + i] += each;
+                    two[2 * v + i] += each * each;
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * VECTORS; v++) {
+            *(wide *)(to + c + v * LANES / 2) = one[v];
+            *(wide *)(to + channels + c + v * LANES / 2) = two[v];
+        }
+    }
+}
+
+/* Mean and rstd of each group, from the sums of all parts. */
+static void fold(const double *sums, float *mean, float *rstd, long parts, long pixels, long channels, long groups,
+                 float eps)
+{
+    long each = channels / groups;
+    for (long g = 0; g < groups; g++) {
+        double one = 0, two = 0;
+        for (long part = 0; part < parts; part++)
+            for (long c = g * each; c < (g + 1) * each; c++) {
+                one += sums[part * 2 * channels + c];
+                two += sums[(part * 2 + 1) * channels + c];
+            }
+        one /= (double)each * pixels;
+        two = two / ((double)each * pixels) - one * one;
+        mean[g] = (float)one;
+        rstd[g] = (float)(1 / sqrt((two < 0 ? 0 : two) + eps)); /* NaN stays */
+    }
+}
+
+INLINE void apply(const void *x, void *y, long first, long pixels, long channels, const float *of, int silu, int half)
+{
+    for (long p = first; p < first + pixels; p++)
+        for (long c = 0; c < channels; c += LANES) {
+            vec h = (read(x, p * channels + c, half) - load(of + MEAN * channels + c)) * load(of + RSTD * channels + c);
+            vec z = h * load(of + FACTOR * channels + c) + load(of + OFFSET * channels + c);
+            if (silu)
+                z *= sigmoid(z);
+            write(y, p * channels + c, z, half);
+        }
+}
+
+/* Sums over the pixels of a part of the gradient of z, and of that times h: to [2, channels]. In float32 it stays in
+ * `out`, for what comes next.
+ */
+INLINE void sum_gradients(const void *x, const void *grad, void *out, long first, long pixels, long channels,
+                          const float *of, double *to, int silu, int half)
+{
+    for (long c = 0; c < channels; c += LANES) {
+        vec mean = load(of + MEAN * channels + c), rstd = load(of + RSTD * channels + c);
+        vec factor = load(of + FACTOR * channels + c), offset = load(of + OFFSET * channels + c);
+        vec one = {0}, two = {0};
+        for (long p = first; p < first + pixels; p++) {
+            vec h = (read(x, p * channels + c, half) - mean) * rstd, g = read(grad, p * channels + c, half);
+            if (silu) {
+                vec z = h * factor + offset, s = sigmoid(z);
+                g *= s * (1.0f + z * (1.0f - s));
+            }
+            if (!half)
+                write(out, p * channels + c, g, half);
+            one += g;
+            two += g * h;
+        }
+        for (int i = 0; i < LANES; i++) {
+            to[c + i] = one[i];
+            to[channels + c + i] = two[i];
+        }
+    }
+}
+
+/* Of a sample, its parts together: to [2, channels]. And for each channel what its group has of the gradient's mean, and
+ * of that of the gradient times h.
+ */
+static void fold_gradients(const double *sums, float *to, float *of_groups, const float *of, long parts, long pixels,
+                           long channels, long groups)
+{
+    long each = channels / groups;
+    for (long g = 0; g < groups; g++) {
+        double means[2] = {0, 0};
+        for (int i = 0; i < 2; i++)
+            for (long c = g * each; c < (g + 1) * each; c++) {
+                double total = 0;
+                for (long part = 0; part < parts; part++)
+                    total += sums[(part * 2 + i) * channels + c];
+                to[i * channels + c] = (float)total;
+                means[i] += total * of[FACTOR * channels + c];
+            }
+        for (int i = 0; i < 2; i++)
+            for (long c = g * each; c < (g + 1) * each; c++)
+                of_groups[i * channels + c] = (float)(means[i] / ((double)each * pixels));
+    }
+}
+
+INLINE void apply_gradients(const void *x, const void *grad, void *out, long first, long pixels, long channels,
+                            const float *of, const float *of_groups, int silu, int half)
+{
+    for (long p = first; p < first + pixels; p++)
+        for (long c = 0; c < channels; c += LANES) {
+            vec rstd = load(of + RSTD * channels + c), factor = load(of + FACTOR * channels + c);
+            vec h = (read(x, p * channels + c, half) - load(of + MEAN * channels + c)) * rstd;
+            vec g = read(half ? grad : out, p * channels + c, half);
+            if (half && silu) {
+                vec z = h * factor + load(of + OFFSET * channels + c), s = sigmoid(z);
+                g *= s * (1.0f + z * (1.0f - s));
+            }
+            g = g * factor - load(of_groups + c) - h * load(of_groups + channels + c);
+            write(out, p * channels + c, g * rstd, half);
+        }
+}
+
+/* Doubles of workspace. */
+long group_norm_space(long batch, long pixels, long channels)
+{
+    return batch * channels * (2 * group_norm_parts(pixels, channels) + (OF_CHANNELS + 2 + 1) / 2);
+}
+
+/* All there is to know of a call: what users gave, what is found, and where its numbers lie. */
+struct call {
+    const void *x, *grad;
+    const float *weight, *bias, *scale, *shift;
+    void *out;
+    float *mean, *rstd, *totals;
+    double *sums;
+    float *of, *of_groups;
+    long batch, pixels, channels, groups, parts;
+    float eps;
+    int silu, half;
+};
+
+static double *sums_of(const struct call *it, long b, long part)
+{
+    return it->sums + (b * it->parts + part) * 2 * it->channels;
+}
+
+/* The first pixel of a part of all samples, and how many it has. */
+static long first_of(const struct call *it, long b, long part, long *count)
+{
+    long each = pixels_of_part(it->channels), first = part * each;
+    *count = it->pixels - first < each ? it->pixels - first : each;
+    return b * it->pixels + first;
+}
+
+static void forward_first(const struct call *it, long b, long part)
+{
+    long count, first = first_of(it, b, part, &count);
+    if (it->half)
+        sum(it->x, first, count, it->channels, sums_of(it, b, part), 1);
+    else
+        sum(it->x, first, count, it->channels, sums_of(it, b, part), 0);
+}
+
+static void channels_of(const struct call *it, long b)
+{
+    const float *scale = it->scale ? it->scale + b * it->channels : 0, *shift = it->shift ? it->shift + b * it->channels : 0;
+    of_channels(it->of + b * OF_CHANNELS * it->channels, it->mean + b * it->groups, it->rstd + b * it->groups, it->weight,
+                it->bias, scale, shift, it->channels, it->groups);
+}
+
+static void forward_middle(const struct call *it, long b)
+{
+    fold(sums_of(it, b, 0), it->mean + b * it->groups, it->rstd + b * it->groups, it->parts, it->pixels, it->channels,
+         it->groups, it->eps);
+    channels_of(it, b);
+}
+
+static void forward_last(const struct call *it, long b, long part)
+{
+    long count, first = first_of(it, b, part, &count);
+    const float *of = it->of + b * OF_CHANNELS * it->channels;
+    if (it->half && it->silu)
+        apply(it->x, it->out, first, count, it->channels, of, 1, 1);
+    else if (it->half)
+        apply(it->x, it->out, first, count, it->channels, of, 0, 1);
+    else if (it->silu)
+        apply(it->x, it->out, first, count, it->channels, of, 1, 0);
+    else
+        apply(it->x, it->out, first, count, it->channels, of, 0, 0);
+}
+
+static void backward_first(const struct call *it, long b, long part)
+{
+    long count, first = first_of(it, b, part, &count);
+    const float *of = it->of + b * OF_CHANNELS * it->channels;
+    double *to = sums_of(it, b, part);
+    if (it->half && it->silu)
+        sum_gradients(it->x, it->grad, it->out, first, count, it->channels, of, to, 1, 1);
+    else if (it->half)
+        sum_gradients(it->x, it->grad, it->out, first, count, it->channels, of, to, 0, 1);
+    else if (it->silu)
+        sum_gradients(it->x, it->grad, it->out, first, count, it->channels, of, to, 1, 0);
+    else
+        sum_gradients(it->x, it->grad, it->out, first, count, it->channels, of, to, 0, 0);
+}
+
+static void backward_middle(const struct call *it, long b)
+{
+    fold_gradients(sums_of(it, b, 0), it->totals + b * 2 * it->channels, it->of_groups + b * 2 * it->channels,
+                   it->of + b * OF_CHANNELS * it->channels, it->parts, it->pixels, it->channels, it->groups);
+}
+
+static void backward_last(const struct call *it, long b, long part)
+{
+    long count, first = first_of(it, b, part, &count);
+    const float *of = it->of + b * OF_CHANNELS * it->channels, *of_groups = it->of_groups + b * 2 * it->channels;
+    if (it->half && it->silu)
+        apply_gradients(it->x, it->grad, it->out, first, count, it->channels, of, of_groups, 1, 1);
+    else if (it->half)
+        apply_gradients(it->x, it->grad, it->out, first, count, it->channels, of, of_groups, 0, 1);
+    else
+        apply_gradients(it->x, it->grad, it->out, first, count, it->channels, of, of_groups, 0, 0);
+}
+
+typedef void of_part(const struct call *, long b, long part);
+typedef void of_sample(const struct call *, long b);
+
+/* One step after the other: of each sample by one thread, whose cache it may fit in, where there are enough. */
+static void in_steps(const struct call *it, of_part *first, of_sample *middle, of_part *last, int threads)
+{
+    long batch = it->batch, parts = it->parts;
+#pragma omp parallel num_threads(threads)
+    if (batch >= threads) {
+#pragma omp for schedule(dynamic, 1)
+        for (long b = 0; b < batch; b++) {
+            for (long part = 0; part < parts; part++)
+                first(it, b, part);
+            middle(it, b);
+            for (long part = 0; part < parts; part++)
+                last(it, b, part);
+        }
+    } else {
+#pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < batch; b++)
+            for (long part = 0; part < parts; part++)
+                first(it, b, part);
+#pragma omp for schedule(static)
+        for (long b = 0; b < batch; b++)
+            middle(it, b);
+#pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < batch; b++)
+            for (long part = 0; part < parts; part++)
+                last(it, b, part);
+    }
+}
+
+/* Where the numbers of a call lie in its workspace. */
+static void place(struct call *it, double *space)
+{
+    it->parts = group_norm_parts(it->pixels, it->channels);
+    it->sums = space;
+    it->of = (float *)(space + it->batch * it->parts * 2 * it->channels);
+    it->of_groups = it->of + it->batch * OF_CHANNELS * it->channels;
+}
+
+/* y of x [batch, pixels, channels], weight and bias [channels], scale and shift [batch, channels] or NULL; and mean and
+ * rstd [batch, groups] for the gradients. space: `group_norm_space`.
+ */
+void group_norm_forward(const void *x, const float *weight, const float *bias, const float *scale, const float *shift,
+                        void *y, float *mean, float *rstd, double *space, long batch, long pixels, long channels,
+                        long groups, float eps, int silu, int half, int threads)
+{
+    struct call it = {.x = x, .weight = weight, .bias = bias, .scale = scale, .shift = shift, .out = y, .mean = mean,
+                      .rstd = rstd, .batch = batch, .pixels = pixels, .channels = channels, .groups = groups, .eps = eps,
+                      .silu = silu, .half = half};
+    place(&it, space);
+    in_steps(&it, forward_first, forward_middle, forward_last, threads);
+}
+
+/* The gradient of x for that of y, and totals [batch, 2, channels]: of each sample's gradients of z, and of these times
+ * h, of which the other gradients are made.
+ */
+void group_norm_backward(const void *grad, const void *x, const float *weight, const float *bias, const float *scale,
+                         const float *shift, float *mean, float *rstd, void *out, float *totals, double *space, long batch,
+                         long pixels, long channels, long groups, int silu, int half, int threads)
+{
+    struct call it = {.x = x, .grad = grad, .weight = weight, .bias = bias, .scale = scale, .shift = shift, .out = out,
+                      .mean = mean, .rstd = rstd, .totals = totals, .batch = batch, .pixels = pixels, .channels = channels,
+                      .groups = groups, .silu = silu, .half = half};
+    place(&it, space);
+    for (long b = 0; b < batch; b++)
+        channels_of(&it, b);
+    in_steps(&it, backward_first, backward_middle, backward_last, threads);
+}

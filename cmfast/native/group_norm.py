@@ -1,0 +1,162 @@
+"""GroupNorm with scale, shift and SiLU on a CPU, and its gradients, in two passes each: functions of group_norm.c."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast import native, reference
+from cmfast.ops._autograd import fused
+
+#: What images may be in; all is computed in float32.
+DTYPES = (torch.float32, torch.bfloat16)
+#: What the number of channels must be divisible by: a line of the cache.
+LINE = 16
+
+_SOURCE = Path(__file__).with_suffix(".c")
+
+
+class _Functions:
+    """Those of group_norm.c for a CPU."""
+
+    def __init__(self, cpu: str | None) -> None:
+        # Arguments as in group_norm.c.
+        library = native.library(_SOURCE, cpu)
+        pointer, number, flag, threads, real = (
+            ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_float,
+        )  # fmt: skip
+
+        def function(name: str, *arguments: Any, result: Any = None) -> Any:
+            found = getattr(library, f"group_norm_{name}")
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        self.space = function("space", *[number] * 3, result=number)
+        self.forward = function("forward", *[pointer] * 9, *[number] * 4, real, flag, flag, threads)
+        self.backward = function("backward", *[pointer] * 11, *[number] * 4, flag, flag, threads)
+
+
+@functools.cache
+def functions(cpu: str | None = None) -> _Functions:
+    """Raises: Unavailable: they cannot be had here."""
+    return _Functions(cpu)
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the functions cannot be had here; None if they can."""
+    return native.refusal(functions)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether x [B, C, ...] can be normalised so."""
+    return (
+        x.dtype in DTYPES
+        and x.ndim > 2
+        and x.shape[1] % LINE == 0
+        and x.numel() > 0
+        and not native.watched()
+        and x.movedim(1, -1).is_contiguous()
+        and refusal() is None
+    )
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """Samples, pixels, channels."""
+    batch, channels = x.shape[:2]
+    return batch, x.numel() // (batch * channels), channels
+
+
+def _pointers(*given: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in given]
+
+
+def _vectors(*given: Tensor | None) -> list[Tensor | None]:
+    """Parameters as C takes them."""
+    return [None if x is None else x.float().contiguous() for x in given]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    cpu: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.group_norm_silu`, in the layout and dtype of x [B, C, ...]; and of the groups means and reciprocal
+    deviations [2, B, G], which `backward` wants."""
+    made, sizes, out = functions(cpu), _shape(x), torch.empty_like(x)
+    moments = torch.empty(2, len(x), num_groups, dtype=torch.float32, device="cpu")
+    space = torch.empty(made.space(*sizes), dtype=torch.float64, device="cpu")
+    held = [x, *_vectors(weight, bias, scale, shift), out, moments[0], moments[1], space]
+    half = x.dtype != torch.float32
+    made.forward(*_pointers(*held), *sizes, num_groups, eps, silu, half, torch.get_num_threads())
+    return out, moments
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    moments: Tensor,
+    *,
+    num_groups: int,
+    silu: bool,
+    cpu: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the five, None where there is no scale and no shift, for that of the result."""
+    made, sizes, out = functions(cpu), _shape(x), torch.empty_like(x)
+    grad = grad.to(x.dtype).movedim(1, -1).contiguous()
+    totals = torch.empty(len(x), 2, x.shape[1], dtype=torch.float32, device="cpu")
+    space = torch.empty(made.space(*sizes), dtype=torch.float64, device="cpu")
+    vectors = _vectors(weight, bias, scale, shift)
+    held = [grad, x, *vectors, moments[0], moments[1], out, totals, space]
+    half = x.dtype != torch.float32
+    made.backward(*_pointers(*held), *sizes, num_groups, silu, half, torch.get_num_threads())
+    of_z, of_h = totals.unbind(1)  # of z = (h weight + bias) (1 + scale) + shift, and of that times h
+    if scale is None or shift is None:
+        return out, of_h.sum(0).to(weight.dtype), of_z.sum(0).to(bias.dtype), None, None
+    factor = 1 + scale.float()
+    of_weight, of_bias = (of_h * factor).sum(0), (of_z * factor).sum(0)
+    of_scale = of_h * weight.float() + of_z * bias.float()
+    return out, of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_scale.to(scale.dtype), of_z.to(shift.dtype)
+
+
+def _backward(
+    needed: tuple[bool, ...], grads: tuple[Tensor | None, ...], *inputs: Any, saved: Any, eps: float, **options: Any
+) -> tuple[Tensor | None, ...]:
+    return (None,) * len(inputs) if grads[0] is None else backward(grads[0], *inputs, *saved, **options)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, **options: Any) -> Any:
+    return reference.group_norm_silu(x, weight=weight, bias=bias, scale=scale, shift=shift, **options)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """silu((GroupNorm(x) weight + bias) (1 + scale) + shift), of x [B, C, ...] that `fits`, weight and bias [C], scale
+    and shift [B, C] or None; with gradients. Those of gradients are the reference's."""
+    options: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu}
+    return fused(forward, _backward, _reference, x, weight, bias, scale, shift, keep=1, **options)
