@@ -180,7 +180,10 @@ def start(
         if trial.setting not in kept:
             # One at a time: that of a large network holds gigabytes.
             kept.clear()
-            kept[trial.setting] = Gate(Start(trial, device, options.openai))
+            try:
+                kept[trial.setting] = Gate(Start(trial, device, options.openai))
+            except Missing as missing:
+                return {"rows": [], "failures": [], "missing": {trial.setting: str(missing)}}
         gate = kept[trial.setting]
         gate.start.trial = trial
         return measure(gate, trial, budget_s=budget_s, rounds=options.rounds)

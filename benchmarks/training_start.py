@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cmfast import Denoiser, curricula, ops, reference
 from cmfast.benchmarks import networks
+from cmfast.benchmarks.original import Missing
 from cmfast.data import to_unit
 from cmfast.perceptual import LPIPS
 from cmfast.precondition import Preconditioner
@@ -67,10 +69,15 @@ class Trial:
 
 
 class Start:
-    """What every provider of a trial starts from: random weights, images and labels."""
+    """What every provider of a trial starts from: random weights, images and labels.
+
+    Raises: Missing: the loss needs a package that is not installed.
+    """
 
     def __init__(self, trial: Trial, device: torch.device, openai: Path | None = None) -> None:
         self.trial, self.device, self.openai = trial, device, openai
+        if trial.loss_norm == "lpips" and not find_spec("torchvision"):
+            raise Missing("torchvision, which has the trunk of LPIPS, is not installed for this Python")
         #: Each has weights of its own, so that one in the place of another shows.
         roles = ("student", "target", *(["teacher"] if trial.recipe == "cd" else []))
         self.weights = {role: _weights(trial.network, device, seed) for seed, role in enumerate(roles)}
@@ -96,11 +103,14 @@ class Start:
         return model if role == "teacher" else model.train()
 
     def perceptual(self, dtype: torch.dtype | None = None) -> LPIPS | None:
-        """LPIPS with a random trunk, if the loss is that."""
+        """LPIPS with a random trunk, if the loss is that; dtype: of all of it, by default as a user gets it."""
         if self.lpips is None:
             return None
-        lpips = copy.deepcopy(self.lpips).to(self.device)
-        return lpips if dtype is None else lpips.to(dtype)
+        lpips = copy.deepcopy(self.lpips)
+        if dtype is not None:
+            lpips.dtype = dtype  # else a GPU's default of the trunk, bfloat16, comes after every cast to float32
+            lpips.to(dtype)
+        return lpips.to(self.device)
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1] and labels, on the device."""

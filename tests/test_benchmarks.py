@@ -414,6 +414,15 @@ class TestGpuSteps:
         assert len(kernels) > 30
         assert kernels <= set(run.stdout.splitlines()[-1].split())
 
+    def test_the_sanitizer_waits_for_pytorch(self):
+        """Until its first call of CUDA; and what libraries ask in vain is no error of a kernel."""
+        wrappers = {step.name: step.wrapper for step in gpu.steps(Path("out"), long=True) if step.wrapper}
+        assert set(wrappers) == {"memcheck", "racecheck"}
+        for words in wrappers.values():
+            assert words[words.index("--launch-timeout") + 1] == "0"
+        assert wrappers["memcheck"][-2:] == ("--report-api-errors", "no")
+        assert "--report-api-errors" not in wrappers["racecheck"]
+
     def test_environments(self):
         """Kernels are counted by a profiler, which is to be gone when the next trial is timed."""
         environments = {step.name: dict(step.environment) for step in gpu.steps(Path("out"), long=True)}

@@ -15,10 +15,22 @@ import torch
 import torch.nn.functional as F
 
 from cmfast import perceptual
-from cmfast.benchmarks import gpu, memory, networks, original_training, phases, timing, training, training_gate
+from cmfast.benchmarks import (
+    gpu,
+    memory,
+    networks,
+    original_training,
+    phases,
+    profile,
+    timing,
+    training,
+    training_gate,
+    training_start,
+)
 from cmfast.benchmarks import training_providers as providers
 from cmfast.benchmarks import training_summary as summary
 from cmfast.benchmarks.training_start import Trial
+from cmfast.tolerances import TRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -177,6 +189,32 @@ def test_lpips(tmp_path, checkout, one_trial, monkeypatch):
     assert status == 0, result["failures"]
     assert {row["provider"] for row in result["rows"]} == {"openai", "cmfast"} and result["rows"][0]["batch"] == 1
     assert "lpips" in result["rows"][-1]["phases_ms"]
+
+
+def test_without_torchvision(tmp_path, one_trial, monkeypatch):
+    """What it is missing for is said, and is no failure."""
+    training_start._lpips.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    trial = one_trial("reference", "cmfast", loss_norm="lpips")
+    status, result = recorded(tmp_path)
+    assert status == 0 and not result["rows"] and not result["failures"]
+    why = "torchvision, which has the trunk of LPIPS, is not installed for this Python"
+    assert result["missing"] == {trial.setting: why}
+    monkeypatch.setattr(providers, "trials", lambda *arguments: [trial])
+    options = SimpleNamespace(openai=None, quick=False)
+    found = profile.measure(profile.Trial("micro", 0, ("cmfast",)), options, CPU)
+    assert not found["rows"] and not found["failures"] and "torchvision" in found["missing"]["cmfast"]
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="torchvision is not installed")
+def test_the_yardstick_of_lpips_is_not_in_half_precision(monkeypatch):
+    """On a GPU its trunk becomes bfloat16 wherever it would be float32, unless that is asked for."""
+    start = training.Start(Trial("micro", 2, ("cmfast",), loss_norm="lpips"), CPU)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    dtypes = {dtype: next(start.perceptual(dtype).trunk.buffers()).dtype for dtype in (None, *TRAINED, torch.float64)}
+    assert dtypes.pop(None) == torch.bfloat16 and all(made == dtype for dtype, made in dtypes.items())
+    exact, rounded = (next(start.perceptual(dtype).trunk.buffers()) for dtype in (torch.float64, torch.bfloat16))
+    assert not torch.equal(exact, rounded.double())
 
 
 def test_kernels_are_counted_when_all_is_timed(tmp_path, one_trial, monkeypatch):

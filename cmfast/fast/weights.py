@@ -121,7 +121,8 @@ class Weights:
         key = (kind, *map(id, parameters))
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[key] = _Kept(parameters, make)
+            # That of the first of several threads: a graph may have been captured with it, which does not hold it.
+            kept = self._kept.setdefault(key, _Kept(parameters, make))
         return kept.current()
 
     def _laid_out(self, kind: str, parameters: tuple[Tensor, ...], make: Make, shape: tuple[int, ...]) -> Tensor:

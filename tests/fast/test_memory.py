@@ -130,3 +130,22 @@ def test_memory_is_kept_for_all_streams_that_read_it(monkeypatch):
     here[0], one._make = 2, lambda p: p.double()
     one.make_again()
     assert reads() == [(id(one.value), 1)]
+
+
+def test_two_threads_that_make_a_weight_at_once_have_one():
+    """A graph that one of them has captured reads its memory, and does not hold it."""
+    parameter, made, others = torch.ones(3), weights.Weights(torch.bfloat16), []
+
+    def get():
+        return made._made("plain", (parameter,), make, False)
+
+    def make(p):
+        if not others:
+            others.append(None)
+            thread = threading.Thread(target=lambda: others.append(get()))
+            thread.start()
+            thread.join()
+        return p.bfloat16()
+
+    first = get()
+    assert first is others[1] is get()

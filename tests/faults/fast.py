@@ -123,6 +123,9 @@ FAST_WEIGHTS = [
         "        self._seen = seen = self._look()\n        made, old = self._made(), self.value\n",
         "tests/test_engine_stress.py::test_a_weight_made_again_in_two_threads",
     ),
+    ("a weight that a graph reads is given up", "kept = self._kept.setdefault(key, _Kept(parameters, make))",
+     "kept = self._kept[key] = _Kept(parameters, make)",
+     "tests/fast/test_memory.py::test_two_threads_that_make_a_weight_at_once_have_one"),
     (
         "addresses come back",
         " or any(storage.expired() for storage in storages)",
