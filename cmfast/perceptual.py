@@ -155,10 +155,11 @@ class LPIPS(nn.Module):
             self.trunk.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LPIPS":
-        """What `.to()` and its kin do to the weights, and the default dtype of a GPU."""
+        """What `.to()` and its kin do to the weights, and on the way to a GPU the default dtype there."""
+        comes = not self.heads.is_cuda
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
         self._on_cpu = perceptual_cpu.Trunk()  # without what was kept of the weights before
-        if self.dtype is None and self.heads.is_cuda and self._trunk_dtype == torch.float32:
+        if comes and self.heads.is_cuda and self.dtype is None and self._trunk_dtype == torch.float32:
             self.trunk.to(torch.bfloat16)
         return self
 

@@ -276,6 +276,7 @@ def test_dtype_on_a_gpu(asked):
         model.to("cuda")
         assert model.trunk[0].weight.dtype == (asked or torch.bfloat16) and model.heads.dtype == torch.float32
         assert model.trunk[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert model.float().trunk[0].weight.dtype == torch.float32  # asked for there
         assert model.double().trunk[0].weight.dtype == torch.float64
 
 

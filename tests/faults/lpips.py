@@ -103,7 +103,7 @@ MODULE = [
     ("one pass of the trunk for each image always", "images = [torch.cat(images)]", "pass",
      T_MODULE + "both_images_in_one_pass_where_no_graph_is_recorded"),
     ("float32 on a GPU", "self.trunk.to(torch.bfloat16)", "pass", T_MODULE + "dtype_on_a_gpu[None]"),
-    ("what was asked for ignored on a GPU", "if self.dtype is None and self.heads.is_cuda", "if self.heads.is_cuda",
+    ("what was asked for ignored on a GPU", "self.heads.is_cuda and self.dtype is None and", "self.heads.is_cuda and",
      T_MODULE + "dtype_on_a_gpu[torch.float32]"),
     ("heads rounded too", "self.trunk.to(dtype)", "self.to(dtype)", T_MODULE + "dtype_is_that_of_the_trunk_alone"),
     ("images of the second half first", "maps[0].tensor_split(2)", "maps[0][::2], maps[0][1::2]",

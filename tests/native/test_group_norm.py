@@ -182,7 +182,8 @@ def test_bfloat16_is_rounded_once(cpu):
     (y, moments), (y_wide, _) = (group_norm.forward(*given, eps=1e-5, **options) for given in (every, wide))
     assert torch.equal(y, y_wide.bfloat16())
     grad = last(torch.randn(2, 32, 9, 7)).bfloat16()
-    of_x, of_wide = (group_norm.backward(g, *x, moments, **options)[0] for g, x in ((grad, every), (grad.float(), wide)))
+    pairs = (grad, every), (grad.float(), wide)
+    of_x, of_wide = (group_norm.backward(g, *given, moments, **options)[0] for g, given in pairs)
     assert torch.equal(of_x, of_wide.bfloat16())
 
 
