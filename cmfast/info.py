@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
-from cmfast.native import group_norm, winograd
+from cmfast.native import attention, group_norm, winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -33,10 +33,13 @@ def _versions() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    why = winograd.refusal()
-    yield "3x3 convolutions on a CPU: " + (f"oneDNN's ({why})" if why else "by Winograd in float32, where it gains")
-    why = group_norm.refusal()
-    yield "GroupNorm on a CPU: " + (f"PyTorch's ({why})" if why else "in C, in float32 and bfloat16, in channels_last")
+    for name, functions, where in (
+        ("3x3 convolutions", winograd, "by Winograd in float32, where it gains"),
+        ("GroupNorm", group_norm, "in C in float32 and bfloat16, in channels_last"),
+        ("attention", attention, "in C in float32, without gradients"),
+    ):
+        why = functions.refusal()
+        yield f"{name} on a CPU: " + (f"PyTorch's ({why})" if why else where)
     if not torch.cuda.is_available():
         yield "no GPU that PyTorch can use"
         return

@@ -273,4 +273,5 @@ def test_wheel_from_sdist(tmp_path):
     assets = {path.as_posix() for path in repository_files() if path.parts[:2] == ("cmfast", "assets")}
     modules = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
     assert assets
-    assert assets | modules | {"cmfast/py.typed", "cmfast/native/winograd.c"} <= names
+    native = {f"cmfast/native/{path.name}" for path in (ROOT / "cmfast/native").glob("*.[ch]")}
+    assert len(native) >= 4 and assets | modules | native | {"cmfast/py.typed"} <= names

@@ -20,7 +20,7 @@ from cmfast.dropout import DROPOUT_DRAW, current, note
 from cmfast.fast import doubling
 from cmfast.fast.plan import Attention, Layers, Plan, Resample, ResBlock
 from cmfast.fast.weights import Weights, geometry
-from cmfast.native import winograd
+from cmfast.native import attention, winograd
 from cmfast.ops._dispatch import keeping_backend
 
 
@@ -152,8 +152,11 @@ class Forward:
         residual = x.settle()
         # Views all, of channels_last memory.
         qkv = self.project(h, block.qkv).permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (3, block.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.onednn and attention.fits(qkv):
+            h = attention.attend(qkv).flatten(2)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
         if self.waits:
             return Sum(self.project(h, (block.proj,)), residual)

@@ -79,7 +79,8 @@ def watched() -> bool:
 
 def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:
     """By these two commands, or from the folder where it was kept."""
-    content = repr((source.read_bytes(), to_object, to_library))
+    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+    content = repr((source.read_bytes(), headers, to_object, to_library))
     name, folder = f"{source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so", _folder()
     if folder is not None:
         with contextlib.suppress(OSError):  # it is not there, or was cut off

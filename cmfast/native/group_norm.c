@@ -7,28 +7,18 @@
  */
 #include <math.h>
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
+#include "common.h"
+
 /* Channels done at once: a line of the cache, of which `channels` is a multiple. */
 #define LINE 16
 #define VECTORS (LINE / LANES)
 /* Numbers in a part. */
 #define PART 16384
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned words __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned short halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float few __attribute__((vector_size(2 * LANES), may_alias));
 typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec load(const float *from) { return *(const vec *)from; }
-INLINE void store(float *to, vec x) { *(vec *)to = x; }
-
 /* Number `at` and the next of an image, half: in bfloat16. */
 INLINE vec read(const void *from, long at, int half)
 {
@@ -36,8 +26,6 @@ INLINE vec read(const void *from, long at, int half)
         return load((const float *)from + at);
     return (vec)(__builtin_convertvector(*(const halves *)((const unsigned short *)from + at), words) << 16);
 }
-
-INLINE vec choose(ints where, vec x, vec other) { return (vec)(((ints)x & where) | ((ints)other & ~where)); }
 
 INLINE void write(void *to, long at, vec x, int half)
 {
@@ -49,25 +37,6 @@ INLINE void write(void *to, long at, vec x, int half)
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     words nan = (words)(x != x);
     *(halves *)((unsigned short *)to + at) = __builtin_convertvector((bits & ~nan) | (0x7fc0 & nan), halves);
-}
-
-/* e^x by 2^n e^r with |r| <= ln(2) / 2, and for e^r its series to the seventh power, the rest of which is 5e-9. */
-INLINE vec exponential(vec x)
-{
-    const vec least = (vec){0} - 87.0f, most = (vec){0} + 88.0f;
-    x = choose(x < least, least, choose(x > most, most, x)); /* NaN stays */
-    vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: n is in the last bits */
-    vec n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln(2) in two parts */
-    vec series = (vec){0} + 1.0f / 5040;
-    series = series * r + 1.0f / 720;
-    series = series * r + 1.0f / 120;
-    series = series * r + 1.0f / 24;
-    series = series * r + 1.0f / 6;
-    series = series * r + 0.5f;
-    series = series * r + 1.0f;
-    series = series * r + 1.0f;
-    return series * (vec)(((ints)shifted << 23) + (127 << 23));
 }
 
 INLINE vec sigmoid(vec z) { return 1.0f / (1.0f + exponential(-z)); }

@@ -9,29 +9,16 @@
  */
 #include <string.h>
 
+#include "common.h"
+
 int omp_get_thread_num(void), omp_get_num_threads(void);
 
-/* Numbers in a vector, and rows of the matrix multiplication that are summed in registers, for two vectors of columns. */
-#ifdef __AVX512F__
-#define LANES 16
-#define ROWS 12
-#define BAND 8
-#else
-#define LANES 8
-#define ROWS 6
-#define BAND 4
-#endif
-#define PANEL (2 * LANES)
+/* Columns of an accumulation's rows that are summed in registers. */
+#define BAND (LANES / 2)
 /* Between what lies 16 times in memory: without it, all 16 fall on the same lines of the cache. */
 #define APART 16
 /* Whether there is nothing at a place of a doubled image's tile. */
 #define EMPTY(place) ((place) / 4 == 2 || (place) % 4 == 2)
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec load(const float *from) { return *(const vec *)from; }
-INLINE void store(float *to, vec x) { *(vec *)to = x; }
 
 /* Floats of workspace for each thread. */
 long winograd_room(long channels, long block)
@@ -47,28 +34,6 @@ long winograd_size(long channels, long outputs)
 
 /* What the number of tiles in a block is a multiple of. */
 long winograd_rows(void) { return ROWS; }
-
-/* c [ROWS, PANEL] = a [ROWS, depth] b [depth, PANEL] */
-INLINE void multiply(const float *a, const float *b, float *c, long depth)
-{
-    vec sums[ROWS][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++)
-        sums[i][0] = sums[i][1] = (vec){0};
-    for (long k = 0; k < depth; k++) {
-        vec left = load(b + k * PANEL), right = load(b + k * PANEL + LANES);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            sums[i][0] += a[i * depth + k] * left;
-            sums[i][1] += a[i * depth + k] * right;
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-        store(c + i * PANEL, sums[i][0]);
-        store(c + i * PANEL + LANES, sums[i][1]);
-    }
-}
 
 /* B' d B of a tile, whose 16 pixels are at `from`: place p goes to `to` + p `apart`. */
 INLINE void spread(const float *const from[16], float *to, long apart, long channels)
@@ -157,8 +122,8 @@ void winograd_convolve(const float *x, const float *filters, const float *bias, 
             /* Rows beyond the last tile are multiplied as well: whatever is there, nobody reads what comes of it. */
             for (int p = 0; p < 16; p++)
                 for (long t = 0; t < count && !(doubled && EMPTY(p)); t += ROWS)
-                    multiply(inputs + p * from_apart + t * channels, of_panel + p * (channels * PANEL + APART),
-                             products + p * to_apart + t * PANEL, channels);
+                    multiply(inputs + p * from_apart + t * channels, channels, of_panel + p * (channels * PANEL + APART),
+                             products + p * to_apart + t * PANEL, PANEL, channels);
             for (long t = 0; t < count; t++) {
                 long tile = first + t, b = tile / (rows * columns);
                 long top = 2 * (tile / columns % rows), left = 2 * (tile % columns);

@@ -92,7 +92,7 @@ COMPILING = [
     ("compiled in every process", "if folder is not None:\n        with contextlib.suppress(OSError):  # it is",
      "if False:\n        with contextlib.suppress(OSError):  # it is",
      _NATIVE + "compiled_once"),
-    ("what is kept is never old", "repr((source.read_bytes(), to_object", "repr((to_object", _NATIVE + "compiled_once"),
+    ("what is kept is never old", "repr((source.read_bytes(), headers", "repr((headers", _NATIVE + "compiled_once"),
     ("what others put there is run", "or (others and not kept_apart)", "",
      _NATIVE + "nothing_is_kept_where_it_is_not_safe[others may write]"),
     ("what others put in a folder's place is run", "for each in (folder, *folder.parents):", "for each in (folder,):",
@@ -129,12 +129,6 @@ GROUP_NORM_C = [
     ("bfloat16 cut off", "bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;", "bits = bits >> 16;",
      _NORM + "bfloat16_is_rounded_once[AVX2]"),
     ("NaN rounded to a number", "(bits & ~nan) | (0x7fc0 & nan)", "bits", _NORM + "nan_stays_nan_in_bfloat16"),
-    ("an exponential's series cut off", "series = series * r + 1.0f / 24;", "series = series * r;",
-     _NORM + "silu_of_large_numbers[AVX2]"),
-    ("a logarithm in one part", "x - n * 0.693359375f + n * 2.12194440e-4f", "x - n * 0.693359375f",
-     _NORM + "silu_of_large_numbers[AVX2]"),
-    ("exponents beyond float32's", "x = choose(x < least, least, choose(x > most, most, x));", "",
-     _NORM + "silu_of_large_numbers[AVX2]"),
 ]
 
 GROUP_NORM = [
@@ -153,10 +147,50 @@ GROUP_NORM = [
     ("the scale's gradient without the bias", " + of_z * bias.float()", "", _NORM_OF),
 ]
 
+COMMON = [
+    ("an exponential's series cut off", "series = series * r + 1.0f / 24;", "series = series * r;",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+    ("a logarithm in one part", "x - n * 0.693359375f + n * 2.12194440e-4f", "x - n * 0.693359375f",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+    ("exponents beyond float32's", "x = choose(x < least, least, choose(x > most, most, x));", "",
+     _NORM + "silu_of_large_numbers[AVX2]"),
+]
+
+_ATTENTION = "tests/native/test_attention.py::test_"
+_ATTENTION_ODD = _ATTENTION + "values[(1, 37, 2, 64)-AVX2-1.0]"
+
+ATTENTION_C = [
+    ("unscaled", "+ column + d] * scale;", "+ column + d];", _ATTENTION_ODD),
+    ("keys for values", "pack_values(keys + width,", "pack_values(keys,", _ATTENTION_ODD),
+    ("every sample's keys those of the first", "(head / heads * tokens * 3 + 1) * width", "width",
+     _ATTENTION + "values[(3, 64, 1, 96)-AVX2-1.0]"),
+    ("the largest of some", "(long t = whole; t < tokens; t++)\n        largest", "(long t = 0; 0;)\n        largest",
+     _ATTENTION + "products_beyond_what_an_exponential_takes[1-AVX2]"),
+    ("a sum of some", "for (long t = whole; t < tokens; t++)\n        sum", "for (long t = 0; 0;)\n        sum",
+     _ATTENTION_ODD),
+    ("values summed to the last", "t += DEPTH", "t += padded(tokens)", _ATTENTION + "values[(1, 700, 2, 32)-AVX2-1.0]"),
+    ("one room for all threads", "rooms + omp_get_thread_num() * room(tokens, dim)", "rooms",
+     _ATTENTION + "same_bits_for_any_batch_and_threads"),
+]
+
+ATTENTION = [
+    ("any dtype", "qkv.dtype == DTYPE", "True", _ATTENTION + "what_it_does_not_do[float64]"),
+    ("any size", "        and qkv.shape[-1] % PANEL == 0\n", "", _ATTENTION + "what_it_does_not_do[size]"),
+    ("any strides", "        and qkv.is_contiguous()\n", "", _ATTENTION + "what_it_does_not_do[strides]"),
+    ("gradients that end", "        and not (torch.is_grad_enabled() and qkv.requires_grad)\n", "",
+     _ATTENTION + "layers_of_a_network[True]"),
+    ("any number of tokens", "        and qkv.shape[1] <= MOST_TOKENS\n", "",
+     _ATTENTION + "what_it_does_not_do[tokens]"),
+    ("nobody looks on", "        and not native.watched()\n", "", _ATTENTION + "who_looks_on_sees_pytorchs"),
+]
+
 FAULTS = {
     "cmfast/native/__init__.py": COMPILING,
     "cmfast/native/winograd.py": WINOGRAD,
     "cmfast/native/winograd.c": WINOGRAD_C,
+    "cmfast/native/common.h": COMMON,
+    "cmfast/native/attention.py": ATTENTION,
+    "cmfast/native/attention.c": ATTENTION_C,
     "cmfast/native/group_norm.py": GROUP_NORM,
     "cmfast/native/group_norm.c": GROUP_NORM_C,
 }
