@@ -28,11 +28,11 @@ def optimize(model: Module, dtype: torch.dtype | None = None, *, pack: bool = Tr
     matrix multiplication; q, k and v go into attention without copies.
 
     On a CPU, in float32, 3x3 convolutions take 4/9 of the multiplications, and so do their gradients; a quarter where
-    the image is doubled before (`native.winograd`). GroupNorm is `native.group_norm`'s. Both are C, compiled when they
-    are first needed, in about a second and once on a machine; without a compiler PyTorch's serve. In bfloat16 those of
-    doubled images take 4/9 (`fast.doubling`). Where no gradient is recorded, weights are kept as these want them: that
-    takes up to twice the memory of the weights more, and as much again where images of two sizes want other layouts.
-    The first call of each input shape lays them out.
+    the image is doubled before (`native.winograd`). GroupNorm is `native.group_norm`'s, and attention without gradients
+    `native.attention`'s. All are C, compiled when they are first needed, in about a second and once on a machine;
+    without a compiler PyTorch's serve. In bfloat16 those of doubled images take 4/9 (`fast.doubling`). Where no
+    gradient is recorded, weights are kept as these want them: that takes up to twice the memory of the weights more,
+    and as much again where images of two sizes want other layouts. The first call of each input shape lays them out.
 
     Parameters, buffers and modules are shared with the model, and so is the state dict: training, loading or averaging
     either is seen by both. What is made of weights (another dtype or layout, joined projections) is made anew when they
