@@ -31,7 +31,7 @@ def test_list(capsys):
 
 
 def test_wrong_options(capsys):
-    assert cli.main(["bench", "--provider", "cmfast,openia"]) == 2
+    assert cli.main(["bench", "--list", "--provider", "cmfast,openia"]) == 2
     assert "unknown openia; known: auto, cmfast" in capsys.readouterr().err
     assert cli.main(["bench", "--quick", "--device", "cpu", "--case", "no such case"]) == 2
     assert "--list prints them" in capsys.readouterr().err
