@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
-from cmfast.native import attention, group_norm, winograd
+from cmfast.native import attention, group_norm, noise, winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -37,6 +37,7 @@ def _devices() -> Iterator[str]:
         ("3x3 convolutions", winograd, "by Winograd in float32, where it gains"),
         ("GroupNorm", group_norm, "in C in float32 and bfloat16, in channels_last"),
         ("attention", attention, "in C in float32, without gradients"),
+        ("noise from counters", noise, "in C in float32"),
     ):
         why = functions.refusal()
         yield f"{name} on a CPU: " + (f"PyTorch's ({why})" if why else where)

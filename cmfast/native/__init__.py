@@ -27,7 +27,8 @@ FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
 }
 #: Without -fopenmp at the end: the threads are those of PyTorch, whose OpenMP is there already, and no second one.
-COMPILE, LINK = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-c"), ("-shared",)
+COMPILE = ("-O3", "-fno-math-errno", "-std=gnu11", "-fPIC", "-fopenmp", "-c")
+LINK = ("-shared",)
 
 
 @functools.cache

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast import reference
+from cmfast import native, reference
+from cmfast.native import noise as native_noise
 from cmfast.ops import _check
 from cmfast.ops._autograd import fused
-from cmfast.ops._dispatch import plain, use_kernel
+from cmfast.ops._dispatch import plain, plain_on_cpu, use_kernel
 from cmfast.ops.precondition import check_step
 from cmfast.reference import Draw
+from cmfast.reference._common import compute_dtype
+from cmfast.reference.philox import number
 
 
 def normal(
@@ -47,7 +50,23 @@ def normal(
         from cmfast.kernels.normal import normal_fwd
 
         return normal_fwd(seed, index, shape, draw=draw, dtype=dtype)
-    return reference.normal(seed, index, shape, draw=draw, dtype=dtype)
+    noise = _made(Draw(seed, index, draw), shape, dtype)
+    return reference.normal(*noise[:2], shape, draw=draw, dtype=dtype) if isinstance(noise, Draw) else noise
+
+
+def _made(noise: Tensor | Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | Draw:
+    """The numbers of a draw [B, *shape] where C makes them, on a CPU; else what was given."""
+    if not isinstance(noise, Draw) or dtype != torch.float32:
+        return noise
+    tensors = [x for x in noise if isinstance(x, Tensor)]
+    if not plain_on_cpu(tensors, (torch.int64, torch.int32)) or native.watched() or native_noise.refusal() is not None:
+        return noise
+    return native_noise.normal(number(noise.seed), noise.index, shape, number(noise.draw))
+
+
+def _made_like(noise: Tensor | Draw, x: Tensor) -> Tensor | Draw:
+    """The same for a batch like x, in the dtype in which the reference adds it."""
+    return _made(noise, tuple(x.shape[1:]), compute_dtype(x))
 
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
@@ -109,7 +128,7 @@ def init_noise(
         from cmfast.kernels.noise import init_noise_bwd, init_noise_fwd
 
         return fused(init_noise_fwd, init_noise_bwd, reference.init_noise, noise, sigma, c_noise=(2,), **options)
-    return reference.init_noise(noise, sigma, **options)
+    return reference.init_noise(_made(noise, shape or (), options["state_dtype"]), sigma, **options)
 
 
 def _check_data(
@@ -161,6 +180,7 @@ def add_noise(
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
         return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
+    inputs = x_start, _made_like(noise, x_start), sigma, input_sigma
     return plain(reference.add_noise, *inputs)(*inputs, **options)
 
 
@@ -195,7 +215,7 @@ def add_noise_pair(
         pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
         six: Any = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
-        six = reference.add_noise_pair(*inputs, **options)
+        six = reference.add_noise_pair(x_start, _made_like(noise, x_start), sigma, next_sigma, **options)
     return six[:3], six[3:]
 
 
@@ -242,4 +262,5 @@ def renoise(
         from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
+    inputs = model_output, x_t, sigma, next_sigma, _made_like(noise, x_t)
     return plain(reference.renoise, *inputs)(*inputs, **options)

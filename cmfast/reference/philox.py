@@ -41,7 +41,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
 def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
     """The four Philox words of `groups` consecutive groups of elements, each int64 [B, groups]."""
     if _for_numpy((index, seed, draw), index.shape[0] * groups):
-        return _numpy_words(_number(seed), index.numpy(), _number(draw), groups)
+        return _numpy_words(number(seed), index.numpy(), number(draw), groups)
     index = index.to(torch.int64)[:, None]
     seed = seed.to(torch.int64).reshape(()) if isinstance(seed, Tensor) else seed
     group = torch.arange(groups, device=index.device)[None, :] & MASK
@@ -72,7 +72,7 @@ def _for_numpy(inputs: tuple[int | Tensor, ...], counters: int) -> bool:
     return counters <= _SMALL or torch.get_num_threads() <= _FEW_THREADS
 
 
-def _number(x: int | Tensor) -> int:
+def number(x: int | Tensor) -> int:
     """By way of NumPy, to which it is no read from a device."""
     return int(x.numpy().reshape(())) if isinstance(x, Tensor) else x
 

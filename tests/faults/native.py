@@ -184,7 +184,39 @@ ATTENTION = [
     ("nobody looks on", "        and not native.watched()\n", "", _ATTENTION + "who_looks_on_sees_pytorchs"),
 ]
 
+_NOISE = "tests/native/test_noise.py::test_"
+_NOISE_BITS = _NOISE + "bits[0-0-(3, 64, 61)-AVX2]"
+
+NOISE_C = [
+    ("a round too few", "round < 10", "round < 9", _NOISE_BITS),
+    ("halves of a product changed over", "c0 = (two >> 32) ^ c1 ^ k0;", "c0 = (one >> 32) ^ c1 ^ k0;", _NOISE_BITS),
+    ("the seed's high word forgotten", "k1 = (unsigned)(seed >> 32);", "k1 = 0;",
+     _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
+    ("the sample's high word forgotten", "(unsigned)(index[b] >> 32)", "0u", _NOISE_BITS),
+    ("the draw forgotten", "c1 = (words){0} + draw,", "c1 = (words){0} + 0 * draw,",
+     _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
+    ("words not rounded", "u = rounded(rounded(number(a)) *", "u = rounded(number(a) *", _NOISE + "bits_of_many[AVX2]"),
+    ("uniforms not rounded", "rounded(rounded(number(a)) * 0x1p-32 + 0x1p-33)",
+     "(rounded(number(a)) * 0x1p-32 + 0x1p-33)", _NOISE + "bits_of_many[AVX2]"),
+    ("a logarithm's series cut off", "sum = (reals){0} + 1.0 / 21;", "sum = (reals){0};",
+     _NOISE + "bits_of_many[AVX2]"),
+    ("a quarter of a turn in one part", " - turns * 6.12323399573676603587e-17", "", _NOISE + "bits_of_many[AVX2]"),
+    ("a sine's sign", "of_sine = (quarter & 2) << 62", "of_sine = (quarter & 1) << 63", _NOISE_BITS),
+    ("numbers beyond the last", "if (first * 4 + i * 4 + j < count)", "if (1)",
+     _NOISE + "nothing_beyond_is_written[33-AVX2]"),
+]
+
+NOISE = [
+    ("who looks on sees nothing", " or native.watched()", "", _NOISE + "who_looks_on_sees_pytorchs"),
+    ("any dtype", " or dtype != torch.float32:", ":", _NOISE + "operations[normal-torch.bfloat16-numbers]"),
+    ("without a compiler", " or native_noise.refusal() is not None", "", _NOISE + "without_a_compiler"),
+    ("pairs by the reference", "reference.add_noise_pair(x_start, _made_like(noise, x_start),",
+     "reference.add_noise_pair(x_start, noise,", _NOISE + "operations[add_noise_pair-torch.float32-numbers]"),
+]
+
 FAULTS = {
+    "cmfast/native/noise.c": NOISE_C,
+    "cmfast/ops/noise.py": NOISE,
     "cmfast/native/__init__.py": COMPILING,
     "cmfast/native/winograd.py": WINOGRAD,
     "cmfast/native/winograd.c": WINOGRAD_C,

@@ -1,0 +1,43 @@
+"""Normal numbers from counters on a CPU: by the function of noise.c."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmfast import native
+
+_SOURCE = Path(__file__).with_suffix(".c")
+
+
+@functools.cache
+def functions(cpu: str | None = None) -> Any:
+    """That of noise.c for a CPU, with arguments as there. Raises: Unavailable: it cannot be had here."""
+    found = native.library(_SOURCE, cpu).noise_normal
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    found.argtypes = pointer, pointer, ctypes.c_ulong, ctypes.c_uint, number, number, ctypes.c_int
+    found.restype = None
+    return found
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the function cannot be had here; None if it can."""
+    return native.refusal(functions)
+
+
+def normal(seed: int, index: Tensor, shape: tuple[int, ...], draw: int, cpu: str | None = None) -> Tensor:
+    """`reference.normal` in float32, [B, *shape] of index [B]: the same bits but for one number in 10^8 or so, which is
+    the next; with the same bits in any batch."""
+    out = torch.empty(len(index), *shape, dtype=torch.float32, device="cpu")
+    index = index.to(torch.int64).contiguous()
+    words = seed & (2**64 - 1), draw & (2**32 - 1)
+    sizes = len(index), math.prod(shape), torch.get_num_threads()
+    functions(cpu)(out.data_ptr(), index.data_ptr(), *words, *sizes)
+    return out
