@@ -210,10 +210,9 @@ class LPIPS(nn.Module):
         value_range_of(value_range)
 
         measure = functools.partial(self._measure, size=size, value_range=value_range)
-        if len(x) and perceptual_cpu.serves(x, target, list(self.buffers())):
-            height, width = (size, size) if size else x.shape[2:]
-            at_once = max(1, perceptual_cpu.PIXELS // (height * width))
-            return perceptual_cpu.in_parts(functools.partial(measure, run=self._on_cpu), x, target, at_once)
+        if len(x) and perceptual_cpu.serves(x, target, list(self.buffers()), self.trunk):
+            count = perceptual_cpu.at_once(*((size, size) if size else x.shape[2:]))
+            return perceptual_cpu.in_parts(functools.partial(measure, run=self._on_cpu), x, target, count)
         return measure(x, target)
 
     def _measure(

@@ -8,6 +8,7 @@ again by the next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from cmfast.native import winograd
 from cmfast.ops._autograd import fused
 from cmfast.ops._dispatch import plain_on_cpu
-from cmfast.watch import called_plainly
+from cmfast.watch import called_plainly, see_fused_optimizers
 
-#: Pixels that are computed at once: an image of the size to which they are resized.
-PIXELS = 224 * 224
+#: Pixels that so many threads compute at once: an image of the size to which they are resized.
+PIXELS, THREADS = 224 * 224, 4
 
 #: The distances of two batches of images [B].
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +30,7 @@ class Trunk:
     """Runs the layers of a frozen trunk, of whose weights it keeps what `native.winograd` wants."""
 
     def __init__(self) -> None:
+        see_fused_optimizers()
         self._filters, self._workspace = winograd.Filters(), winograd.Workspace()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -36,44 +38,56 @@ class Trunk:
 
     def __call__(self, layer: nn.Module, h: Tensor) -> Tensor:
         """layer(h)"""
-        # Other classes and hooks have things of their own to do.
-        if type(layer) is nn.Conv2d and called_plainly(layer) and winograd.fits(layer, h, kept=True):
+        if type(layer) is nn.Conv2d and winograd.fits(layer, h, kept=True):
             kept: dict[str, Any] = {"filters": self._filters, "workspace": self._workspace}
             return winograd.convolution(h, layer.weight, layer.bias, **kept)
         out: Tensor = layer(h)
         return out
 
 
-def serves(image: Tensor, target: Tensor, weights: list[Tensor]) -> bool:
-    """Whether images can be measured so: float32 on a CPU, frozen weights, and nothing that looks on."""
+def serves(image: Tensor, target: Tensor, weights: list[Tensor], trunk: nn.Module) -> bool:
+    """Whether images can be measured so: float32 on a CPU, frozen weights, and nothing that looks on, such as a hook of
+    the caller's, which may want all images at once."""
     frozen = not (torch.is_grad_enabled() and any(x.requires_grad for x in (target, *weights)))
-    return frozen and plain_on_cpu([image, target, *weights])
+    if not frozen or not plain_on_cpu([image, target, *weights]):
+        return False
+    return all(map(called_plainly, trunk.modules()))
 
 
-def in_parts(measure: Measure, image: Tensor, target: Tensor, at_once: int) -> Tensor:
+def at_once(height: int, width: int) -> int:
+    """How many images of a size are measured at once: of more threads, more."""
+    return max(1, PIXELS * max(1, torch.get_num_threads() // THREADS) // (height * width))
+
+
+def in_parts(measure: Measure, image: Tensor, target: Tensor, count: int) -> Tensor:
     """measure(image, target), so many samples at a time; its gradient is that of the image."""
-    options: dict[str, Any] = {"measure": measure, "at_once": at_once}
+    options: dict[str, Any] = {"measure": measure, "count": count}
     if torch.is_grad_enabled() and image.requires_grad:
         return fused(_with_gradient, _gradient, _whole, image, target, keep=1, **options)
-    parts = zip(image.split(at_once), target.split(at_once), strict=True)
+    parts = zip(image.split(count), target.split(count), strict=True)
     return torch.cat([measure(*part) for part in parts])
 
 
-def _whole(image: Tensor, target: Tensor, *, measure: Measure, at_once: int) -> Tensor:
+def _whole(image: Tensor, target: Tensor, *, measure: Measure, count: int) -> Tensor:
     return measure(image, target)
 
 
-def _with_gradient(image: Tensor, target: Tensor, *, measure: Measure, at_once: int) -> tuple[Tensor, Tensor]:
+def _with_gradient(image: Tensor, target: Tensor, *, measure: Measure, count: int) -> tuple[Tensor, Tensor]:
     """The distances, and their gradients, for the backward pass."""
     distances, gradients = [], []
-    for part, of_target in zip(image.split(at_once), target.split(at_once), strict=True):
-        # Hooks of the caller, such as those of torch.utils.checkpoint, are for what is kept beyond this pass.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+    for part, of_target in zip(image.split(count), target.split(count), strict=True):
+        with torch.enable_grad(), _without_hooks():
             part = part.detach().requires_grad_()
             distance = measure(part, of_target.detach())
             gradients += torch.autograd.grad(distance.sum(), part)
         distances.append(distance.detach())
     return torch.cat(distances), torch.cat(gradients)
+
+
+def _without_hooks() -> AbstractContextManager[object]:
+    """Those of the caller, such as torch.utils.checkpoint's, are for what is kept beyond this pass."""
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if allowed else nullcontext()
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Watch:
         self.model = model
         #: Changes that runs of the model make to its attributes: its own bookkeeping, not settings.
         self._own: set[tuple[nn.Module, str]] = set()
-        _see_fused_optimizers()
+        see_fused_optimizers()
         self._look()
 
     def _look(self) -> None:
@@ -208,7 +208,7 @@ class Watch:
 
 
 @functools.cache
-def _see_fused_optimizers() -> None:
+def see_fused_optimizers() -> None:
     """Count what torch's fused optimizers write: their kernels leave the versions of parameters as they were."""
     from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 

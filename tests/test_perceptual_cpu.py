@@ -188,8 +188,53 @@ def test_whatever_needs_a_gradient_has_one(model, which):
 def test_hooks_are_called(model):
     shapes = []
     model.trunk[7].register_forward_hook(lambda layer, args, out: shapes.append(out.shape[1]))
-    measured(model, *images(1))
-    assert shapes == [128, 128]
+    with torch.no_grad():
+        model(*images(3), resize=False)
+    assert shapes == [128]  # all images at once, as ever
+
+
+def test_a_hook_may_keep_what_it_sees(model):
+    """And add to the loss, of which there is one backward pass for all."""
+    kept, (image, target) = [], images(2)
+    model.trunk[8].register_forward_hook(lambda layer, args, out: kept.append(out))
+    (model(image.requires_grad_(), target, resize=False).sum() + kept[0].square().mean()).backward()
+    assert image.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_for_any_batch(model):
+    traced = torch.jit.trace(lambda x, y: model(x, y, resize=False), tuple(images(2)), check_trace=False)
+    torch.testing.assert_close(traced(*images(4)), model(*images(4), resize=False), rtol=1e-4, atol=1e-5)
+
+
+def test_where_hooks_for_what_is_saved_are_forbidden(model):
+    pair = images(2)
+    expected = measured(model, *pair)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert torch.equal(measured(model, *pair)[1], expected[1])
+
+
+def test_more_threads_have_more_images(monkeypatch):
+    for threads, count in ((1, 1), (4, 1), (16, 4), (64, 16)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert perceptual_cpu.at_once(224, 224) == count
+        assert perceptual_cpu.at_once(512, 512) == max(1, count * 49 // 256)
+
+
+@needs_c
+def test_fused_optimizers_are_seen(model):
+    """They write without a trace, but for what `watch` counts."""
+    pair, weight = images(1), torch.nn.Parameter(model.trunk[2].weight)
+    del model.trunk[2].weight
+    model.trunk[2].weight = weight
+    with torch.no_grad():
+        model(*pair, resize=False)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.Adam([weight], lr=0.1, fused=True).step()
+    with torch.no_grad():
+        made = model(*pair, resize=False)
+        with cmfast.backend("reference"):
+            torch.testing.assert_close(made, model(*pair, resize=False), rtol=1e-4, atol=0)
 
 
 def test_autocast_is_the_callers(model):

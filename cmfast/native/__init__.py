@@ -74,8 +74,20 @@ def refusal(functions: Callable[[], Any]) -> str | None:
 
 
 def watched() -> bool:
-    """Whether a mode, such as one that counts operations, or `torch.jit.trace` looks on, who see PyTorch's alone."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
+    """Whether a mode, such as one that counts operations, a compiler or `torch.jit.trace` looks on, who see PyTorch's
+    operations alone."""
+    return traced() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def traced() -> bool:
+    """Whether operations are written down, to be done again with other tensors."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def threads(work: int, least: int) -> int:
+    """How many threads do so much work: all, or one where there is less than pays for waiting for the others. Numbers
+    in between would have OpenMP end threads and begin others."""
+    return torch.get_num_threads() if work >= least else 1
 
 
 def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:
@@ -94,12 +106,18 @@ def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes
         made, linked = os.path.join(place, "made.o"), os.path.join(place, name)
         subprocess.run([*to_object, os.fspath(source), "-o", made], **options)
         subprocess.run([*to_library, made, "-o", linked], **options)
-        if folder is not None:
+        kept = None if folder is None else folder / name
+        if kept is not None:
             with contextlib.suppress(OSError):  # no room, or nothing may be run from there
-                with whole.written_whole(folder / name) as file:
+                with whole.written_whole(kept) as file:
                     shutil.copyfile(linked, file)
-                return ctypes.CDLL(os.fspath(folder / name))
-        return ctypes.CDLL(linked)  # which outlives its file
+                return ctypes.CDLL(os.fspath(kept))
+        try:
+            return ctypes.CDLL(linked)  # which outlives its file
+        except OSError:  # of another compiler's OpenMP
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+            raise
 
 
 def _folder() -> Path | None:

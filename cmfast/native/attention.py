@@ -15,6 +15,8 @@ from cmfast import native
 DTYPE = torch.float32
 #: What the size of a head must be divisible by: the widest panel. Most tokens: weights of a few queries fit in a cache.
 PANEL, MOST_TOKENS = 32, 8192
+#: Fewest products, about, that all threads share.
+LEAST = 2**18
 
 _SOURCE = Path(__file__).with_suffix(".c")
 
@@ -65,7 +67,7 @@ def fits(qkv: Tensor) -> bool:
 def attend(qkv: Tensor, cpu: str | None = None) -> Tensor:
     """softmax(q k' / sqrt(D)) v of qkv [B, N, 3, H, D]: [B, N, H, D]. With the same bits in any batch."""
     batch, tokens, _, heads, dim = qkv.shape
-    made, sizes, threads = functions(cpu), (batch, heads, tokens, dim), torch.get_num_threads()
+    made, sizes, threads = functions(cpu), (batch, heads, tokens, dim), native.threads(qkv.numel() * tokens, LEAST)
     out = torch.empty(batch, tokens, heads, dim, dtype=DTYPE, device="cpu")
     space = torch.empty(made.space(*sizes, threads), dtype=DTYPE, device="cpu")
     made.forward(qkv.data_ptr(), out.data_ptr(), space.data_ptr(), *sizes, dim**-0.5, threads)

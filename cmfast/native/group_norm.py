@@ -15,8 +15,8 @@ from cmfast.ops._autograd import fused
 
 #: What images may be in; all is computed in float32.
 DTYPES = (torch.float32, torch.bfloat16)
-#: What the number of channels must be divisible by: a line of the cache.
-LINE = 16
+#: What the number of channels must be divisible by: a line of the cache. Fewest numbers that all threads share.
+LINE, LEAST = 16, 2**15
 
 _SOURCE = Path(__file__).with_suffix(".c")
 
@@ -37,8 +37,8 @@ class _Functions:
             return found
 
         self.space = function("space", *[number] * 3, result=number)
-        self.forward = function("forward", *[pointer] * 9, *[number] * 4, real, flag, flag, threads)
-        self.backward = function("backward", *[pointer] * 11, *[number] * 4, flag, flag, threads)
+        self.forward = function("forward", *[pointer] * 8, *[number] * 4, real, flag, flag, threads)
+        self.backward = function("backward", *[pointer] * 10, *[number] * 4, flag, flag, threads)
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def fits(x: Tensor) -> bool:
         and x.ndim > 2
         and x.shape[1] % LINE == 0
         and x.numel() > 0
-        and not native.watched()
+        and not native.traced()
         and x.movedim(1, -1).is_contiguous()
         and refusal() is None
     )
@@ -93,14 +93,14 @@ def forward(
     silu: bool,
     cpu: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.group_norm_silu`, in the layout and dtype of x [B, C, ...]; and of the groups means and reciprocal
-    deviations [2, B, G], which `backward` wants."""
+    """`reference.group_norm_silu`, in the layout and dtype of x [B, C, ...]; and what `backward` wants of the groups
+    [3, B, G]: means, reciprocal deviations, and what float32 leaves of the means, over deviations."""
     made, sizes, out = functions(cpu), _shape(x), torch.empty_like(x)
-    moments = torch.empty(2, len(x), num_groups, dtype=torch.float32, device="cpu")
+    moments = torch.empty(3, len(x), num_groups, dtype=torch.float32, device="cpu")
     space = torch.empty(made.space(*sizes), dtype=torch.float64, device="cpu")
-    held = [x, *_vectors(weight, bias, scale, shift), out, moments[0], moments[1], space]
-    half = x.dtype != torch.float32
-    made.forward(*_pointers(*held), *sizes, num_groups, eps, silu, half, torch.get_num_threads())
+    held = [x, *_vectors(weight, bias, scale, shift), out, moments, space]
+    half, threads = x.dtype != torch.float32, native.threads(x.numel(), LEAST)
+    made.forward(*_pointers(*held), *sizes, num_groups, eps, silu, half, threads)
     return out, moments
 
 
@@ -118,14 +118,15 @@ def backward(
     cpu: str | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the five, None where there is no scale and no shift, for that of the result."""
+    # As C reads them, also where a caller's hooks for what is saved made another x of it.
+    x, grad = (each.movedim(1, -1).contiguous().movedim(-1, 1) for each in (x, grad.to(x.dtype).resolve_neg()))
     made, sizes, out = functions(cpu), _shape(x), torch.empty_like(x)
-    grad = grad.to(x.dtype).movedim(1, -1).contiguous()
     totals = torch.empty(len(x), 2, x.shape[1], dtype=torch.float32, device="cpu")
     space = torch.empty(made.space(*sizes), dtype=torch.float64, device="cpu")
     vectors = _vectors(weight, bias, scale, shift)
-    held = [grad, x, *vectors, moments[0], moments[1], out, totals, space]
-    half = x.dtype != torch.float32
-    made.backward(*_pointers(*held), *sizes, num_groups, silu, half, torch.get_num_threads())
+    held = [grad, x, *vectors, moments.contiguous(), out, totals, space]
+    half, threads = x.dtype != torch.float32, native.threads(x.numel(), LEAST)
+    made.backward(*_pointers(*held), *sizes, num_groups, silu, half, threads)
     of_z, of_h = totals.unbind(1)  # of z = (h weight + bias) (1 + scale) + shift, and of that times h
     if scale is None or shift is None:
         return out, of_h.sum(0).to(weight.dtype), of_z.sum(0).to(bias.dtype), None, None
@@ -138,7 +139,21 @@ def backward(
 def _backward(
     needed: tuple[bool, ...], grads: tuple[Tensor | None, ...], *inputs: Any, saved: Any, eps: float, **options: Any
 ) -> tuple[Tensor | None, ...]:
-    return (None,) * len(inputs) if grads[0] is None else backward(grads[0], *inputs, *saved, **options)
+    if grads[0] is None or native.watched():
+        return (None,) * len(inputs)  # of which the reference makes them
+    return backward(grads[0], *inputs, *saved, **options)
+
+
+def _forward(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`forward`; before a mode that looks on, by PyTorch. What is kept for gradients is the same: a mode may look on in
+    one pass of torch.utils.checkpoint alone."""
+    if not native.watched():
+        return forward(*inputs, **options)
+    x, groups = inputs[0], options["num_groups"]
+    grouped = x.float().unflatten(1, (groups, -1)).flatten(2)
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    moments = mean, (variance + options["eps"]).rsqrt(), torch.zeros_like(mean)
+    return _reference(*inputs, **options), torch.stack(moments)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, **options: Any) -> Any:
@@ -159,4 +174,4 @@ def group_norm_silu(
     """silu((GroupNorm(x) weight + bias) (1 + scale) + shift), of x [B, C, ...] that `fits`, weight and bias [C], scale
     and shift [B, C] or None; with gradients. Those of gradients are the reference's."""
     options: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu}
-    return fused(forward, _backward, _reference, x, weight, bias, scale, shift, keep=1, **options)
+    return fused(_forward, _backward, _reference, x, weight, bias, scale, shift, keep=1, **options)

@@ -25,8 +25,7 @@ INLINE reals logarithm(reals u)
     words e = bits >> 52 & 0xfff; /* in two's complement of twelve bits */
     reals exponent = number((e + 2048) & 0xfff) - 2048.0;
     reals m = (reals)((bits & 0xfffffffffffffull) + 0x3fe6a09e667f3bcdull);
-    reals s = (m - 1.0) / (m + 1.0), q = s * s, sum = (reals){0} + 1.0 / 21;
-    sum = sum * q + 1.0 / 19;
+    reals s = (m - 1.0) / (m + 1.0), q = s * s, sum = (reals){0} + 1.0 / 19;
     sum = sum * q + 1.0 / 17;
     sum = sum * q + 1.0 / 15;
     sum = sum * q + 1.0 / 13;

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def pack(weight: Tensor, turned: bool = False, cpu: str | None = None) -> Tensor
 
 class _Kept(NamedTuple):
     packed: Tensor
-    weight: Tensor  # so that its id stays its own
+    weight: weakref.ref[Tensor]  # which takes all of this along
     seen: tuple[int, int]
     storage: StorageWeakRef
 
@@ -164,8 +165,10 @@ class Filters:
             return pack(weight, turned)
         kept = self._kept.get((id(weight), turned))
         if kept is None or kept.seen != (weight.data_ptr(), weight._version) or kept.storage.expired():
+            key, everything = (id(weight), turned), self._kept
+            reference = weakref.ref(weight, lambda _: everything.pop(key, None))
             seen, storage = (weight.data_ptr(), weight._version), StorageWeakRef(weight.untyped_storage())
-            kept = self._kept[id(weight), turned] = _Kept(pack(weight, turned), weight, seen, storage)
+            kept = everything[key] = _Kept(pack(weight, turned), reference, seen, storage)
         return kept.packed
 
 
@@ -271,7 +274,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight = ctx.saved_tensors
+        (h, weight), grad = ctx.saved_tensors, grad.resolve_neg()
         wanted, doubled, workspace = ctx.needs_input_grad, ctx.options["doubled"], ctx.options["workspace"]
         found: list[Tensor | None] = [None] * 3
         if not (torch.is_grad_enabled() or stands_for_many(grad) or native.watched()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmfast.reference import Draw
+from cmfast.reference._common import in_transform
 
 Forward = Callable[..., Any]
 Result = TypeVar("Result")
@@ -103,7 +104,9 @@ def reference_grads(
     with torch.enable_grad():
         # An alias each: one tensor may stand for two inputs.
         inputs = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
-        leaves = [inputs[i] if differentiable else inputs[i].detach().requires_grad_() for i in wanted]
+        # Nobody may ask for gradients inside of a transform, but those that there are need none.
+        own = differentiable or in_transform()
+        leaves = [inputs[i] if own else inputs[i].detach().requires_grad_() for i in wanted]
         for i, leaf in zip(wanted, leaves):
             inputs[i] = leaf
         result = reference(*inputs, **options)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from cmfast import native
 from cmfast.errors import Unavailable
 from cmfast.ops import _inplace, _multi
 from cmfast.reference import Draw
@@ -245,8 +246,8 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
 
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
-    for, and nothing compiled."""
-    if current_backend() != "auto" or torch.compiler.is_compiling():
+    for, and nothing compiled or traced."""
+    if current_backend() != "auto" or native.traced():
         return False
     if any(x.device.type != "cpu" or x.dtype not in dtypes for x in tensors):
         return False

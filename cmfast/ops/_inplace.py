@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmfast import reference
+from cmfast import native, reference
 from cmfast.native import group_norm
 from cmfast.ops._autograd import fused
 from cmfast.ops._strips import lpips_layer
@@ -322,7 +322,8 @@ def group_norm_silu(
     if residual is not None:
         total = total.float() + residual if records or total is x else total.add_(residual)
         total = total.to(x.dtype)
-    if group_norm.fits(total):
+    # With gradients even before a mode that looks on: `group_norm` says why.
+    if group_norm.fits(total) and (records or not native.watched()):
         options: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu}
         y = group_norm.group_norm_silu(total, weight, bias, scale, shift, **options)
     else:

@@ -108,8 +108,6 @@ MODULE = [
     ("heads rounded too", "self.trunk.to(dtype)", "self.to(dtype)", T_MODULE + "dtype_is_that_of_the_trunk_alone"),
     ("images of the second half first", "maps[0].tensor_split(2)", "maps[0][::2], maps[0][1::2]",
      T_MODULE + "both_images_in_one_pass_where_no_graph_is_recorded"),
-    ("all images at once", "perceptual_cpu.PIXELS // (height * width)", "perceptual_cpu.PIXELS",
-     "tests/test_perceptual_cpu.py::test_a_few_images_at_a_time[True]"),
     ("filters of what was moved", "        self._on_cpu = perceptual_cpu.Trunk()  # w", "        # w",
      "tests/test_perceptual_cpu.py::test_filters_are_made_once"),
     ("weights contiguous", "trunk.to(memory_format=torch.channels_last)", "trunk",
@@ -119,10 +117,14 @@ MODULE = [
 T_CPU = "tests/test_perceptual_cpu.py::test_"
 
 ON_CPU = [
-    ("hooks go by", " and called_plainly(layer)", "", T_CPU + "hooks_are_called"),
+    ("all images at once", "// (height * width))", ")", T_CPU + "a_few_images_at_a_time[True]"),
+    ("hooks see parts", "return all(map(called_plainly, trunk.modules()))", "return True", T_CPU + "hooks_are_called"),
+    ("fused optimizers go by", "        see_fused_optimizers()\n", "", T_CPU + "fused_optimizers_are_seen"),
+    ("hooks where there may be none", "if allowed else nullcontext()", "if True else nullcontext()",
+     T_CPU + "where_hooks_for_what_is_saved_are_forbidden"),
     ("no gradient of what is frozen mostly", "for x in (target, *weights))", "for x in (target,))",
      T_CPU + "whatever_needs_a_gradient_has_one[heads]"),
-    ("a checkpoint's hooks for what is gone soon", ", torch.autograd.graph.saved_tensors_hooks(_itself, _itself):", ":",
+    ("a checkpoint's hooks for what is gone soon", ", _without_hooks():", ":",
      T_CPU + "within_a_checkpoint"),
     ("every sample's gradient alike", "gradient * grad[:, None, None, None]", "gradient * grad.mean()",
      T_CPU + "values_and_gradients[vgg-3-40-False]"),

@@ -1,11 +1,15 @@
 """GroupNorm in C against float64, with all of its gradients, for every CPU that this one can be."""
 
 import ctypes
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import cmfast
 from cmfast import ops, reference
@@ -79,7 +83,7 @@ def test_values_and_gradients(shape, groups, cpu, dtype, film):
 @pytest.mark.parametrize("cpu", CPUS)
 def test_silu_of_large_numbers(cpu):
     """Also of those whose exponential is no number, or none but zero."""
-    z = torch.tensor([0.0, 1e-30, 1.0, 10.0, 80.0, 87.5, 120.0, 1e5])
+    z = torch.tensor([0.0, 1e-30, 1.0, 10.0, 80.0, 120.0, 1e5, 3e38])
     z = torch.cat([z, -z])
     x, weight = last(torch.randn(1, 16, 3, 3)), torch.zeros(16)
     options = {"num_groups": 4, "silu": True, "cpu": cpu}
@@ -92,18 +96,18 @@ def test_silu_of_large_numbers(cpu):
         torch.testing.assert_close(made.double(), right, rtol=4e-7, atol=1e-33)
 
 
-@pytest.mark.parametrize("mean", [1e2, -1e4])
+@pytest.mark.parametrize("mean", [1e2, -1e4, 1e6])
 def test_means_larger_than_deviations(mean):
-    """Of which PyTorch's, in this layout, loses digits."""
-    every = given((2, 32, 16, 16), mean=mean)
-    (expected, *grads), _ = exact(every, torch.ones_like(every[0]), 8, silu=False)
+    """They cost no digits, here and in the gradients, where PyTorch's in this layout do."""
+    every, grad = given((2, 32, 16, 16), mean=mean), last(torch.randn(2, 32, 16, 16))
+    expected, _ = exact(every, grad, 8, silu=False)
     y, moments = group_norm.forward(*every, num_groups=8, eps=1e-5, silu=False)
-    with cmfast.backend("reference"):
-        x, weight, bias, scale, shift = every
-        eager = ops.group_norm_silu(x, 8, weight, bias, scale=scale, shift=shift, silu=False)
-    near(y, eager, expected)
-    variance, _ = torch.var_mean(every[0].double().unflatten(1, (8, 4)), (2, 3, 4), correction=0)
+    grads = group_norm.backward(grad, *every, moments, num_groups=8, silu=False)
+    for made, right in zip((y, *grads), expected, strict=True):
+        assert (made - right).abs().max() <= 3e-6 * right.abs().max()
+    variance, of_mean = torch.var_mean(every[0].double().unflatten(1, (8, 4)), (2, 3, 4), correction=0)
     torch.testing.assert_close(moments[1].double(), (variance + 1e-5).rsqrt(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(moments[0] - moments[2] / moments[1].double(), of_mean, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", group_norm.DTYPES, ids=str)
@@ -247,6 +251,9 @@ def test_many_gradients_at_once():
     inputs = leaves(every)
     y, many = operation(*inputs), torch.randn(3, 2, 32, 4, 3)
     together = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda grad: torch.autograd.grad(y, inputs, grad, retain_graph=True))(many)
+    for made, expected in zip(mapped, together, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     for i, grad in enumerate(many):
         for made, expected in zip(together, torch.autograd.grad(y, inputs, grad, retain_graph=True), strict=True):
             torch.testing.assert_close(made[i], expected, rtol=1e-4, atol=1e-4)
@@ -269,10 +276,90 @@ def test_what_it_does_not_do(change):
     assert group_norm.fits(x) and not group_norm.fits(change(x))
 
 
-def test_who_looks_on_sees_pytorchs():
-    x = last(torch.randn(2, 32, 5, 3))
-    with TorchDispatchMode():
-        assert not group_norm.fits(x)
+class Looking(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("which", ["forward", "backward", "both"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_who_looks_on_sees_pytorchs(which, checkpointed):
+    """In the pass that it looks on at, and torch.utils.checkpoint finds in the other what it kept."""
+    every, found = given((2, 32, 5, 3)), []
+    for backend in ("auto", "reference"):
+        inputs, first, second = leaves(every), Looking(), Looking()
+        with cmfast.backend(backend):
+            with first if which != "backward" else nullcontext():
+                y = checkpoint(operation, *inputs, use_reentrant=False) if checkpointed else operation(*inputs)
+            with second if which != "forward" else nullcontext():
+                grads = torch.autograd.grad(y, inputs, torch.ones_like(y))
+        assert "var_mean" in first.seen or which == "backward"
+        assert second.seen or which == "forward"
+        found.append((y, *grads))
+    for made, expected in zip(*found, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trace_is_not_of_it():
+    said, x = [], last(torch.randn(2, 32, 5, 3))
+    torch.jit.trace(lambda x: said.append(group_norm.fits(x)) or x + 1, x)
+    assert said[0] is False
+
+
+def test_a_gradient_that_is_traced():
+    """The graph is for other gradients as well."""
+    inputs = leaves(given((2, 32, 5, 3)))
+    y = operation(*inputs)
+
+    def gradient(grad):
+        return torch.autograd.grad(y, inputs[0], grad, retain_graph=True)[0]
+
+    graph, other = make_fx(gradient)(torch.ones_like(y)), torch.randn_like(y)
+    torch.testing.assert_close(graph(other), gradient(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd():
+    """Which traces the backward pass, where C is no operation."""
+    every, grads = given((2, 32, 5, 3)), []
+    for context in (nullcontext(), compiled_autograd._enable(torch.compile(backend="eager"))):
+        inputs = leaves(every)
+        y = operation(*inputs)
+        with context:
+            y.square().sum().backward()
+        grads.append([each.grad for each in inputs])
+    for made, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pack, unpack", [
+    pytest.param(lambda t: t.contiguous(), lambda t: t, id="contiguous"),
+    pytest.param(lambda t: (t.shape, t.flatten().clone()), lambda kept: kept[1].view(kept[0]), id="flat"),
+])  # fmt: skip
+def test_what_is_saved_in_another_layout(pack, unpack):
+    """By hooks of the caller's, which keep it elsewhere."""
+    every = given((2, 32, 5, 3))
+    inputs, grad = leaves(every), torch.randn(2, 32, 5, 3)
+    expected = torch.autograd.grad(operation(*inputs), inputs, grad)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = operation(*inputs)
+    for made, right in zip(torch.autograd.grad(y, inputs, grad), expected, strict=True):
+        torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_is_negated_where_it_is_read():
+    inputs = leaves(given((2, 32, 5, 3)))
+    y, grad = operation(*inputs), last(torch.randn(2, 32, 5, 3))
+    expected = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    for made, right in zip(torch.autograd.grad(y, inputs, torch._neg_view(-grad)), expected, strict=True):
+        assert torch.equal(made, right)
 
 
 def test_a_network_without_a_compiler(monkeypatch):

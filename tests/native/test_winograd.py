@@ -366,3 +366,21 @@ def test_filters_of_inference_mode():
         once = winograd.convolve(h, filters.of(weight, False), 16)
         weight.mul_(2)
         torch.testing.assert_close(winograd.convolve(h, filters.of(weight, False), 16), 2 * once)
+
+
+def test_a_gradient_that_is_negated_where_it_is_read():
+    h, weight, bias, residual = (x.requires_grad_() for x in given(2, 32, 16, 6, 8))
+    y, grad = winograd.convolution(h, weight, bias, residual), image(2, 16, 6, 8)
+    expected = torch.autograd.grad(y, (h, weight, bias), grad, retain_graph=True)
+    for made, right in zip(torch.autograd.grad(y, (h, weight, bias), torch._neg_view(-grad)), expected, strict=True):
+        torch.testing.assert_close(made, right)
+
+
+def test_filters_go_with_their_weight():
+    filters = winograd.Filters()
+    for _ in range(3):
+        weight = torch.randn(16, 16, 3, 3)
+        filters.of(weight, False), filters.of(weight, True)
+        assert len(filters._kept) == 2
+    del weight
+    assert not filters._kept
