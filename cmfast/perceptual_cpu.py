@@ -86,7 +86,7 @@ def _with_gradient(image: Tensor, target: Tensor, *, measure: Measure, count: in
 
 def _without_hooks() -> AbstractContextManager[object]:
     """Those of the caller, such as torch.utils.checkpoint's, are for what is kept beyond this pass."""
-    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # torch has no type of it
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if allowed else nullcontext()
 
 

@@ -210,8 +210,13 @@ def test_without_torchvision(tmp_path, one_trial, monkeypatch):
 def test_the_yardstick_of_lpips_is_not_in_half_precision(monkeypatch):
     """On a GPU its trunk becomes bfloat16 wherever it would be float32, unless that is asked for."""
     start = training.Start(Trial("micro", 2, ("cmfast",), loss_norm="lpips"), CPU)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    dtypes = {dtype: next(start.perceptual(dtype).trunk.buffers()).dtype for dtype in (None, *TRAINED, torch.float64)}
+    there, apply = [], torch.nn.Module._apply
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: bool(there)))
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda *arguments: there.append(1) or apply(*arguments))
+    dtypes = {}
+    for dtype in (None, *TRAINED, torch.float64):
+        there.clear()
+        dtypes[dtype] = next(start.perceptual(dtype).trunk.buffers()).dtype
     assert dtypes.pop(None) == torch.bfloat16 and all(made == dtype for dtype, made in dtypes.items())
     exact, rounded = (next(start.perceptual(dtype).trunk.buffers()) for dtype in (torch.float64, torch.bfloat16))
     assert not torch.equal(exact, rounded.double())
