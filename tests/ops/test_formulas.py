@@ -167,6 +167,12 @@ def test_denoise_to_uint8_is_both_in_one():
 
 
 class TestCounterNoise:
+    @pytest.fixture(autouse=True, params=["auto", "reference"])
+    def path(self, request):
+        """Where there is a compiler, C is the first."""
+        with cmfast.backend(request.param):
+            yield
+
     @pytest.mark.parametrize(
         "counter, key, words",
         [

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import cmfast
 from cmfast import ops, reference
+from cmfast.native import group_norm
 from cmfast.ops import _dispatch, _inplace
 from cmfast.tolerances import FLOOR
 from tests.ops.matrix import upstream
@@ -112,8 +113,11 @@ def test_a_sample_that_is_lost_leaves_the_others_alone(layout, lost):
 
 
 @pytest.mark.parametrize("mean", [0.5, 1000.0])
-def test_the_rule_in_channels_last(mean):
-    """Values and gradients as good as those of the reference."""
+@pytest.mark.parametrize("by", ["C", "PyTorch"])
+def test_the_rule_in_channels_last(monkeypatch, mean, by):
+    """Values and gradients as good as those of the reference, with a compiler and without."""
+    if by == "PyTorch":
+        monkeypatch.setattr(group_norm, "refusal", lambda: "there is no C compiler")
     check_path(make((2, 96, 16, 16), 32, "film", last=True, mean=mean), "auto")
 
 
