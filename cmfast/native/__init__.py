@@ -64,6 +64,13 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
     raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
 
 
+def function(library: ctypes.CDLL, name: str, *arguments: Any, result: Any = None) -> Any:
+    """One of a library's, which is told the kinds of its arguments and of its result."""
+    found = getattr(library, name)
+    found.argtypes, found.restype = arguments, result
+    return found
+
+
 def refusal(functions: Callable[[], Any]) -> str | None:
     """Why functions that `library` loads cannot be had here; None if they can."""
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +25,11 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in attention.c.
-        library = native.library(_SOURCE, cpu)
+        function = functools.partial(native.function, native.library(_SOURCE, cpu))
         pointer, number, threads, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
-        def function(name: str, *arguments: Any, result: Any = None) -> Any:
-            found = getattr(library, f"attention_{name}")
-            found.argtypes, found.restype = arguments, result
-            return found
-
-        self.space = function("space", *[number] * 4, threads, result=number)
-        self.forward = function("forward", *[pointer] * 3, *[number] * 4, real, threads)
+        self.space = function("attention_space", *[number] * 4, threads, result=number)
+        self.forward = function("attention_forward", *[pointer] * 3, *[number] * 4, real, threads)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ typedef unsigned words __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned short halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float few __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+
 /* Number `at` and the next of an image, half: in bfloat16. */
 INLINE vec read(const void *from, long at, int half)
 {
@@ -281,8 +282,8 @@ static void channels_of(const struct call *it, long b)
 
 static void forward_middle(const struct call *it, long b)
 {
-    fold(sums_of(it, b, 0), firsts_of(it, b), moment(it, 0, b), moment(it, 1, b), moment(it, 2, b), it->parts, it->pixels, it->channels,
-         it->groups, it->eps);
+    fold(sums_of(it, b, 0), firsts_of(it, b), moment(it, 0, b), moment(it, 1, b), moment(it, 2, b), it->parts, it->pixels,
+         it->channels, it->groups, it->eps);
     channels_of(it, b);
 }
 

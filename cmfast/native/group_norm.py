@@ -26,19 +26,14 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in group_norm.c.
-        library = native.library(_SOURCE, cpu)
+        function = functools.partial(native.function, native.library(_SOURCE, cpu))
         pointer, number, flag, threads, real = (
             ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_float,
         )  # fmt: skip
 
-        def function(name: str, *arguments: Any, result: Any = None) -> Any:
-            found = getattr(library, f"group_norm_{name}")
-            found.argtypes, found.restype = arguments, result
-            return found
-
-        self.space = function("space", *[number] * 3, result=number)
-        self.forward = function("forward", *[pointer] * 8, *[number] * 4, real, flag, flag, threads)
-        self.backward = function("backward", *[pointer] * 10, *[number] * 4, flag, flag, threads)
+        self.space = function("group_norm_space", *[number] * 3, result=number)
+        self.forward = function("group_norm_forward", *[pointer] * 8, *[number] * 4, real, flag, flag, threads)
+        self.backward = function("group_norm_backward", *[pointer] * 10, *[number] * 4, flag, flag, threads)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 /* Normal numbers from counters, as cmfast/reference/noise.py makes them: called by noise.py.
  *
  * Philox4x32-10 (Salmon et al. 2011), and Box-Muller in float64, where series are as good as the functions of the
- * reference, so that after rounding to float32 hardly one number in 10^8 is another.
+ * reference: errors of some 1e-16, so that after rounding to float32 hardly a number is another.
  */
 #include "common.h"
 

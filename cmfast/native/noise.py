@@ -19,11 +19,9 @@ _SOURCE = Path(__file__).with_suffix(".c")
 @functools.cache
 def functions(cpu: str | None = None) -> Any:
     """That of noise.c for a CPU, with arguments as there. Raises: Unavailable: it cannot be had here."""
-    found = native.library(_SOURCE, cpu).noise_normal
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    found.argtypes = pointer, pointer, ctypes.c_ulong, ctypes.c_uint, number, number, ctypes.c_int
-    found.restype = None
-    return found
+    words, sizes = (ctypes.c_ulong, ctypes.c_uint), (ctypes.c_long, ctypes.c_long)
+    kinds = ctypes.c_void_p, ctypes.c_void_p, *words, *sizes, ctypes.c_int
+    return native.function(native.library(_SOURCE, cpu), "noise_normal", *kinds)
 
 
 @functools.cache
@@ -33,8 +31,8 @@ def refusal() -> str | None:
 
 
 def normal(seed: int, index: Tensor, shape: tuple[int, ...], draw: int, cpu: str | None = None) -> Tensor:
-    """`reference.normal` in float32, [B, *shape] of index [B]: the same bits but for one number in 10^8 or so, which is
-    the next; with the same bits in any batch."""
+    """`reference.normal` in float32, [B, *shape] of index [B]: hardly a number is another, and then the next one; with
+    the same bits in any batch."""
     out = torch.empty(len(index), *shape, dtype=torch.float32, device="cpu")
     index = index.to(torch.int64).contiguous()
     words = seed & (2**64 - 1), draw & (2**32 - 1)

@@ -46,21 +46,16 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in winograd.c.
-        library = native.library(_SOURCE, cpu)
+        function = functools.partial(native.function, native.library(_SOURCE, cpu))
         pointer, number, flag, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int
 
-        def function(name: str, *arguments: Any, result: Any = None) -> Any:
-            found = getattr(library, f"winograd_{name}")
-            found.argtypes, found.restype = arguments, result
-            return found
-
-        self.rows: int = function("rows", result=number)()
-        self.size = function("size", *[number] * 2, result=number)
-        self.room = function("room", *[number] * 2, result=number)
-        self.gradient_room = function("gradient_room", *[number] * 3, result=number)
-        self.filters = function("filters", *[pointer] * 2, *[number] * 5, flag, threads)
-        self.convolve = function("convolve", *[pointer] * 6, *[number] * 5, flag, number, threads)
-        self.gradient = function("gradient", *[pointer] * 4, *[number] * 5, flag, *[number] * 4, threads)
+        self.rows: int = function("winograd_rows", result=number)()
+        self.size = function("winograd_size", *[number] * 2, result=number)
+        self.room = function("winograd_room", *[number] * 2, result=number)
+        self.gradient_room = function("winograd_gradient_room", *[number] * 3, result=number)
+        self.filters = function("winograd_filters", *[pointer] * 2, *[number] * 5, flag, threads)
+        self.convolve = function("winograd_convolve", *[pointer] * 6, *[number] * 5, flag, number, threads)
+        self.gradient = function("winograd_gradient", *[pointer] * 4, *[number] * 5, flag, *[number] * 4, threads)
 
     def block(self, tiles: int, threads: int) -> int:
         """Tiles of a block: few enough, and as many for one thread as for another."""
