@@ -232,7 +232,22 @@ NOISE = [
      "reference.add_noise_pair(x_start, noise,", _NOISE + "operations[add_noise_pair-torch.float32-numbers]"),
 ]
 
-FAULTS = {
+WHO_TAKES_IT = {
+    "cmfast/ops/_autograd.py": [
+        ("leaves inside of a transform", "own = differentiable or in_transform()", "own = differentiable",
+         _NORM + "many_gradients_at_once"),
+    ],
+    "cmfast/ops/_dispatch.py": [
+        ("the batch of a trace for all", 'current_backend() != "auto" or native.traced()', 'current_backend() != "auto"',
+         _TRUNK + "a_trace_is_for_any_batch"),
+    ],
+    "cmfast/ops/_inplace.py": [
+        ("a checkpoint keeps less than it kept", "(records or not native.watched())", "not native.watched()",
+         _NORM + "who_looks_on_sees_pytorchs[True-forward]"),
+    ],
+}
+
+FAULTS = WHO_TAKES_IT | {
     "cmfast/native/noise.c": NOISE_C,
     "cmfast/ops/noise.py": NOISE,
     "cmfast/native/__init__.py": COMPILING,
