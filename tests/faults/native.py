@@ -238,7 +238,7 @@ WHO_TAKES_IT = {
          _NORM + "many_gradients_at_once"),
     ],
     "cmfast/ops/_dispatch.py": [
-        ("the batch of a trace for all", 'current_backend() != "auto" or native.traced()', 'current_backend() != "auto"',
+        ("the batch of a trace", 'current_backend() != "auto" or native.traced()', 'current_backend() != "auto"',
          _TRUNK + "a_trace_is_for_any_batch"),
     ],
     "cmfast/ops/_inplace.py": [
