@@ -13,6 +13,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ LINK = ("-shared",)
 
 
 @functools.cache
-def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
-    """The functions of a C file, compiled for a CPU by its name in `FLAGS`; None: this one.
+def library(cpu: str | None = None, folder: Path = Path(__file__).parent) -> ctypes.CDLL:
+    """The functions of a folder's C files, compiled for a CPU by its name in `FLAGS`; None: this one.
 
     What is compiled is kept in the user's folder for such things, ~/.cache/cmfast, or for this process alone where that
     cannot be written to, or others may write to it.
@@ -55,13 +56,13 @@ def library(source: Path, cpu: str | None = None) -> ctypes.CDLL:
     reasons: list[str] = []
     for compiler in compilers:
         try:
-            return _loaded(source, [*compiler, *COMPILE, *FLAGS[cpu]], [*compiler, *LINK])
+            return _loaded(folder, [*compiler, *COMPILE, *FLAGS[cpu]], [*compiler, *LINK])
         except subprocess.CalledProcessError as error:
             said = next((line for line in error.stderr.splitlines() if "error" in line), str(error))
         except (OSError, subprocess.SubprocessError) as error:
             said = str(error)
         reasons.append(f"{compiler[0]}: {said}")
-    raise Unavailable(f"{source.name} could not be compiled here ({'; '.join(reasons)})")
+    raise Unavailable(f"the C of cmfast could not be compiled here ({'; '.join(reasons)})")
 
 
 def function(library: ctypes.CDLL, name: str, *arguments: Any, result: Any = None) -> Any:
@@ -97,11 +98,11 @@ def threads(work: int, least: int) -> int:
     return torch.get_num_threads() if work >= least else 1
 
 
-def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:
-    """By these two commands, or from the folder where it was kept."""
-    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
-    content = repr((source.read_bytes(), headers, to_object, to_library))
-    name, folder = f"{source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so", _folder()
+def _loaded(sources: Path, to_object: list[str], to_library: list[str]) -> ctypes.CDLL:
+    """By these two commands, all files at the same time; or from the folder where it was kept."""
+    files = [(path.name, path.read_bytes()) for path in sorted(sources.glob("*.[ch]"))]
+    content = repr((files, to_object, to_library))
+    name, folder = f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so", _folder()
     if folder is not None:
         with contextlib.suppress(OSError):  # it is not there, or was cut off
             return ctypes.CDLL(os.fspath(folder / name))
@@ -110,9 +111,12 @@ def _loaded(source: Path, to_object: list[str], to_library: list[str]) -> ctypes
         "env": {**os.environ, "LC_ALL": "C"},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        made, linked = os.path.join(place, "made.o"), os.path.join(place, name)
-        subprocess.run([*to_object, os.fspath(source), "-o", made], **options)
-        subprocess.run([*to_library, made, "-o", linked], **options)
+        named = [path for path, _ in files if path.endswith(".c")]
+        made, linked = [os.path.join(place, f"{path}.o") for path in named], os.path.join(place, name)
+        commands = [[*to_object, os.fspath(sources / path), "-o", to] for path, to in zip(named, made, strict=True)]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(lambda command: subprocess.run(command, **options), commands))
+        subprocess.run([*to_library, *made, "-o", linked], **options)
         kept = None if folder is None else folder / name
         if kept is not None:
             with contextlib.suppress(OSError):  # no room, or nothing may be run from there

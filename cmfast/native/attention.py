@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ PANEL, MOST_TOKENS = 32, 8192
 #: Fewest products, about, that all threads share.
 LEAST = 2**18
 
-_SOURCE = Path(__file__).with_suffix(".c")
 
 
 class _Functions:
@@ -25,7 +23,7 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in attention.c.
-        function = functools.partial(native.function, native.library(_SOURCE, cpu))
+        function = functools.partial(native.function, native.library(cpu))
         pointer, number, threads, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
         self.space = function("attention_space", *[number] * 4, threads, result=number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 #: What the number of channels must be divisible by: a line of the cache. Fewest numbers that all threads share.
 LINE, LEAST = 16, 2**15
 
-_SOURCE = Path(__file__).with_suffix(".c")
 
 
 class _Functions:
@@ -26,7 +24,7 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in group_norm.c.
-        function = functools.partial(native.function, native.library(_SOURCE, cpu))
+        function = functools.partial(native.function, native.library(cpu))
         pointer, number, flag, threads, real = (
             ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_float,
         )  # fmt: skip

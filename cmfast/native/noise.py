@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from cmfast import native
 
-_SOURCE = Path(__file__).with_suffix(".c")
-
 
 @functools.cache
 def functions(cpu: str | None = None) -> Any:
     """That of noise.c for a CPU, with arguments as there. Raises: Unavailable: it cannot be had here."""
     words, sizes = (ctypes.c_ulong, ctypes.c_uint), (ctypes.c_long, ctypes.c_long)
     kinds = ctypes.c_void_p, ctypes.c_void_p, *words, *sizes, ctypes.c_int
-    return native.function(native.library(_SOURCE, cpu), "noise_normal", *kinds)
+    return native.function(native.library(cpu), "noise_normal", *kinds)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import functools
 import math
 import threading
 import weakref
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ MOST_SUMS = 1 << 25
 #: Tiles that a thread does at once, at most: more would leave its cache, fewer read the filters too often.
 BLOCK = 48
 
-_SOURCE = Path(__file__).with_suffix(".c")
 
 
 class _Functions:
@@ -46,7 +44,7 @@ class _Functions:
 
     def __init__(self, cpu: str | None) -> None:
         # Arguments as in winograd.c.
-        function = functools.partial(native.function, native.library(_SOURCE, cpu))
+        function = functools.partial(native.function, native.library(cpu))
         pointer, number, flag, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int
 
         self.rows: int = function("winograd_rows", result=number)()

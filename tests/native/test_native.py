@@ -1,10 +1,12 @@
 """C that is compiled on the user's machine: once, for nobody else to write to, and what is said where it cannot be."""
 
+import itertools
 import os
 import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def commands(monkeypatch):
 
 def load(source):
     """As in a new process."""
-    return native.library.__wrapped__(source)
+    return native.library.__wrapped__(folder=source.parent)
 
 
 def no_home():
@@ -61,8 +63,20 @@ def test_compiled_once(source, commands):
 
 
 @needs_compiler
+def test_all_files_of_a_folder(source, commands):
+    """Which are compiled at the same time, and again when what they share changes."""
+    shared = source.parent / "shared.h"
+    shared.write_text("enum { ONE = 1 };\n")
+    (source.parent / "other.c").write_text('#include "shared.h"\nint other(void) { return ONE; }\n')
+    made = load(source)
+    assert (made.answer(), made.other()) == (42, 1) and len(commands) == 3
+    shared.write_text("enum { ONE = 2 };\n")
+    assert load(source).other() == 2
+
+
+@needs_compiler
 def test_a_file_that_was_cut_off(source, commands):
-    code = f"from pathlib import Path; from cmfast import native; native.library(Path({str(source)!r}))"
+    code = f"from pathlib import Path; from cmfast import native; native.library(folder=Path({str(source.parent)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True)
     (made,) = (source.parent / "cache" / "cmfast").iterdir()
     made.write_bytes(made.read_bytes()[:100])
@@ -108,7 +122,7 @@ def test_the_threads_are_those_of_pytorch(source):
         ({"CMFAST_NATIVE": "0"}, "CMFAST_NATIVE=0 is set"),
         ({"CC": "", "PATH": "/nowhere"}, "there is no C compiler, gcc: install one, or name it in CC"),
         ({"CC": "mycc -m64", "PATH": "/nowhere"}, "there is no C compiler, mycc nor gcc: install"),
-        ({"CC": "/bin/false", "PATH": "/nowhere"}, r"some.c could not be compiled here \(/bin/false: "),
+        ({"CC": "/bin/false", "PATH": "/nowhere"}, r"C of cmfast could not be compiled here \(/bin/false: "),
     ],
     ids=["off", "none", "another", "fails"],
 )
@@ -136,7 +150,7 @@ def test_where_nothing_can_be_kept(source, monkeypatch):
 @needs_compiler
 def test_a_fault_in_the_source_is_named(source):
     source.write_text("int answer(void) { return nothing; }\n")
-    with pytest.raises(Unavailable, match=r"some\.c could not be compiled here \(gcc: .*nothing"):
+    with pytest.raises(Unavailable, match=r"could not be compiled here \(gcc: .*some\.c.*nothing"):
         load(source)
 
 
@@ -168,7 +182,9 @@ def test_off_in_a_process_of_its_own():
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 def test_the_compiler_warns_of_nothing():
     flags = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    for cpu in native.FLAGS.values():
-        command = ["gcc", *native.COMPILE, *cpu, *flags, str(winograd._SOURCE), "-o", os.devnull]
+    sources = sorted(Path(native.__file__).parent.glob("*.c"))
+    assert len(sources) > 1
+    for source, cpu in itertools.product(sources, native.FLAGS.values()):
+        command = ["gcc", *native.COMPILE, *cpu, *flags, str(source), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
