@@ -9,7 +9,6 @@ import torch
 
 import cmfast
 from cmfast import ema, ops
-from cmfast.ops import _inplace
 from cmfast.tolerances import FLOOR
 from tests.golden_utils import small_unet
 from tests.ops.cases import CASES, flat, inputs
@@ -19,14 +18,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 HALF = pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 
 
-@pytest.fixture(params=["reference", "in place"])
-def path(request, monkeypatch):
-    """The reference, and what serves large batches on a CPU."""
-    if request.param == "reference":
-        with cmfast.backend("reference"):
-            yield
-    else:
-        monkeypatch.setattr(_inplace, "LEAST", 0)
+@pytest.fixture(params=["reference", "auto"])
+def path(request):
+    """The reference, and what serves on a CPU."""
+    with cmfast.backend(request.param):
         yield
 
 

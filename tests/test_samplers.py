@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmfast import Denoiser, Sampler, backend, editing, samplers, schedules
-from cmfast.ops import _inplace
+from cmfast.native import steps
 from cmfast.samplers import SAMPLERS
 from tests.toy import ToyNetwork
 
@@ -260,7 +260,7 @@ MIXED = {
 def test_noise_of_a_seed_does_not_depend_on_the_layout_of_the_model(name, state, batch):
     """torch's generator fills a tensor in the order of its memory: the state's own, whatever the model returns."""
     x = 80 * torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=state)
-    assert (x.numel() >= _inplace.LEAST) == (batch > 2)
+    assert (x.numel() >= steps.LEAST) == (batch > 2)
     made = []
     for path in ("auto", "reference"):
         for model in (softened, in_channels_last):

@@ -48,7 +48,7 @@ REASONS: dict[str, str] = {
         _ELSE,
     ),
     **dict.fromkeys(
-        ("cmfast/ops/_autograd.py: reference_grads", "cmfast/ops/_inplace.py: _*_bwd", "kernels/losses.py: *_bwd"),
+        ("cmfast/ops/_autograd.py: reference_grads", "cmfast/native/losses.py: _*backward", "kernels/losses.py: *_bwd"),
         "autograd asks for no gradient that nothing needs",
     ),
     **dict.fromkeys(

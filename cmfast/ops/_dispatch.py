@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cmfast import native
 from cmfast.errors import Unavailable
-from cmfast.ops import _inplace, _multi
+from cmfast.native import losses, steps
+from cmfast.ops import _multi, _norm_cpu, _strips
 from cmfast.reference import Draw
 from cmfast.reference._common import in_transform
 
@@ -58,6 +59,12 @@ FUSED = (
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "draw_levels")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Forms for the CPU, and dtypes that they take.
+FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
+    **{name: (form, KERNEL_DTYPES) for name, form in {**steps.FORMS, **losses.FORMS}.items()},
+    "group_norm_silu": (_norm_cpu.group_norm_silu, _norm_cpu.DTYPES),
+    "lpips_layer": (_strips.lpips_layer, (torch.float32,)),
+}
 #: The oldest CUDA architecture that kernels are compiled and tested for.
 LEAST_CAPABILITY = (8, 0)
 
@@ -219,24 +226,24 @@ def use_kernel(
     return reason is None
 
 
-def plain(function: Function, *inputs: Any) -> Function:
-    """What serves an operation of the reference for these inputs: itself, or a form that writes in place where it fits.
+def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
+    """What serves an operation of the reference for these inputs: itself, or a form for the CPU where one fits.
 
-    That is on the CPU, in float32 (GroupNorm: or bfloat16), for more than a few elements (GroupNorm: for any), and
-    where no graph is recorded or the form knows its gradients.
+    state: whose dtype and layout results have. A form knows its gradients, or serves where none are recorded.
     """
     name = function.__name__
-    least, with_gradients = (1, 1) if name in _inplace.ANY_SIZE else (_inplace.LEAST, _inplace.LEAST_WITH_GRADIENTS)
-    if inputs[0].numel() < least:
-        return function
+    form, dtypes = FORMS[name]
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    half = name in _inplace.HALF and inputs[0].dtype == torch.bfloat16
-    if not plain_on_cpu(tensors, (torch.float32, torch.bfloat16) if half else (torch.float32,)):
+    if not plain_on_cpu(tensors, dtypes) or state.numel() == 0:
         return function
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        if name not in _inplace.DIFFERENTIABLE or inputs[0].numel() < with_gradients:
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if records and name in steps.FORMS:
+        return function
+    if name in steps.FORMS or name in losses.FORMS:
+        # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
+        if (native.watched() and not records) or not steps.fits(state):
             return function
-    return cast(Function, _inplace.FORMS[name])
+    return cast(Function, form)
 
 
 def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
@@ -249,16 +256,17 @@ def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (t
     for, and nothing compiled or traced."""
     if current_backend() != "auto" or native.traced():
         return False
-    if any(x.device.type != "cpu" or x.dtype not in dtypes for x in tensors):
-        return False
+    for x in tensors:
+        if not x.is_cpu or x.dtype not in dtypes:
+            return False
     return _subclass_refusal(tensors) is None and transform_refusal() is None
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
-    `triton`: the kernel. `in place`: PyTorch in fewer passes, most of them where no graph is recorded.
-    `reference`: the rest.
+    `triton`: the kernel. `C`: one pass on a CPU; where a graph is recorded, of losses alone. `in place`: PyTorch in
+    fewer passes. `reference`: the rest.
 
     Raises: ValueError: there is no such operation; the message lists those there are.
 
@@ -279,7 +287,10 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     reason = reason or "Triton's interpreter is for tests: backend 'triton' chooses it"
     if chosen == "triton":
         return "refused", reason
-    fits = dtype == torch.float32 or (name in _inplace.HALF and dtype == torch.bfloat16)
-    if (name in _inplace.FORMS or name in _multi.FORMS) and device.type == "cpu" and fits:
-        return "in place", reason
+    if device.type == "cpu":
+        if name in steps.FORMS or name in losses.FORMS:
+            missing = "it is for states of float32" if dtype != torch.float32 else steps.refusal()
+            return ("reference", f"{reason}; {missing}") if missing else ("C", reason)
+        if dtype in FORMS.get(name, (None, (torch.float32,) if name in _multi.FORMS else ()))[1]:
+            return "in place", reason
     return "reference", reason

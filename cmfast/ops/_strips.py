@@ -15,15 +15,19 @@ from cmfast import reference
 from cmfast.ops._autograd import fused
 from cmfast.reference.lpips import EPS
 
+#: Elements of a map from which on strips pay.
+LEAST = 2**17
 #: Elements of a strip of one map.
 STRIP = 2**17
 
 
 def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Tensor:
-    """For float32 maps in channels_last, of which the first alone needs a gradient; else the reference."""
+    """For large maps of float32 in channels_last, of which the first alone needs a gradient; else the reference."""
     inputs = features, target_features, weight
     records = torch.is_grad_enabled()
-    if not all(map(_channels_last, inputs[:2])) or records and (target_features.requires_grad or weight.requires_grad):
+    if features.numel() < LEAST or not all(map(_channels_last, inputs[:2])):
+        return reference.lpips_layer(*inputs)
+    if records and (target_features.requires_grad or weight.requires_grad):
         return reference.lpips_layer(*inputs)
     if records and features.requires_grad:
         return fused(_lpips_layer_fwd, _lpips_layer_bwd, reference.lpips_layer, *inputs, keep=1)

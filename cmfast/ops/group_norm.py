@@ -85,7 +85,7 @@ def group_norm_silu(
     if not use_kernel("group_norm_silu", *tensors, draw, levels=False):
         names = ("scale", "shift", "x_bias", "residual", "draw")
         options |= dict(zip(names, (*tensors[3:], draw)))
-        return plain(reference.group_norm_silu, *tensors)(x, num_groups, weight, bias, **options)
+        return plain(reference.group_norm_silu, *tensors, state=x)(x, num_groups, weight, bias, **options)
     options["num_groups"] = num_groups
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         results: tuple[Tensor, ...] = _GroupNormSilu.apply(options, *(draw or (None,) * 3), *tensors)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from cmfast import reference
 from cmfast.ops import _check
-from cmfast.ops._dispatch import use_kernel
+from cmfast.ops._dispatch import plain, use_kernel
 
 ROUNDINGS = ("trunc", "nearest")
 
@@ -26,4 +26,5 @@ def to_uint8(x: Tensor, *, rounding: str = "trunc") -> Tensor:
         from cmfast.kernels.images import to_uint8_fwd
 
         return to_uint8_fwd(x.detach(), rounding=rounding)
-    return reference.to_uint8(x, rounding=rounding)
+    x = x.detach()
+    return plain(reference.to_uint8, x, state=x)(x, rounding=rounding)

@@ -82,7 +82,7 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
         from cmfast.kernels.losses import weighted_loss_bwd, weighted_loss_fwd
 
         return fused(weighted_loss_fwd, weighted_loss_bwd, reference.weighted_loss, *inputs, keep=1, **options)
-    return plain(reference.weighted_loss, *inputs)(*inputs, **options)
+    return plain(reference.weighted_loss, *inputs, state=x)(*inputs, **options)
 
 
 def consistency_loss(
@@ -143,4 +143,4 @@ def consistency_loss(
         from cmfast.kernels.losses import consistency_loss_bwd, consistency_loss_fwd
 
         return fused(consistency_loss_fwd, consistency_loss_bwd, reference.consistency_loss, *inputs, keep=1, **options)
-    return plain(reference.consistency_loss, *inputs)(*inputs, **options)
+    return plain(reference.consistency_loss, *inputs, state=x_t)(*inputs, **options)

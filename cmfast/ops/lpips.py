@@ -117,4 +117,4 @@ def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Te
         from cmfast.kernels.lpips import lpips_layer_bwd, lpips_layer_fwd
 
         return fused(lpips_layer_fwd, lpips_layer_bwd, reference.lpips_layer, *inputs)
-    return plain(reference.lpips_layer, *inputs)(*inputs)
+    return plain(reference.lpips_layer, *inputs, state=features)(*inputs)

@@ -128,7 +128,10 @@ def init_noise(
         from cmfast.kernels.noise import init_noise_bwd, init_noise_fwd
 
         return fused(init_noise_fwd, init_noise_bwd, reference.init_noise, noise, sigma, c_noise=(2,), **options)
-    return reference.init_noise(_made(noise, shape or (), options["state_dtype"]), sigma, **options)
+    noise = _made(noise, shape or (), options["state_dtype"])
+    if isinstance(noise, Draw):
+        return reference.init_noise(noise, sigma, **options)
+    return plain(reference.init_noise, noise, sigma, state=noise)(noise, sigma, **options)
 
 
 def _check_data(
@@ -181,7 +184,7 @@ def add_noise(
 
         return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
     inputs = x_start, _made_like(noise, x_start), sigma, input_sigma
-    return plain(reference.add_noise, *inputs)(*inputs, **options)
+    return plain(reference.add_noise, *inputs, state=x_start)(*inputs, **options)
 
 
 def add_noise_pair(
@@ -215,7 +218,8 @@ def add_noise_pair(
         pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
         six: Any = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
-        six = reference.add_noise_pair(x_start, _made_like(noise, x_start), sigma, next_sigma, **options)
+        inputs = x_start, _made_like(noise, x_start), sigma, next_sigma
+        six = plain(reference.add_noise_pair, *inputs, state=x_start)(*inputs, **options)
     return six[:3], six[3:]
 
 
@@ -263,4 +267,4 @@ def renoise(
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
     inputs = model_output, x_t, sigma, next_sigma, _made_like(noise, x_t)
-    return plain(reference.renoise, *inputs)(*inputs, **options)
+    return plain(reference.renoise, *inputs, state=x_t)(*inputs, **options)

@@ -72,7 +72,7 @@ def scale_input(
         from cmfast.kernels.precondition import scale_input_bwd, scale_input_fwd
 
         return fused(scale_input_fwd, scale_input_bwd, reference.scale_input, x, sigma, c_noise=(1,), **options)
-    return reference.scale_input(x, sigma, **options)
+    return plain(reference.scale_input, x, sigma, state=x)(x, sigma, **options)
 
 
 def check_step(
@@ -118,7 +118,8 @@ def denoise(
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
         return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
-    return plain(reference.denoise, model_output, x_t, sigma)(model_output, x_t, sigma, **options)
+    inputs = model_output, x_t, sigma
+    return plain(reference.denoise, *inputs, state=x_t)(*inputs, **options)
 
 
 def denoise_to_uint8(
@@ -148,4 +149,5 @@ def denoise_to_uint8(
         from cmfast.kernels.precondition import denoise_to_uint8_fwd
 
         return denoise_to_uint8_fwd(model_output.detach(), x_t.detach(), sigma.detach(), **options)
-    return reference.denoise_to_uint8(model_output, x_t, sigma, **options)
+    inputs = model_output.detach(), x_t.detach(), sigma.detach()
+    return plain(reference.denoise_to_uint8, *inputs, state=inputs[1])(*inputs, **options)

@@ -48,7 +48,7 @@ def euler_step(
         from cmfast.kernels.solvers import euler_step_bwd, euler_step_fwd
 
         return fused(euler_step_fwd, euler_step_bwd, reference.euler_step, *inputs, c_noise=(2,), **options)
-    return plain(reference.euler_step, *inputs)(*inputs, **options)
+    return plain(reference.euler_step, *inputs, state=x_t)(*inputs, **options)
 
 
 def heun_predictor(
@@ -83,7 +83,7 @@ def heun_predictor(
         from cmfast.kernels.solvers import heun_predictor_bwd, heun_predictor_fwd
 
         return fused(heun_predictor_fwd, heun_predictor_bwd, reference.heun_predictor, *inputs, c_noise=(1,), **options)
-    return plain(reference.heun_predictor, *inputs)(*inputs, **options)
+    return plain(reference.heun_predictor, *inputs, state=x_t)(*inputs, **options)
 
 
 def heun_corrector(
@@ -120,7 +120,7 @@ def heun_corrector(
         from cmfast.kernels.solvers import heun_corrector_bwd, heun_corrector_fwd
 
         return fused(heun_corrector_fwd, heun_corrector_bwd, reference.heun_corrector, *inputs, c_noise=(2,), **options)
-    return plain(reference.heun_corrector, *inputs)(*inputs, **options)
+    return plain(reference.heun_corrector, *inputs, state=x_t)(*inputs, **options)
 
 
 def midpoint_corrector(
@@ -160,4 +160,4 @@ def midpoint_corrector(
 
         kernels = midpoint_corrector_fwd, midpoint_corrector_bwd
         return fused(*kernels, reference.midpoint_corrector, *inputs, c_noise=(2,), **options)
-    return plain(reference.midpoint_corrector, *inputs)(*inputs, **options)
+    return plain(reference.midpoint_corrector, *inputs, state=x_t)(*inputs, **options)

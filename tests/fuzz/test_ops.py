@@ -10,7 +10,7 @@ from tests.ops.cases import CASES
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_any_call(name, in_place, record_property):
+def test_any_call(name, record_property):
     fuzz(name, "auto", 25, record_property)
 
 

@@ -5,7 +5,8 @@ import torch
 
 import cmfast
 from cmfast import ops
-from cmfast.ops import _dispatch, _inplace
+from cmfast.native import losses, steps
+from cmfast.ops import _dispatch
 from cmfast.tolerances import FLOOR
 from tests.ops.cases import CASES, SHAPES, flat, inputs
 from tests.ops.matrix import check_path, make
@@ -33,44 +34,41 @@ def test_agrees_with_float64(case, dtype, shape):
             assert error <= FLOOR[dtype] * (1 + expected.abs().max())
 
 
-@pytest.fixture
-def in_place(monkeypatch):
-    """Forms that write in place serve small batches too."""
-    monkeypatch.setattr(_inplace, "LEAST", 0)
-    monkeypatch.setattr(_inplace, "LEAST_WITH_GRADIENTS", 0)
-
-
 @each
 @pytest.mark.parametrize("shape", [*SHAPES, (5,), (2, 3, 0, 4), (2, 3, 2, 4, 4)], ids=str)
-def test_what_auto_takes_here(case, shape, in_place):
-    """Forms for the CPU that write in place, where they serve: values, and gradients where they have them."""
+def test_what_auto_takes_here(case, shape):
+    """Forms for the CPU, where they serve: values, and gradients where they have them."""
     check_path(make(case, shape, (torch.float32, torch.float32), "cpu"), "auto")
 
 
-@pytest.mark.parametrize("name", _inplace.FORMS)
-def test_large_batches_take_the_forms_that_write_in_place(name):
-    """On the CPU, in float32, from LEAST elements on or from one; with gradients only those that know them."""
-    x = torch.ones(_inplace.LEAST_WITH_GRADIENTS)
-    form = _inplace.FORMS[name]
-    reference = getattr(cmfast.reference, name)
-    small = form if name in _inplace.ANY_SIZE else reference
-    assert _dispatch.plain(reference, x) is form
-    assert _dispatch.plain(reference, x[: _inplace.LEAST - 1]) is small
-    assert _dispatch.plain(reference, x[:0]) is reference
-    assert _dispatch.plain(reference, x.double()) is reference and _dispatch.plain(reference, x.half()) is reference
-    assert _dispatch.plain(reference, x.bfloat16()) is (form if name in _inplace.HALF else reference)
-    assert _dispatch.plain(reference, x.to("meta")) is reference
+@pytest.mark.parametrize("name", _dispatch.FORMS)
+def test_what_takes_a_form_for_the_cpu(name):
+    """Batches of the dtypes that it computes, of which C makes those of float32 states; with gradients where it knows
+    them."""
+    x, reference = torch.ones(2, 3), getattr(cmfast.reference, name)
+    in_c = name in steps.FORMS or name in losses.FORMS
+    there = not in_c or steps.refusal() is None
+    form, dtypes = _dispatch.FORMS[name]
+
+    def served(x, state=None):
+        return _dispatch.plain(reference, x, state=x if state is None else state)
+
+    assert served(x) is (form if there else reference)
+    assert served(x[:0]) is reference and served(x.to("meta")) is reference and served(x.double()) is reference
+    for dtype in (torch.bfloat16, torch.float16):
+        assert served(x.to(dtype)) is (form if dtype in dtypes and not in_c else reference)
+        assert served(x.to(dtype), x) is (form if dtype in dtypes and there else reference)
+    assert served(x.t()) is (reference if in_c else form)
     with cmfast.backend("reference"):
-        assert _dispatch.plain(reference, x) is reference
+        assert served(x) is reference
     x.requires_grad_()
-    assert _dispatch.plain(reference, x) is (form if name in _inplace.DIFFERENTIABLE else reference)
-    assert _dispatch.plain(reference, x[: _inplace.LEAST]) is small
+    assert served(x) is (form if name not in steps.FORMS and there else reference)
     with torch.no_grad():
-        assert _dispatch.plain(reference, x) is form
+        assert served(x) is (form if there else reference)
 
 
 @each
-def test_nothing_that_was_given_changes(case, in_place):
+def test_nothing_that_was_given_changes(case):
     states, sigmas = convert(*inputs(case, (3, 4, 6, 5)), torch.float32)
     before = {k: v.clone() for k, v in {**states, **sigmas}.items()}
     results = flat(case.call(states, sigmas))

@@ -8,7 +8,6 @@ import torch
 
 import cmfast
 from cmfast import ops, reference
-from cmfast.ops import _inplace
 
 X = torch.tensor([[[[0.3, -1.2], [2.0, 0.1]]]], dtype=torch.float64)
 F = torch.tensor([[[[0.5, 0.7], [-0.2, 1.1]]]], dtype=torch.float64)
@@ -16,12 +15,11 @@ SIGMA = torch.tensor([1.5], dtype=torch.float64)
 NEXT = torch.tensor([0.4], dtype=torch.float64)
 
 
-@pytest.fixture(params=[False, True], ids=["reference", "in place"])
-def both_forms(request, monkeypatch):
-    """The reference, and the forms for the CPU that write in place."""
-    if request.param:
-        monkeypatch.setattr(_inplace, "LEAST", 0)
-        monkeypatch.setattr(_inplace, "LEAST_WITH_GRADIENTS", 0)
+@pytest.fixture(params=["reference", "auto"])
+def both_forms(request):
+    """The reference, and the forms for the CPU."""
+    with cmfast.backend(request.param):
+        yield
 
 
 def denoised(f, x, sigma, boundary=0.002):

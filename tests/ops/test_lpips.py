@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import cmfast
 from cmfast import ops, reference
-from cmfast.ops import _inplace, _strips
+from cmfast.ops import _strips
 from tests.ops.matrix import upstream
 from tests.ops.perceptual import check_path, images, layer
 
@@ -65,8 +65,7 @@ class TestStrips:
 
     @pytest.fixture(autouse=True)
     def strips_of_a_few_pixels(self, monkeypatch):
-        monkeypatch.setattr(_inplace, "LEAST", 1)
-        monkeypatch.setattr(_inplace, "LEAST_WITH_GRADIENTS", 1)
+        monkeypatch.setattr(_strips, "LEAST", 1)
         monkeypatch.setattr(_strips, "STRIP", 32)
 
     @pytest.fixture
