@@ -28,7 +28,8 @@ FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
 }
 #: Without -fopenmp at the end: the threads are those of PyTorch, whose OpenMP is there already, and no second one.
-COMPILE = ("-O3", "-fno-math-errno", "-std=gnu11", "-fPIC", "-fopenmp", "-c")
+#: Nor with loops written out for each value of what stays the same in them, which takes longer than all the rest.
+COMPILE = ("-O3", "-fno-unswitch-loops", "-fno-math-errno", "-std=gnu11", "-fPIC", "-fopenmp", "-c")
 LINK = ("-shared",)
 
 

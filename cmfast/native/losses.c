@@ -67,7 +67,9 @@ INLINE double total(const float *x, long count, int squares)
     return sum;
 }
 
-long losses_parts(long count) { return (count + PART - 1) / PART; }
+long losses_part(void) { return PART; }
+
+static long parts_of(long count) { return (count + PART - 1) / PART; }
 
 /* Losses [batch], the weighted distances of D and the target's D, which are kept in `distance`; sums [batch, parts]. */
 void losses_forward(float *loss, float *distance, double *sums, const float *x, const float *f, const float *y, const float *x2,
@@ -76,20 +78,20 @@ void losses_forward(float *loss, float *distance, double *sums, const float *x, 
                     double sigma_data, double boundary, long batch, long count, int threads)
 {
     const levels start = {sigma, of_sigma}, end = {sigma2, of_sigma2};
-    const long parts = losses_parts(count);
+    const long parts = parts_of(count);
 
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (long b = 0; b < batch; b++)
         for (long part = 0; part < parts; part++) {
             scalings by = scalings_of(level(start, b), sigma_data, boundary, 0);
-            scalings by2 = scalings_of(level(end, b), sigma_data, boundary, 0);
+            scalings by2 = x2 ? scalings_of(level(end, b), sigma_data, boundary, 0) : by;
             long stop = b * count + (part + 1 < parts ? (part + 1) * PART : count);
             float room[BLOCK];
             double sum = 0;
             for (long at = b * count + part * PART; at < stop; at += BLOCK) {
                 long n = stop - at < BLOCK ? stop - at : BLOCK;
                 difference(room, x + at, f + at, y + at, x2 ? x2 + at : 0, by, by2, n);
-                sum += total(room, n, norm != L1);
+                sum += norm == L1 ? total(room, n, 0) : total(room, n, 1);
             }
             sums[b * parts + part] = sum;
         }
@@ -111,7 +113,7 @@ void losses_backward(float *to, float *opposite, const float *distance, const fl
                      double sigma_data, double boundary, long batch, long count, int threads)
 {
     const levels start = {sigma, of_sigma}, end = {sigma2, of_sigma2};
-    const long parts = losses_parts(count);
+    const long parts = parts_of(count);
 
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (long b = 0; b < batch; b++)
@@ -124,16 +126,18 @@ void losses_backward(float *to, float *opposite, const float *distance, const fl
             else
                 scale *= (norm == L2 ? 2.0f : 1.0f) / count;
             scalings by = scalings_of(s, sigma_data, boundary, 0);
-            scalings by2 = scalings_of(level(end, b), sigma_data, boundary, 0);
+            scalings by2 = x2 ? scalings_of(level(end, b), sigma_data, boundary, 0) : by;
             long stop = b * count + (part + 1 < parts ? (part + 1) * PART : count);
             for (long at = b * count + part * PART; at < stop; at += BLOCK) {
                 long n = stop - at < BLOCK ? stop - at : BLOCK;
                 difference(to + at, x + at, f + at, y + at, x2 ? x2 + at : 0, by, by2, n);
+                if (norm == L1)
 #pragma omp simd
-                for (long i = at; i < at + n; i++) {
-                    float slope = norm == L1 ? (to[i] > 0) - (to[i] < 0) : to[i];
-                    to[i] = slope * scale * by.out;
-                }
+                    for (long i = at; i < at + n; i++)
+                        to[i] = (to[i] > 0) - (to[i] < 0);
+#pragma omp simd
+                for (long i = at; i < at + n; i++)
+                    to[i] *= scale * by.out;
                 if (opposite)
 #pragma omp simd
                     for (long i = at; i < at + n; i++)

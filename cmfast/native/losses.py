@@ -35,7 +35,7 @@ class _Functions:
         level = pointer, number
         inputs = *[pointer] * 4, *level * 3, flag, real, flag, real, real, real, number, number, flag
 
-        self.parts = function("losses_parts", number, result=number)
+        self.part: int = function("losses_part", result=number)()
         self.forward = function("losses_forward", *[pointer] * 3, *inputs)
         self.backward = function("losses_backward", *[pointer] * 3, *level, *inputs)
 
@@ -60,25 +60,26 @@ def _arguments(
     weight_sigma_data: float = 1.0,
     sigma_data: float | None,
     boundary: float = 0.0,
-) -> tuple[list[Any], list[Tensor]]:
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """What both functions take of the inputs of a consistency loss, and the memory that this is of."""
-    named = isinstance(weight, str)
-    states = [x_t, *(beside(each, x_t) for each in (model_output, target, x_t2))]
-    levels = [level(each) for each in (sigma, sigma if next_sigma is None else next_sigma, sigma if named else weight)]
-    pointers = [each.data_ptr() for each in states]
-    if x_t2 is None:
-        pointers[3] = None
-    strided = [part for each, apart in levels for part in (each.data_ptr(), apart)]
-    distance = _NORMS[norm], huber_c, _WEIGHTINGS[weight] if named else 0, weight_sigma_data
-    return [*pointers, *strided, *distance, real(sigma_data), boundary, *sizes(x_t)], [*states, *(x for x, _ in levels)]
+    output, target, second = beside(model_output, x_t), beside(target, x_t), beside(x_t2, x_t)
+    weighting, weight = (_WEIGHTINGS[weight], sigma) if isinstance(weight, str) else (0, weight)
+    (sigma, of_sigma), (weight, of_weight) = level(sigma), level(weight)
+    next_sigma, of_next = (sigma, of_sigma) if next_sigma is None else level(next_sigma)
+    arguments = (
+        x_t.data_ptr(), output.data_ptr(), target.data_ptr(), None if x_t2 is None else second.data_ptr(),
+        sigma.data_ptr(), of_sigma, next_sigma.data_ptr(), of_next, weight.data_ptr(), of_weight,
+        _NORMS[norm], huber_c, weighting, weight_sigma_data, real(sigma_data), boundary, *sizes(x_t),
+    )  # fmt: skip
+    return arguments, (output, target, second, sigma, next_sigma, weight)
 
 
 def forward(*inputs: Any, cpu: str | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """The losses [B], and the distances [B] for `backward`."""
-    x_t = inputs[1]
     made, (arguments, held) = functions(cpu), _arguments(*inputs, **options)
-    loss, distance = (torch.empty(len(x_t), dtype=DTYPE, device="cpu") for _ in range(2))
-    sums = torch.empty(len(x_t), made.parts(x_t.numel() // len(x_t)), dtype=torch.float64, device="cpu")
+    batch, count, _ = sizes(inputs[1])
+    loss, distance = (torch.empty(batch, dtype=DTYPE, device="cpu") for _ in range(2))
+    sums = torch.empty(batch, -(-count // made.part), dtype=torch.float64, device="cpu")
     made.forward(loss.data_ptr(), distance.data_ptr(), sums.data_ptr(), *arguments)
     del held
     return loss, distance

@@ -17,16 +17,18 @@ typedef struct {
 
 INLINE float level(levels of, long b) { return of.at[b * of.step]; }
 
-/* What D is made of: c_skip, c_out, and the limits that it is clamped to; or the output alone, of a network that is D. */
+/* What D is made of: c_skip, c_out, the limits that it is clamped to, and bits that let no x through to a network that
+ * is D itself, as 0 times infinity would. Not a branch, which loops would have to be written twice for. */
 typedef struct {
     float skip, out, in, least, most;
-    int plain;
+    unsigned bits;
 } scalings;
 
-static scalings scalings_of(float sigma, double sigma_data, float boundary, int clip)
+INLINE scalings scalings_of(float sigma, double sigma_data, float boundary, int clip)
 {
-    scalings it = {0, 1, 1, clip ? -1 : -INFINITY, clip ? 1 : INFINITY, isnan(sigma_data)};
-    if (!it.plain) {
+    scalings it = {0, 1, 1, clip ? -1 : -INFINITY, clip ? 1 : INFINITY, 0};
+    if (!isnan(sigma_data)) {
+        it.bits = ~0u;
         float offset = sigma - boundary, square = sigma_data * sigma_data, root = sqrtf(sigma * sigma + square);
         it.skip = square / (offset * offset + square);
         it.out = (float)sigma_data * offset / root;
@@ -37,6 +39,11 @@ static scalings scalings_of(float sigma, double sigma_data, float boundary, int 
 
 INLINE float denoised(float x, float f, scalings by)
 {
-    float d = by.plain ? f : by.skip * x + by.out * f;
+    union {
+        float number;
+        unsigned bits;
+    } seen = {x};
+    seen.bits &= by.bits;
+    float d = by.skip * seen.number + by.out * f;
     return d < by.least ? by.least : d > by.most ? by.most : d; /* NaN stays */
 }

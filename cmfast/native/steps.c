@@ -1,4 +1,6 @@
 /* Steps of samplers, noise added, and pixels: each in one pass over a batch, called by steps.py. */
+#include <string.h>
+
 #include "scalings.h"
 
 enum kind { INPUT, INIT, NOISE, DENOISE, RENOISE, EULER, HEUN, MIDPOINT };
@@ -64,6 +66,7 @@ void steps_step(int kind, float *next, float *input, float *told, const float *x
     const levels start = {sigma, of_sigma}, between = {middle, of_middle}, last = {end, of_end};
     const long parts = (count + PART - 1) / PART;
 
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && of_told > PART)
     for (long b = 0; b < of_told; b++) {
         float t = level(last, b);
         told[b] = isnan(sigma_data) ? t : 250.0f * (float)log(t + 1e-44f);
@@ -75,9 +78,9 @@ void steps_step(int kind, float *next, float *input, float *told, const float *x
             float square = (t - least) * (t + least), added = kind <= NOISE ? s : square < 0 ? 0 : sqrtf(square);
             /* At an end of 0 there is no second slope: a step of Euler's. */
             enum kind now = kind == HEUN && t == 0 ? EULER : kind;
-            scalings by = scalings_of(s, sigma_data, boundary, clip);
-            scalings by2 = scalings_of(m, sigma_data, boundary, clip);
-            float in = scalings_of(t, sigma_data, boundary, clip).in, room[BLOCK];
+            scalings by = scalings_of(kind < DENOISE ? t : s, sigma_data, boundary, clip);
+            scalings by2 = kind < HEUN ? by : scalings_of(m, sigma_data, boundary, clip);
+            float in = !input || kind < DENOISE ? by.in : scalings_of(t, sigma_data, boundary, clip).in, room[BLOCK];
             long begin = b * count + part * PART, stop = b * count + (part + 1 < parts ? (part + 1) * PART : count);
             for (long at = begin; at < stop; at += BLOCK) {
                 long n = stop - at < BLOCK ? stop - at : BLOCK;
@@ -103,17 +106,26 @@ void steps_pixels(unsigned char *to, const float *x, const float *f, const float
         for (long part = 0; part < parts; part++) {
             scalings by = scalings_of(f ? level((levels){sigma, of_sigma}, b) : 0, sigma_data, boundary, 1);
             long begin = part * BLOCK, n = pixels - begin < BLOCK ? pixels - begin : BLOCK;
-            int room[BLOCK];
+            float room[BLOCK];
+            int whole[BLOCK];
             for (long c = 0; c < channels; c++) {
                 long at = (b * channels + c) * pixels + begin;
+                if (f)
+                    step(DENOISE, room, x + at, f + at, x, x, 0, 0, 0, 0, by, by, n);
+                else
+                    memcpy(room, x + at, n * sizeof(float));
 #pragma omp simd
-                for (long i = 0; i < n; i++) {
-                    float d = ((f ? denoised(x[at + i], f[at + i], by) : x[at + i]) + 1.0f) * 127.5f;
-                    d = nearest ? rintf(d) : d;
-                    room[i] = d > 0.0f ? d < 255.0f ? d : 255.0f : 0.0f; /* NaN is 0 */
-                }
                 for (long i = 0; i < n; i++)
-                    to[(b * pixels + begin + i) * channels + c] = room[i];
+                    room[i] = (room[i] + 1.0f) * 127.5f;
+                if (nearest)
+#pragma omp simd
+                    for (long i = 0; i < n; i++)
+                        room[i] = rintf(room[i]);
+#pragma omp simd
+                for (long i = 0; i < n; i++)
+                    whole[i] = room[i] > 0.0f ? room[i] < 255.0f ? room[i] : 255.0f : 0.0f; /* NaN is 0 */
+                for (long i = 0; i < n; i++)
+                    to[(b * pixels + begin + i) * channels + c] = whole[i];
             }
         }
 }

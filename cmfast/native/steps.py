@@ -74,14 +74,15 @@ def beside(x: Tensor | None, state: Tensor) -> Tensor:
 
 def level(sigma: Tensor) -> tuple[Tensor, int]:
     """Numbers of samples in float32, a scalar or [B], and how far in memory one sample's is from the next's."""
-    sigma = sigma.to(DTYPE)
+    if sigma.dtype != DTYPE:
+        sigma = sigma.to(DTYPE)
     return sigma, sigma.stride(0) if sigma.ndim else 0
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
     """Samples, numbers in each, threads."""
-    total = x.numel()
-    return len(x), total // len(x), native.threads(total, LEAST)
+    total, batch = x.numel(), x.shape[0]
+    return batch, total // batch, native.threads(total, LEAST)
 
 
 def real(sigma_data: float | None) -> float:
@@ -116,7 +117,7 @@ def step(
     batch, count, threads = sizes(x)
     x_next, model_input, c_noise = (torch.empty_like(x) if keeps else None), None, None
     if tells:
-        model_input, c_noise = torch.empty_like(x), torch.empty(end.shape, dtype=DTYPE, device="cpu")
+        model_input, c_noise = torch.empty_like(x), torch.empty_like(end)
     functions(cpu).step(
         kind,
         None if x_next is None else x_next.data_ptr(),
@@ -130,7 +131,9 @@ def step(
     results = () if x_next is None else (x_next,)
     if model_input is None or c_noise is None:
         return results
-    return *results, as_input(model_input, dtype or DTYPE, memory_format), c_noise.expand(batch)
+    if memory_format is not None or dtype not in (None, DTYPE):
+        model_input = as_input(model_input, dtype or DTYPE, memory_format)
+    return *results, model_input, c_noise if c_noise.ndim else c_noise.expand(batch)
 
 
 def scale_input(x: Tensor, sigma: Tensor, **options: Any) -> Results:
@@ -222,7 +225,9 @@ def _pixels(
     batch, count, threads = sizes(x)
     # In channels_last pixels stay where they are: one channel, to C.
     channels = 1 if x.ndim == 2 or _channels_last(x) else x.shape[1]
-    out = torch.empty(batch, *x.shape[2:], x.shape[1], dtype=torch.uint8, device="cpu")
+    if channels == 1 and output is None:
+        batch, count = 1, batch * count
+    out = torch.empty(x.shape[0], *x.shape[2:], x.shape[1], dtype=torch.uint8, device="cpu")
     sigma, of_sigma = level(sigma)
     functions(cpu).pixels(
         out.data_ptr(), x.data_ptr(), None if output is None else output.data_ptr(), sigma.data_ptr(), of_sigma,

@@ -62,14 +62,14 @@ def stands_for_many(*grads: Tensor | None) -> bool:
 
 
 class _Fused(torch.autograd.Function):
+    # Not with a setup_context of its own: for that torch looks at the signature in every call, a fifth of a small one.
     @staticmethod
-    def forward(forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *inputs: Any) -> Any:
+    def forward(
+        ctx: Any, forward: Forward, backward: Any, reference: Forward, special: Any, options: Any, *arguments: Any
+    ) -> Any:
+        ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options = backward, reference, special, options
         # A tuple always: Dynamo wants one.
-        return _tuple(forward(*inputs, **options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.kernel, ctx.reference, (ctx.keep, c_noise), ctx.options, *arguments = inputs
+        output = _tuple(forward(*arguments, **options))
         kept = output[len(output) - ctx.keep :]
         levels_vary = any(isinstance(x, Tensor) and x.ndim <= 1 and x.requires_grad for x in arguments)
         ctx.mark_non_differentiable(*kept, *(() if levels_vary else [output[i] for i in c_noise]))
@@ -78,6 +78,7 @@ class _Fused(torch.autograd.Function):
         drawn = [part for x in arguments if isinstance(x, Draw) for part in x] if levels_vary else []
         ctx.save_for_backward(*saved(*arguments), *kept, *saved(*drawn))
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

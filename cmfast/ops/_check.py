@@ -20,6 +20,8 @@ from cmfast.reference._common import in_transform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+#: Numbers that Python looks through faster than PyTorch.
+FEW = 64
 #: Looked for in this order: Python's own are found at once.
 _NUMBERS: tuple[Any, ...] = (float, int, Real)
 _INTEGERS: tuple[Any, ...] = (int, torch.SymInt, Integral)
@@ -166,6 +168,15 @@ def parameter(name: str, value: object, shape: tuple[int, ...], letters: str, x:
         raise ValueError(f"{name} is on {value.device}, x on {x.device}: move one of them")
 
 
+def _ends(x: Tensor) -> tuple[float, float]:
+    """The least and the largest number; NaN where there is one."""
+    if x.ndim == 1 and x.shape[0] > FEW:
+        return x.min().item(), x.max().item()
+    values = x.tolist() if x.ndim else [x.item()]
+    # Which do not tell of a NaN among others.
+    return (math.nan, math.nan) if math.isnan(sum(values)) else (min(values), max(values))
+
+
 def sigma_level(name: str, sigma: object, x: Tensor, *, divides: bool = False) -> None:
     """A floating tensor, scalar or [B] with B = x.shape[0], not negative and not NaN; of an operation that divides by
     it, neither 0 nor infinite."""
@@ -177,12 +188,12 @@ def sigma_level(name: str, sigma: object, x: Tensor, *, divides: bool = False) -
         raise ValueError(f"{name} must be a scalar or [B] with B = {x.shape[0]}, got {list(sigma.shape)}")
     if sigma.device != x.device:
         raise ValueError(f"{name} is on {sigma.device}, the batch on {x.device}: move one of them")
-    if sigma.device.type == "cpu" and sigma.numel() and has_values(sigma):
-        low = sigma.min().item()
-        if math.isnan(low) or low < 0 or (low == 0 and divides):
+    if sigma.is_cpu and sigma.numel() and has_values(sigma):
+        low, high = _ends(sigma)
+        if not (low > 0 if divides else low >= 0):
             kind = "positive" if divides else "0 or more"
             raise ValueError(f"{name} holds noise levels and must be {kind} and not NaN, got {low}")
-        if divides and math.isinf(sigma.max().item()):
+        if divides and high == math.inf:
             raise ValueError(f"{name} holds noise levels and must be finite, got inf")
 
 

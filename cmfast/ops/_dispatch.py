@@ -59,6 +59,8 @@ FUSED = (
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "draw_levels")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Classes whose tensors are what lies in memory.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 #: Forms for the CPU, and dtypes that they take.
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
     **{name: (form, KERNEL_DTYPES) for name, form in {**steps.FORMS, **losses.FORMS}.items()},
@@ -184,7 +186,7 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
 
 def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not torch.compiler.is_compiling() and tensor.is_neg():
             return "a view that negates is not what lies in memory"
@@ -236,13 +238,13 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not plain_on_cpu(tensors, dtypes) or state.numel() == 0:
         return function
-    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if records and name in steps.FORMS:
-        return function
     if name in steps.FORMS or name in losses.FORMS:
-        # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
-        if (native.watched() and not records) or not steps.fits(state):
-            return function
+        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+            # Before a mode that looks on, too: that of torch.utils.checkpoint is there for one of two passes.
+            fits = name in losses.FORMS
+        else:
+            fits = not native.watched()
+        return cast(Function, form) if fits and steps.fits(state) else function
     return cast(Function, form)
 
 
@@ -254,12 +256,12 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
     for, and nothing compiled or traced."""
-    if current_backend() != "auto" or native.traced():
+    if current_backend() != "auto" or native.traced() or transform_refusal() is not None:
         return False
     for x in tensors:
-        if not x.is_cpu or x.dtype not in dtypes:
+        if not x.is_cpu or x.dtype not in dtypes or type(x) not in PLAIN_TYPES or x.is_neg():
             return False
-    return _subclass_refusal(tensors) is None and transform_refusal() is None
+    return True
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
