@@ -47,7 +47,7 @@ INLINE vec sigmoid(vec z) { return choose(z < -88.0f, (vec){0}, 1.0f / (1.0f + e
 
 static long pixels_of_part(long channels) { return channels < PART / FEWEST ? PART / channels : FEWEST; }
 
-long group_norm_parts(long pixels, long channels)
+static long group_norm_parts(long pixels, long channels)
 {
     long each = pixels_of_part(channels);
     return (pixels + each - 1) / each;

@@ -239,7 +239,7 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
     if not plain_on_cpu(tensors, dtypes) or state.numel() == 0:
         return function
     if name in steps.FORMS or name in losses.FORMS:
-        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             # Before a mode that looks on, too: that of torch.utils.checkpoint is there for one of two passes.
             fits = name in losses.FORMS
         else:

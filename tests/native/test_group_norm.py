@@ -1,8 +1,6 @@
 """GroupNorm in C against float64, with all of its gradients, for every CPU that this one can be."""
 
-import ctypes
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -386,20 +384,6 @@ def test_layers_of_a_network(monkeypatch):
     out = cmfast.optimize(model)(torch.randn(1, 3, 8, 8), torch.ones(1))
     out.sum().backward()
     assert calls.count("forward") == calls.count("backward") == norms
-
-
-def test_functions_are_as_in_c():
-    """The number of their arguments: C does not check it."""
-    text = Path(group_norm.__file__).with_suffix(".c").read_text(encoding="utf-8")
-    for name, function in vars(group_norm.functions()).items():
-        found = text[text.index(f"group_norm_{name}(") :]
-        arguments = found[found.index("(") + 1 : found.index(")")].split(",")
-        kinds = [
-            ctypes.c_void_p if "*" in each else ctypes.c_float if "float" in each
-            else ctypes.c_long if "long" in each else ctypes.c_int
-            for each in arguments
-        ]  # fmt: skip
-        assert list(function.argtypes) == kinds, name
 
 
 def test_reference_says_the_same():

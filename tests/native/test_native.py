@@ -1,7 +1,10 @@
 """C that is compiled on the user's machine: once, for nobody else to write to, and what is said where it cannot be."""
 
+import ctypes
+import importlib
 import itertools
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -177,6 +180,35 @@ def test_off_in_a_process_of_its_own():
                           capture_output=True, check=True)  # fmt: skip
     assert done.stdout.startswith("CMFAST_NATIVE=0 is set\n")
     assert "3x3 convolutions on a CPU: PyTorch's (CMFAST_NATIVE=0 is set)" in done.stdout
+
+
+KINDS = {"double": ctypes.c_double, "float": ctypes.c_float, "unsigned long": ctypes.c_ulong, "long": ctypes.c_long,
+         "unsigned": ctypes.c_uint, "int": ctypes.c_int, "void": None}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [path.stem for path in sorted(Path(native.__file__).parent.glob("*.c"))])
+def test_functions_are_as_in_c(name, monkeypatch):
+    """What they are told of their arguments and results: C does not check it."""
+    declared, function = {}, native.function
+
+    def note(library, name, *arguments, result=None):
+        declared[name] = [*arguments, result]
+        return function(library, name, *arguments, result=result)
+
+    monkeypatch.setattr(native, "function", note)
+    module = importlib.import_module(f"cmfast.native.{name}")
+    module.functions.__wrapped__(None)
+    text = Path(module.__file__).with_suffix(".c").read_text(encoding="utf-8")
+    found = {}
+    for result, called, listed in re.findall(rf"^(\w+) ({name}_\w+)\(([^)]*)\)", text, re.M):
+        arguments = [] if listed == "void" else listed.split(",")
+        kinds = [
+            ctypes.c_void_p if "*" in each else KINDS[each.rpartition(" ")[0].removeprefix("const ").strip()]
+            for each in map(str.strip, arguments)
+        ]
+        found[called] = [*kinds, KINDS[result]]
+    assert declared == found
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")

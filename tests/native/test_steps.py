@@ -1,0 +1,265 @@
+"""Steps, noise, pixels and losses in C against float64, for every CPU that this one can be."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import cmfast
+from cmfast import ops
+from cmfast.native import losses, steps
+from tests.ops.cases import CASES, OUTPUTS, flat
+from tests.ops.matrix import check_path, dtype_id, make
+
+pytestmark = pytest.mark.skipif(steps.refusal() is not None, reason=f"Steps in C: {steps.refusal()}")
+CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+IN_C = {name: case for name, case in CASES.items() if name.split()[0] in {*steps.FORMS, *losses.FORMS, "draw_pair"}}
+each = pytest.mark.parametrize("name", IN_C)
+#: Fewer numbers than a vector, some that fill none, a block and one, a part and more, samples smaller than a vector,
+#: other numbers of dimensions.
+SHAPES = [(2, 3, 7, 3), (3, 1, 1, 1), (2, 1025), (2, 3, 80, 75), (40, 3), (5,), (2, 3, 2, 4, 4)]
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of functions of C that were called."""
+    names = []
+
+    def watch(module):
+        made = copy.copy(module.functions(None))
+        for name, function in list(vars(made).items()):
+            if callable(function):
+                setattr(made, name, lambda *a, name=name, function=function: names.append(name) or function(*a))
+        monkeypatch.setattr(module, "functions", lambda cpu=None: made)
+
+    watch(steps)
+    watch(losses)
+    return names
+
+
+def only(cpu, monkeypatch):
+    """Has C serve that is compiled for a CPU."""
+    for module in (steps, losses):
+        made = module.functions(cpu)
+        monkeypatch.setattr(module, "functions", lambda cpu=None, made=made: made)
+
+
+@each
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_values_and_gradients(name, shape, cpu, monkeypatch):
+    only(cpu, monkeypatch)
+    check_path(make(IN_C[name], shape, DTYPES[0], "cpu"), "auto")
+
+
+@each
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "output in channels_last", "state in channels_last"])
+def test_layouts_and_outputs_of_other_dtypes(name, dtypes, layout, calls):
+    """Of which all are served, and states keep their layout."""
+    call = make(IN_C[name], (2, 3, 6, 5), dtypes, "cpu")
+    for k, x in call.states.items():
+        if layout == "channels_last" or layout.startswith("output" if k in OUTPUTS else "state"):
+            call.states[k] = x.contiguous(memory_format=torch.channels_last)
+    check_path(call, "auto")
+    calls.clear()
+    results = call.run("auto")
+    assert calls
+    with cmfast.backend("reference"):
+        for made, expected in zip(results, call.run("reference"), strict=True):
+            assert made.dtype == expected.dtype
+            if expected.shape == (2, 3, 6, 5) and dtypes == DTYPES[0] and " in " not in layout:
+                assert made.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "expanded", "strided"])
+@each
+def test_levels_lie_anywhere(name, kind):
+    call = make(IN_C[name], (3, 2, 5, 4), DTYPES[0], "cpu")
+    for k, sigma in list(call.sigmas.items()):
+        if kind == "strided":
+            call.sigmas[k] = torch.stack([sigma, -sigma], 1)[:, 0]
+        else:
+            call.sigmas[k] = sigma[0] if kind == "scalar" else sigma[:1].expand(3)
+    check_path(call, "auto")
+
+
+@each
+def test_same_bits_for_any_batch_and_threads(name, monkeypatch):
+    monkeypatch.setattr(steps, "LEAST", 0)
+    call, before = make(IN_C[name], (3, 2, 100, 103), DTYPES[0], "cpu"), torch.get_num_threads()
+    together = call.run("auto")
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, call.run("auto"), together))
+    finally:
+        torch.set_num_threads(before)
+    if "draw" in name or name.endswith(" end"):
+        return  # where samples differ by their place
+    alone = copy.copy(call)
+    alone.states, alone.sigmas = ({k: v[1:2] for k, v in part.items()} for part in (call.states, call.sigmas))
+    for one, every in zip(alone.run("auto"), together, strict=True):
+        assert torch.equal(one, every[1:2])
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("count", [1, 15, 33, 1024, 1031, 16385])
+@each
+def test_nothing_beyond_is_written(name, count, cpu, monkeypatch):
+    only(cpu, monkeypatch)
+    memory, like, empty = [], torch.empty_like, torch.empty
+
+    def apart(x):
+        """A tensor like x amid numbers that nobody may change."""
+        flat = torch.full((x.numel() + 128,), 77, dtype=x.dtype)
+        memory.append((flat, x.numel()))
+        return flat[64 : 64 + x.numel()].view(x.shape)
+
+    call = make(IN_C[name], (2, count), DTYPES[0], "cpu")
+    # Levels of gradients come from C, too.
+    leaves, _ = call.graph("auto")
+    monkeypatch.setattr(steps.torch, "empty_like", lambda x: apart(like(x)))
+    monkeypatch.setattr(steps.torch, "empty", lambda *size, **options: apart(empty(*size, **options)))
+    call.run("auto")
+    if name.split()[0] in losses.FORMS:
+        call.run_with_grads("auto", levels=False)
+    monkeypatch.undo()
+    assert memory and leaves
+    for flat_, numel in memory:
+        assert (flat_[:64] == 77).all() and (flat_[64 + numel :] == 77).all()
+
+
+class Looking(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@each
+def test_who_looks_on_sees_pytorchs(name, calls):
+    call = make(IN_C[name], (2, 3, 4, 4), DTYPES[0], "cpu")
+    with Looking() as looking:
+        call.run("auto")
+    assert not calls and looking.seen - {"empty", "empty_like"}
+
+
+LOSSES = [name for name in IN_C if name.split()[0] in losses.FORMS]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("which", ["forward", "backward", "both"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_before_who_looks_on(name, which, checkpointed):
+    """In one pass or in both: torch.utils.checkpoint finds in the other what it kept."""
+    call, found = make(IN_C[name], (2, 3, 4, 4), DTYPES[0], "cpu"), []
+    first = next(iter(call.states))
+    for backend in ("auto", "reference"):
+        leaf = call.states[first].clone().requires_grad_()
+
+        def loss(leaf):
+            return IN_C[name].call({**call.states, first: leaf}, call.sigmas)
+
+        with cmfast.backend(backend):
+            with Looking() if which != "backward" else nullcontext():
+                value = checkpoint(loss, leaf, use_reentrant=False) if checkpointed else loss(leaf)
+            with Looking() if which != "forward" else nullcontext():
+                found.append((value, *torch.autograd.grad(value.sum(), leaf)))
+    for made, expected in zip(*found, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("pack, unpack", [
+    (lambda x: x.movedim(-1, 1).contiguous() if x.ndim == 4 else x,
+     lambda x: x.movedim(1, -1) if x.ndim == 4 else x),
+    (lambda x: x.double(), lambda x: x),
+], ids=["strides", "dtype"])  # fmt: skip
+def test_what_is_saved_comes_back_another(name, pack, unpack):
+    """By a caller's hooks."""
+    call, found = make(IN_C[name], (2, 3, 4, 5), DTYPES[0], "cpu"), []
+    first = next(iter(call.states))
+    for hooks in (torch.autograd.graph.saved_tensors_hooks(pack, unpack), nullcontext()):
+        leaf = call.states[first].clone().requires_grad_()
+        with hooks:
+            value = IN_C[name].call({**call.states, first: leaf}, call.sigmas)
+        found.append(torch.autograd.grad(value.sum(), leaf)[0])
+    torch.testing.assert_close(found[0].float(), found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_that_is_negated_where_it_is_read(name, calls):
+    call, found = make(IN_C[name], (2, 3, 4, 5), DTYPES[0], "cpu"), []
+    first = next(iter(call.states))
+    for grad in (torch._neg_view(torch.ones(2)), -torch.ones(2)):
+        leaf = call.states[first].clone().requires_grad_()
+        value = IN_C[name].call({**call.states, first: leaf}, call.sigmas)
+        found.append(torch.autograd.grad(value, leaf, grad)[0])
+    assert torch.equal(*found) and calls.count("backward") == 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_gradients_at_once_and_gradients_of_gradients(name):
+    call = make(IN_C[name], (2, 3, 4, 5), DTYPES[0], "cpu")
+    first, found = next(iter(call.states)), []
+    for backend in ("auto", "reference"):
+        leaf = call.states[first].clone().requires_grad_()
+        with cmfast.backend(backend):
+            value = IN_C[name].call({**call.states, first: leaf}, call.sigmas)
+        many = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]])
+        (together,) = torch.autograd.grad(value, leaf, many, is_grads_batched=True, retain_graph=True)
+        (slope,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
+        found.append((together, torch.autograd.grad(slope.square().sum(), leaf)[0]))
+    for made, expected in zip(*found, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_trace_is_for_any_level(calls):
+    """The reference is traced, not what C made of it."""
+    x, f = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    traced = torch.jit.trace(lambda x, s: ops.denoise(f, x, s), (x, torch.ones(2)), check_trace=False)
+    assert not calls
+    torch.testing.assert_close(traced(2 * x, torch.full((2,), 3.0)), ops.denoise(f, 2 * x, torch.full((2,), 3.0)))
+
+
+def test_without_a_compiler(monkeypatch, calls):
+    monkeypatch.setattr(steps, "refusal", lambda: "there is none")
+    assert ops.explain("denoise")[0] == "reference" and "there is none" in ops.explain("denoise")[1]
+    for case in IN_C.values():
+        make(case, (2, 3, 4, 4), DTYPES[0], "cpu").run("auto")
+    assert not calls
+
+
+def test_what_is_said_of_it():
+    assert ops.explain("euler_step")[0] == "C"
+    path, why = ops.explain("euler_step", dtype=torch.bfloat16)
+    assert path == "reference" and "states of float32" in why
+
+
+def test_pixels_are_those_of_the_reference():
+    """Number by number, where D is the state itself: at every boundary between two of them."""
+    levels = (torch.arange(256) / 127.5 - 1)[None, None]
+    near = torch.cat([levels, levels.nextafter(torch.tensor(9.0)), levels.nextafter(torch.tensor(-9.0))], 1)
+    x = torch.cat([near.flatten(), torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])]).view(2, 2, -1)
+    for rounding in ("trunc", "nearest"):
+        made = ops.to_uint8(x, rounding=rounding)
+        of_d = ops.denoise_to_uint8(torch.zeros_like(x), x, torch.tensor(0.002), rounding=rounding)
+        with cmfast.backend("reference"):
+            expected = ops.to_uint8(x, rounding=rounding)
+        assert torch.equal(made, expected) and torch.equal(of_d, expected) and made.is_contiguous()
+
+
+def test_every_result_is_a_tensor_of_its_own():
+    call = make(IN_C["add_noise_pair"], (2, 3, 4, 4), DTYPES[0], "cpu")
+    results = flat(call.run("auto"))
+    assert len({each.untyped_storage().data_ptr() for each in results}) == len(results)
