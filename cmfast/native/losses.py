@@ -124,12 +124,11 @@ def _backward(
     needed: tuple[bool, ...], grads: tuple[Tensor | None, ...], *inputs: Any, saved: tuple[Tensor], **options: Any
 ) -> tuple[Tensor | None, ...]:
     """The gradient of the student's output, which training asks for."""
-    model_output, x_t, *others = inputs
+    none: tuple[None, ...] = (None,) * (len(inputs) - 1)
     # Hooks of a caller for what is saved may have made another state of it.
-    if grads[0] is None or not needed[0] or native.watched() or not steps.fits(x_t):
-        return (None,) * len(inputs)
-    of_output, _ = backward(grads[0], *saved, *inputs, **options)
-    return of_output.to(model_output.dtype), None, *(None for _ in others)
+    if grads[0] is None or not needed[0] or native.watched() or not steps.fits(inputs[1]):
+        return None, *none
+    return backward(grads[0], *saved, *inputs, **options)[0], *none
 
 
 def _whole(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Any, ...]:
@@ -158,8 +157,7 @@ def _weighted_backward(
     if needed[0] or needed[1]:
         whole = _whole(x, target, weight)
         of_x, of_target = backward(grad, distance, *whole, opposite=needed[1], sigma_data=None, **options)
-        of_target = None if of_target is None else of_target.to(target.dtype)
-    return of_x, of_target, (grad * distance).sum_to_size(weight.shape).to(weight.dtype) if needed[2] else None
+    return of_x, of_target, (grad * distance).sum_to_size(weight.shape) if needed[2] else None
 
 
 FORMS: dict[str, Callable[..., Any]] = {form.__name__: form for form in (weighted_loss, consistency_loss)}

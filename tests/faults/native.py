@@ -1,4 +1,6 @@
-"""C for CPUs: its compilation, and Winograd's convolution."""
+"""C for CPUs: its compilation, and Winograd's convolution, normalisation, attention, noise, steps and losses."""
+
+from tests.faults.ids import T_FORMULAS
 
 _FAST = "tests/fast/test_optimize.py::test_"
 _MEMORY = "tests/fast/test_memory.py::test_"
@@ -230,8 +232,111 @@ NOISE = [
     ("who looks on sees nothing", " or native.watched()", "", _NOISE + "who_looks_on_sees_pytorchs"),
     ("any dtype", " or dtype != torch.float32:", ":", _NOISE + "operations[normal-torch.bfloat16-numbers]"),
     ("without a compiler", " or native_noise.refusal() is not None", "", _NOISE + "without_a_compiler"),
-    ("pairs by the reference", "reference.add_noise_pair(x_start, _made_like(noise, x_start),",
-     "reference.add_noise_pair(x_start, noise,", _NOISE + "operations[add_noise_pair-torch.float32-numbers]"),
+    ("pairs by the reference", "inputs = x_start, _made_like(noise, x_start), sigma, next_sigma",
+     "inputs = x_start, noise, sigma, next_sigma", _NOISE + "operations[add_noise_pair-torch.float32-numbers]"),
+]
+
+_STEPS = "tests/native/test_steps.py::test_"
+_EVERY = "tests/ops/test_every_op.py::test_"
+
+
+def _of(case: str, shape: str = "(2, 3, 80, 75)") -> str:
+    """A test of a step's values, and of a loss's gradients."""
+    return f"{_STEPS}values_and_gradients[AVX2-{shape}-{case}]"
+
+
+SCALINGS_H = [
+    ("c_skip with sigma for sigma - boundary", "square / (offset * offset + square)",
+     "square / (sigma * sigma + square)", _of("denoise")),
+    ("c_out with the whole sigma", "(float)sigma_data * offset / root", "(float)sigma_data * sigma / root",
+     _of("denoise")),
+    ("no x for any network", "it.bits = ~0u;", "it.bits = 0;", _of("denoise")),
+    ("an infinite x in a network that is D", "seen.bits &= by.bits;", "",
+     T_FORMULAS + "test_a_function_is_its_own_denoiser[auto]"),
+    ("no clamp from above", "d > by.most ? by.most : d", "d", _of("denoise clipped")),
+    ("clamped wherever it is not asked for", "clip ? -1 : -INFINITY", "-1", _of("denoise")),
+]
+
+STEPS_C = [
+    ("no noise", "to[i] = x[i] + added * e[i];", "to[i] = x[i];", _of("add_noise")),
+    ("renoise: the level's own noise", "square = (t - least) * (t + least)", "square = t * t", _of("renoise")),
+    ("renoise: NaN below sigma_min", "square < 0 ? 0 : sqrtf(square)", "sqrtf(square)", T_FORMULAS + "test_renoise"),
+    ("another point's input", "in * from[i]", "in * x[at + i]", _of("euler_step")),
+    ("the input at the level of the state", ": scalings_of(t, sigma_data, boundary, clip).in",
+     ": scalings_of(s, sigma_data, boundary, clip).in", _of("euler_step")),
+    ("an Euler step backwards", "/ sigma * dt;\n        break;", "/ sigma * -dt;\n        break;", _of("euler_step")),
+    ("heun: the first slope alone", "0.5f * (d + d2)", "0.5f * (d + d)", _of("heun_corrector")),
+    ("heun: D of the second output at the first state", "denoised(euler, f2[i], by2)", "denoised(x[i], f2[i], by2)",
+     _of("heun_corrector")),
+    ("heun: a second slope at the end", "kind == HEUN && t == 0", "kind == HEUN && t < 0",
+     _of("heun_corrector end")),
+    ("midpoint: the whole way first", "/ sigma * to_middle", "/ sigma * dt", _of("midpoint_corrector")),
+    ("the first sample's level", "float s = level(start, b)", "float s = level(start, 0)", _of("denoise")),
+    ("a part's end beyond the sample", "(part + 1 < parts ? (part + 1) * PART : count);\n            for (long at",
+     "(part + 1 < parts ? (part + 1) * PART : count + 1);\n            for (long at",
+     _STEPS + "nothing_beyond_is_written[denoise-33-AVX2]"),
+    ("c_noise without 250", "250.0f * (float)log", "(float)log", _of("scale_input")),
+    ("pixels rounded always", "if (nearest)", "if (1)", _STEPS + "pixels_are_those_of_the_reference[AVX2]"),
+    ("NaN is white", "room[i] > 0.0f ? room[i] < 255.0f ? room[i] : 255.0f : 0.0f;",
+     "room[i] < 255.0f ? room[i] > 0.0f ? room[i] : 0.0f : 255.0f;",
+     _STEPS + "pixels_are_those_of_the_reference[AVX2]"),
+    ("channels where they were", "to[(b * pixels + begin + i) * channels + c]",
+     "to[(b * channels + c) * pixels + begin + i]", _STEPS + "pixels_of_an_output[AVX2-contiguous]"),
+]
+
+LOSSES_C = [
+    ("target's D at the student's level", "x2 ? scalings_of(level(end, b), sigma_data, boundary, 0) : by;", "by;",
+     _of("consistency_loss uniform"), 2),
+    ("target's D at the student's level, in the gradient",
+     "x2 ? scalings_of(level(end, b), sigma_data, boundary, 0) : by;", "by;", _of("consistency_loss uniform"), 2, 2),
+    ("a target's output taken for its D", "denoised(x2[i], y[i], by2)", "y[i]", _of("consistency_loss uniform")),
+    ("squares of float32", "(double)x[i] * x[i]", "0", _of("weighted_loss l2", "(2, 3, 7, 3)")),
+    ("half a vector", "for (int j = 0; j < 2; j++)", "for (int j = 0; j < 1; j++)", _of("weighted_loss l2")),
+    ("huber without minus c", "sqrt(sum + huber_c * huber_c) - huber_c", "sqrt(sum + huber_c * huber_c)",
+     _of("weighted_loss huber")),
+    ("gradient of huber: 0 / 0", "length == 0 ? 0 : scale / length", "scale / length",
+     T_FORMULAS + "test_huber_without_c_has_gradient_zero_at_zero"),
+    ("gradient of l2 without the factor 2", "(norm == L2 ? 2.0f : 1.0f)", "1.0f", _of("weighted_loss l2")),
+    ("gradient of the target has the wrong sign", "opposite[i] = -to[i];", "opposite[i] = to[i];",
+     _of("weighted_loss l2")),
+    ("student's gradient by c_skip", "to[i] *= scale * by.out;", "to[i] *= scale * by.skip;",
+     _of("consistency_loss l2")),
+    ("signs of the whole difference", "(to[i] > 0) - (to[i] < 0)", "to[i]", _of("weighted_loss l1")),
+    ("truncated snr: minimum for maximum", "snr < 1 ? 1 : snr", "snr > 1 ? 1 : snr",
+     _of("consistency_loss truncated-snr")),
+    ("karras without sigma_data", "return snr + one;", "return snr + 1;", _of("consistency_loss karras")),
+    ("a sum beyond float32", "(float)sum == INFINITY ? INFINITY : sum", "sum",
+     _STEPS + "sums_beyond_float32"),
+    ("parts of one sample", "sum += sums[b * parts + part];", "sum += sums[part];", _of("weighted_loss l2")),
+]
+
+STEPS = [
+    ("outputs in any order of memory", "(x.dtype == DTYPE and x.stride() == state.stride())", "x.dtype == DTYPE",
+     _STEPS + "layouts_and_outputs_of_other_dtypes[output in channels_last-float32-float32-denoise]"),
+    ("states in any order of memory", " and (x.is_contiguous() or _channels_last(x))", "",
+     _EVERY + "what_takes_a_form_for_the_cpu[denoise]"),
+    ("levels one after the other", "sigma.stride(0) if sigma.ndim else 0", "1 if sigma.ndim else 0",
+     _STEPS + "levels_lie_anywhere[denoise-strided]"),
+    ("a scalar for one sample", "sigma.stride(0) if sigma.ndim else 0", "1",
+     _STEPS + "levels_lie_anywhere[denoise-scalar]"),
+    ("c_noise of a scalar is one", "c_noise if c_noise.ndim else c_noise.expand(batch)", "c_noise",
+     _STEPS + "levels_lie_anywhere[scale_input-scalar]"),
+    ("an input in the dtype of the state", "dtype=dtype or model_output.dtype", "dtype=dtype",
+     _STEPS + "the_input_has_the_dtype_of_the_output"),
+    ("without a compiler", " and refusal() is None", "", _STEPS + "without_a_compiler"),
+]
+
+LOSSES = [
+    ("a gradient that is negated where it is read", "level(grad.resolve_neg())", "level(grad)",
+     _STEPS + "a_gradient_that_is_negated_where_it_is_read[weighted_loss l2]"),
+    ("who looks on at gradients sees nothing", " or native.watched() or not steps.fits(x):", " or not steps.fits(x):",
+     _STEPS + "gradients_before_who_looks_on[False-backward-weighted_loss l2]"),
+    ("what hooks made of a state", " or native.watched() or not steps.fits(x):", " or native.watched():",
+     _STEPS + "what_is_saved_comes_back_another[strides-weighted_loss l2]"),
+    ("the weight twice", "return distance * weight, distance", "return distance * weight, distance * weight",
+     _STEPS + "gradients_before_who_looks_on[False-forward-weighted_loss huber]"),
+    ("no gradient of a weight", "(grad * distance).sum_to_size(weight.shape)", "(grad * 0).sum_to_size(weight.shape)",
+     _of("weighted_loss l2")),
 ]
 
 WHO_TAKES_IT = {
@@ -243,7 +348,7 @@ WHO_TAKES_IT = {
         ("the batch of a trace", 'current_backend() != "auto" or native.traced()', 'current_backend() != "auto"',
          _TRUNK + "a_trace_is_for_any_batch"),
     ],
-    "cmfast/ops/_inplace.py": [
+    "cmfast/ops/_norm_cpu.py": [
         ("a checkpoint keeps less than it kept", "(records or not native.watched())", "not native.watched()",
          _NORM + "who_looks_on_sees_pytorchs[True-forward]"),
     ],
@@ -251,6 +356,11 @@ WHO_TAKES_IT = {
 
 FAULTS = WHO_TAKES_IT | {
     "cmfast/native/noise.c": NOISE_C,
+    "cmfast/native/scalings.h": SCALINGS_H,
+    "cmfast/native/steps.c": STEPS_C,
+    "cmfast/native/steps.py": STEPS,
+    "cmfast/native/losses.c": LOSSES_C,
+    "cmfast/native/losses.py": LOSSES,
     "cmfast/ops/noise.py": NOISE,
     "cmfast/native/__init__.py": COMPILING,
     "cmfast/native/winograd.py": WINOGRAD,

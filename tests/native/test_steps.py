@@ -160,7 +160,7 @@ LOSSES = [name for name in IN_C if name.split()[0] in losses.FORMS]
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("which", ["forward", "backward", "both"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_before_who_looks_on(name, which, checkpointed):
+def test_gradients_before_who_looks_on(name, which, checkpointed, calls):
     """In one pass or in both: torch.utils.checkpoint finds in the other what it kept."""
     call, found = make(IN_C[name], (2, 3, 4, 4), DTYPES[0], "cpu"), []
     first = next(iter(call.states))
@@ -175,14 +175,15 @@ def test_gradients_before_who_looks_on(name, which, checkpointed):
                 value = checkpoint(loss, leaf, use_reentrant=False) if checkpointed else loss(leaf)
             with Looking() if which != "forward" else nullcontext():
                 found.append((value, *torch.autograd.grad(value.sum(), leaf)))
+    assert ("forward" in calls) == (which == "backward" or (checkpointed and which == "forward"))
+    assert ("backward" in calls) == (which == "forward")
     for made, expected in zip(*found, strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("pack, unpack", [
-    (lambda x: x.movedim(-1, 1).contiguous() if x.ndim == 4 else x,
-     lambda x: x.movedim(1, -1) if x.ndim == 4 else x),
+    (lambda x: torch.stack([x, -x], -1), lambda x: x[..., 0]),
     (lambda x: x.double(), lambda x: x),
 ], ids=["strides", "dtype"])  # fmt: skip
 def test_what_is_saved_comes_back_another(name, pack, unpack):
@@ -232,6 +233,22 @@ def test_a_trace_is_for_any_level(calls):
     torch.testing.assert_close(traced(2 * x, torch.full((2,), 3.0)), ops.denoise(f, 2 * x, torch.full((2,), 3.0)))
 
 
+def test_the_input_has_the_dtype_of_the_output(calls):
+    x, f, sigma = torch.randn(2, 5), torch.randn(2, 5).bfloat16(), torch.tensor(2.0)
+    results = [*ops.euler_step(f, x, sigma, sigma / 2), *ops.renoise(f, x, sigma, sigma / 2, x)]
+    assert [each.dtype for each in results] == 2 * [torch.float32, torch.bfloat16, torch.float32] and len(calls) == 2
+
+
+@pytest.mark.parametrize("norm, expected", [("l1", 1e20), ("l2", torch.inf), ("huber", torch.inf)])
+def test_sums_beyond_float32(norm, expected, calls):
+    """Are infinite, as plain PyTorch's are: the loss that a run stops for."""
+    x, found = torch.full((1, 7), 1e20), []
+    for backend in ("auto", "reference"):
+        with cmfast.backend(backend):
+            found.append(ops.weighted_loss(x, 0 * x, torch.ones(()), norm=norm).item())
+    assert found == pytest.approx([expected] * 2) and calls
+
+
 def test_without_a_compiler(monkeypatch, calls):
     monkeypatch.setattr(steps, "refusal", lambda: "there is none")
     assert ops.explain("denoise")[0] == "reference" and "there is none" in ops.explain("denoise")[1]
@@ -246,8 +263,10 @@ def test_what_is_said_of_it():
     assert path == "reference" and "states of float32" in why
 
 
-def test_pixels_are_those_of_the_reference():
+@pytest.mark.parametrize("cpu", CPUS)
+def test_pixels_are_those_of_the_reference(cpu, monkeypatch):
     """Number by number, where D is the state itself: at every boundary between two of them."""
+    only(cpu, monkeypatch)
     levels = (torch.arange(256) / 127.5 - 1)[None, None]
     near = torch.cat([levels, levels.nextafter(torch.tensor(9.0)), levels.nextafter(torch.tensor(-9.0))], 1)
     x = torch.cat([near.flatten(), torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])]).view(2, 2, -1)
@@ -257,6 +276,21 @@ def test_pixels_are_those_of_the_reference():
         with cmfast.backend("reference"):
             expected = ops.to_uint8(x, rounding=rounding)
         assert torch.equal(made, expected) and torch.equal(of_d, expected) and made.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("cpu", CPUS)
+def test_pixels_of_an_output(cpu, layout, monkeypatch):
+    """More than a block of them, of samples at levels of their own. Rounding makes a pixel another at most by one."""
+    only(cpu, monkeypatch)
+    x, f = (torch.randn(2, 3, 50, 33).contiguous(memory_format=layout) for _ in range(2))
+    sigma, found = torch.tensor([0.3, 2.0]), []
+    for backend in ("auto", "reference"):
+        with cmfast.backend(backend):
+            found.append(ops.denoise_to_uint8(f, x, sigma).int())
+    assert found[0].shape == (2, 50, 33, 3)
+    differences = (found[0] - found[1]).abs()
+    assert differences.max() <= 1 and differences.float().mean() < 1e-3
 
 
 def test_every_result_is_a_tensor_of_its_own():

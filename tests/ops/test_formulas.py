@@ -76,8 +76,10 @@ def test_renoise():
     # At sigma_min and below nothing is added, exactly.
     x, *_ = ops.renoise(F.float(), X.float(), SIGMA.float(), torch.tensor([0.002]), 1e9 * noise.float())
     assert torch.equal(x, ops.denoise(F.float(), X.float(), SIGMA.float()))
-    x, *_ = ops.renoise(F, X, SIGMA, torch.tensor([0.001], dtype=torch.float64), noise)
-    torch.testing.assert_close(x, denoised(F, X, 1.5))
+    for dtype in (torch.float64, torch.float32):
+        f, x, sigma, e = (t.to(dtype) for t in (F, X, SIGMA, noise))
+        x, *_ = ops.renoise(f, x, sigma, torch.tensor([0.001], dtype=dtype), e)
+        torch.testing.assert_close(x, denoised(F, X, 1.5).to(dtype))
 
 
 def test_a_function_is_its_own_denoiser(both_forms):
