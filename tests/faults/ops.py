@@ -67,7 +67,7 @@ DISPATCH = [
      "dtypes", T_DISPATCH + "test_reasons"),
     ("dtypes of results not looked at", "is_floating_point()), *dtypes]", "is_floating_point())]",
      T_DISPATCH + "test_dtypes_of_results_count"),
-    ("forms for the CPU in any dtype", "or x.dtype not in dtypes or", "or", T_FORMS + "[denoise]"),
+    ("forms for the CPU in any dtype", "or x.dtype not in dtypes or", "or", T_FORMS + "[lpips_layer]"),
     ("views that negate, in C", " or x.is_neg():", ":", T_FORMS + "[weighted_loss]"),
     ("forms for the CPU where a graph is recorded", "any(x.requires_grad for x in tensors)", "False",
      here("euler_step")),

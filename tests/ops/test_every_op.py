@@ -58,6 +58,7 @@ def test_what_takes_a_form_for_the_cpu(name):
     for dtype in (torch.bfloat16, torch.float16):
         assert served(x.to(dtype)) is (form if dtype in dtypes and not in_c else reference)
         assert served(x.to(dtype), x) is (form if dtype in dtypes and there else reference)
+    assert served(torch._neg_view(x)) is reference
     assert served(x.t()) is (reference if in_c else form)
     with cmfast.backend("reference"):
         assert served(x) is reference
