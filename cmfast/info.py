@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
-from cmfast.native import attention, group_norm, noise, winograd
+from cmfast.native import attention, group_norm, noise, steps, winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -38,6 +38,7 @@ def _devices() -> Iterator[str]:
         ("GroupNorm", group_norm, "in C in float32 and bfloat16, in channels_last"),
         ("attention", attention, "in C in float32, without gradients"),
         ("noise from counters", noise, "in C in float32"),
+        ("steps and losses", steps, "in C for states of float32"),
     ):
         why = functions.refusal()
         yield f"{name} on a CPU: " + (f"PyTorch's ({why})" if why else where)

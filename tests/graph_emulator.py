@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cmfast import graphs
-from cmfast.native import attention, group_norm, noise, winograd
+from cmfast.native import attention, group_norm, noise, steps, winograd
 
 aten = torch.ops.aten
 FORBIDDEN = {aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero}
@@ -108,7 +108,7 @@ def emulated_graphs(monkeypatch):
     """Graphs on the CPU; the counters, from zero."""
     monkeypatch.setitem(graphs.SPACES, "cpu", EmulatedSpace)
     # Not PyTorch's calls, so that no recorder sees them: a GPU does not make them, and these are tests of what it does.
-    for functions in (winograd, group_norm, attention, noise):
+    for functions in (winograd, group_norm, attention, noise, steps):
         monkeypatch.setattr(functions, "refusal", lambda: "graphs are emulated")
     EmulatedSpace.captures = EmulatedSpace.replays = EmulatedSpace.drains = 0
     return EmulatedSpace

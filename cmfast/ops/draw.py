@@ -104,7 +104,7 @@ def draw_pair(
 
         parts = draw_pair_fwd(x_start, draw, levels, pair=pair, **options)
         return _drawn(parts[:3], parts[3:6] if pair else None, parts[3 + 3 * pair :])
-    # Differentiable, and on a CPU in forms that write in place.
+    # Differentiable, and on a CPU in C.
     drawn = draw_levels(draw, levels, dtype=_check.sigma_dtype(x_start))
     if pair:
         first, second = add_noise_pair(x_start, draw, drawn[0], drawn[1], **options)

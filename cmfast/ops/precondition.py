@@ -113,12 +113,12 @@ def denoise(
     True
     """
     check_step(model_output, x_t, sigma, sigma_data, boundary)
+    inputs = model_output, x_t, sigma
     options: dict[str, Any] = {"sigma_data": sigma_data, "boundary": boundary, "clip": clip}
     if use_kernel("denoise", x_t, model_output, sigma):
         from cmfast.kernels.precondition import denoise_bwd, denoise_fwd
 
-        return fused(denoise_fwd, denoise_bwd, reference.denoise, model_output, x_t, sigma, **options)
-    inputs = model_output, x_t, sigma
+        return fused(denoise_fwd, denoise_bwd, reference.denoise, *inputs, **options)
     return plain(reference.denoise, *inputs, state=x_t)(*inputs, **options)
 
 
