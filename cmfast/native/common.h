@@ -1,3 +1,4 @@
+#pragma once
 /* What the C of this folder shares: vectors for the CPU that it is compiled for, a matrix product, an exponential. */
 
 /* Numbers in a vector, and rows of a product that are summed in registers, for two vectors of columns. */

@@ -77,8 +77,9 @@ def _arguments(
 def forward(*inputs: Any, cpu: str | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """The losses [B], and the distances [B] for `backward`."""
     made, (arguments, held) = functions(cpu), _arguments(*inputs, **options)
-    batch, count, _ = sizes(inputs[1])
-    loss, distance = (torch.empty(batch, dtype=DTYPE, device="cpu") for _ in range(2))
+    batch, count = arguments[-3:-1]
+    loss = torch.empty(batch, dtype=DTYPE, device="cpu")
+    distance = torch.empty_like(loss)
     sums = torch.empty(batch, -(-count // made.part), dtype=torch.float64, device="cpu")
     made.forward(loss.data_ptr(), distance.data_ptr(), sums.data_ptr(), *arguments)
     del held

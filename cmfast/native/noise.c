@@ -3,11 +3,11 @@
  * Philox4x32-10 (Salmon et al. 2011), and Box-Muller in float64, where series are as good as the functions of the
  * reference: errors of some 1e-16, so that after rounding to float32 hardly a number is another.
  */
-#include "common.h"
+#include "noise.h"
 
-/* Counters at once, of four numbers each; and in a part that a thread does. */
+/* Counters at once, of four numbers each; and numbers in a part that a thread does. */
 #define COUNTERS (LANES / 2)
-#define PART 1024
+#define PART 4096
 
 typedef double reals __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned long long words __attribute__((vector_size(4 * LANES), may_alias));
@@ -80,41 +80,46 @@ INLINE void box_muller(words a, words b, reals *first, reals *second)
     *second = radius * sine;
 }
 
-/* The normals of samples index [batch], out [batch, count]; draw: a word. */
+/* Normals from number `first` of a sample on, which is the first of a counter; draw: a word. */
+void drawn(float *to, long sample, unsigned long seed, unsigned draw, long first, long count)
+{
+    for (long at = 0; at < count; at += 4 * COUNTERS) {
+        const words mask = (words){0} + 0xffffffff;
+        words c0 = {0}, c1 = (words){0} + draw, c2 = (words){0} + (unsigned)sample;
+        words c3 = (words){0} + (unsigned)(sample >> 32);
+        unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+        for (int i = 0; i < COUNTERS; i++)
+            c0[i] = (unsigned)((first + at) / 4 + i);
+        for (int round = 0; round < 10; round++) {
+            words one = c0 * 0xd2511f53, two = c2 * 0xcd9e8d57;
+            c0 = (two >> 32) ^ c1 ^ k0;
+            c1 = two & mask;
+            c2 = (one >> 32) ^ c3 ^ k1;
+            c3 = one & mask;
+            k0 += 0x9e3779b9;
+            k1 += 0xbb67ae85;
+        }
+        reals made[4];
+        box_muller(c0, c1, made, made + 1);
+        box_muller(c2, c3, made + 2, made + 3);
+        for (int j = 0; j < 4; j++) {
+            few rounded_once = __builtin_convertvector(made[j], few);
+            for (int i = 0; i < COUNTERS; i++)
+                if (at + i * 4 + j < count)
+                    to[at + i * 4 + j] = rounded_once[i];
+        }
+    }
+}
+
+/* The normals of samples index [batch], out [batch, count]. */
 void noise_normal(float *out, const long *index, unsigned long seed, unsigned draw, long batch, long count, int threads)
 {
-    long groups = (count + 3) / 4, parts = (groups + PART - 1) / PART;
+    long parts = (count + PART - 1) / PART;
 
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (batch * parts > 1)
     for (long b = 0; b < batch; b++)
         for (long part = 0; part < parts; part++) {
-            long last = (part + 1) * PART < groups ? (part + 1) * PART : groups;
-            for (long first = part * PART; first < last; first += COUNTERS) {
-                const words mask = (words){0} + 0xffffffff;
-                words c0 = {0}, c1 = (words){0} + draw, c2 = (words){0} + (unsigned)index[b];
-                words c3 = (words){0} + (unsigned)(index[b] >> 32);
-                unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-                for (int i = 0; i < COUNTERS; i++)
-                    c0[i] = (unsigned)(first + i);
-                for (int round = 0; round < 10; round++) {
-                    words one = c0 * 0xd2511f53, two = c2 * 0xcd9e8d57;
-                    c0 = (two >> 32) ^ c1 ^ k0;
-                    c1 = two & mask;
-                    c2 = (one >> 32) ^ c3 ^ k1;
-                    c3 = one & mask;
-                    k0 += 0x9e3779b9;
-                    k1 += 0xbb67ae85;
-                }
-                reals made[4];
-                box_muller(c0, c1, made, made + 1);
-                box_muller(c2, c3, made + 2, made + 3);
-                float *to = out + b * count + first * 4;
-                for (int j = 0; j < 4; j++) {
-                    few rounded_once = __builtin_convertvector(made[j], few);
-                    for (int i = 0; i < COUNTERS; i++)
-                        if (first * 4 + i * 4 + j < count)
-                            to[i * 4 + j] = rounded_once[i];
-                }
-            }
+            long first = part * PART, left = count - first;
+            drawn(out + b * count + first, index[b], seed, draw, first, left < PART ? left : PART);
         }
 }

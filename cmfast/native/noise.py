@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmfast import native
+from cmfast.reference import Draw, philox
 
 
 @functools.cache
@@ -31,8 +32,13 @@ def normal(seed: int, index: Tensor, shape: tuple[int, ...], draw: int, cpu: str
     """`reference.normal` in float32, [B, *shape] of index [B]: hardly a number is another, and then the next one; with
     the same bits in any batch."""
     out = torch.empty(len(index), *shape, dtype=torch.float32, device="cpu")
-    index = index.to(torch.int64).contiguous()
-    words = seed & (2**64 - 1), draw & (2**32 - 1)
+    index, *numbers = words(Draw(seed, index, draw))
     sizes = len(index), math.prod(shape), torch.get_num_threads()
-    functions(cpu)(out.data_ptr(), index.data_ptr(), *words, *sizes)
+    functions(cpu)(out.data_ptr(), index.data_ptr(), *numbers, *sizes)
     return out
+
+
+def words(draw: Draw) -> tuple[Tensor, int, int]:
+    """Samples [B], and seed and number of a draw on a CPU as C takes them."""
+    seed, number = (philox.number(each) for each in (draw.seed, draw.draw))
+    return draw.index.to(torch.int64).contiguous(), seed & (2**64 - 1), number & (2**32 - 1)

@@ -1,6 +1,7 @@
 /* Steps of samplers, noise added, and pixels: each in one pass over a batch, called by steps.py. */
 #include <string.h>
 
+#include "noise.h"
 #include "scalings.h"
 
 enum kind { INPUT, INIT, NOISE, DENOISE, RENOISE, EULER, HEUN, MIDPOINT };
@@ -56,21 +57,37 @@ INLINE void step(enum kind kind, float *to, const float *x, const float *f, cons
     }
 }
 
+/* c_noise of so many levels. */
+static void tell(float *told, levels of, double sigma_data, long count, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > PART)
+    for (long b = 0; b < count; b++) {
+        float t = level(of, b);
+        told[b] = isnan(sigma_data) ? t : 250.0f * (float)log(t + 1e-44f);
+    }
+}
+
+INLINE void scale(float *to, const float *x, float in, long count)
+{
+#pragma omp simd
+    for (long i = 0; i < count; i++)
+        to[i] = in * x[i];
+}
+
 /* x' in `next` and c_in x' in `input`, where they are wanted, and in `told` c_noise of as many levels: those at which the
- * input is taken, which are `end`. The second slope is that at `middle`, in Heun's method the end. */
-void steps_step(int kind, float *next, float *input, float *told, const float *x, const float *f, const float *f2,
-                const float *e, const float *sigma, long of_sigma, const float *middle, long of_middle,
+ * input is taken, which are `end`. The second slope is that at `middle`, in Heun's method the end. Where there is a
+ * second of each, they are x at `middle` by the same noise. Noise is e, or where there are indices drawn on the way. */
+void steps_step(int kind, float *next, float *input, float *told, float *next2, float *input2, float *told2,
+                const float *x, const float *f, const float *f2, const float *e, const long *index, unsigned long seed,
+                unsigned draw, const float *sigma, long of_sigma, const float *middle, long of_middle,
                 const float *end, long of_end, double sigma_data, double boundary, double sigma_min, int clip,
-                long batch, long count, long of_told, int threads)
+                long batch, long count, long of_told, long of_told2, int threads)
 {
     const levels start = {sigma, of_sigma}, between = {middle, of_middle}, last = {end, of_end};
     const long parts = (count + PART - 1) / PART;
 
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && of_told > PART)
-    for (long b = 0; b < of_told; b++) {
-        float t = level(last, b);
-        told[b] = isnan(sigma_data) ? t : 250.0f * (float)log(t + 1e-44f);
-    }
+    tell(told, last, sigma_data, of_told, threads);
+    tell(told2, between, sigma_data, of_told2, threads);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
     for (long b = 0; b < batch; b++)
         for (long part = 0; part < parts; part++) {
@@ -79,18 +96,23 @@ void steps_step(int kind, float *next, float *input, float *told, const float *x
             /* At an end of 0 there is no second slope: a step of Euler's. */
             enum kind now = kind == HEUN && t == 0 ? EULER : kind;
             scalings by = scalings_of(kind < DENOISE ? t : s, sigma_data, boundary, clip);
-            scalings by2 = kind < HEUN ? by : scalings_of(m, sigma_data, boundary, clip);
-            float in = !input || kind < DENOISE ? by.in : scalings_of(t, sigma_data, boundary, clip).in, room[BLOCK];
+            scalings by2 = kind < HEUN && !next2 ? by : scalings_of(m, sigma_data, boundary, clip);
+            float in = !input || kind < DENOISE ? by.in : scalings_of(t, sigma_data, boundary, clip).in;
+            float room[BLOCK], noise[BLOCK];
             long begin = b * count + part * PART, stop = b * count + (part + 1 < parts ? (part + 1) * PART : count);
             for (long at = begin; at < stop; at += BLOCK) {
                 long n = stop - at < BLOCK ? stop - at : BLOCK;
                 float *to = next ? next + at : room;
-                const float *from = kind == INPUT ? x + at : to;
-                step(now, to, x + at, f + at, f2 + at, e + at, s, m, t, added, by, by2, n);
+                if (index)
+                    drawn(noise, index[b], seed, draw, at - b * count, n);
+                const float *of_step = index ? noise : e + at;
+                step(now, to, x + at, f + at, f2 + at, of_step, s, m, t, added, by, by2, n);
                 if (input)
-#pragma omp simd
-                    for (long i = 0; i < n; i++)
-                        input[at + i] = in * from[i];
+                    scale(input + at, kind == INPUT ? x + at : to, in, n);
+                if (next2) {
+                    step(NOISE, next2 + at, x + at, x, x, of_step, s, m, t, m, by, by2, n);
+                    scale(input2 + at, next2 + at, by2.in, n);
+                }
             }
         }
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cmfast import native
+from cmfast.native import noise as native_noise
 from cmfast.reference import Draw
 from cmfast.reference._common import as_input, laid_out_as
 from cmfast.reference.noise import _epsilon
@@ -39,7 +40,10 @@ class _Functions:
         pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
         level, sizes = (pointer, number), (*[number] * 3, flag)
 
-        self.step = function("steps_step", flag, *[pointer] * 7, *level * 3, *[real] * 3, flag, *sizes)
+        draw = pointer, ctypes.c_ulong, ctypes.c_uint
+        self.step = function(
+            "steps_step", flag, *[pointer] * 10, *draw, *level * 3, *[real] * 3, flag, *[number] * 4, flag
+        )
         self.pixels = function("steps_pixels", *[pointer] * 3, *level, real, real, flag, *sizes)
 
 
@@ -95,7 +99,7 @@ def step(
     x: Tensor,
     output: Tensor | None = None,
     output2: Tensor | None = None,
-    noise: Tensor | None = None,
+    noise: Tensor | Draw | None = None,
     *,
     levels: tuple[Tensor, Tensor, Tensor],
     sigma_data: float | None,
@@ -104,36 +108,49 @@ def step(
     clip: bool = False,
     keeps: bool = True,
     tells: bool = True,
+    pair: bool = False,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     cpu: str | None = None,
 ) -> Results:
     """x' if it `keeps` it, and if it `tells` the network its input at x' and the last level, with its c_noise [B].
 
-    levels: that of x, that of the second slope, that of the input.
+    levels: that of x, that of the second slope, that of the input; of a `pair`, the second is its second point's.
     """
+    index, seed, draw = None, 0, 0
+    if isinstance(noise, Draw):
+        if x.is_contiguous():
+            index, seed, draw = native_noise.words(noise)
+            noise = None
+        else:
+            noise = _epsilon(noise, x.shape, DTYPE)
     output, output2, noise = beside(output, x), beside(output2, x), beside(noise, x)
     (sigma, of_sigma), (middle, of_middle), (end, of_end) = map(level, levels)
     batch, count, threads = sizes(x)
     x_next, model_input, c_noise = (torch.empty_like(x) if keeps else None), None, None
     if tells:
         model_input, c_noise = torch.empty_like(x), torch.empty_like(end)
+    second = (torch.empty_like(x), torch.empty_like(x), torch.empty_like(middle)) if pair else None
     functions(cpu).step(
         kind,
         None if x_next is None else x_next.data_ptr(),
         None if model_input is None else model_input.data_ptr(),
         None if c_noise is None else c_noise.data_ptr(),
+        *((None, None, None) if second is None else [each.data_ptr() for each in second]),
         x.data_ptr(), output.data_ptr(), output2.data_ptr(), noise.data_ptr(),
+        None if index is None else index.data_ptr(), seed, draw,
         sigma.data_ptr(), of_sigma, middle.data_ptr(), of_middle, end.data_ptr(), of_end,
         real(sigma_data), boundary, sigma_min, clip,
-        batch, count, 0 if c_noise is None else c_noise.numel(), threads,
+        batch, count, 0 if c_noise is None else c_noise.numel(), 0 if second is None else second[2].numel(), threads,
     )  # fmt: skip
     results = () if x_next is None else (x_next,)
-    if model_input is None or c_noise is None:
-        return results
-    if memory_format is not None or dtype not in (None, DTYPE):
-        model_input = as_input(model_input, dtype or DTYPE, memory_format)
-    return *results, model_input, c_noise if c_noise.ndim else c_noise.expand(batch)
+    for first, told in ((model_input, c_noise), (None, None) if second is None else second[1:]):
+        if first is None or told is None:
+            continue
+        if memory_format is not None or dtype not in (None, DTYPE):
+            first = as_input(first, dtype or DTYPE, memory_format)
+        results = *results, first, told if told.ndim else told.expand(batch)
+    return results if second is None else (*results[:3], second[0], *results[3:])
 
 
 def scale_input(x: Tensor, sigma: Tensor, **options: Any) -> Results:
@@ -147,15 +164,14 @@ def init_noise(noise: Tensor, sigma: Tensor, *, shape: Any, state_dtype: torch.d
 def add_noise(
     x_start: Tensor, noise: Tensor | Draw, sigma: Tensor, input_sigma: Tensor | None = None, **options: Any
 ) -> Results:
-    noise, end = _epsilon(noise, x_start.shape, DTYPE), sigma if input_sigma is None else input_sigma
+    end = sigma if input_sigma is None else input_sigma
     return step(_NOISE, x_start, noise=noise, levels=(sigma, sigma, end), **options)
 
 
 def add_noise_pair(
     x_start: Tensor, noise: Tensor | Draw, sigma: Tensor, next_sigma: Tensor, **options: Any
 ) -> Results:
-    noise = _epsilon(noise, x_start.shape, DTYPE)
-    return *add_noise(x_start, noise, sigma, **options), *add_noise(x_start, noise, next_sigma, **options)
+    return step(_NOISE, x_start, noise=noise, levels=(sigma, next_sigma, sigma), pair=True, **options)
 
 
 def denoise(model_output: Tensor, x_t: Tensor, sigma: Tensor, **options: Any) -> Tensor:
@@ -165,7 +181,6 @@ def denoise(model_output: Tensor, x_t: Tensor, sigma: Tensor, **options: Any) ->
 def renoise(
     model_output: Tensor, x_t: Tensor, sigma: Tensor, next_sigma: Tensor, noise: Tensor | Draw, **options: Any
 ) -> Results:
-    noise = _epsilon(noise, x_t.shape, DTYPE)
     return _solver(_RENOISE, x_t, model_output, noise=noise, levels=(sigma, sigma, next_sigma), **options)
 
 

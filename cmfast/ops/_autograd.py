@@ -34,8 +34,9 @@ def fused(
         results = _Fused.apply(forward, backward, reference, (keep, c_noise), options, *inputs)
     else:
         results = _tuple(forward(*inputs, **options))
-    # Not in the function: AOTAutograd of torch 2.11 fails at results that are views and have no gradient.
-    results = tuple(x.expand(len(results[0])) if i in c_noise else x for i, x in enumerate(results))
+    if c_noise:
+        # Not in the function: AOTAutograd of torch 2.11 fails at results that are views and have no gradient.
+        results = tuple(x.expand(len(results[0])) if i in c_noise else x for i, x in enumerate(results))
     returned: Any = results[: len(results) - keep]
     return returned[0] if len(returned) == 1 else returned
 

@@ -61,9 +61,12 @@ SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "dra
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Classes whose tensors are what lies in memory.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_INTEGERS = (torch.int64, torch.int32)
+#: Those that C does on a CPU for states of float32, some with their gradients.
+IN_C = {**steps.FORMS, **losses.FORMS}
 #: Forms for the CPU, and dtypes that they take.
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
-    **{name: (form, KERNEL_DTYPES) for name, form in {**steps.FORMS, **losses.FORMS}.items()},
+    **{name: (form, KERNEL_DTYPES) for name, form in IN_C.items()},
     "group_norm_silu": (_norm_cpu.group_norm_silu, _norm_cpu.DTYPES),
     "lpips_layer": (_strips.lpips_layer, (torch.float32,)),
 }
@@ -233,17 +236,20 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
 
     state: whose dtype and layout results have. A form knows its gradients, or serves where none are recorded.
     """
-    name = function.__name__
-    form, dtypes = FORMS[name]
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if not plain_on_cpu(tensors, dtypes) or state.numel() == 0:
+    form, dtypes = FORMS[function.__name__]
+    if not _undisturbed() or state.numel() == 0:
         return function
-    if name in steps.FORMS or name in losses.FORMS:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            # Before a mode that looks on, too: that of torch.utils.checkpoint is there for one of two passes.
-            fits = name in losses.FORMS
-        else:
-            fits = not native.watched()
+    records, recording = False, torch.is_grad_enabled()
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if not _lies_here(x, dtypes):
+                return function
+            records = records or (recording and x.requires_grad)
+        elif isinstance(x, Draw) and not all(_lies_here(t, _INTEGERS) for t in x if isinstance(t, Tensor)):
+            return function
+    if function.__name__ in IN_C:
+        # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
+        fits = function.__name__ in losses.FORMS if records else not native.watched()
         return cast(Function, form) if fits and steps.fits(state) else function
     return cast(Function, form)
 
@@ -256,12 +262,17 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
     for, and nothing compiled or traced."""
-    if current_backend() != "auto" or native.traced() or transform_refusal() is not None:
-        return False
-    for x in tensors:
-        if not x.is_cpu or x.dtype not in dtypes or type(x) not in PLAIN_TYPES or x.is_neg():
-            return False
-    return True
+    return _undisturbed() and all(_lies_here(x, dtypes) for x in tensors)
+
+
+def _undisturbed() -> bool:
+    """Whether no other backend was asked for, and nothing is compiled, traced or transformed."""
+    return current_backend() == "auto" and not native.traced() and transform_refusal() is None
+
+
+def _lies_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
+    return x.is_cpu and x.dtype in dtypes and type(x) in PLAIN_TYPES and not x.is_neg()
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -290,7 +301,7 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     if chosen == "triton":
         return "refused", reason
     if device.type == "cpu":
-        if name in steps.FORMS or name in losses.FORMS:
+        if name in IN_C:
             missing = "it is for states of float32" if dtype != torch.float32 else steps.refusal()
             return ("reference", f"{reason}; {missing}") if missing else ("C", reason)
         if dtype in FORMS.get(name, (None, (torch.float32,) if name in _multi.FORMS else ()))[1]:

@@ -4,6 +4,7 @@ Where an operation takes noise, that is a tensor, or a `Draw(seed, index, draw)`
 never stores: the numbers of `normal(seed, index, shape, draw=draw)`.
 """
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -64,9 +65,13 @@ def _made(noise: Tensor | Draw, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return native_noise.normal(number(noise.seed), noise.index, shape, number(noise.draw))
 
 
-def _made_like(noise: Tensor | Draw, x: Tensor) -> Tensor | Draw:
-    """The same for a batch like x, in the dtype in which the reference adds it."""
-    return _made(noise, tuple(x.shape[1:]), compute_dtype(x))
+def _served(function: Callable[..., Any], *inputs: Any, state: Tensor, **options: Any) -> Any:
+    """An operation of the reference, or what serves it: noise that is drawn is made on the way, or else before."""
+    form = plain(function, *inputs, state=state)
+    if form is function:
+        shape, dtype = tuple(state.shape[1:]), compute_dtype(state)
+        inputs = tuple(_made(x, shape, dtype) if isinstance(x, Draw) else x for x in inputs)
+    return form(*inputs, **options)
 
 
 def uniform_int(seed: int | Tensor, index: Tensor, high: int, *, draw: int | Tensor = 0) -> Tensor:
@@ -183,8 +188,7 @@ def add_noise(
         from cmfast.kernels.noise import add_noise_bwd, add_noise_fwd
 
         return fused(add_noise_fwd, add_noise_bwd, reference.add_noise, *inputs, c_noise=(2,), **options)
-    inputs = x_start, _made_like(noise, x_start), sigma, input_sigma
-    return plain(reference.add_noise, *inputs, state=x_start)(*inputs, **options)
+    return _served(reference.add_noise, *inputs, state=x_start, **options)
 
 
 def add_noise_pair(
@@ -218,8 +222,7 @@ def add_noise_pair(
         pair = add_noise_pair_fwd, add_noise_pair_bwd, reference.add_noise_pair
         six: Any = fused(*pair, *inputs, c_noise=(2, 5), **options)
     else:
-        inputs = x_start, _made_like(noise, x_start), sigma, next_sigma
-        six = plain(reference.add_noise_pair, *inputs, state=x_start)(*inputs, **options)
+        six = _served(reference.add_noise_pair, *inputs, state=x_start, **options)
     return six[:3], six[3:]
 
 
@@ -266,5 +269,4 @@ def renoise(
         from cmfast.kernels.renoise import renoise_bwd, renoise_fwd
 
         return fused(renoise_fwd, renoise_bwd, reference.renoise, *inputs, c_noise=(2,), **options)
-    inputs = model_output, x_t, sigma, next_sigma, _made_like(noise, x_t)
-    return plain(reference.renoise, *inputs, state=x_t)(*inputs, **options)
+    return _served(reference.renoise, *inputs, state=x_t, **options)

@@ -214,7 +214,7 @@ NOISE_C = [
     ("halves of a product changed over", "c0 = (two >> 32) ^ c1 ^ k0;", "c0 = (one >> 32) ^ c1 ^ k0;", _NOISE_BITS),
     ("the seed's high word forgotten", "k1 = (unsigned)(seed >> 32);", "k1 = 0;",
      _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
-    ("the sample's high word forgotten", "(unsigned)(index[b] >> 32)", "0u", _NOISE_BITS),
+    ("the sample's high word forgotten", "(unsigned)(sample >> 32)", "0u", _NOISE_BITS),
     ("the draw forgotten", "c1 = (words){0} + draw,", "c1 = (words){0} + 0 * draw,",
      _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
     ("words not rounded", "u = rounded(rounded(number(a)) *", "u = rounded(number(a) *", _NOISE + "bits_of_many[AVX2]"),
@@ -224,7 +224,7 @@ NOISE_C = [
      _NOISE + "bits_of_many[AVX2]"),
     ("a quarter of a turn cut off", "1.57079632679489655800", "1.5707963267948", _NOISE + "bits_of_many[AVX2]"),
     ("a sine's sign", "of_sine = (quarter & 2) << 62", "of_sine = (quarter & 1) << 63", _NOISE_BITS),
-    ("numbers beyond the last", "if (first * 4 + i * 4 + j < count)", "if (1)",
+    ("numbers beyond the last", "if (at + i * 4 + j < count)", "if (1)",
      _NOISE + "nothing_beyond_is_written[33-AVX2]"),
 ]
 
@@ -232,8 +232,8 @@ NOISE = [
     ("who looks on sees nothing", " or native.watched()", "", _NOISE + "who_looks_on_sees_pytorchs"),
     ("any dtype", " or dtype != torch.float32:", ":", _NOISE + "operations[normal-torch.bfloat16-numbers]"),
     ("without a compiler", " or native_noise.refusal() is not None", "", _NOISE + "without_a_compiler"),
-    ("pairs by the reference", "inputs = x_start, _made_like(noise, x_start), sigma, next_sigma",
-     "inputs = x_start, noise, sigma, next_sigma", _NOISE + "operations[add_noise_pair-torch.float32-numbers]"),
+    ("noise of the reference for its steps", "inputs = tuple(_made(x, shape, dtype) if isinstance(x, Draw) else x for x"
+     " in inputs)", "pass", _NOISE + "operations[renoise-torch.bfloat16-numbers]"),
 ]
 
 _STEPS = "tests/native/test_steps.py::test_"
@@ -261,7 +261,7 @@ STEPS_C = [
     ("no noise", "to[i] = x[i] + added * e[i];", "to[i] = x[i];", _of("add_noise")),
     ("renoise: the level's own noise", "square = (t - least) * (t + least)", "square = t * t", _of("renoise")),
     ("renoise: NaN below sigma_min", "square < 0 ? 0 : sqrtf(square)", "sqrtf(square)", T_FORMULAS + "test_renoise"),
-    ("another point's input", "in * from[i]", "in * x[at + i]", _of("euler_step")),
+    ("another point's input", "kind == INPUT ? x + at : to", "x + at", _of("euler_step")),
     ("the input at the level of the state", ": scalings_of(t, sigma_data, boundary, clip).in",
      ": scalings_of(s, sigma_data, boundary, clip).in", _of("euler_step")),
     ("an Euler step backwards", "/ sigma * dt;\n        break;", "/ sigma * -dt;\n        break;", _of("euler_step")),
@@ -276,6 +276,12 @@ STEPS_C = [
      "(part + 1 < parts ? (part + 1) * PART : count + 1);\n            for (long at",
      _STEPS + "nothing_beyond_is_written[denoise-33-AVX2]"),
     ("c_noise without 250", "250.0f * (float)log", "(float)log", _of("scale_input")),
+    ("every block's noise is the first's", "seed, draw, at - b * count, n)", "seed, draw, 0, n)", _of("renoise drawn")),
+    ("the first sample's noise", "drawn(noise, index[b],", "drawn(noise, index[0],", _of("add_noise drawn")),
+    ("a second point at the level of the first", "of_step, s, m, t, m, by, by2, n);", "of_step, s, m, t, s, by, by2, n);",
+     _of("add_noise_pair")),
+    ("a second input at the level of the first", "scale(input2 + at, next2 + at, by2.in, n);",
+     "scale(input2 + at, next2 + at, in, n);", _of("add_noise_pair")),
     ("pixels rounded always", "if (nearest)", "if (1)", _STEPS + "pixels_are_those_of_the_reference[AVX2]"),
     ("NaN is white", "room[i] > 0.0f ? room[i] < 255.0f ? room[i] : 255.0f : 0.0f;",
      "room[i] < 255.0f ? room[i] > 0.0f ? room[i] : 0.0f : 255.0f;",
@@ -319,10 +325,12 @@ STEPS = [
      _STEPS + "levels_lie_anywhere[denoise-strided]"),
     ("a scalar for one sample", "sigma.stride(0) if sigma.ndim else 0", "1",
      _STEPS + "levels_lie_anywhere[denoise-scalar]"),
-    ("c_noise of a scalar is one", "c_noise if c_noise.ndim else c_noise.expand(batch)", "c_noise",
+    ("c_noise of a scalar is one", "told if told.ndim else told.expand(batch)", "told",
      _STEPS + "levels_lie_anywhere[scale_input-scalar]"),
     ("an input in the dtype of the state", "dtype=dtype or model_output.dtype", "dtype=dtype",
      _STEPS + "the_input_has_the_dtype_of_the_output"),
+    ("noise of memory for a state in channels_last", "        if x.is_contiguous():\n", "        if True:\n",
+     _STEPS + "layouts_and_outputs_of_other_dtypes[channels_last-float32-float32-renoise drawn]"),
     ("without a compiler", " and refusal() is None", "", _STEPS + "without_a_compiler"),
 ]
 
@@ -345,7 +353,7 @@ WHO_TAKES_IT = {
          _NORM + "many_gradients_at_once"),
     ],
     "cmfast/ops/_dispatch.py": [
-        ("the batch of a trace", 'current_backend() != "auto" or native.traced()', 'current_backend() != "auto"',
+        ("the batch of a trace", '== "auto" and not native.traced()', '== "auto"',
          _TRUNK + "a_trace_is_for_any_batch"),
     ],
     "cmfast/ops/_norm_cpu.py": [

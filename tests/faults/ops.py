@@ -67,12 +67,12 @@ DISPATCH = [
      "dtypes", T_DISPATCH + "test_reasons"),
     ("dtypes of results not looked at", "is_floating_point()), *dtypes]", "is_floating_point())]",
      T_DISPATCH + "test_dtypes_of_results_count"),
-    ("forms for the CPU in any dtype", "or x.dtype not in dtypes or", "or", T_FORMS + "[lpips_layer]"),
-    ("views that negate, in C", " or x.is_neg():", ":", T_FORMS + "[weighted_loss]"),
-    ("forms for the CPU where a graph is recorded", "any(x.requires_grad for x in tensors)", "False",
+    ("forms for the CPU in any dtype", "and x.dtype in dtypes and", "and", T_FORMS + "[lpips_layer]"),
+    ("views that negate, in C", " and not x.is_neg()", "", T_FORMS + "[weighted_loss]"),
+    ("forms for the CPU where a graph is recorded", "(recording and x.requires_grad)", "False",
      here("euler_step")),
     ("empty batches in C", " or state.numel() == 0:", ":", T_FORMS + "[group_norm_silu]"),
-    ("who looks on sees nothing", "fits = not native.watched()", "fits = True",
+    ("who looks on sees nothing", "if records else not native.watched()", "if records else True",
      "tests/native/test_steps.py::test_who_looks_on_sees_pytorchs[denoise]"),
 ]  # fmt: skip
 
