@@ -278,7 +278,7 @@ STEPS_C = [
     ("c_noise without 250", "250.0f * (float)log", "(float)log", _of("scale_input")),
     ("every block's noise is the first's", "seed, draw, at - b * count, n)", "seed, draw, 0, n)", _of("renoise drawn")),
     ("the first sample's noise", "drawn(noise, index[b],", "drawn(noise, index[0],", _of("add_noise drawn")),
-    ("a second point at the level of the first", "of_step, s, m, t, m, by, by2, n);", "of_step, s, m, t, s, by, by2, n);",
+    ("a second point at the level of the first", "s, m, t, m, by, by2, n);", "s, m, t, s, by, by2, n);",
      _of("add_noise_pair")),
     ("a second input at the level of the first", "scale(input2 + at, next2 + at, by2.in, n);",
      "scale(input2 + at, next2 + at, in, n);", _of("add_noise_pair")),
