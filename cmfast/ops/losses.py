@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmfast import reference
@@ -12,6 +13,8 @@ from cmfast.ops.precondition import check_step
 from cmfast.reference import WEIGHTINGS
 
 NORMS = ("l1", "l2", "huber")
+#: Numbers in a batch up to which means take PyTorch on a CPU less time than to ask for something else.
+FEW = 2**14
 
 
 def loss_weight(sigma: Tensor, weighting: str = "uniform", *, sigma_data: float = 0.5) -> Tensor:
@@ -82,6 +85,8 @@ def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, *, norm: str = "l2"
         from cmfast.kernels.losses import weighted_loss_bwd, weighted_loss_fwd
 
         return fused(weighted_loss_fwd, weighted_loss_bwd, reference.weighted_loss, *inputs, keep=1, **options)
+    if norm != "huber" and x.is_cpu and not torch.compiler.is_compiling() and x.numel() <= FEW:
+        return reference.weighted_loss(*inputs, **options)
     return plain(reference.weighted_loss, *inputs, state=x)(*inputs, **options)
 
 

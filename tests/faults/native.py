@@ -352,6 +352,10 @@ WHO_TAKES_IT = {
         ("leaves inside of a transform", "own = differentiable or in_transform()", "own = differentiable",
          _NORM + "many_gradients_at_once"),
     ],
+    "cmfast/ops/losses.py": [
+        ("means of few numbers in C", "and x.numel() <= FEW:", "and False:",
+         _STEPS + "means_of_few_numbers_are_pytorchs"),
+    ],
     "cmfast/ops/_dispatch.py": [
         ("the batch of a trace", '== "auto" and not native.traced()', '== "auto"',
          _TRUNK + "a_trace_is_for_any_batch"),

@@ -24,6 +24,11 @@ SHAPES = [(2, 3, 7, 3), (3, 1, 1, 1), (2, 1025), (2, 3, 80, 75), (40, 3), (5,), 
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
 
 
+@pytest.fixture(autouse=True)
+def means_of_few_numbers_too(monkeypatch):
+    monkeypatch.setattr(ops.losses, "FEW", 0)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The names of functions of C that were called."""
@@ -247,6 +252,15 @@ def test_sums_beyond_float32(norm, expected, calls):
         with cmfast.backend(backend):
             found.append(ops.weighted_loss(x, 0 * x, torch.ones(()), norm=norm).item())
     assert found == pytest.approx([expected] * 2) and calls
+
+
+def test_means_of_few_numbers_are_pytorchs(calls, monkeypatch):
+    monkeypatch.setattr(ops.losses, "FEW", 20)
+    for norm, count, there in (("l1", 10, False), ("l2", 10, False), ("l2", 11, True), ("huber", 10, True)):
+        calls.clear()
+        x = torch.ones(2, count)
+        assert ops.weighted_loss(x, 0 * x, torch.ones(()), norm=norm).shape == (2,)
+        assert bool(calls) == there
 
 
 def test_without_a_compiler(monkeypatch, calls):
