@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmfast import native
 from cmfast.errors import Unavailable
-from cmfast.native import losses, steps
+from cmfast.native import losses, optimizer, steps
 from cmfast.ops import _multi, _norm_cpu, _strips
 from cmfast.reference import Draw
 from cmfast.reference._common import in_transform
@@ -256,7 +256,10 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
 
 def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
     """The same for an operation on lists of tensors: its form for the CPU, where all are float32."""
-    return cast(Function, _multi.FORMS[function.__name__]) if plain_on_cpu(tensors) else function
+    name = function.__name__
+    if not plain_on_cpu(tensors) or name in _multi.IN_C and (native.watched() or optimizer.refusal() is not None):
+        return function
+    return cast(Function, _multi.FORMS[name])
 
 
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:

@@ -1,23 +1,21 @@
-"""Forms for the CPU of the operations on lists of tensors: PyTorch's multi-tensor functions, float32.
+"""Forms for the CPU of the operations on lists of tensors, float32: steps and averages in C, norms by PyTorch.
 
-They read scalars (step count, rates, scale) on the host, which is where the memory of a CPU's tensors is, and go
-through the parameters in blocks that its cache holds from one function to the next.
+They read scalars (step count, rates, scale) on the host, which is where the memory of a CPU's tensors is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmfast.native import optimizer
 from cmfast.ops._lists import alike, is_dense, written_by_a_kernel
 
 Tensors = list[Tensor]
-#: Elements of the parameters of a block, where none of them is larger.
-BLOCK = 2**18
 #: Elements of a gradient that PyTorch's norm, which adds up in float32 one after the other, takes with few digits lost.
 ROW = 1024
 
@@ -25,9 +23,11 @@ ROW = 1024
 def ema_update_(
     parameters: Tensors, averages: list[Tensors], rates: Tensor, *, copies: Tensors | None = None
 ) -> None:
-    weights = _weights(rates)
-    for block in _blocks(parameters):
-        _average(parameters, averages, weights, copies, block)
+    with alike(averages, [parameters]) as (outputs, (inputs,)):
+        optimizer.go_through(inputs, outputs, _weights(rates))
+    if copies is not None:
+        torch._foreach_copy_(copies, parameters)
+    written_by_a_kernel(*averages)
 
 
 def grad_norm(gradients: Tensors, *, grad_scale: Tensor | None = None) -> Tensor:
@@ -86,37 +86,22 @@ def _step(
         divisor *= max(1.0, (norm + 1e-6) / max_norm)
     step.add_(1)
     t, rate = _host(step), _host(lr) if isinstance(lr, Tensor) else float(lr)
-    rectification = _rectification(t, betas[1]) if rectified else 1.0
-    update: Callable[..., None]
-    if rectification is None:
-        update = _momentum_alone
-        options: dict[str, Any] = {
-            "t": t, "lr": rate, "betas": betas, "maximize": maximize,
-            "decay": rate * weight_decay if decoupled_weight_decay else 0.0,
-            "l2": 0.0 if decoupled_weight_decay else weight_decay,
-        }  # fmt: skip
-    else:
-        # RAdam is Adam with the learning rate r lr and an eps of eps / sqrt(1 - beta2^t).
-        update = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
-        options = {
-            "lr": rate * rectification, "beta1": betas[0], "beta2": betas[1], "amsgrad": False, "maximize": maximize,
-            "eps": eps / math.sqrt(1 - betas[1] ** t) if rectified else eps,
-            # It is taken off by this learning rate, which is not the one that decay goes by.
-            "weight_decay": weight_decay / rectification if decoupled_weight_decay else weight_decay,
-            "grad_scale": None, "found_inf": None,
-        }  # fmt: skip
-    weights = _weights(rates)
-    with alike([parameters, exp_avgs, exp_avg_sqs], [gradients]) as ((p, m, v), (g,)):
-        for block in _blocks(p):
-            # Not by the functions' grad_scale, which divides in place: two gradients, as of a + b, may be one tensor.
-            scaled = g[block] if divisor == 1 else list(torch._foreach_div(g[block], divisor))
-            update(p[block], scaled, m[block], v[block], [], [step] * len(p[block]), **options)
-            if p is parameters:
-                _average(p, averages, weights, copies, block)
-    if p is not parameters:
-        ema_update_(parameters, averages, rates, copies=copies)
-    # torch's fused functions leave versions as they were.
-    written_by_a_kernel(parameters, exp_avgs, exp_avg_sqs)
+    size, root, slope = rate / (1 - betas[0] ** t), math.sqrt(1 - betas[1] ** t), 1.0
+    rectification = _rectification(t, betas[1]) if rectified else None
+    if not rectified:
+        slope = 1 / root
+    elif rectification is not None:
+        size *= rectification * root
+    decay, l2 = (rate * weight_decay, 0.0) if decoupled_weight_decay else (0.0, weight_decay)
+    sizes = {"divisor": divisor, "sign": -1 if maximize else 1, "l2": l2, "decay": decay, "size": size, "slope": slope}
+    adaptive = not rectified or rectification is not None
+    made = optimizer.Step(beta1=betas[0], beta2=betas[1], eps=eps, adaptive=adaptive, **sizes)
+    written = [parameters, exp_avgs, exp_avg_sqs, *averages]
+    with alike(written, [gradients]) as ((p, m, v, *others), (g,)):
+        optimizer.go_through(p, others, _weights(rates), made, g, m, v)
+    if copies is not None:
+        torch._foreach_copy_(copies, parameters)
+    written_by_a_kernel(*written)
     return _scalar(0)
 
 
@@ -132,43 +117,6 @@ def _rectification(t: float, beta2: float) -> float | None:
     return math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) if rho > 5 else None
 
 
-def _momentum_alone(
-    p: Tensors, g: Tensors, m: Tensors, v: Tensors, _maxima: Tensors, _steps: Tensors, *, t: float, lr: float,
-    betas: tuple[float, float], maximize: bool, decay: float, l2: float,
-) -> None:  # fmt: skip
-    """RAdam's first steps, with the arguments of PyTorch's functions: p <- (1 - decay) p - lr m / (1 - beta1^t)."""
-    if maximize:
-        g = list(torch._foreach_neg(g))
-    if l2:
-        g = list(torch._foreach_add(g, p, alpha=l2))
-    torch._foreach_lerp_(m, g, 1 - betas[0])
-    torch._foreach_mul_(v, betas[1])
-    torch._foreach_addcmul_(v, g, g, 1 - betas[1])
-    if decay:
-        torch._foreach_mul_(p, 1 - decay)
-    torch._foreach_add_(p, m, alpha=-lr / (1 - betas[0] ** t))
-
-
-def _average(
-    parameters: Tensors, averages: list[Tensors], weights: list[float], copies: Tensors | None, block: slice
-) -> None:
-    for weight, tensors in zip(weights, averages):
-        torch._foreach_lerp_(tensors[block], parameters[block], weight)
-    if copies is not None:
-        torch._foreach_copy_(copies[block], parameters[block])
-
-
-def _blocks(parameters: Tensors) -> Iterator[slice]:
-    """Parameters that follow one another, about BLOCK elements at a time."""
-    start = elements = 0
-    for i, count in enumerate(map(Tensor.numel, parameters)):
-        if start < i and elements + count > BLOCK:
-            yield slice(start, i)
-            start, elements = i, 0
-        elements += count
-    yield slice(start, len(parameters))
-
-
 def _weights(rates: Tensor) -> list[float]:
     return [1 - float(rate) for rate in rates.double().numpy()]
 
@@ -180,3 +128,5 @@ def _host(x: Tensor) -> float:
 FORMS: dict[str, Callable[..., Any]] = {
     form.__name__: form for form in (ema_update_, grad_norm, radam_ema_, adam_ema_)
 }
+#: Those that C does.
+IN_C = ("ema_update_", "radam_ema_", "adam_ema_")

@@ -120,14 +120,6 @@ def test_skipping(name, backend, cause):
     assert all(map(torch.equal, lists.parameters[3:], kept.parameters[3:]))
 
 
-@each
-@pytest.mark.parametrize("block", [1, 100, 300, 2000])
-def test_blocks(name, block, monkeypatch):
-    """Each parameter steps and is averaged once, wherever blocks end."""
-    monkeypatch.setattr(_multi, "BLOCK", block)
-    check(make(step=7, lr=0.01), "auto", name)
-
-
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_grad_norm(backend):
     gradients = make().gradients
