@@ -1,6 +1,7 @@
 """Averages of weights, and the optimizers that make them on the way."""
 
 _OPS = "tests/ops/test_averages.py::test_"
+_AVERAGES_C = "tests/native/test_optimizer.py::test_"
 _STEP = "tests/ops/test_optimizer.py::test_"
 _KERNEL = "tests/kernels/test_averages.py::test_"
 _TABLES = _KERNEL + "tables_are_kept_and_made_anew"
@@ -42,22 +43,17 @@ FAULTS = {
          _STEP + "skipping[inf-reference-adam_ema_]"),
     ],
     "cmfast/ops/_multi.py": [
-        ("writes of fused functions go by unseen", "    written_by_a_kernel(parameters, exp_avgs, exp_avg_sqs)\n", "",
-         _OPTIM + "every_write_is_seen[RAdam]"),
-        ("RAdam with Adam's eps", "eps / math.sqrt(1 - betas[1] ** t) if rectified else eps", "eps",
-         _STEP + "what_auto_takes_here[5-other betas-radam_ema_]"),
-        ("decay by RAdam's rate", "weight_decay / rectification if decoupled_weight_decay else", "",
-         _STEP + "what_auto_takes_here[5-decoupled decay-radam_ema_]"),
-        ("a parameter between blocks", "start, elements = i, 0", "start, elements = i + 1, 0",
-         _STEP + "blocks"),
-        ("NaN passes", "not math.isfinite(norm)", "math.isinf(norm)", _STEP + "skipping[nan-auto-radam_ema_]"),
-        ("a step unscaled", "torch._foreach_div(g[block], divisor)", "torch._foreach_div(g[block], 1.0)",
+        ("writes in C go by unseen", "    written_by_a_kernel(*written)\n", "", _OPTIM + "every_write_is_seen[RAdam]"),
+        ("averages that change unseen", "    written_by_a_kernel(*averages)\n", "", _OPS + "a_parameter_that_needs_gradients"),
+        ("RAdam with Adam's root", "        slope = 1 / root\n", "        slope = 1.0\n",
+         _STEP + "what_auto_takes_here[5-plain-adam_ema_]"),
+        ("RAdam without its correction", "size *= rectification * root", "size *= rectification",
+         _STEP + "what_auto_takes_here[5-plain-radam_ema_]"),
+        ("RAdam adapts from the first step", "not rectified or rectification is not None", "True",
          _STEP + "what_auto_takes_here[0-plain-radam_ema_]"),
-        ("gradients divided where they are", "list(torch._foreach_div(g[block], divisor))",
-         "[x.div_(divisor) for x in g[block]]", _STEP + "gradients_are_only_read[False-9-scaled-radam_ema_]"),
-        ("decay added to the gradients", "g = list(torch._foreach_add(g, p, alpha=l2))",
-         "torch._foreach_add_(g, p, alpha=l2)",
-         _STEP + "gradients_are_only_read[False-0-plain-radam_ema_]"),
+        ("decay without its rate", "(rate * weight_decay, 0.0)", "(weight_decay, 0.0)",
+         _STEP + "what_auto_takes_here[5-decoupled decay-radam_ema_]"),
+        ("NaN passes", "not math.isfinite(norm)", "math.isinf(norm)", _STEP + "skipping[nan-auto-radam_ema_]"),
         ("all of a gradient is one row", "if count > ROW:", "if False:", _STEP + "grad_norm_of_many_elements"),
         ("a row's rest is forgotten", "(count % ROW,)", "(0,)", _STEP + "grad_norm_of_many_elements"),
         ("the norm has the scale's sign", "grad_scale.reshape(()).abs()", "grad_scale.reshape(())",
@@ -66,9 +62,34 @@ FAULTS = {
          _STEP + "defaults_of_others[meta-radam_ema_]"),
         ("a scalar in the default dtype", 'torch.tensor(value, dtype=torch.float32, device="cpu")',
          'torch.tensor(value, device="cpu")', _STEP + "defaults_of_others[torch.float64-radam_ema_]"),
-        ("averages before the step", "            update(p[block]",
-         "            _average(p, averages, weights, None, block)\n            update(p[block]",
-         _STEP + "what_auto_takes_here[0-plain-adam_ema_]"),
+    ],
+    "cmfast/native/optimizer.c": [
+        ("a step unscaled", "sign * grad[i] / divisor", "sign * grad[i]",
+         _STEP + "what_auto_takes_here[0-plain-radam_ema_]"),
+        ("decay added to nothing", "g[i] += l2 * p[i];", "g[i] += 0;",
+         _STEP + "what_auto_takes_here[5-decay-adam_ema_]"),
+        ("uphill for down", "sign = by->sign", "sign = 1", _STEP + "what_auto_takes_here[5-maximize-adam_ema_]"),
+        ("eps in the root", "slope * sqrtf(v[i]) + eps", "slope * sqrtf(v[i] + eps)",
+         _STEP + "what_auto_takes_here[5-other betas-adam_ema_]"),
+        ("the mean of squares as the mean", "rest2 * (g[i] * g[i])", "rest1 * (g[i] * g[i])",
+         _STEP + "what_auto_takes_here[5-plain-adam_ema_]"),
+        ("decay forgotten where it does not adapt", "p[i] = kept * p[i] - size * m[i];", "p[i] -= size * m[i];",
+         _STEP + "what_auto_takes_here[0-decoupled decay-radam_ema_]"),
+        ("from the far end", "if (weight < 0.5f)", "if (1)", _AVERAGES_C + "a_rate_of_zero_copies"),
+        ("averages of the first's weight", "weights[k], n", "weights[0], n",
+         _STEP + "what_auto_takes_here[5-plain-adam_ema_]"),
+        ("one thread's part for all", "last = first + each", "last = total",
+         _AVERAGES_C + "same_bits_for_any_number_of_threads[adam_ema_]"),
+        ("a block beyond the tensor", "end - i < BLOCK ? end - i : BLOCK", "end - i < BLOCK ? end - i + 1 : BLOCK",
+         _AVERAGES_C + "nothing_beside_is_written[1-AVX2]"),
+    ],
+    "cmfast/native/optimizer.py": [
+        ("threads for few", "native.threads(sum(counts), LEAST)", "native.threads(counts[0], LEAST)",
+         _AVERAGES_C + "threads_by_the_sum"),
+    ],
+    "cmfast/ops/_dispatch.py": [
+        ("who looks on at a step sees nothing", "(native.watched() or optimizer.refusal() is not None)",
+         "optimizer.refusal() is not None", _AVERAGES_C + "who_looks_on_sees_pytorchs"),
     ],
     "cmfast/ops/_lists.py": [
         ("any order of memory", "if same and all(map(is_dense, lists[0])):", "if True:",

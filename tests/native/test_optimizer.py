@@ -92,6 +92,14 @@ def calls_of(monkeypatch):
     return calls
 
 
+def test_threads_by_the_sum(monkeypatch):
+    """And not by one of the tensors."""
+    asked = []
+    monkeypatch.setattr(optimizer.native, "threads", lambda work, least: asked.append(work) or 1)
+    taken("adam_ema_", lists())
+    assert asked == [sum(COUNTS)]
+
+
 def test_who_looks_on_sees_pytorchs(monkeypatch):
     class Looking(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
