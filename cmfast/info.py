@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from cmfast import __version__, ops
-from cmfast.native import attention, group_norm, noise, steps, winograd
+from cmfast.native import attention, group_norm, noise, optimizer, steps, winograd
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "torchvision", "lpips", "diffusers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -39,6 +39,7 @@ def _devices() -> Iterator[str]:
         ("attention", attention, "in C in float32, without gradients"),
         ("noise from counters", noise, "in C in float32"),
         ("steps and losses", steps, "in C for states of float32"),
+        ("optimizers and averages", optimizer, "in C in float32"),
     ):
         why = functions.refusal()
         yield f"{name} on a CPU: " + (f"PyTorch's ({why})" if why else where)

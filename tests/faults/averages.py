@@ -44,7 +44,8 @@ FAULTS = {
     ],
     "cmfast/ops/_multi.py": [
         ("writes in C go by unseen", "    written_by_a_kernel(*written)\n", "", _OPTIM + "every_write_is_seen[RAdam]"),
-        ("averages that change unseen", "    written_by_a_kernel(*averages)\n", "", _OPS + "a_parameter_that_needs_gradients"),
+        ("averages that change unseen", "    written_by_a_kernel(*averages)\n", "",
+         _OPS + "a_parameter_that_needs_gradients"),
         ("RAdam with Adam's root", "        slope = 1 / root\n", "        slope = 1.0\n",
          _STEP + "what_auto_takes_here[5-plain-adam_ema_]"),
         ("RAdam without its correction", "size *= rectification * root", "size *= rectification",
