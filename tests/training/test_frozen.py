@@ -1,5 +1,6 @@
 """Teacher and target as CUDA graphs, emulated on the CPU: the same weights, whatever is captured."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,18 @@ def test_a_run_with_graphs_is_one_without(emulated, optimize):
     assert torch.equal(weights(graphed.target_model), weights(plain.target_model))
 
 
+def test_an_output_stays_as_it_is(emulated):
+    """Two of a teacher make one step of Heun's method."""
+    network = frozen(denoiser(CD, unet().eval())).network
+    x, times, labels = torch.randn(3, 3, 8, 8), torch.ones(3), torch.arange(3)
+    with backend("reference"):
+        network(x, times, labels)
+        first = network(x, times, labels)
+        before = first.clone()
+        assert not torch.equal(network(-x, times, labels), before) and torch.equal(first, before)
+    assert len(network._programs) == 1
+
+
 def test_masks_follow_the_draw(emulated):
     network = frozen(denoiser(CD, unet(dropout=0.5).train()))
     x, sigma, labels = torch.randn(3, 3, 8, 8), torch.ones(3), torch.arange(3)
@@ -53,7 +66,9 @@ def test_a_foreign_networks_dropout_is_not_captured(emulated):
     network = frozen(Denoiser(nn.ModuleList([nn.Dropout(0.5)])))
     network.network.network.forward = lambda x, t: nn.functional.dropout(x, 0.5)
     x = torch.ones(2, 3, 8, 8)
-    assert not torch.equal(network(x, 1.0), network(x, 1.0)) and len(network.network._programs) == 0
+    for draw in (nullcontext(), dropout.paired(Draw(5, torch.arange(2), 0))):
+        with draw:
+            assert not torch.equal(network(x, 1.0), network(x, 1.0)) and len(network.network._programs) == 0
 
 
 def test_dropout_without_a_draw_is_not_captured(emulated):
