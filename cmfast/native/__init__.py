@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,11 @@ COMPILE = ("-O3", "-fno-unswitch-loops", "-fno-math-errno", "-std=gnu11", "-fPIC
 LINK = ("-shared",)
 
 
-@functools.cache
+#: Classes whose tensors may be what lies in memory.
+_CLASSES = (torch.Tensor, torch.nn.Parameter)
+_one_at_a_time = threading.RLock()
+
+
 def library(cpu: str | None = None, folder: Path = Path(__file__).parent) -> ctypes.CDLL:
     """The functions of a folder's C files, compiled for a CPU by its name in `FLAGS`; None: this one.
 
@@ -42,6 +47,12 @@ def library(cpu: str | None = None, folder: Path = Path(__file__).parent) -> cty
 
     Raises: Unavailable: there is no compiler, or none whose OpenMP is PyTorch's; or this CPU is not known.
     """
+    with _one_at_a_time:
+        return _library(cpu, folder)
+
+
+@functools.cache
+def _library(cpu: str | None, folder: Path) -> ctypes.CDLL:
     cpu = cpu or torch.backends.cpu.get_cpu_capability()
     if os.environ.get("CMFAST_NATIVE") == "0":
         raise Unavailable("CMFAST_NATIVE=0 is set")
@@ -60,7 +71,7 @@ def library(cpu: str | None = None, folder: Path = Path(__file__).parent) -> cty
             return _loaded(folder, [*compiler, *COMPILE, *FLAGS[cpu]], [*compiler, *LINK])
         except subprocess.CalledProcessError as error:
             said = next((line for line in error.stderr.splitlines() if "error" in line), str(error))
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no process, or no thread, can be begun
             said = str(error)
         reasons.append(f"{compiler[0]}: {said}")
     raise Unavailable(f"the C of cmfast could not be compiled here ({'; '.join(reasons)})")
@@ -80,6 +91,17 @@ def refusal(functions: Callable[[], Any]) -> str | None:
     except Unavailable as error:
         return str(error)
     return None
+
+
+def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
+    return (
+        x.is_cpu
+        and x.dtype in dtypes
+        and type(x) in _CLASSES
+        and x.layout is torch.strided
+        and not (x.is_neg() or x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x))
+    )
 
 
 def watched() -> bool:
@@ -130,6 +152,16 @@ def _loaded(sources: Path, to_object: list[str], to_library: list[str]) -> ctype
             if kept is not None:
                 kept.unlink(missing_ok=True)
             raise
+
+
+def _after_fork() -> None:
+    """In a child, where the thread that compiles is none."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _folder() -> Path | None:

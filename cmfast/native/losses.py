@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from cmfast.native import steps
 from cmfast.native.steps import DTYPE, beside, level, real, sizes
 from cmfast.ops._autograd import fused
 from cmfast.reference import WEIGHTINGS
+
+#: Of what is computed in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _NORMS = {"l1": 0, "l2": 1, "huber": 2}
 #: By name; 0 is a weight that is given.
@@ -93,7 +96,7 @@ def backward(
     made, (arguments, held) = functions(cpu), _arguments(*inputs, **options)
     of_output = torch.empty_like(inputs[1])
     minus = torch.empty_like(of_output) if opposite else None
-    grad, of_grad = level(grad.resolve_neg())
+    grad, of_grad = level(grad)
     distance = distance.contiguous()
     to = of_output.data_ptr(), None if minus is None else minus.data_ptr(), distance.data_ptr()
     made.backward(*to, grad.data_ptr(), of_grad, *arguments)
@@ -126,10 +129,22 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradient of the student's output, which training asks for."""
     none: tuple[None, ...] = (None,) * (len(inputs) - 1)
-    # Hooks of a caller for what is saved may have made another state of it.
-    if grads[0] is None or not needed[0] or native.watched() or not steps.fits(inputs[1]):
+    if not needed[0] or not _can_go_back(grads[0], *saved, *inputs):
         return None, *none
     return backward(grads[0], *saved, *inputs, **options)[0], *none
+
+
+def _can_go_back(grad: Tensor | None, distance: Tensor, *inputs: Any) -> TypeGuard[Tensor]:
+    """Whether there is a gradient, and C can read it and what was saved, of which a caller's hooks may have made
+    something else."""
+    if grad is None or native.watched() or not native.lies_here(grad, (torch.float64, *DTYPES)):
+        return False
+    kept = [x for x in inputs if isinstance(x, Tensor)]
+    return (
+        native.lies_here(distance, (DTYPE,))
+        and all(native.lies_here(x, DTYPES) for x in kept)
+        and steps.fits(inputs[1])
+    )
 
 
 def _whole(x: Tensor, target: Tensor, weight: Tensor) -> tuple[Any, ...]:
@@ -152,7 +167,7 @@ def _weighted_backward(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     (grad,), (distance,) = grads, saved
-    if grad is None or native.watched() or not steps.fits(x):
+    if not _can_go_back(grad, distance, x, x, weight, target):
         return (None,) * 3
     of_x = of_target = None
     if needed[0] or needed[1]:

@@ -63,7 +63,7 @@ static void tell(float *told, levels of, double sigma_data, long count, int thre
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > PART)
     for (long b = 0; b < count; b++) {
         float t = level(of, b);
-        told[b] = isnan(sigma_data) ? t : 250.0f * (float)log(t + 1e-44f);
+        told[b] = isnan(sigma_data) ? t : 250.0f * (float)log(t + (double)1e-44f);
     }
 }
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from cmfast import native
 from cmfast.native import noise as native_noise
-from cmfast.reference import Draw
-from cmfast.reference._common import as_input, laid_out_as
-from cmfast.reference.noise import _epsilon
+from cmfast.reference import Draw, philox
+from cmfast.reference._common import as_input
 
 #: Of a state, and what everything is computed in.
 DTYPE = torch.float32
@@ -64,20 +63,23 @@ def fits(x: Tensor) -> bool:
     return x.dtype == DTYPE and x.numel() > 0 and (x.is_contiguous() or _channels_last(x)) and refusal() is None
 
 
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+    return x.ndim in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.ndim])
 
 
 def beside(x: Tensor | None, state: Tensor) -> Tensor:
     """x in float32 and as the state lies in memory; for nothing the state, which is not read."""
     if x is None or (x.dtype == DTYPE and x.stride() == state.stride()):
         return state if x is None else x
-    return laid_out_as(x.to(DTYPE), state)
+    # Not by its strides, of which those of dimensions of one element say nothing.
+    return x.to(DTYPE).contiguous(memory_format=torch.contiguous_format if state.is_contiguous() else _FORMATS[x.ndim])
 
 
 def level(sigma: Tensor) -> tuple[Tensor, int]:
-    """Numbers of samples in float32, a scalar or [B], and how far in memory one sample's is from the next's."""
+    """Levels of samples in float32, a scalar or [B], and how far in memory one sample's is from the next's."""
     if sigma.dtype != DTYPE:
         sigma = sigma.to(DTYPE)
     return sigma, sigma.stride(0) if sigma.ndim else 0
@@ -123,7 +125,8 @@ def step(
             index, seed, draw = native_noise.words(noise)
             noise = None
         else:
-            noise = _epsilon(noise, x.shape, DTYPE)
+            seed, number, shape = philox.number(noise.seed), philox.number(noise.draw), tuple(x.shape[1:])
+            noise = native_noise.normal(seed, noise.index, shape, number)
     output, output2, noise = beside(output, x), beside(output2, x), beside(noise, x)
     (sigma, of_sigma), (middle, of_middle), (end, of_end) = map(level, levels)
     batch, count, threads = sizes(x)
@@ -140,7 +143,7 @@ def step(
         x.data_ptr(), output.data_ptr(), output2.data_ptr(), noise.data_ptr(),
         None if index is None else index.data_ptr(), seed, draw,
         sigma.data_ptr(), of_sigma, middle.data_ptr(), of_middle, end.data_ptr(), of_end,
-        real(sigma_data), boundary, sigma_min, clip,
+        real(sigma_data), boundary, sigma_min, bool(clip),
         batch, count, 0 if c_noise is None else c_noise.numel(), 0 if second is None else second[2].numel(), threads,
     )  # fmt: skip
     results = () if x_next is None else (x_next,)

@@ -27,6 +27,7 @@ def fused(
     """The kernels `forward(*inputs, **options)`, differentiable by `backward(needed, grads, *inputs, **options)`.
 
     `keep`: how many of the last results are for the backward pass, which gets them as `saved`, and not returned.
+    Not inside of a torch.func transform: callers take the reference there.
     `c_noise`: the results that come from noise levels alone, of which `forward` makes [B], or [1] for one level. What
     `backward` returns None for (gradients of noise levels), and gradients of gradients, come from the reference.
     """

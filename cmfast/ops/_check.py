@@ -174,7 +174,7 @@ def _ends(x: Tensor) -> tuple[float, float]:
         return x.min().item(), x.max().item()
     values = x.tolist() if x.ndim else [x.item()]
     # Which do not tell of a NaN among others.
-    return (math.nan, math.nan) if math.isnan(sum(values)) else (min(values), max(values))
+    return (math.nan, math.nan) if any(map(math.isnan, values)) else (min(values), max(values))
 
 
 def sigma_level(name: str, sigma: object, x: Tensor, *, divides: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Which path a call takes: a fused Triton kernel, or plain PyTorch. Decided in Python, before anything is launched.
+"""Which path a call takes: a fused Triton kernel, a form for the CPU, or plain PyTorch.
 
-`auto` takes the kernel where one can run and earns its place, and else the reference path, whose numbers are the same
-within rounding. Inside `torch.compile` that is the case for noise drawn in the kernel alone: everything else inductor
-fuses into what stands around it.
+It is decided in Python, before anything is launched. `auto` takes the kernel where one can run and earns its place, on a
+CPU the form, and else the reference path, whose numbers are the same within rounding. Inside `torch.compile` the kernel
+is for noise that it draws alone: everything else inductor fuses into what stands around it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,6 @@ FUSED = (
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "draw_levels")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Classes whose tensors are what lies in memory.
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _INTEGERS = (torch.int64, torch.int32)
 #: Those that C does on a CPU for states of float32, some with their gradients.
 IN_C = {**steps.FORMS, **losses.FORMS}
@@ -189,7 +187,7 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
 
 def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
-        if type(tensor) not in PLAIN_TYPES:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not torch.compiler.is_compiling() and tensor.is_neg():
             return "a view that negates is not what lies in memory"
@@ -242,10 +240,10 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
     records, recording = False, torch.is_grad_enabled()
     for x in inputs:
         if isinstance(x, Tensor):
-            if not _lies_here(x, dtypes):
+            if not native.lies_here(x, dtypes):
                 return function
             records = records or (recording and x.requires_grad)
-        elif isinstance(x, Draw) and not all(_lies_here(t, _INTEGERS) for t in x if isinstance(t, Tensor)):
+        elif isinstance(x, Draw) and not all(native.lies_here(t, _INTEGERS) for t in x if isinstance(t, Tensor)):
             return function
     if function.__name__ in IN_C:
         # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
@@ -265,17 +263,12 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
     for, and nothing compiled or traced."""
-    return _undisturbed() and all(_lies_here(x, dtypes) for x in tensors)
+    return _undisturbed() and all(native.lies_here(x, dtypes) for x in tensors)
 
 
 def _undisturbed() -> bool:
     """Whether no other backend was asked for, and nothing is compiled, traced or transformed."""
     return current_backend() == "auto" and not native.traced() and transform_refusal() is None
-
-
-def _lies_here(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
-    return x.is_cpu and x.dtype in dtypes and type(x) in PLAIN_TYPES and not x.is_neg()
 
 
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:

@@ -8,6 +8,8 @@ _PACKING = "tests/fast/test_packing.py::test_"
 _WINOGRAD = "tests/native/test_winograd.py::test_"
 _NATIVE = "tests/native/test_native.py::test_"
 _NORM = "tests/native/test_group_norm.py::test_"
+_STEPS = "tests/native/test_steps.py::test_"
+_EVERY = "tests/ops/test_every_op.py::test_"
 _TRUNK = "tests/test_perceptual_cpu.py::test_"
 
 WINOGRAD = [
@@ -98,6 +100,18 @@ COMPILING = [
      "if False:\n        with contextlib.suppress(OSError):  # it is",
      _NATIVE + "compiled_once"),
     ("what is kept is never old", "repr((files, to_object", "repr((to_object", _NATIVE + "compiled_once"),
+    ("any dtype", "        and x.dtype in dtypes\n", "", _EVERY + "what_takes_a_form_for_the_cpu[lpips_layer]"),
+    ("views that negate", "x.is_neg() or x._is", "x._is", _EVERY + "what_takes_a_form_for_the_cpu[weighted_loss]"),
+    ("zeros that are nowhere", " or x._is_zerotensor()", "", _STEPS + "tensors_without_memory_of_their_own[zeros]"),
+    ("many gradients that look like one", " or torch._C._functorch.is_legacy_batchedtensor(x)", "",
+     _STEPS + "a_hook_of_many_gradients"),
+    ("sparse tensors", "        and x.layout is torch.strided\n", "",
+     _STEPS + "tensors_without_memory_of_their_own[sparse]"),
+    ("every thread compiles", "with _one_at_a_time:", "if True:", _NATIVE + "threads_compile_once"),
+    ("the parent's lock", "    _one_at_a_time = threading.RLock()\n\n\nif", "    pass\n\n\nif",
+     _NATIVE + "a_fork_while_another_thread_compiles"),
+    ("no thread, no answer", "(OSError, RuntimeError, subprocess", "(OSError, subprocess",
+     _NATIVE + "where_no_thread_can_be_begun"),
     ("headers that are never old", 'sources.glob("*.[ch]")', 'sources.glob("*.c")',
      _NATIVE + "all_files_of_a_folder"),
     ("what others put there is run", "or (others and not kept_apart)", "",
@@ -236,8 +250,6 @@ NOISE = [
      " in inputs)", "pass", _NOISE + "operations[renoise-torch.bfloat16-numbers]"),
 ]
 
-_STEPS = "tests/native/test_steps.py::test_"
-_EVERY = "tests/ops/test_every_op.py::test_"
 
 
 def _of(case: str, shape: str = "(2, 3, 80, 75)") -> str:
@@ -329,17 +341,24 @@ STEPS = [
      _STEPS + "levels_lie_anywhere[scale_input-scalar]"),
     ("an input in the dtype of the state", "dtype=dtype or model_output.dtype", "dtype=dtype",
      _STEPS + "the_input_has_the_dtype_of_the_output"),
+    ("laid out by strides", "torch.contiguous_format if state.is_contiguous() else _FORMATS[x.ndim]",
+     "torch.contiguous_format", _STEPS + "strides_of_dimensions_of_one_element[none-states-denoise]"),
+    ("truth of Python's alone", "bool(clip)", "clip", _STEPS + "numpys_truth"),
     ("noise of memory for a state in channels_last", "        if x.is_contiguous():\n", "        if True:\n",
      _STEPS + "layouts_and_outputs_of_other_dtypes[channels_last-float32-float32-renoise drawn]"),
     ("without a compiler", " and refusal() is None", "", _STEPS + "without_a_compiler"),
 ]
 
 LOSSES = [
-    ("a gradient that is negated where it is read", "level(grad.resolve_neg())", "level(grad)",
+    ("any gradient", " or not native.lies_here(grad, (torch.float64, *DTYPES)):", ":",
      _STEPS + "a_gradient_that_is_negated_where_it_is_read[weighted_loss l2]"),
-    ("who looks on at gradients sees nothing", " or native.watched() or not steps.fits(x):", " or not steps.fits(x):",
+    ("distances as hooks made them", "native.lies_here(distance, (DTYPE,))\n        and ", "",
+     _STEPS + "what_is_saved_comes_back_another[of distances-weighted_loss huber]"),
+    ("states as hooks made them", "        and all(native.lies_here(x, DTYPES) for x in kept)\n", "",
+     _STEPS + "what_is_saved_comes_back_another[negated-weighted_loss l2]"),
+    ("who looks on at gradients sees nothing", " or native.watched() or not native", " or not native",
      _STEPS + "gradients_before_who_looks_on[False-backward-weighted_loss l2]"),
-    ("what hooks made of a state", " or native.watched() or not steps.fits(x):", " or native.watched():",
+    ("what hooks made of a state", "        and steps.fits(inputs[1])\n", "",
      _STEPS + "what_is_saved_comes_back_another[strides-weighted_loss l2]"),
     ("the weight twice", "return distance * weight, distance", "return distance * weight, distance * weight",
      _STEPS + "gradients_before_who_looks_on[False-forward-weighted_loss huber]"),

@@ -67,8 +67,6 @@ DISPATCH = [
      "dtypes", T_DISPATCH + "test_reasons"),
     ("dtypes of results not looked at", "is_floating_point()), *dtypes]", "is_floating_point())]",
      T_DISPATCH + "test_dtypes_of_results_count"),
-    ("forms for the CPU in any dtype", "and x.dtype in dtypes and", "and", T_FORMS + "[lpips_layer]"),
-    ("views that negate, in C", " and not x.is_neg()", "", T_FORMS + "[weighted_loss]"),
     ("forms for the CPU where a graph is recorded", "(recording and x.requires_grad)", "False",
      here("euler_step")),
     ("empty batches in C", " or state.numel() == 0:", ":", T_FORMS + "[group_norm_silu]"),

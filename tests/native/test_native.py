@@ -9,6 +9,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def commands(monkeypatch):
 
 def load(source):
     """As in a new process."""
-    return native.library.__wrapped__(folder=source.parent)
+    return native._library.__wrapped__(None, source.parent)
 
 
 def no_home():
@@ -148,6 +150,48 @@ def test_where_nothing_can_be_kept(source, monkeypatch):
     """For want of room, say: it serves all the same."""
     monkeypatch.setattr(native.whole, "written_whole", no_room)
     assert load(source).answer() == 42
+
+
+@needs_compiler
+def test_threads_compile_once(source, commands):
+    """The first of them: the others wait."""
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: native.library(folder=source.parent), range(4)))
+    assert len(commands) == 2 and len(set(map(id, made))) == 1
+
+
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
+@needs_compiler
+def test_where_no_thread_can_be_begun(source, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(Unavailable, match="can't start new thread"):
+        load(source)
+
+
+@needs_compiler
+def test_a_fork_while_another_thread_compiles(source):
+    """Its lock is none of the child's."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with native._one_at_a_time:
+            inside.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    try:
+        child = os.fork()
+        if not child:
+            os._exit(0 if native._one_at_a_time.acquire(timeout=20) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        go_on.set()
+        thread.join()
 
 
 @needs_compiler
