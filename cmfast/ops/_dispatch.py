@@ -1,8 +1,8 @@
 """Which path a call takes: a fused Triton kernel, a form for the CPU, or plain PyTorch.
 
-It is decided in Python, before anything is launched. `auto` takes the kernel where one can run and earns its place, on a
-CPU the form, and else the reference path, whose numbers are the same within rounding. Inside `torch.compile` the kernel
-is for noise that it draws alone: everything else inductor fuses into what stands around it.
+It is decided in Python, before anything is launched. `auto` takes the kernel where one can run and earns its place, the
+form on a CPU, and else the reference path, whose numbers are the same within rounding. Inside `torch.compile` it takes
+kernels for noise that they draw alone: everything else inductor fuses into what stands around it.
 """
 
 from __future__ import annotations

@@ -160,6 +160,13 @@ def test_threads_compile_once(source, commands):
     assert len(commands) == 2 and len(set(map(id, made))) == 1
 
 
+def test_what_lies_in_memory():
+    x, dtypes = torch.ones(2, 3), (torch.float32,)
+    assert native.lies_here(x, dtypes) and native.lies_here(torch.nn.Parameter(x), dtypes)
+    for other in (torch._efficientzerotensor((2, 3)), torch._neg_view(x), x.to_sparse(), x.double(), x.to("meta")):
+        assert not native.lies_here(other, dtypes)
+
+
 def no_thread(self):
     raise RuntimeError("can't start new thread")
 

@@ -214,7 +214,7 @@ def test_gradients_before_who_looks_on(name, which, checkpointed, calls):
     (lambda x: torch.stack([x, -x], -1), lambda x: x[..., 0]),
     (lambda x: x.double() if x.is_floating_point() else x, lambda x: x),
     (lambda x: x.double() if x.is_floating_point() and x.ndim == 1 else x, lambda x: x),
-    (lambda x: -x if x.is_floating_point() else x, lambda x: torch._neg_view(x) if x.is_floating_point() else x),
+    (lambda x: -x if x.ndim > 1 else x, lambda x: torch._neg_view(x) if x.ndim > 1 else x),
 ], ids=["strides", "dtype", "of distances", "negated"])  # fmt: skip
 def test_what_is_saved_comes_back_another(name, pack, unpack):
     """By a caller's hooks."""
@@ -254,6 +254,17 @@ def test_many_gradients_at_once_and_gradients_of_gradients(name):
         found.append((together, torch.autograd.grad(slope.square().sum(), leaf)[0]))
     for made, expected in zip(*found, strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_distances_come_back_in_another_dtype(dtype):
+    found = []
+    for to in (dtype, torch.float32):
+        leaf, options = X.clone().requires_grad_(), {"norm": "huber", "huber_c": 0.1}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=to: x.to(to) if x.ndim == 1 else x, lambda x: x):
+            loss = ops.consistency_loss(leaf, X, torch.tensor(2.0), 2 * X, **options)
+        found.append(torch.autograd.grad(loss.sum(), leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 X, SIGMA = torch.randn(2, 3, 4, 5), torch.tensor([1.0, 2.0])
