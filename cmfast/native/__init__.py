@@ -95,12 +95,13 @@ def refusal(functions: Callable[[], Any]) -> str | None:
 
 def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
+    functorch = torch._C._functorch  # pyright: ignore  # made at run time
     return (
         x.is_cpu
         and x.dtype in dtypes
         and type(x) in _CLASSES
         and x.layout is torch.strided
-        and not (x.is_neg() or x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x))
+        and not (x.is_neg() or x._is_zerotensor() or functorch.is_legacy_batchedtensor(x))
     )
 
 

@@ -103,7 +103,7 @@ COMPILING = [
     ("any dtype", "        and x.dtype in dtypes\n", "", _EVERY + "what_takes_a_form_for_the_cpu[lpips_layer]"),
     ("views that negate", "x.is_neg() or x._is", "x._is", _EVERY + "what_takes_a_form_for_the_cpu[weighted_loss]"),
     ("zeros that are nowhere", " or x._is_zerotensor()", "", _NATIVE + "what_lies_in_memory"),
-    ("many gradients that look like one", " or torch._C._functorch.is_legacy_batchedtensor(x)", "",
+    ("many gradients that look like one", " or functorch.is_legacy_batchedtensor(x)", "",
      _STEPS + "a_hook_of_many_gradients"),
     ("sparse tensors", "        and x.layout is torch.strided\n", "",
      _STEPS + "tensors_without_memory_of_their_own[sparse]"),
