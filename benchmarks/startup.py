@@ -81,6 +81,8 @@ def child(trial: Trial, provider: str, options: argparse.Namespace, device: torc
         paths = [str(HOME), os.environ.get("PYTHONPATH")]
         caches = {name: f"{folder}/{name}" for name in CACHES}
         environment = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if not provider.startswith("cmfast"):
+            environment["CMFAST_NATIVE"] = "0"  # plain PyTorch's noise is cmfast's, whose C it need not wait for
         command += ["--begun", repr(time.time())]
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S,
