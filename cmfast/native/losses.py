@@ -17,7 +17,6 @@ from torch import Tensor
 from cmfast import native, reference
 from cmfast.native import steps
 from cmfast.native.steps import DTYPE, beside, level, real, sizes
-from cmfast.ops._autograd import fused
 from cmfast.reference import WEIGHTINGS
 
 #: Of what is computed in float32.
@@ -105,10 +104,14 @@ def backward(
 
 
 def consistency_loss(*inputs: Any, **options: Any) -> Tensor:
+    from cmfast.ops._autograd import fused  # of a package that takes its forms from here
+
     return fused(_forward, _backward, reference.consistency_loss, *inputs, keep=1, **options)
 
 
 def weighted_loss(x: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    from cmfast.ops._autograd import fused
+
     return fused(_weighted_forward, _weighted_backward, reference.weighted_loss, x, target, weight, keep=1, **options)
 
 

@@ -224,6 +224,11 @@ def test_other_machines(source, system, cpu, monkeypatch):
         load(source)
 
 
+@pytest.mark.parametrize("name", [path.stem for path in sorted(Path(native.__file__).parent.glob("*.c"))])
+def test_each_part_can_be_imported_first(name):
+    subprocess.run([sys.executable, "-c", f"import cmfast.native.{name}"], check=True)
+
+
 def test_off_in_a_process_of_its_own():
     """By the variable: the network computes, and `info` says why not."""
     code = "from cmfast import info, native; print(native.winograd.refusal()); print(info.report())"
