@@ -17,7 +17,6 @@ PANEL, MOST_TOKENS = 32, 8192
 LEAST = 2**18
 
 
-
 class _Functions:
     """Those of attention.c for a CPU."""
 

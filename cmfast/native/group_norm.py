@@ -18,7 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 LINE, LEAST = 16, 2**15
 
 
-
 class _Functions:
     """Those of group_norm.c for a CPU."""
 

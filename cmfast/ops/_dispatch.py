@@ -297,8 +297,9 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     if chosen == "triton":
         return "refused", reason
     if device.type == "cpu":
-        if name in IN_C:
-            missing = "it is for states of float32" if dtype != torch.float32 else steps.refusal()
+        # Noise is C's too, and what draws levels for it.
+        if name in IN_C or name in _multi.IN_C or name in ("normal", "draw_pair"):
+            missing = "C is for float32" if dtype != torch.float32 else steps.refusal()
             return ("reference", f"{reason}; {missing}") if missing else ("C", reason)
         if dtype in FORMS.get(name, (None, (torch.float32,) if name in _multi.FORMS else ()))[1]:
             return "in place", reason

@@ -350,6 +350,9 @@ STEPS = [
 ]
 
 LOSSES = [
+    ("operations wanted before these are there", "from cmfast.reference import WEIGHTINGS\n",
+     "from cmfast.ops._autograd import fused\nfrom cmfast.reference import WEIGHTINGS\n",
+     _NATIVE + "each_part_can_be_imported_first[losses]"),
     ("any gradient", " or not native.lies_here(grad, (torch.float64, *DTYPES)):", ":",
      _STEPS + "a_gradient_that_is_negated_where_it_is_read[weighted_loss l2]"),
     ("distances as hooks made them", "native.lies_here(distance, (DTYPE,))\n        and ", "",

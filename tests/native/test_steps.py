@@ -356,9 +356,10 @@ def test_without_a_compiler(monkeypatch, calls):
 
 
 def test_what_is_said_of_it():
-    assert ops.explain("euler_step")[0] == "C"
-    path, why = ops.explain("euler_step", dtype=torch.bfloat16)
-    assert path == "reference" and "states of float32" in why
+    for name in ("euler_step", "weighted_loss", "normal", "draw_pair", "radam_ema_", "ema_update_"):
+        assert ops.explain(name)[0] == "C"
+        path, why = ops.explain(name, dtype=torch.bfloat16)
+        assert path == "reference" and "C is for float32" in why
 
 
 @pytest.mark.parametrize("cpu", CPUS)
