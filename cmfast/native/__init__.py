@@ -32,8 +32,6 @@ FLAGS = {
 #: Nor with loops written out for each value of what stays the same in them, which takes longer than all the rest.
 COMPILE = ("-O3", "-fno-unswitch-loops", "-fno-math-errno", "-std=gnu11", "-fPIC", "-fopenmp", "-c")
 LINK = ("-shared",)
-
-
 #: Classes whose tensors may be what lies in memory.
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 _one_at_a_time = threading.RLock()
@@ -103,6 +101,15 @@ def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
         and x.layout is torch.strided
         and not (x.is_neg() or x._is_zerotensor() or functorch.is_legacy_batchedtensor(x))
     )
+
+
+#: Memory formats by numbers of dimensions.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether a batch of images or volumes lies so."""
+    return x.ndim in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
 
 
 def watched() -> bool:

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from cmfast import native, reference
 from cmfast.native import steps
-from cmfast.native.steps import DTYPE, beside, level, real, sizes
+from cmfast.native.steps import DTYPE, DTYPES, beside, level, real, sizes
 from cmfast.reference import WEIGHTINGS
-
-#: Of what is computed in float32.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _NORMS = {"l1": 0, "l2": 1, "huber": 2}
 #: By name; 0 is a weight that is given.

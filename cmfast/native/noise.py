@@ -28,7 +28,9 @@ def refusal() -> str | None:
     return native.refusal(functions)
 
 
-def normal(seed: int, index: Tensor, shape: tuple[int, ...], draw: int, cpu: str | None = None) -> Tensor:
+def normal(
+    seed: int | Tensor, index: Tensor, shape: tuple[int, ...], draw: int | Tensor, cpu: str | None = None
+) -> Tensor:
     """`reference.normal` in float32, [B, *shape] of index [B]: hardly a number is another, and then the next one; with
     the same bits in any batch."""
     out = torch.empty(len(index), *shape, dtype=torch.float32, device="cpu")

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from cmfast import native
 from cmfast.native import noise as native_noise
-from cmfast.reference import Draw, philox
+from cmfast.reference import Draw
 from cmfast.reference._common import as_input
 
 #: Of a state, and what everything is computed in.
 DTYPE = torch.float32
+#: Of what else is taken, a network's outputs above all.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Numbers in a batch from which on all threads do it.
 LEAST = 1 << 15
 
@@ -60,14 +62,7 @@ def refusal() -> str | None:
 
 def fits(x: Tensor) -> bool:
     """Whether a batch x [B, ...] can be gone through so: float32, and one sample after the other without gaps."""
-    return x.dtype == DTYPE and x.numel() > 0 and (x.is_contiguous() or _channels_last(x)) and refusal() is None
-
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.ndim in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.ndim])
+    return x.dtype == DTYPE and x.numel() > 0 and (x.is_contiguous() or native.channels_last(x)) and refusal() is None
 
 
 def beside(x: Tensor | None, state: Tensor) -> Tensor:
@@ -75,7 +70,8 @@ def beside(x: Tensor | None, state: Tensor) -> Tensor:
     if x is None or (x.dtype == DTYPE and x.stride() == state.stride()):
         return state if x is None else x
     # Not by its strides, of which those of dimensions of one element say nothing.
-    return x.to(DTYPE).contiguous(memory_format=torch.contiguous_format if state.is_contiguous() else _FORMATS[x.ndim])
+    memory_format = torch.contiguous_format if state.is_contiguous() else native.CHANNELS_LAST[x.ndim]
+    return x.to(DTYPE).contiguous(memory_format=memory_format)
 
 
 def level(sigma: Tensor) -> tuple[Tensor, int]:
@@ -125,8 +121,7 @@ def step(
             index, seed, draw = native_noise.words(noise)
             noise = None
         else:
-            seed, number, shape = philox.number(noise.seed), philox.number(noise.draw), tuple(x.shape[1:])
-            noise = native_noise.normal(seed, noise.index, shape, number)
+            noise = native_noise.normal(noise.seed, noise.index, tuple(x.shape[1:]), noise.draw)
     output, output2, noise = beside(output, x), beside(output2, x), beside(noise, x)
     (sigma, of_sigma), (middle, of_middle), (end, of_end) = map(level, levels)
     batch, count, threads = sizes(x)
@@ -242,7 +237,7 @@ def _pixels(
 ) -> Tensor:
     batch, count, threads = sizes(x)
     # In channels_last pixels stay where they are: one channel, to C.
-    channels = 1 if x.ndim == 2 or _channels_last(x) else x.shape[1]
+    channels = 1 if x.ndim == 2 or native.channels_last(x) else x.shape[1]
     if channels == 1 and output is None:
         batch, count = 1, batch * count
     out = torch.empty(x.shape[0], *x.shape[2:], x.shape[1], dtype=torch.uint8, device="cpu")

@@ -64,7 +64,7 @@ _INTEGERS = (torch.int64, torch.int32)
 IN_C = {**steps.FORMS, **losses.FORMS}
 #: Forms for the CPU, and dtypes that they take.
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
-    **{name: (form, KERNEL_DTYPES) for name, form in IN_C.items()},
+    **{name: (form, steps.DTYPES) for name, form in IN_C.items()},
     "group_norm_silu": (_norm_cpu.group_norm_silu, _norm_cpu.DTYPES),
     "lpips_layer": (_strips.lpips_layer, (torch.float32,)),
 }

@@ -68,7 +68,7 @@ def group_norm_silu(
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """PyTorch's GroupNorm, where means are large without them: in channels_last variances are E[x^2] - E[x]^2."""
-    if x.is_contiguous() or not _channels_last(x):
+    if x.is_contiguous() or not native.channels_last(x):
         # Not F.group_norm, which refuses groups of one element.
         return torch.group_norm(x, num_groups, weight, bias, eps)
     batch, channels = x.shape[:2]
@@ -79,8 +79,3 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
         of_channels = mean.detach().repeat_interleave(channels // num_groups, 1)
         y, *_ = torch.native_group_norm(x - of_channels.unflatten(1, (-1, *(1,) * (x.ndim - 2))), weight, bias, *sizes)
     return y
-
-
-def _channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])

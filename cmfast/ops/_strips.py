@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmfast import reference
+from cmfast import native, reference
 from cmfast.ops._autograd import fused
 from cmfast.reference.lpips import EPS
 
@@ -25,17 +25,13 @@ def lpips_layer(features: Tensor, target_features: Tensor, weight: Tensor) -> Te
     """For large maps of float32 in channels_last, of which the first alone needs a gradient; else the reference."""
     inputs = features, target_features, weight
     records = torch.is_grad_enabled()
-    if features.numel() < LEAST or not all(map(_channels_last, inputs[:2])):
+    if features.numel() < LEAST or not all(map(native.channels_last, inputs[:2])):
         return reference.lpips_layer(*inputs)
     if records and (target_features.requires_grad or weight.requires_grad):
         return reference.lpips_layer(*inputs)
     if records and features.requires_grad:
         return fused(_lpips_layer_fwd, _lpips_layer_bwd, reference.lpips_layer, *inputs, keep=1)
     return _pass(*inputs, None)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _rows(x: Tensor) -> Tensor:

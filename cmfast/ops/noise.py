@@ -19,7 +19,6 @@ from cmfast.ops._dispatch import plain, plain_on_cpu, use_kernel
 from cmfast.ops.precondition import check_step
 from cmfast.reference import Draw
 from cmfast.reference._common import compute_dtype
-from cmfast.reference.philox import number
 
 
 def normal(
@@ -62,7 +61,7 @@ def _made(noise: Tensor | Draw, shape: tuple[int, ...], dtype: torch.dtype) -> T
     tensors = [x for x in noise if isinstance(x, Tensor)]
     if not plain_on_cpu(tensors, (torch.int64, torch.int32)) or native.watched() or native_noise.refusal() is not None:
         return noise
-    return native_noise.normal(number(noise.seed), noise.index, shape, number(noise.draw))
+    return native_noise.normal(noise.seed, noise.index, shape, noise.draw)
 
 
 def _served(function: Callable[..., Any], *inputs: Any, state: Tensor, **options: Any) -> Any:

@@ -83,7 +83,7 @@ STRIPS = [
     ("gradient without the 2 of the square", "weight * (2 / pixels)", "weight / pixels",
      T_STRIPS + "agrees_with_float64"),
     ("upstream gradient ignored", "gradient * grad[:, None, None, None]", "gradient", T_STRIPS + "agrees_with_float64"),
-    ("contiguous maps", " or not all(map(_channels_last, inputs[:2])):", ":",
+    ("contiguous maps", " or not all(map(native.channels_last, inputs[:2])):", ":",
      T_STRIPS + "what_it_does_not_serve[contiguous]"),
     ("one strip alone", "range(0, pixels, count)", "range(0, count, count)", T_STRIPS + "agrees_with_float64"),
 ]  # fmt: skip

@@ -331,7 +331,7 @@ LOSSES_C = [
 STEPS = [
     ("outputs in any order of memory", "(x.dtype == DTYPE and x.stride() == state.stride())", "x.dtype == DTYPE",
      _STEPS + "layouts_and_outputs_of_other_dtypes[output in channels_last-float32-float32-denoise]"),
-    ("states in any order of memory", " and (x.is_contiguous() or _channels_last(x))", "",
+    ("states in any order of memory", " and (x.is_contiguous() or native.channels_last(x))", "",
      _EVERY + "what_takes_a_form_for_the_cpu[denoise]"),
     ("levels one after the other", "sigma.stride(0) if sigma.ndim else 0", "1 if sigma.ndim else 0",
      _STEPS + "levels_lie_anywhere[denoise-strided]"),
@@ -341,7 +341,7 @@ STEPS = [
      _STEPS + "levels_lie_anywhere[scale_input-scalar]"),
     ("an input in the dtype of the state", "dtype=dtype or model_output.dtype", "dtype=dtype",
      _STEPS + "the_input_has_the_dtype_of_the_output"),
-    ("laid out by strides", "torch.contiguous_format if state.is_contiguous() else _FORMATS[x.ndim]",
+    ("laid out by strides", "torch.contiguous_format if state.is_contiguous() else native.CHANNELS_LAST[x.ndim]",
      "torch.contiguous_format", _STEPS + "strides_of_dimensions_of_one_element[none-states-denoise]"),
     ("truth of Python's alone", "bool(clip)", "clip", _STEPS + "numpys_truth"),
     ("noise of memory for a state in channels_last", "        if x.is_contiguous():\n", "        if True:\n",
