@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cmfast
 from cmfast.native import attention
 from cmfast.tolerances import FLOOR
+from tests.native.common import CPUS
 
 pytestmark = pytest.mark.skipif(attention.refusal() is not None, reason=f"Attention in C: {attention.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 #: Samples, tokens, heads, their size: one token, panels and queries that are not full, more than is summed at once.
 SHAPES = [(2, 1, 3, 32), (1, 37, 2, 64), (3, 64, 1, 96), (1, 700, 2, 32), (1, 12, 1, 256)]
 

@@ -7,16 +7,15 @@ import torch
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cmfast
 from cmfast import ops, reference
 from cmfast.native import group_norm
 from cmfast.tolerances import FLOOR
+from tests.native.common import CPUS, Looking
 
 pytestmark = pytest.mark.skipif(group_norm.refusal() is not None, reason=f"GroupNorm in C: {group_norm.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 #: Sizes of x, and groups: of six channels and of one, all in one, more samples than threads and fewer, more pixels than
 #: a part and parts that are not full, single pixels, other numbers of dimensions.
 SHAPES = [((2, 192, 9, 7), 32), ((1, 16, 45, 33), 16), ((3, 48, 5, 5), 1), ((5, 32, 1, 1), 8), ((1, 64, 40, 30), 4)]
@@ -273,18 +272,6 @@ def test_many_gradients_at_once():
 def test_what_it_does_not_do(change):
     x = last(torch.randn(2, 32, 5, 3))
     assert group_norm.fits(x) and not group_norm.fits(change(x))
-
-
-class Looking(TorchDispatchMode):
-    """Notes the names of operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.__name__.split(".")[0])
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("which", ["forward", "backward", "both"])

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast import ops, reference
 from cmfast.native import noise
+from tests.native.common import CPUS, Looking
 
 pytestmark = pytest.mark.skipif(noise.refusal() is not None, reason=f"Noise in C: {noise.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 INDEX = torch.tensor([0, 1, 5, 2**33 + 3, -3])
 
 
@@ -94,10 +93,6 @@ def test_operations(monkeypatch, name, dtype, tensors):
 
 
 def test_who_looks_on_sees_pytorchs(monkeypatch):
-    class Looking(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
     calls = called(monkeypatch)
     with Looking(), cmfast.backend("auto"):
         ops.normal(0, INDEX, (3,))

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmfast
 from cmfast import ops
 from cmfast.native import optimizer
+from tests.native.common import CPUS, Looking
 from tests.ops.lists import check, make
 from tests.ops.test_optimizer import OPTIONS
 
 pytestmark = pytest.mark.skipif(optimizer.refusal() is not None, reason=f"Optimizers in C: {optimizer.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 NAMES = ["radam_ema_", "adam_ema_"]
 each = pytest.mark.parametrize("name", NAMES)
 #: Of tensors, in their order: none, one, some, a block and one, several blocks.
@@ -101,10 +100,6 @@ def test_threads_by_the_sum(monkeypatch):
 
 
 def test_who_looks_on_sees_pytorchs(monkeypatch):
-    class Looking(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
     calls = calls_of(monkeypatch)
     taken("radam_ema_", lists())
     assert calls

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cmfast
 from cmfast import ops
 from cmfast.native import losses, noise, steps
+from tests.native.common import CPUS, Looking
 from tests.ops.cases import CASES, OUTPUTS, flat
 from tests.ops.matrix import check_path, dtype_id, make
 
 pytestmark = pytest.mark.skipif(steps.refusal() is not None, reason=f"Steps in C: {steps.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 IN_C = {name: case for name, case in CASES.items() if name.split()[0] in {*steps.FORMS, *losses.FORMS, "draw_pair"}}
 each = pytest.mark.parametrize("name", IN_C)
 #: Fewer numbers than a vector, some that fill none, a block and one, a part and more, samples smaller than a vector,
@@ -160,18 +159,6 @@ def test_nothing_beyond_is_written(name, count, cpu, monkeypatch):
     assert memory and leaves
     for flat_, numel in memory:
         assert (flat_[:64] == 77).all() and (flat_[64 + numel :] == 77).all()
-
-
-class Looking(TorchDispatchMode):
-    """Notes the names of operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.__name__.split(".")[0])
-        return function(*args, **(kwargs or {}))
 
 
 @each

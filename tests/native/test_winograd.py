@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from cmfast.native import winograd
 from cmfast.tolerances import FLOOR
 from tests.fast.networks import check
+from tests.native.common import CPUS
 
 pytestmark = pytest.mark.skipif(winograd.refusal() is not None, reason=f"Winograd: {winograd.refusal()}")
-CPUS = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX512"]}.get(torch.backends.cpu.get_cpu_capability(), [])
 #: Samples, channels, outputs, rows, columns: odd sizes, single pixels, more tiles than a block, a panel that is not
 #: full, nothing at all.
 SHAPES = [(2, 64, 32, 6, 10), (3, 32, 48, 7, 5), (1, 16, 16, 1, 1), (2, 48, 80, 3, 1), (5, 16, 64, 14, 9)]
