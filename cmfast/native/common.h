@@ -12,6 +12,9 @@
 #define PANEL (2 * LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+/* Half as many numbers, and as float64. */
+typedef float few __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 typedef int ints __attribute__((vector_size(4 * LANES), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 

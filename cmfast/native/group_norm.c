@@ -19,8 +19,6 @@
 
 typedef unsigned words __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned short halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef float few __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 
 /* Number `at` and the next of an image, half: in bfloat16. */
 INLINE vec read(const void *from, long at, int half)

@@ -4,8 +4,6 @@
  */
 #include "scalings.h"
 
-typedef float few __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-typedef double wide __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 typedef unsigned long words __attribute__((vector_size(4 * LANES), may_alias));
 
 enum norm { L1, L2, HUBER };

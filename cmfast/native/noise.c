@@ -11,7 +11,6 @@
 
 typedef double reals __attribute__((vector_size(4 * LANES), may_alias));
 typedef unsigned long long words __attribute__((vector_size(4 * LANES), may_alias));
-typedef float few __attribute__((vector_size(2 * LANES), may_alias));
 
 /* A word of 32 bits as a number: in the last bits of 2^52. */
 INLINE reals number(words x) { return (reals)(x | 0x4330000000000000ull) - 4503599627370496.0; }
