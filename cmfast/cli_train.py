@@ -121,9 +121,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
 
     if stages := [_flag(name) for name in _MNIST_STEPS if getattr(arguments, name) is not None]:
         raise ValueError(f"{', '.join(stages)}: only recipe mnist has these stages; leave it out, or give --steps")
-    for name in ("init", "teacher"):  # without the first, a student begins as the second
-        if arguments.network is not None and getattr(arguments, name) is not None:
-            raise ValueError(f"--network makes new weights, and --{name} names others: leave --network out")
     settings: dict[str, object] = {}
     if arguments.resume:
         if arguments.out is None and arguments.recipe is None:
@@ -151,6 +148,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
             settings[name] = value
         elif isinstance(part := settings.setdefault(outer, {}), dict):  # else `recipes.complete` says what is wrong
             part[inner] = value
+    if "network" in dict(changes):
+        recipes.check_new_weights(settings.get("paths"))
     if settings.get("recipe") is None:
         raise ValueError("--recipe is missing: cd, ct, pd, ict, ect, edm or mnist")
     if settings["recipe"] == "mnist":

@@ -54,7 +54,7 @@ def save(
     if path.suffix.lower() == ".npz":
         pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
         arrays = [pixels] + ([] if labels is None else [np.asarray(labels)])
-        if arrays[-1].shape[:1] != pixels.shape[:1]:
+        if labels is not None and arrays[-1].shape != pixels.shape[:1]:
             got = list(arrays[-1].shape)
             raise ValueError(f"labels must be [N] with N = {len(pixels)}, one for each of the images, got {got}")
         with written_whole(path) as unfinished, open(unfinished, "wb") as file:
@@ -74,13 +74,14 @@ def grid(images: Tensor | np.ndarray, *, columns: int | None = None, gap: int = 
     can be.
 
     columns: images in a row; gap: black pixels between two.
-    Raises: ValueError: no images, images of another dtype or shape, or columns below 1.
+    Raises: ValueError: no images, images of another dtype or shape, columns below 1, or a negative gap.
     """
     pixels = _pixels(images)
     n, height, width, channels = pixels.shape
     if n == 0:
         raise ValueError("a picture of no images: ask for 1 or more, or write .npz")
     columns = int(np.ceil(np.sqrt(n))) if columns is None else _check.whole("columns", columns, least=1)
+    gap = _check.whole("gap", gap, least=0)
     rows = -(-n // columns)
     canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), dtype=np.uint8)
     for i, image in enumerate(pixels):

@@ -142,6 +142,13 @@ def of_any_length(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "objective": kept}
 
 
+def check_new_weights(paths: object) -> None:
+    """ValueError where a network is asked for and paths name its weights."""
+    for name in ("init", "teacher"):  # without the first, a student begins as the second
+        if isinstance(paths, Mapping) and paths.get(name) is not None:
+            raise ValueError(f"network makes new weights, and paths.{name} names others: leave network out")
+
+
 def trainer(
     given: Mapping[str, Any],
     out: Path | str,
@@ -177,9 +184,8 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
         raise ValueError(f"recipe {settings['recipe']} takes no teacher; did you mean --init?")
     # A run's config.yaml has what went without saying, too.
     by_hand = run is None and "data_fingerprint" not in given
-    for name in ("init", "teacher"):
-        if by_hand and paths[name] is not None and settings["network"] != SETTINGS["network"]:
-            raise ValueError(f"network makes new weights, and paths.{name} names others: leave network out")
+    if by_hand and settings["network"] != SETTINGS["network"]:
+        check_new_weights(paths)
     torch.manual_seed(settings["options"]["seed"])
     teacher = _weights(checkpoint.load_teacher, paths["teacher"]) if aim.needs_teacher else None
     start = teacher if paths["init"] is None else _initial(paths["init"], run)

@@ -309,9 +309,11 @@ def sample_midpoint_ancestral(
     """Midpoint steps of size h = 1 / len(ts) along dx/dt = slope(x, t): x + h slope(x + h/2 slope(x, t), t + h/2).
 
     As in the original, `slope` gives a derivative, not a denoised batch, and the steps are equal whatever ts holds.
-    x [B, C, H, W]; progress and callback as in `sample_multistep`.
+    x [B, C, H, W]; progress and callback as in `sample_multistep`. Raises: ValueError: no ts.
     """
     levels = ts.tolist() if isinstance(ts, Tensor) else [float(t) for t in ts]
+    if not levels:
+        raise ValueError("ts must hold one time or more, got none: as many as there are steps")
     h = 1 / len(levels)
     batch = x.new_ones(x.shape[0])
     times = on_device(levels, x)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -237,6 +238,17 @@ def test_npz_of_floats_and_without_channels(tmp_path, dtype):
     opened = open_data(tmp_path / "some.npz")
     assert opened.images.dtype == torch.float32 and opened.image_shape == (1, 4, 4)
     assert torch.equal(opened.images[:, 0], torch.from_numpy(shown.astype("float32")))
+
+
+def test_floats_of_the_upper_half_alone():
+    """As torchvision's ToTensor makes them."""
+    shown = torch.linspace(0, 1, 12).view(1, 3, 2, 2)
+    with pytest.warns(UserWarning, match=r"upper half alone, 0 to 1: if they are in \[0, 1\], give 2 \* images - 1"):
+        ImageData(shown)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for others in (2 * shown - 1, torch.ones(1, 1, 2, 2)):
+            ImageData(others)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -85,7 +85,7 @@ def test_a_file_is_replaced_not_rewritten(tmp_path):
         assert old.read() == before != path.read_bytes()
 
 
-@pytest.mark.parametrize("labels", [[0, 1], torch.arange(6), 3], ids=str)
+@pytest.mark.parametrize("labels", [[0, 1], torch.arange(6), 3, [[0]] * 5], ids=str)
 def test_labels_of_other_images(tmp_path, labels):
     with pytest.raises(ValueError, match=r"labels must be \[N\] with N = 5, one for each of the images, got \["):
         images.save(tmp_path / "x.npz", PIXELS, labels)
@@ -96,6 +96,12 @@ def test_labels_of_other_images(tmp_path, labels):
 def test_columns_that_are_none(columns, error):
     with pytest.raises(error, match=f"columns must be .*, got {columns}"):
         images.grid(PIXELS, columns=columns)
+
+
+def test_a_gap_that_is_none():
+    assert images.grid(PIXELS, gap=0).shape == (8, 18, 3)
+    with pytest.raises(ValueError, match="gap must be 0 or more, got -3"):
+        images.grid(PIXELS, gap=-3)
 
 
 def test_no_images():

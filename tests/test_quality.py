@@ -82,11 +82,15 @@ def test_the_classifier_learns_and_leaves_the_generator_alone():
     assert measured.accuracy > 0.9 and measured.frechet < 1e-2 and measured.recall == 1.0
 
 
+def test_a_classifier_of_fewer_images_than_a_batch():
+    quality.train_classifier(ImageData(torch.zeros(3, 1, 32, 32), torch.arange(3)), epochs=1)
+
+
 @pytest.mark.parametrize("count", [30, 200])
 def test_precision_and_recall_of_as_many_as_there_are_real_ones(count):
     """Balls are as large for both sets."""
     pixels = SimpleNamespace(features=lambda images: images.flatten(1), head=torch.nn.Identity())
-    real, made = (torch.rand(n, 1, 1, 4, generator=GENERATOR) for n in (40, count))
+    real, made = (torch.rand(n, 1, 1, 4, generator=GENERATOR) - 0.5 for n in (40, count))
     training, labels = ImageData(real), torch.zeros(count, dtype=torch.int64)
     measured = quality.measure(pixels, made, labels, training)
     chosen = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: min(40, count)]

@@ -82,6 +82,11 @@ def test_midpoint_ancestral():
     assert out.item() == pytest.approx(2.718281828, rel=2e-4)
 
 
+def test_midpoint_ancestral_of_no_steps():
+    with pytest.raises(ValueError, match="ts must hold one time or more, got none"):
+        samplers.sample_midpoint_ancestral(lambda x, t: x, torch.ones(1, 1, 1, 1), [])
+
+
 def test_midpoint_ancestral_takes_the_time_of_the_midpoint():
     """dx/dt = 2 t: exact by the midpoint rule."""
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)

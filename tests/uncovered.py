@@ -33,7 +33,7 @@ REASONS: dict[str, str] = {
         ("cmfast/compat/openai/logger.py: TensorBoardOutputFormat.*", "cmfast/data/arrays.py: mnist",
          "cmfast/data/npz.py: _memory", "cmfast/info.py: _versions", "cmfast/networks.py: _fast",
          "cmfast/training/checkpoints.py: _flush", "cmfast/training/lock.py: module",
-         "cmfast/training/loop.py: Trainer._tensorboard", "cmfast/training/loop.py: Trainer._report",
+         "cmfast/training/loop.py: _board_writer", "cmfast/training/loop.py: Trainer._report",
          "cmfast/training/pictures.py: plot_losses"),
         _ABSENT,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class ImageData(Dataset):
             low, high = (value.item() for value in images.aminmax())
             if not (low >= -1 and high <= 1):
                 raise ValueError(f"float32 images must lie in [-1, 1], got values from {low:.6g} to {high:.6g}")
+            if 0 <= low < 0.5 < high:  # as torchvision's ToTensor makes them
+                warnings.warn(
+                    "float32 images lie in [-1, 1], of which these have the upper half alone, "
+                    f"{low:.6g} to {high:.6g}: if they are in [0, 1], give 2 * images - 1",
+                    stacklevel=3,
+                )
         if labels is None:
             return
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:

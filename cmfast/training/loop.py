@@ -121,7 +121,8 @@ class Trainer:
         self.done = self.state.read(self.step, found) if found is not None else 0
         self._pending: Pending | None = None
         self._since = (time.perf_counter(), self.done)
-        self._board = self._tensorboard() if tensorboard else None
+        self._writer = _board_writer() if tensorboard and not self.group.rank else None
+        self._board: Any = None
 
     def run(self, *, progress: bool = True) -> Denoiser:
         """Train to the last step; the first average, on the CPU. progress: show a bar.
@@ -131,8 +132,6 @@ class Trainer:
             folder cannot be written. RankError: of several processes one failed, or is gone.
         """
         with ExitStack() as held, self.group.connected(), self._stop_asked:
-            if self._board is not None:
-                held.callback(self._board.close)  # else the last lines may be lost with the process
             self.group.together(lambda: self._begin(held))
             return self._run(progress)
 
@@ -234,7 +233,7 @@ class Trainer:
         return found
 
     def _begin(self, held: ExitStack) -> None:
-        """The folder and its lock, the settings, and a log without the steps that will be done again."""
+        """The folder and its lock, the settings, and logs without the steps that will be done again."""
         if self.group.rank:
             return
         held.enter_context(locked(self.out))
@@ -252,6 +251,10 @@ class Trainer:
                 file.write_bytes(self.data.listing)
         kept = [line for line in pictures.read_log(self.out / LOG) if line["step"] <= self.done]
         write_text(self.out / LOG, "".join(map(pictures.log_line, kept)))
+        if self._writer is not None:
+            # Steps that will be done again are not shown twice.
+            self._board = self._writer(str(self.out / "tensorboard"), purge_step=self.done + 1)
+            held.callback(self._board.close)  # else the last lines may be lost with the process
 
     def _report(self, bar: Any) -> None:
         """Take up the numbers that were posted, if any."""
@@ -350,15 +353,14 @@ class Trainer:
         )
         return average
 
-    def _tensorboard(self) -> Any:
-        if self.group.rank:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
-        # Steps that will be done again are not shown twice.
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done + 1)
+
+def _board_writer() -> Any:
+    """The class that writes TensorBoard's files: missing now rather than after the data were read."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def check_data(model: Denoiser, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,6 +411,9 @@ def test_losses_of_any_shape_are_noted(monkeypatch):
           (("", 3.0), ("_q0", 1.0), ("_q1", 2.0), ("_q3", 6.0))),
         ("one", 1.0), ("one_q0", 1.0),
     ]  # fmt: skip
+    noted.clear()
+    train_util.log_loss_dict(SimpleNamespace(num_timesteps=40), torch.empty(0), {"loss": torch.empty(0)})
+    assert len(noted) == 1 and math.isnan(noted[0][1])  # of an empty batch
 
 
 def test_a_folder_of_users_is_made(tmp_path, monkeypatch):

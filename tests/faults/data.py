@@ -24,6 +24,10 @@ STREAM = [
 ]  # fmt: skip
 
 ARRAYS = [
+    ("the upper half is nobody's mistake", "if 0 <= low < 0.5 < high:", "if False:",
+     "tests/test_data.py::test_floats_of_the_upper_half_alone"),
+    ("any floats are a mistake", "if 0 <= low < 0.5 < high:", "if high > 0.5:",
+     "tests/test_data.py::test_floats_of_the_upper_half_alone"),
     ("all but the first digits held out", '_check.whole("held_out_per_class", held_out_per_class, least=0)',
      "held_out_per_class", "tests/test_data.py::test_the_digits"),
     ("NaN is in [-1, 1]", "if not (low >= -1 and high <= 1):", "if low < -1 or high > 1:", MEMORY + "bad_images[3]"),

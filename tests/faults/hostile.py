@@ -52,8 +52,8 @@ FAULTS = {
     "cmfast/cli_train.py": [
         ("digits whatever was given", 'digits = arguments.recipe == "mnist"', "digits = arguments.recipe is None",
          "tests/test_cli.py::test_what_is_trained_is_said[arguments0---recipe is missing]"),
-        ("a network that nobody makes", 'for name in ("init", "teacher"):', 'for name in ("init",):',
-         "tests/test_cli.py::test_what_is_trained_is_said[arguments10-new weights, and --teacher names others]"),
+        ("a network beside a file's other weights", 'if "network" in dict(changes):', "if False:",
+         "tests/training/test_recipes.py::test_a_network_beside_other_weights[init]"),
         ("what torchrun starts again is refused", '(again and "auto")', "False",
          "tests/training/test_recipes.py::test_what_torchrun_starts_again_goes_on"),
         ("what is begun goes on with another run", '(again and "auto")', '"auto"',
@@ -76,6 +76,10 @@ FAULTS = {
          _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/images.py": [
+        ("a label of many numbers", "arrays[-1].shape != pixels.shape[:1]", "len(arrays[-1]) != len(pixels)",
+         "tests/test_images.py::test_labels_of_other_images"),
+        ("pictures over each other", '_check.whole("gap", gap, least=0)', "gap",
+         "tests/test_images.py::test_a_gap_that_is_none"),
         ("any numbers are pixels", 'dtype != "uint8" or len(shape) != 4', "len(shape) != 4",
          "tests/test_images.py::test_what_are_no_pixels"),
         ("a link is looked at alone", "Path(os.path.realpath(path))  # of a link", "path  # of a link",
@@ -88,6 +92,8 @@ FAULTS = {
          "tests/test_quality.py::test_models_of_something_else_are_refused_at_once"),
     ],
     "cmfast/recipes.py": [
+        ("a network that nobody makes", 'for name in ("init", "teacher"):', 'for name in ("init",):',
+         "tests/test_cli.py::test_what_is_trained_is_said[arguments10-new weights, and paths.teacher names others]"),
         ("a teacher that nobody asks", 'if paths["teacher"] is not None and not aim.needs_teacher:', "if False:",
          "tests/test_cli.py::test_what_is_trained_is_said[arguments8-ect takes no teacher; did you mean --init?]"),
     ],

@@ -404,7 +404,7 @@ def test_a_run_is_worth_more_than_its_pictures(tmp_path, channels, drawn):
             return super().forward(x)
 
     model = cmfast.Denoiser(Plain(channels, channels, 1), cmfast.Preconditioner.edm())
-    data = ImageData(torch.rand(4, channels, 8, 8))
+    data = ImageData(torch.zeros(4, channels, 8, 8))
     run = Trainer(model, EDM(), data, replace(OPTIONS, steps=1, batch_size=2, sample_interval=1), tmp_path)
     with nullcontext() if drawn else pytest.warns(UserWarning, match="a picture is missing at step 1: "):
         run.run(progress=False)
@@ -480,7 +480,9 @@ def test_tensorboard_shows_no_step_twice(tmp_path, monkeypatch):
         add_scalar=lambda *arguments: None, close=lambda: closed.append(made[-1])))  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     for steps, resume in ((2, False), (3, True)):
-        trainer("edm", tmp_path, replace(OPTIONS, steps=steps), resume=resume, tensorboard=True).run(progress=False)
+        run = trainer("edm", tmp_path, replace(OPTIONS, steps=steps), resume=resume, tensorboard=True)
+        assert len(made) == len(closed)  # one that never runs leaves nothing open
+        run.run(progress=False)
     assert made == closed == [{"purge_step": 1}, {"purge_step": 3}]
 
 

@@ -361,7 +361,7 @@ def test_the_deviation_of_the_data_is_one(images, tmp_path):
 
 
 @pytest.mark.parametrize("part, recipe", [("init", "ect"), ("teacher", "cd")], ids=["init", "teacher"])
-def test_a_network_beside_other_weights(part, recipe, images, teacher, tmp_path):
+def test_a_network_beside_other_weights(part, recipe, images, teacher, tmp_path, capsys):
     """That of somebody's settings would be another than trained; that of a run's own is what it began with."""
     given = {"recipe": recipe, "paths": {"data": str(images / "classes"), part: teacher},
              "objective": {"loss_norm": "l2"} if recipe == "cd" else {},
@@ -372,6 +372,9 @@ def test_a_network_beside_other_weights(part, recipe, images, teacher, tmp_path)
     saved = {**config.read(tmp_path / "run" / "config.yaml"), "network": "tiny"}
     recipes.trainer(saved, tmp_path / "again").run(progress=False)
     assert recipes.trainer({**given, "network": "tiny"}, tmp_path / "again", resume=True).done == 1
+    # But not where it is asked for beside a run's settings.
+    assert train("--config", tmp_path / "run" / "config.yaml", "--network", "small", "--out", tmp_path / "no") == 2
+    assert f"network makes new weights, and paths.{part} names others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

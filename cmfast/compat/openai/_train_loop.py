@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -286,6 +287,6 @@ def log_loss_dict(diffusion: Any, ts: Tensor, losses: Mapping[str, Tensor]) -> N
     read = torch.cat(table).cpu()  # the only read from the device
     times, *rows = (row.tolist() for row in read.split([len(row) for row in table]))
     for key, values in zip(losses, rows, strict=True):
-        logger.logkv_mean(key, sum(values) / len(values))
+        logger.logkv_mean(key, sum(values) / len(values) if values else math.nan)
         for t, value in zip(times, values):  # as many as there are of both
             logger.logkv_mean(f"{key}_q{int(4 * t / diffusion.num_timesteps)}", value)
