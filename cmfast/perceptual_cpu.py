@@ -8,14 +8,13 @@ again by the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cmfast.native import winograd
-from cmfast.ops._autograd import fused
+from cmfast.native import lpips, winograd
+from cmfast.ops._autograd import fused, without_hooks
 from cmfast.ops._dispatch import plain_on_cpu
 from cmfast.watch import called_plainly, see_fused_optimizers
 
@@ -76,7 +75,7 @@ def _with_gradient(image: Tensor, target: Tensor, *, measure: Measure, count: in
     """The distances, and their gradients, for the backward pass."""
     distances, gradients = [], []
     for part, of_target in zip(image.split(count), target.split(count), strict=True):
-        with torch.enable_grad(), _without_hooks():
+        with torch.enable_grad(), without_hooks():
             part = part.detach().requires_grad_()
             distance = measure(part, of_target.detach())
             gradients += torch.autograd.grad(distance.sum(), part)
@@ -84,18 +83,8 @@ def _with_gradient(image: Tensor, target: Tensor, *, measure: Measure, count: in
     return torch.cat(distances), torch.cat(gradients)
 
 
-def _without_hooks() -> AbstractContextManager[object]:
-    """Those of the caller, such as torch.utils.checkpoint's, are for what is kept beyond this pass."""
-    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # torch has no type of it
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if allowed else nullcontext()
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
 def _gradient(
     needed: tuple[bool, ...], grads: tuple[Tensor | None, ...], *inputs: Any, saved: tuple[Tensor], **options: Any
 ) -> tuple[Tensor | None, ...]:
     (grad,), (gradient,) = grads, saved
-    return None if grad is None else gradient * grad[:, None, None, None], None
+    return lpips.times(gradient, grad), None

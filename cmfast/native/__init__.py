@@ -120,7 +120,14 @@ def watched() -> bool:
 
 def traced() -> bool:
     """Whether operations are written down, to be done again with other tensors."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or recorded()
+
+
+def recorded() -> bool:
+    """The same, by `torch.jit.trace` or `make_fx`, who see PyTorch's operations alone, and not by a compiler."""
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    return torch._C._get_tracing_state() is not None or proxies is not None or bool(before_dispatch)
 
 
 def threads(work: int, least: int) -> int:

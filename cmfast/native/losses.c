@@ -1,10 +1,8 @@
 /* Weighted distances of D and the target's D, and their gradient: each in one pass over a batch, called by losses.py.
  *
- * Sums are float64, of parts whose number does not depend on the threads.
+ * Sums of a few numbers are float32, and of these float64, of parts whose number does not depend on the threads.
  */
 #include "scalings.h"
-
-typedef unsigned long words __attribute__((vector_size(4 * LANES), may_alias));
 
 enum norm { L1, L2, HUBER };
 enum weighting { GIVEN, SNR, SNR_1, KARRAS, TRUNCATED, UNIFORM };
@@ -42,25 +40,25 @@ INLINE void difference(float *to, const float *x, const float *f, const float *y
             to[i] = denoised(x[i], f[i], by) - y[i];
 }
 
-/* The sum of a block's sizes, or squares. */
+/* The sum of a block's sizes, or squares: of each lane a few in float32, and then of all. */
 INLINE double total(const float *x, long count, int squares)
 {
-    const long half = LANES / 2;
-    wide sums[2] = {{0}};
+    vec sums[4] = {{0}};
     double sum = 0;
     long i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < 2; j++) {
-            wide each = __builtin_convertvector(*(const few *)(x + i + j * half), wide);
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            vec each = load(x + i + j * LANES);
             if (squares)
                 sums[j] += each * each;
             else
-                sums[j] += (wide)((words)each & ~0ul >> 1);
+                sums[j] += (vec)((ints)each & 0x7fffffff);
         }
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     for (; i < count; i++)
         sum += squares ? (double)x[i] * x[i] : fabs(x[i]);
-    sums[0] += sums[1];
-    for (int j = 0; j < half; j++)
+    for (int j = 0; j < LANES; j++)
         sum += sums[0][j];
     return sum;
 }

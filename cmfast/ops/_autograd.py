@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +62,17 @@ def stands_for_many(*grads: Tensor | None) -> bool:
     functorch = torch._C._functorch  # pyright: ignore  # made at run time
     kinds = functorch.is_legacy_batchedtensor, functorch.is_batchedtensor
     return any(is_kind(grad) for is_kind in kinds for grad in grads if grad is not None)
+
+
+def without_hooks() -> AbstractContextManager[object]:
+    """For gradients that a forward pass makes. Hooks of the caller, such as torch.utils.checkpoint's, are for what is
+    kept beyond this pass."""
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # torch has no type of it
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if allowed else nullcontext()
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class _Fused(torch.autograd.Function):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cmfast import native
 from cmfast.errors import Unavailable
-from cmfast.native import losses, optimizer, steps
-from cmfast.ops import _multi, _norm_cpu, _strips
+from cmfast.native import losses, lpips, optimizer, steps
+from cmfast.ops import _multi, _norm_cpu
 from cmfast.reference import Draw
 from cmfast.reference._common import in_transform
 
@@ -60,13 +60,14 @@ SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "dra
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
-#: Those that C does on a CPU for states of float32, some with their gradients.
-IN_C = {**steps.FORMS, **losses.FORMS}
+#: Those that C does on a CPU for states of float32, and of these those with their gradients.
+WITH_GRADIENTS = {**losses.FORMS, **lpips.FORMS}
+IN_C = {**steps.FORMS, **WITH_GRADIENTS}
 #: Forms for the CPU, and dtypes that they take.
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
     **{name: (form, steps.DTYPES) for name, form in IN_C.items()},
+    **{name: (form, (steps.DTYPE,)) for name, form in lpips.FORMS.items()},
     "group_norm_silu": (_norm_cpu.group_norm_silu, _norm_cpu.DTYPES),
-    "lpips_layer": (_strips.lpips_layer, (torch.float32,)),
 }
 #: The oldest CUDA architecture that kernels are compiled and tested for.
 LEAST_CAPABILITY = (8, 0)
@@ -181,7 +182,8 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
     if torch.compiler.is_compiling():
         if levels and torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
             return "gradients of noise levels are inductor's inside torch.compile"
-        return None
+    elif native.recorded():
+        return "torch.jit.trace and make_fx see PyTorch's operations alone"
     return transform_refusal()
 
 
@@ -247,7 +249,7 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
             return function
     if function.__name__ in IN_C:
         # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
-        fits = function.__name__ in losses.FORMS if records else not native.watched()
+        fits = function.__name__ in WITH_GRADIENTS if records else not native.watched()
         return cast(Function, form) if fits and steps.fits(state) else function
     return cast(Function, form)
 
@@ -274,8 +276,8 @@ def _undisturbed() -> bool:
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
-    `triton`: the kernel. `C`: one pass on a CPU; where a graph is recorded, of losses alone. `in place`: PyTorch in
-    fewer passes. `reference`: the rest.
+    `triton`: the kernel. `C`: one pass on a CPU; where a graph is recorded, of losses and LPIPS alone. `in place`:
+    PyTorch in fewer passes. `reference`: the rest.
 
     Raises: ValueError: there is no such operation; the message lists those there are.
 

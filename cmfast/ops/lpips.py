@@ -10,6 +10,7 @@ from cmfast import reference
 from cmfast.ops import _check
 from cmfast.ops._autograd import fused
 from cmfast.ops._dispatch import plain, use_kernel
+from cmfast.reference._common import compute_dtype
 
 #: Sides of an image from here on are the reference's: the kernel counts columns in 32 bits.
 _LONG_SIDE = 2**15
@@ -72,7 +73,10 @@ def lpips_input(
 
         options |= {"size": out, "dtype": dtype or image.dtype}
         return fused(lpips_input_fwd, lpips_input_bwd, reference.lpips_input, *inputs, **options)
-    return reference.lpips_input(*inputs, size=None if size is None else out, **options)
+    options["size"] = None if size is None else out
+    if dtype == torch.float32 != image.dtype:  # as the reference reads halves, and C does not
+        inputs = image.to(compute_dtype(image, mean, std)), mean, std
+    return plain(reference.lpips_input, *inputs, state=inputs[0])(*inputs, **options)
 
 
 def value_range_of(value_range: object) -> None:

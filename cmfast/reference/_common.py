@@ -45,3 +45,8 @@ def as_input(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format |
 def in_transform() -> bool:
     """Whether a torch.func transform is at work: what it wraps has neither memory nor values to look at."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore  # made at run time
+
+
+# Called while a region is traced, as `torch.compiler.assume_constant_result` has it: to Dynamo no answer of PyTorch's
+# here is None.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function

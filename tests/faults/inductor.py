@@ -15,6 +15,18 @@ FAULTS = {
         ("c_noise's gradient before it is expanded", "(value, grad) if value.shape == grad.shape else (value[:1], grad",
          "(value, grad) if True else (value[:1], grad", one_level("scale_input")),
     ],
+    "cmfast/reference/_common.py": [
+        ("every region is a transform's", "in_transform._dynamo_marked_constant = True", "in_transform.mark = True",
+         "tests/ops/test_compile.py::test_network_inputs_are_laid_out_as_asked"),
+    ],
+    "cmfast/ops/_dispatch.py": [
+        ("graphs of operations have kernels", "    elif native.recorded():\n", "    elif False:\n",
+         "tests/ops/test_dispatch.py::test_kernels_are_in_no_graph_of_operations[False]"),
+        ("kernels in a region's transforms", """inside torch.compile"
+    elif""", """inside torch.compile"
+        return None
+    elif""", "tests/ops/test_compile.py::test_transforms_in_a_region_have_no_kernels[dropout]"),
+    ],
     "kernels/common.py": [
         ("floats stay float64", "return tl.cast(value, tl.float32)", "return value", at("scale_input")),
         ("c_in of a float64", "        sigma_data = as_float32(sigma_data)\n", "", at("scale_input")),

@@ -5,7 +5,7 @@ from tests.faults.ids import T_SOUND
 T_KERNELS, T_OPS = "tests/kernels/test_lpips.py::test_", "tests/ops/test_lpips.py::test_"
 T_LAYER = T_KERNELS + "layer_agrees_with_float64[{}-(2, 37, 4, 4)-channels_last]"
 T_INPUT = T_KERNELS + "input_agrees_with_float64[{}-channels_last]"
-T_STRIPS = "tests/ops/test_lpips.py::TestStrips::test_"
+T_NATIVE = "tests/native/test_lpips.py::test_"
 T_MODULE = "tests/test_perceptual.py::test_"
 
 LAYER = [
@@ -77,15 +77,56 @@ OP = [
     ("kernels for nothing", "*inputs) and features.numel():", "*inputs):", T_KERNELS + "empty"),
 ]  # fmt: skip
 
-STRIPS = [
-    ("lengths' gradient forgotten", "value=-1, out=made", "value=0, out=made", T_STRIPS + "agrees_with_float64"),
-    ("gradient of a length of zero: 0 / 0", ".masked_fill_(length == 0, 0)", "", T_STRIPS + "equal_maps_and_zeros"),
-    ("gradient without the 2 of the square", "weight * (2 / pixels)", "weight / pixels",
-     T_STRIPS + "agrees_with_float64"),
-    ("upstream gradient ignored", "gradient * grad[:, None, None, None]", "gradient", T_STRIPS + "agrees_with_float64"),
-    ("contiguous maps", " or not all(map(native.channels_last, inputs[:2])):", ":",
-     T_STRIPS + "what_it_does_not_serve[contiguous]"),
-    ("one strip alone", "range(0, pixels, count)", "range(0, count, count)", T_STRIPS + "agrees_with_float64"),
+LAYER_C = [
+    ("lengths' gradient forgotten", "- at[c] * back)", ")", T_NATIVE + "layers"),
+    ("gradient of a length of zero: 0 / 0", "length == 0 ? 0 : along", "along", T_NATIVE + "equal_maps_and_zeros"),
+    ("gradient without the 2 of the square", "slope = 2.0 / pixels", "slope = 1.0 / pixels", T_NATIVE + "layers"),
+    ("equal maps that differ", "return (f - g) * by.least + (f * by.more_f - g * by.more_g);",
+     "return f * (by.least + by.more_f) - g * (by.least + by.more_g);", T_NATIVE + "equal_maps_and_zeros"),
+    ("the larger factor taken out", "least = by_f < by_g ? by_f : by_g", "least = by_f > by_g ? by_f : by_g",
+     T_NATIVE + "a_pixel_where_one_map_is_zero"),
+    ("whole parts alone", "? (part + 1) * PIXELS : pixels", "? (part + 1) * PIXELS : part * PIXELS",
+     T_NATIVE + "layers"),
+    ("sums by threads", "sums[b * parts + part] = sum;", "sums[b * parts + part] = sum + omp_get_thread_num();",
+     T_NATIVE + "same_bits_for_any_batch_and_threads[layer]"),
+    ("pixels that lie at corners", "scale * (at + 0.5f) - 0.5f", "scale * at", T_NATIVE + "resizing_is_pytorchs"),
+    ("pixels before the first", "x = x > 0 ? x : 0;", "", T_NATIVE + "images"),
+    ("a pixel after the last", "low + (low < count - 1)", "low + 1", T_NATIVE + "images"),
+    ("neighbours that are no numbers", "part == 0 ? first :", "",
+     T_NATIVE + "pixels_that_are_no_numbers_stay_where_they_are"),
+    ("no range", "-(low / (high - low) + mean[c])", "-(low + mean[c])", T_NATIVE + "a_range_of_values"),
+    ("gray is one channel", "(it.own == 1 ? 0 : c) * it.of_channel;\n            float",
+     "c * it.of_channel;\n            float", T_NATIVE + "gray_counts_in_all_channels"),
+    ("a row of before", "held[row & 1] != row", "held[row & 1] < 0", T_NATIVE + "images"),
+    ("gradients of the rows beside alone", "begin = row == 0 ? 0 : (row - 0.5) / scale - 1.5",
+     "begin = row == 0 ? 0 : (row + 0.5) / scale", T_NATIVE + "images"),
+    ("no gradient at the end", "end = row == it.height - 1 || end > it.rows ? it.rows : end;",
+     "end = end > it.rows ? it.rows : end; end -= row == it.height - 1;", T_NATIVE + "images"),
+    ("no gradient of the pixel after", "if (at.part != 0)\n", "if (0)\n", T_NATIVE + "images"),
+]  # fmt: skip
+
+NATIVE = [
+    ("contiguous maps", "    if not native.channels_last(features) or (recorded", "    if (recorded",
+     T_NATIVE + "what_is_not_served[contiguous]"),
+    ("upstream gradient ignored", "return gradient * grad.view(-1, *[1] * (gradient.ndim - 1))", "return gradient",
+     T_NATIVE + "layers"),
+    ("any upstream gradient is one", " and (grad.numpy() == 1).all():", ":", T_NATIVE + "layers"),
+    ("a target in another layout", "beside(target_features, features)", "target_features",
+     T_NATIVE + "what_is_not_served[channels_last]"),
+    ("statistics with gaps", "mean, std = mean.contiguous(), std.contiguous()", "pass",
+     T_NATIVE + "what_is_not_served[channels_last]"),
+    ("halves that are floats", "if dtype not in (None, DTYPE) or not len(mean):", "if not len(mean):",
+     T_NATIVE + "what_is_not_served[contiguous]"),
+    ("a gradient in another layout", "grad if last else grad.contiguous()", "grad",
+     T_NATIVE + "upstream_gradients_of_any_kind[expanded-input]"),
+    ("a gradient of any kind", "for x in (grad, image, std))", "for x in (image, std))",
+     T_NATIVE + "upstream_gradients_of_any_kind[negated-input]"),
+    ("an image of any kind", "for x in (grad, image, std))", "for x in (grad, std))",
+     T_NATIVE + "what_is_saved_comes_back_another[dtype of images-input]"),
+    ("a checkpoint's hooks for what is gone soon", "with without_hooks():", "if True:",
+     T_NATIVE + "gradients_before_who_looks_on[True-forward-layer]"),
+    ("a mode sees no layers", "    if native.watched():\n        from", "    if False:\n        from",
+     T_NATIVE + "gradients_before_who_looks_on[True-forward-layer]"),
 ]  # fmt: skip
 
 REFERENCE = [
@@ -120,13 +161,11 @@ ON_CPU = [
     ("all images at once", "// (height * width))", ")", T_CPU + "a_few_images_at_a_time[True]"),
     ("hooks see parts", "return all(map(called_plainly, trunk.modules()))", "return True", T_CPU + "hooks_are_called"),
     ("fused optimizers go by", "        see_fused_optimizers()\n", "", T_CPU + "fused_optimizers_are_seen"),
-    ("hooks where there may be none", "if allowed else nullcontext()", "if True else nullcontext()",
-     T_CPU + "where_hooks_for_what_is_saved_are_forbidden"),
     ("no gradient of what is frozen mostly", "for x in (target, *weights))", "for x in (target,))",
      T_CPU + "whatever_needs_a_gradient_has_one[heads]"),
-    ("a checkpoint's hooks for what is gone soon", ", _without_hooks():", ":",
+    ("a checkpoint's hooks for what is gone soon", ", without_hooks():", ":",
      T_CPU + "within_a_checkpoint"),
-    ("every sample's gradient alike", "gradient * grad[:, None, None, None]", "gradient * grad.mean()",
+    ("every sample's gradient alike", "lpips.times(gradient, grad)", "gradient * grad.mean()",
      T_CPU + "values_and_gradients[vgg-3-40-False]"),
     ("filters for each call", "\"filters\": self._filters, ", "", T_CPU + "filters_are_made_once"),
     ("memory for each call", "\"workspace\": self._workspace", "", T_CPU + "convolutions_share_memory"),
@@ -136,8 +175,13 @@ FAULTS = {
     "kernels/lpips.py": LAYER,
     "kernels/lpips_input.py": INPUT,
     "cmfast/ops/lpips.py": OP,
-    "cmfast/ops/_strips.py": STRIPS,
+    "cmfast/native/lpips.c": LAYER_C,
+    "cmfast/native/lpips.py": NATIVE,
     "cmfast/reference/lpips.py": REFERENCE,
     "cmfast/perceptual.py": MODULE,
     "cmfast/perceptual_cpu.py": ON_CPU,
+    "cmfast/ops/_autograd.py": [
+        ("hooks where there may be none", "if allowed else nullcontext()", "if True else nullcontext()",
+         T_CPU + "where_hooks_for_what_is_saved_are_forbidden"),
+    ],
 }

@@ -95,7 +95,9 @@ WINOGRAD_C = [
 
 COMPILING = [
     ("nobody looks on", "traced() or bool(torch._C._len_torch_dispatch_stack())", "traced()", _FAST + "no_idle_passes"),
-    ("traces have it", " or torch._C._get_tracing_state() is not None", "", _WINOGRAD + "a_trace_is_not_of_it"),
+    ("graphs before dispatch have it", " or bool(before_dispatch)", "",
+     _STEPS + "a_graph_has_pytorchs_operations[denoise-True]"),
+    ("traces have it", "torch._C._get_tracing_state() is not None or", "", _WINOGRAD + "a_trace_is_not_of_it"),
     ("compiled in every process", "if folder is not None:\n        with contextlib.suppress(OSError):  # it is",
      "if False:\n        with contextlib.suppress(OSError):  # it is",
      _NATIVE + "compiled_once"),
@@ -309,7 +311,7 @@ LOSSES_C = [
      "x2 ? scalings_of(level(end, b), sigma_data, boundary, 0) : by;", "by;", _of("consistency_loss uniform"), 2, 2),
     ("a target's output taken for its D", "denoised(x2[i], y[i], by2)", "y[i]", _of("consistency_loss uniform")),
     ("squares of float32", "(double)x[i] * x[i]", "0", _of("weighted_loss l2", "(2, 3, 7, 3)")),
-    ("half a vector", "for (int j = 0; j < 2; j++)", "for (int j = 0; j < 1; j++)", _of("weighted_loss l2")),
+    ("a quarter of them", "for (int j = 0; j < 4; j++)", "for (int j = 0; j < 1; j++)", _of("weighted_loss l2")),
     ("huber without minus c", "sqrt(sum + huber_c * huber_c) - huber_c", "sqrt(sum + huber_c * huber_c)",
      _of("weighted_loss huber")),
     ("gradient of huber: 0 / 0", "length == 0 ? 0 : scale / length", "scale / length",

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -307,6 +308,17 @@ def test_a_trace_is_for_any_level(calls):
     traced = torch.jit.trace(lambda x, s: ops.denoise(f, x, s), (x, torch.ones(2)), check_trace=False)
     assert not calls
     torch.testing.assert_close(traced(2 * x, torch.full((2,), 3.0)), ops.denoise(f, 2 * x, torch.full((2,), 3.0)))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@each
+def test_a_graph_has_pytorchs_operations(name, pre_dispatch, calls):
+    call = make(IN_C[name], (2, 3, 4, 4), DTYPES[0], "cpu")
+    made = make_fx(lambda states: IN_C[name].call(states, call.sigmas), pre_dispatch=pre_dispatch)(call.states)
+    assert not calls
+    others = {k: x + 0.5 if x.is_floating_point() else x for k, x in call.states.items()}
+    for got, expected in zip(flat(made(others)), flat(IN_C[name].call(others, call.sigmas)), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_the_input_has_the_dtype_of_the_output(calls):

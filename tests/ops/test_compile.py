@@ -131,6 +131,27 @@ def test_seeds_on_the_device():
     assert kernels == 1 and results[0].shape == (2, 3, 8, 8)
 
 
+def test_network_inputs_are_laid_out_as_asked():
+    """No transform is at work, though Dynamo answers that one is."""
+    x = cuda(2, 3, 8, 8)
+    for asked in (torch.channels_last, torch.contiguous_format):
+        (made, _), _ = traced(lambda x, asked=asked: ops.scale_input(x, x[:, 0, 0, 0], memory_format=asked), x)
+        assert made.is_contiguous(memory_format=asked)
+
+
+@pytest.mark.parametrize("name", ["dropout", "normal"])
+def test_transforms_in_a_region_have_no_kernels(name):
+    """Which AOTAutograd could not put there."""
+
+    def call(x, index):
+        draw = ops.Draw(7, index)
+        return ops.dropout(x, 0.2, draw) if name == "dropout" else x * ops.normal(7, index, (3,))
+
+    vmapped = torch.func.vmap(call, in_dims=(0, None))
+    results, kernels = traced(vmapped, cuda(4, 2, 3), cuda(2, dtype=torch.int64))
+    assert results[0].shape == (4, 2, 3) and not kernels
+
+
 def test_gradients_of_levels_are_inductors():
     states = {k: cuda(2, 3, 8, 8).requires_grad_() for k in ("f", "x")}
     with cmfast.backend("auto"):

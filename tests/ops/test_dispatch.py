@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cmfast
 from cmfast import ops
@@ -103,6 +104,17 @@ def test_a_view_that_negates_takes_the_reference(monkeypatch):
     monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
     assert "a view that negates" in _dispatch.refusal([torch._neg_view(X)], [])
     assert _dispatch.refusal([-X], []) is None
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_kernels_are_in_no_graph_of_operations(pre_dispatch, monkeypatch):
+    """Whose outputs would be memory that nobody has written to."""
+    monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+    said = []
+    make_fx(lambda x: said.append(_dispatch.refusal([X], [])) or x + 1, pre_dispatch=pre_dispatch)(X)
+    torch.jit.trace(lambda x: said.append(_dispatch.refusal([X], [])) or x + 1, X, check_trace=False)
+    assert len(said) == 2 and all("see PyTorch's operations alone" in each for each in said)
+    assert _dispatch.refusal([X], []) is None
 
 
 def test_dtypes_of_results_count(monkeypatch):

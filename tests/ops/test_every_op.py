@@ -5,7 +5,7 @@ import torch
 
 import cmfast
 from cmfast import ops
-from cmfast.native import losses, steps
+from cmfast.native import steps
 from cmfast.ops import _dispatch
 from cmfast.tolerances import FLOOR
 from tests.ops.cases import CASES, SHAPES, flat, inputs
@@ -46,7 +46,7 @@ def test_what_takes_a_form_for_the_cpu(name):
     """Batches of the dtypes that it computes, of which C makes those of float32 states; with gradients where it knows
     them."""
     x, reference = torch.ones(2, 3), getattr(cmfast.reference, name)
-    in_c = name in steps.FORMS or name in losses.FORMS
+    in_c = name in _dispatch.IN_C
     there = not in_c or steps.refusal() is None
     form, dtypes = _dispatch.FORMS[name]
 
