@@ -3,6 +3,8 @@
  * Philox4x32-10 (Salmon et al. 2011), and Box-Muller in float64, where series are as good as the functions of the
  * reference: errors of some 1e-16, so that after rounding to float32 hardly a number is another.
  */
+#include <math.h>
+
 #include "noise.h"
 
 /* Counters at once, of four numbers each; and numbers in a part that a thread does. */
@@ -79,28 +81,38 @@ INLINE void box_muller(words a, words b, reals *first, reals *second)
     *second = radius * sine;
 }
 
+/* The four words of each of some counters of a sample, from the first on. */
+INLINE void words_of(words c[4], long sample, unsigned long seed, unsigned draw, long first)
+{
+    const words mask = (words){0} + 0xffffffff;
+    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+    words number = {0};
+    for (int i = 0; i < COUNTERS; i++)
+        number[i] = (unsigned)(first + i);
+    c[0] = number;
+    c[1] = (words){0} + draw;
+    c[2] = (words){0} + (unsigned)sample;
+    c[3] = (words){0} + (unsigned)(sample >> 32);
+    for (int round = 0; round < 10; round++) {
+        words one = c[0] * 0xd2511f53, two = c[2] * 0xcd9e8d57;
+        c[0] = (two >> 32) ^ c[1] ^ k0;
+        c[1] = two & mask;
+        c[2] = (one >> 32) ^ c[3] ^ k1;
+        c[3] = one & mask;
+        k0 += 0x9e3779b9;
+        k1 += 0xbb67ae85;
+    }
+}
+
 /* Normals from number `first` of a sample on, which is the first of a counter; draw: a word. */
 void drawn(float *to, long sample, unsigned long seed, unsigned draw, long first, long count)
 {
     for (long at = 0; at < count; at += 4 * COUNTERS) {
-        const words mask = (words){0} + 0xffffffff;
-        words c0 = {0}, c1 = (words){0} + draw, c2 = (words){0} + (unsigned)sample;
-        words c3 = (words){0} + (unsigned)(sample >> 32);
-        unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-        for (int i = 0; i < COUNTERS; i++)
-            c0[i] = (unsigned)((first + at) / 4 + i);
-        for (int round = 0; round < 10; round++) {
-            words one = c0 * 0xd2511f53, two = c2 * 0xcd9e8d57;
-            c0 = (two >> 32) ^ c1 ^ k0;
-            c1 = two & mask;
-            c2 = (one >> 32) ^ c3 ^ k1;
-            c3 = one & mask;
-            k0 += 0x9e3779b9;
-            k1 += 0xbb67ae85;
-        }
+        words c[4];
         reals made[4];
-        box_muller(c0, c1, made, made + 1);
-        box_muller(c2, c3, made + 2, made + 3);
+        words_of(c, sample, seed, draw, (first + at) / 4);
+        box_muller(c[0], c[1], made, made + 1);
+        box_muller(c[2], c[3], made + 2, made + 3);
         for (int j = 0; j < 4; j++) {
             few rounded_once = __builtin_convertvector(made[j], few);
             for (int i = 0; i < COUNTERS; i++)
@@ -121,4 +133,46 @@ void noise_normal(float *out, const long *index, unsigned long seed, unsigned dr
             long first = part * PART, left = count - first;
             drawn(out + b * count + first, index[b], seed, draw, first, left < PART ? left : PART);
         }
+}
+
+/* How many of so many thresholds, which do not fall, are at or below a word. */
+static long passed(const long *thresholds, long count, long word)
+{
+    long low = 0;
+    while (low < count) {
+        long middle = (low + count) / 2;
+        if (thresholds[middle] <= word)
+            low = middle + 1;
+        else
+            count = middle;
+    }
+    return low;
+}
+
+/* Noise levels of samples index [batch], as cmfast/reference/draw.py draws them: from a table, of which the interval is
+ * that of a word, by thresholds where there are some; or where there is no table exp(mean + std z), and what is below. */
+void noise_levels(float *sigma, float *next, float *middle, const long *index, unsigned long seed, unsigned draw,
+                  const float *table, const long *thresholds, long intervals, long stride, double mean, double std,
+                  double factor, double k, double b, long batch, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long i = 0; i < batch; i++) {
+        if (table) {
+            words c[4];
+            words_of(c, index[i], seed, draw, 0);
+            long word = c[0][0], at = thresholds ? passed(thresholds, intervals - 1, word) : word * intervals >> 32;
+            sigma[i] = table[at * stride];
+            next[i] = table[(at + 1) * stride];
+            if (middle)
+                middle[i] = table[at * stride + 1];
+            continue;
+        }
+        float z;
+        drawn(&z, index[i], seed, draw, 0, 1);
+        sigma[i] = exp(mean + std * z);
+        if (next) {
+            double rest = sigma[i] * (1 - factor * (1 + k / (1 + exp(b * sigma[i]))));
+            next[i] = rest < 0 ? 0 : rest;
+        }
+    }
 }

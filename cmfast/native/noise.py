@@ -1,4 +1,4 @@
-"""Normal numbers from counters on a CPU: by the function of noise.c."""
+"""Normal numbers and noise levels from counters on a CPU: by the functions of noise.c."""
 
 from __future__ import annotations
 
@@ -11,20 +11,35 @@ import torch
 from torch import Tensor
 
 from cmfast import native
-from cmfast.reference import Draw, philox
+from cmfast.reference import Draw, Grid, Levels, philox
+from cmfast.reference.draw import level_draw
+
+#: Levels from which on all threads draw them.
+LEAST = 1 << 10
+
+
+class _Functions:
+    """Those of noise.c for a CPU."""
+
+    def __init__(self, cpu: str | None) -> None:
+        # Arguments as in noise.c.
+        function = functools.partial(native.function, native.library(cpu))
+        pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
+        draw = pointer, ctypes.c_ulong, ctypes.c_uint
+
+        self.normal = function("noise_normal", pointer, *draw, *[number] * 2, flag)
+        self.levels = function("noise_levels", *[pointer] * 3, *draw, *[pointer] * 2, *[number] * 2, *[real] * 5, number, flag)
 
 
 @functools.cache
-def functions(cpu: str | None = None) -> Any:
-    """That of noise.c for a CPU, with arguments as there. Raises: Unavailable: it cannot be had here."""
-    words, sizes = (ctypes.c_ulong, ctypes.c_uint), (ctypes.c_long, ctypes.c_long)
-    kinds = ctypes.c_void_p, ctypes.c_void_p, *words, *sizes, ctypes.c_int
-    return native.function(native.library(cpu), "noise_normal", *kinds)
+def functions(cpu: str | None = None) -> _Functions:
+    """Raises: Unavailable: they cannot be had here."""
+    return _Functions(cpu)
 
 
 @functools.cache
 def refusal() -> str | None:
-    """Why the function cannot be had here; None if it can."""
+    """Why the functions cannot be had here; None if they can."""
     return native.refusal(functions)
 
 
@@ -36,8 +51,28 @@ def normal(
     out = torch.empty(len(index), *shape, dtype=torch.float32, device="cpu")
     index, *numbers = words(Draw(seed, index, draw))
     sizes = len(index), math.prod(shape), torch.get_num_threads()
-    functions(cpu)(out.data_ptr(), index.data_ptr(), *numbers, *sizes)
+    functions(cpu).normal(out.data_ptr(), index.data_ptr(), *numbers, *sizes)
     return out
+
+
+def levels(draw: Draw, of: Levels, cpu: str | None = None) -> tuple[Tensor, ...]:
+    """`reference.draw_levels` in float32 [B], of a table in float32: a number may be the next."""
+    table = thresholds = None
+    intervals, stride, mean, std, below = 1, 1, 0.0, 0.0, (0.0, 0.0, 0.0)
+    if isinstance(of, Grid):
+        table, thresholds = of.table.contiguous(), of.thresholds
+        thresholds = None if thresholds is None else thresholds.contiguous()
+        intervals, stride, count = of.intervals, of.stride, 1 + of.stride
+    else:
+        mean, std, below, count = of.mean, of.std, of.below or below, 1 if of.below is None else 2
+    index, *numbers = words(draw._replace(draw=level_draw(draw)))
+    made = torch.empty(count, len(index), dtype=torch.float32, device="cpu").unbind()
+    functions(cpu).levels(
+        *(made[i].data_ptr() if i < count else None for i in range(3)), index.data_ptr(), *numbers,
+        None if table is None else table.data_ptr(), None if thresholds is None else thresholds.data_ptr(),
+        intervals, stride, mean, std, *below, len(index), native.threads(len(index), LEAST),
+    )  # fmt: skip
+    return made
 
 
 def words(draw: Draw) -> tuple[Tensor, int, int]:

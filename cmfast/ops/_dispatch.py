@@ -59,7 +59,7 @@ FUSED = (
 SMALL = ("scalings", "c_noise", "loss_weight", "snr_weight", "uniform_int", "draw_levels")
 #: What kernels take; float64 is the reference's.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32)
+INTEGERS = (torch.int64, torch.int32)
 #: Those that C does on a CPU for states of float32, and of these those with their gradients.
 WITH_GRADIENTS = {**losses.FORMS, **lpips.FORMS}
 IN_C = {**steps.FORMS, **WITH_GRADIENTS}
@@ -245,7 +245,7 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
             if not native.lies_here(x, dtypes):
                 return function
             records = records or (recording and x.requires_grad)
-        elif isinstance(x, Draw) and not all(native.lies_here(t, _INTEGERS) for t in x if isinstance(t, Tensor)):
+        elif isinstance(x, Draw) and not all(native.lies_here(t, INTEGERS) for t in x if isinstance(t, Tensor)):
             return function
     if function.__name__ in IN_C:
         # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.

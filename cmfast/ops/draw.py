@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmfast import reference
+from cmfast import native, reference
+from cmfast.native import noise as native_noise
 from cmfast.ops import _check
-from cmfast.ops._dispatch import use_kernel
+from cmfast.ops._dispatch import INTEGERS, plain_on_cpu, use_kernel
 from cmfast.ops.noise import add_noise, add_noise_pair
 from cmfast.reference import Draw, Grid, Levels, LogNormal
 
@@ -61,7 +62,19 @@ def draw_levels(draw: Draw, levels: Levels, *, dtype: torch.dtype = torch.float3
     _check_levels(levels, draw.index.device)
     if dtype not in _check.DTYPES:
         raise TypeError(f"dtype must be floating, got {dtype}")
-    return reference.draw_levels(draw, levels, dtype)
+    return _draw_levels(draw, levels, dtype)
+
+
+def _draw_levels(draw: Draw, levels: Levels, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """By C where it serves, on a CPU."""
+    table, thresholds = (levels.table, levels.thresholds) if isinstance(levels, Grid) else (None, None)
+    tables = [] if table is None else [table]
+    integers = [x for x in (*draw, thresholds) if isinstance(x, Tensor)]
+    there = dtype == torch.float32 and plain_on_cpu(tables) and plain_on_cpu(integers, INTEGERS)
+    recorded = table is not None and torch.is_grad_enabled() and table.requires_grad
+    if not there or recorded or native.watched() or native_noise.refusal() is not None:
+        return reference.draw_levels(draw, levels, dtype)
+    return native_noise.levels(draw, levels)
 
 
 def draw_pair(
@@ -105,7 +118,7 @@ def draw_pair(
         parts = draw_pair_fwd(x_start, draw, levels, pair=pair, **options)
         return _drawn(parts[:3], parts[3:6] if pair else None, parts[3 + 3 * pair :])
     # Differentiable, and on a CPU in C.
-    drawn = draw_levels(draw, levels, dtype=_check.sigma_dtype(x_start))
+    drawn = _draw_levels(draw, levels, _check.sigma_dtype(x_start))
     if pair:
         first, second = add_noise_pair(x_start, draw, drawn[0], drawn[1], **options)
     else:

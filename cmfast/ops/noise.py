@@ -15,7 +15,7 @@ from cmfast import native, reference
 from cmfast.native import noise as native_noise
 from cmfast.ops import _check
 from cmfast.ops._autograd import fused
-from cmfast.ops._dispatch import plain, plain_on_cpu, use_kernel
+from cmfast.ops._dispatch import INTEGERS, plain, plain_on_cpu, use_kernel
 from cmfast.ops.precondition import check_step
 from cmfast.reference import Draw
 from cmfast.reference._common import compute_dtype
@@ -59,7 +59,7 @@ def _made(noise: Tensor | Draw, shape: tuple[int, ...], dtype: torch.dtype) -> T
     if not isinstance(noise, Draw) or dtype != torch.float32:
         return noise
     tensors = [x for x in noise if isinstance(x, Tensor)]
-    if not plain_on_cpu(tensors, (torch.int64, torch.int32)) or native.watched() or native_noise.refusal() is not None:
+    if not plain_on_cpu(tensors, INTEGERS) or native.watched() or native_noise.refusal() is not None:
         return noise
     return native_noise.normal(noise.seed, noise.index, shape, noise.draw)
 

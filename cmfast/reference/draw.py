@@ -64,14 +64,14 @@ def _part(sigma: Tensor, below: Below) -> Tensor:
     return below.factor * (1 + below.k * torch.sigmoid(-below.b * sigma))
 
 
-def _level_draw(draw: Draw) -> int | Tensor:
+def level_draw(draw: Draw) -> int | Tensor:
     """The draw number of its levels. In int64: fewer bits would wrap."""
     return LEVEL_DRAW - (draw.draw.to(torch.int64) if isinstance(draw.draw, Tensor) else draw.draw)
 
 
 def draw_index(draw: Draw, grid: Grid) -> Tensor:
     """The index on `grid` of each sample's pair, int64 [B], from (draw.seed, draw.index[b], draw.draw) alone."""
-    word = draw_words(draw.seed, draw.index, _level_draw(draw), 1)[0][:, 0]
+    word = draw_words(draw.seed, draw.index, level_draw(draw), 1)[0][:, 0]
     if grid.thresholds is None:
         return (word * grid.intervals) >> 32
     return torch.searchsorted(grid.thresholds, word, right=True)
@@ -84,7 +84,7 @@ def draw_levels(draw: Draw, levels: Levels, dtype: torch.dtype = torch.float32) 
         table = levels.table.to(dtype)
         between = (table[at + 1],) if levels.stride == 2 else ()
         return table[at], table[at + levels.stride], *between
-    z = normal(draw.seed, draw.index, (), draw=_level_draw(draw), dtype=dtype)
+    z = normal(draw.seed, draw.index, (), draw=level_draw(draw), dtype=dtype)
     sigma = torch.exp(levels.mean + levels.std * z)
     return (sigma,) if levels.below is None else (sigma, level_below(sigma, levels.below))
 

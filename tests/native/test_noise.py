@@ -1,4 +1,4 @@
-"""Normal numbers from counters in C against those of the reference, for every CPU that this one can be."""
+"""Normal numbers and levels from counters in C against those of the reference, for every CPU that this one can be."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 import cmfast
 from cmfast import ops, reference
 from cmfast.native import noise
+from cmfast.tolerances import FLOOR
 from tests.native.common import CPUS, Looking
 
 pytestmark = pytest.mark.skipif(noise.refusal() is not None, reason=f"Noise in C: {noise.refusal()}")
@@ -87,9 +88,86 @@ def test_operations(monkeypatch, name, dtype, tensors):
     with cmfast.backend("auto"):
         made = operations(draw, dtype)[name]()
     rounded = dtype == torch.bfloat16 and name in ("normal", "init_noise")  # drawn in that dtype
-    assert calls == ([] if rounded or dtype == torch.float64 else [1])
+    # A pair's levels are float32 beside its bfloat16.
+    assert len(calls) == (0 if rounded or dtype == torch.float64 else 2 if name == "draw_pair" else 1)
     for one, other in zip(made, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+TABLE = torch.tensor([80.0, 20.0, 7.0, 2.0, 0.5, 0.1, 0.002])
+#: Of samples 0 to 4,095 some have the words of these thresholds, and of those before and after.
+WORDS = reference.philox.draw_words(5, torch.arange(4096), reference.draw.level_draw(ops.Draw(5, INDEX, 3)), 1)[0][:, 0]
+LEVELS = {
+    "alike": ops.Grid(TABLE),
+    "halved": ops.Grid(TABLE, 2),
+    "thresholds": ops.Grid(TABLE, 1, torch.tensor([WORDS[1], WORDS[1], WORDS[9] + 1, WORDS[2], 2**32 - 1]).sort().values),
+    "all the last": ops.Grid(TABLE, 2, torch.tensor([0, 0])),
+    "one": ops.Grid(TABLE[:2], 1, torch.empty(0, dtype=torch.int64)),
+    "lies apart": ops.Grid(torch.stack([TABLE, -TABLE], 1)[:, 0], 1, torch.tensor([2**31, 7] * 5)[::2]),
+    "lognormal": ops.LogNormal(-1.2, 1.2),
+    "wide": ops.LogNormal(-1.1, 6.0),
+    "below": ops.LogNormal(-1.1, 2.0, ops.Below(0.25)),
+    "close below": ops.LogNormal(-1.1, 2.0, ops.Below(2.0**-9, 8.0, 1.5)),
+    "none below": ops.LogNormal(-1.1, 2.0, ops.Below(1.0, 8.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_levels(name, cpu, monkeypatch):
+    """Of a table the same; else within what eager PyTorch is of float64, in all."""
+    made, of = noise.functions(cpu), LEVELS[name]
+    monkeypatch.setattr(noise, "functions", lambda cpu=None: made)
+    draw, calls = ops.Draw(5, torch.arange(4096), 3), called(monkeypatch)
+    found, eager, exact = (
+        ops.draw_levels(draw, of), reference.draw_levels(draw, of), reference.draw_levels(draw, of, torch.float64)
+    )  # fmt: skip
+    assert calls == [1] and len(found) == len(eager)
+    for one, other, true in zip(found, eager, exact, strict=True):
+        if isinstance(of, ops.Grid):
+            assert torch.equal(one, other)
+        else:
+            errors = [((x - true).abs() / true.clamp(min=1e-30)).max() for x in (one, other)]
+            assert errors[0] <= 2 * errors[1] + FLOOR[torch.float32] and (one >= 0).all()
+    some = ops.draw_levels(draw._replace(index=draw.index[7:12]), of)
+    assert all(torch.equal(one, every[7:12]) for one, every in zip(some, found, strict=True))
+
+
+def test_levels_by_any_number_of_threads():
+    before, draw = torch.get_num_threads(), ops.Draw(5, torch.arange(5000))
+    expected = ops.draw_levels(draw, LEVELS["below"])
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, ops.draw_levels(draw, LEVELS["below"]), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("batch", [0, 1, 37])
+def test_no_level_beyond_is_written(name, batch, monkeypatch):
+    flat = torch.full((3 * batch + 128,), 77.0)
+    index = torch.arange(batch)
+    monkeypatch.setattr(noise.torch, "empty", lambda *size, **_: flat[64 : 64 + size[0] * size[1]].view(size))
+    made = noise.levels(ops.Draw(5, index), LEVELS[name])
+    monkeypatch.undo()
+    assert (flat[:64] == 77).all() and (flat[64 + len(made) * batch :] == 77).all()
+
+
+def test_levels_that_c_does_not_draw(monkeypatch):
+    """Those with gradients, in another dtype, or before who looks on."""
+    calls, draw = called(monkeypatch), ops.Draw(5, INDEX)
+    table = TABLE.clone().requires_grad_()
+    ops.draw_levels(draw, ops.Grid(table))[0].sum().backward()
+    assert table.grad.sum() == len(INDEX)
+    ops.draw_levels(draw, ops.Grid(TABLE), dtype=torch.float64)
+    assert torch.equal(*(ops.draw_levels(draw, ops.Grid(x))[0] for x in (TABLE.bfloat16(), TABLE.bfloat16().float())))
+    calls.clear()
+    with Looking() as looking:
+        ops.draw_levels(draw, ops.Grid(TABLE.double()))
+        ops.draw_levels(draw, ops.LogNormal())
+    assert not calls and "exp" in looking.seen
 
 
 def test_who_looks_on_sees_pytorchs(monkeypatch):
