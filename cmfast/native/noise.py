@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ class _Functions:
         draw = pointer, ctypes.c_ulong, ctypes.c_uint
 
         self.normal = function("noise_normal", pointer, *draw, *[number] * 2, flag)
-        self.levels = function("noise_levels", *[pointer] * 3, *draw, *[pointer] * 2, *[number] * 2, *[real] * 5, number, flag)
+        levels = *[pointer] * 2, *[number] * 2, *[real] * 5
+        self.levels = function("noise_levels", *[pointer] * 3, *draw, *levels, number, flag)
 
 
 @functools.cache

@@ -227,11 +227,12 @@ _NOISE_BITS = _NOISE + "bits[0-0-(3, 64, 61)-AVX2]"
 
 NOISE_C = [
     ("a round too few", "round < 10", "round < 9", _NOISE_BITS),
-    ("halves of a product changed over", "c0 = (two >> 32) ^ c1 ^ k0;", "c0 = (one >> 32) ^ c1 ^ k0;", _NOISE_BITS),
+    ("halves of a product changed over", "c[0] = (two >> 32) ^ c[1] ^ k0;", "c[0] = (one >> 32) ^ c[1] ^ k0;",
+     _NOISE_BITS),
     ("the seed's high word forgotten", "k1 = (unsigned)(seed >> 32);", "k1 = 0;",
      _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
     ("the sample's high word forgotten", "(unsigned)(sample >> 32)", "0u", _NOISE_BITS),
-    ("the draw forgotten", "c1 = (words){0} + draw,", "c1 = (words){0} + 0 * draw,",
+    ("the draw forgotten", "c[1] = (words){0} + draw;", "c[1] = (words){0} + 0 * draw;",
      _NOISE + "bits[9223372049200454709-7-(3, 64, 61)-AVX2]"),
     ("words not rounded", "u = rounded(rounded(number(a)) *", "u = rounded(number(a) *", _NOISE + "bits_of_many[AVX2]"),
     ("uniforms not rounded", "rounded(rounded(number(a)) * 0x1p-32 + 0x1p-33)",
@@ -242,6 +243,29 @@ NOISE_C = [
     ("a sine's sign", "of_sine = (quarter & 2) << 62", "of_sine = (quarter & 1) << 63", _NOISE_BITS),
     ("numbers beyond the last", "if (at + i * 4 + j < count)", "if (1)",
      _NOISE + "nothing_beyond_is_written[33-AVX2]"),
+    ("thresholds below a word alone", "thresholds[middle] <= word", "thresholds[middle] < word",
+     _NOISE + "levels[AVX2-thresholds]"),
+    ("one threshold more", "passed(thresholds, intervals - 1, word)", "passed(thresholds, intervals, word)",
+     _NOISE + "levels[AVX2-thresholds]"),
+    ("every second level", "next[i] = table[(at + 1) * stride];", "next[i] = table[at + 1];",
+     _NOISE + "levels[AVX2-halved]"),
+    ("levels below zero", "rest < 0 ? 0 : rest", "rest", _NOISE + "levels[AVX2-none below]"),
+    ("a slope of the other sign", "exp(b * sigma[i])", "exp(-b * sigma[i])", _NOISE + "levels[AVX2-below]"),
+    ("a deviation of one", "exp(mean + std * z)", "exp(mean + z)", _NOISE + "levels[AVX2-lognormal]"),
+]
+
+LEVELS = [
+    ("levels before who looks on", " or native.watched()", "", _NOISE + "levels_that_c_does_not_draw"),
+    ("no gradient of a table", "not there or recorded or", "not there or", _NOISE + "levels_that_c_does_not_draw"),
+    ("any table", " and plain_on_cpu(tables)", "", _NOISE + "levels_that_c_does_not_draw"),
+    ("any dtype of levels", "there = dtype == torch.float32 and", "there =", _NOISE + "levels_that_c_does_not_draw"),
+]
+
+NOISE_LEVELS = [
+    ("thresholds with gaps", "thresholds.contiguous()", "thresholds", _NOISE + "levels[AVX2-lies apart]"),
+    ("a table with gaps", "of.table.contiguous()", "of.table", _NOISE + "levels[AVX2-lies apart]"),
+    ("levels by the noise's own words", "draw._replace(draw=level_draw(draw))", "draw",
+     _NOISE + "levels[AVX2-lognormal]"),
 ]
 
 NOISE = [
@@ -398,6 +422,8 @@ FAULTS = WHO_TAKES_IT | {
     "cmfast/native/losses.c": LOSSES_C,
     "cmfast/native/losses.py": LOSSES,
     "cmfast/ops/noise.py": NOISE,
+    "cmfast/ops/draw.py": LEVELS,
+    "cmfast/native/noise.py": NOISE_LEVELS,
     "cmfast/native/__init__.py": COMPILING,
     "cmfast/native/winograd.py": WINOGRAD,
     "cmfast/native/winograd.c": WINOGRAD_C,

@@ -97,10 +97,11 @@ def test_operations(monkeypatch, name, dtype, tensors):
 TABLE = torch.tensor([80.0, 20.0, 7.0, 2.0, 0.5, 0.1, 0.002])
 #: Of samples 0 to 4,095 some have the words of these thresholds, and of those before and after.
 WORDS = reference.philox.draw_words(5, torch.arange(4096), reference.draw.level_draw(ops.Draw(5, INDEX, 3)), 1)[0][:, 0]
+THRESHOLDS = torch.tensor([*sorted([WORDS[1], WORDS[1], WORDS[9] + 1, WORDS[2], 2**32 - 1]), 0])
 LEVELS = {
     "alike": ops.Grid(TABLE),
     "halved": ops.Grid(TABLE, 2),
-    "thresholds": ops.Grid(TABLE, 1, torch.tensor([WORDS[1], WORDS[1], WORDS[9] + 1, WORDS[2], 2**32 - 1]).sort().values),
+    "thresholds": ops.Grid(TABLE, 1, THRESHOLDS[:-1]),
     "all the last": ops.Grid(TABLE, 2, torch.tensor([0, 0])),
     "one": ops.Grid(TABLE[:2], 1, torch.empty(0, dtype=torch.int64)),
     "lies apart": ops.Grid(torch.stack([TABLE, -TABLE], 1)[:, 0], 1, torch.tensor([2**31, 7] * 5)[::2]),
@@ -161,7 +162,7 @@ def test_levels_that_c_does_not_draw(monkeypatch):
     table = TABLE.clone().requires_grad_()
     ops.draw_levels(draw, ops.Grid(table))[0].sum().backward()
     assert table.grad.sum() == len(INDEX)
-    ops.draw_levels(draw, ops.Grid(TABLE), dtype=torch.float64)
+    assert ops.draw_levels(draw, ops.Grid(TABLE), dtype=torch.float64)[0].dtype == torch.float64
     assert torch.equal(*(ops.draw_levels(draw, ops.Grid(x))[0] for x in (TABLE.bfloat16(), TABLE.bfloat16().float())))
     calls.clear()
     with Looking() as looking:
