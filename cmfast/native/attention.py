@@ -20,7 +20,7 @@ LEAST = 2**18
 class _Functions:
     """Those of attention.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in attention.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, threads, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -29,16 +29,10 @@ class _Functions:
         self.forward = function("attention_forward", *[pointer] * 3, *[number] * 4, real, threads)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why the functions cannot be had here; None if they can."""
-    return native.refusal(functions)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def fits(qkv: Tensor) -> bool:

@@ -21,7 +21,7 @@ LINE, LEAST = 16, 2**15
 class _Functions:
     """Those of group_norm.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in group_norm.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, flag, threads, real = (
@@ -33,16 +33,10 @@ class _Functions:
         self.backward = function("group_norm_backward", *[pointer] * 10, *[number] * 4, flag, flag, threads)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why the functions cannot be had here; None if they can."""
-    return native.refusal(functions)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def fits(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ _WEIGHTINGS = {name: 1 + i for i, name in enumerate(WEIGHTINGS)}
 class _Functions:
     """Those of losses.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in losses.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -39,10 +39,8 @@ class _Functions:
         self.backward = function("losses_backward", *[pointer] * 3, *level, *inputs)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
 
 
 def _arguments(

@@ -21,7 +21,7 @@ from cmfast.native.steps import DTYPE, LEAST, beside
 class _Functions:
     """Those of lpips.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in lpips.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -34,10 +34,8 @@ class _Functions:
         self.input_backward = function("lpips_input_backward", *[pointer] * 4, *resizing)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
 
 
 def layer(

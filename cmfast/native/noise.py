@@ -20,7 +20,7 @@ LEAST = 1 << 10
 class _Functions:
     """Those of noise.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in noise.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -31,16 +31,10 @@ class _Functions:
         self.levels = function("noise_levels", *[pointer] * 3, *draw, *levels, number, flag)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why the functions cannot be had here; None if they can."""
-    return native.refusal(functions)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def normal(

@@ -35,10 +35,8 @@ def functions(cpu: str | None = None) -> Any:
     return native.function(native.library(cpu), "optimizer_pass", *kinds)
 
 
-@functools.cache
-def refusal() -> str | None:
-    """Why the function cannot be had here; None if it can."""
-    return native.refusal(functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def go_through(

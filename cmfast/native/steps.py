@@ -35,7 +35,7 @@ Results = tuple[Tensor, ...]
 class _Functions:
     """Those of steps.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in steps.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_int
@@ -48,16 +48,10 @@ class _Functions:
         self.pixels = function("steps_pixels", *[pointer] * 3, *level, real, real, flag, *sizes)
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why the functions cannot be had here; None if they can."""
-    return native.refusal(functions)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def fits(x: Tensor) -> bool:

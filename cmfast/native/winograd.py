@@ -42,7 +42,7 @@ BLOCK = 48
 class _Functions:
     """Those of winograd.c for a CPU."""
 
-    def __init__(self, cpu: str | None) -> None:
+    def __init__(self, cpu: str | None = None) -> None:
         # Arguments as in winograd.c.
         function = functools.partial(native.function, native.library(cpu))
         pointer, number, flag, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_int
@@ -62,16 +62,10 @@ class _Functions:
         return -(-each // self.rows) * self.rows
 
 
-@functools.cache
-def functions(cpu: str | None = None) -> _Functions:
-    """Raises: Unavailable: they cannot be had here."""
-    return _Functions(cpu)
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why the functions cannot be had here; None if they can."""
-    return native.refusal(functions)
+#: Those for a CPU, None: this one. Raises: Unavailable: they cannot be had here.
+functions = functools.cache(_Functions)
+#: Why they cannot be had here; None if they can.
+refusal = functools.cache(functools.partial(native.refusal, functions))
 
 
 def wide(conv: nn.Conv2d) -> bool:
