@@ -50,7 +50,7 @@ def train_classifier(training: data.ImageData, *, epochs: int = 12, seed: int = 
         torch.manual_seed(seed)
         model = DigitClassifier().train()
         batch_size = 64
-        steps = max(1, epochs * len(training) // batch_size)
+        steps = max(min(epochs, 1), epochs * len(training) // batch_size)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
         batches = training.batches(batch_size, seed=seed)

@@ -61,7 +61,12 @@ CASES = {
     "means of a mixture": (lambda: exact.MixtureDenoiser(ONE), r"means must be \[K, C, H, W\] .* got \[2\]"),
     "std of a mixture": (lambda: exact.MixtureDenoiser(X, -1.0), "std must be 0 or more, got -1.0"),
     "weights of a mixture": (lambda: exact.MixtureDenoiser(X, weights=torch.ones(3)), r"weights must be \[2\]"),
-    "std of levels": (lambda: ops.draw_levels(DRAW, ops.LogNormal(0.0, -1.0)), "std must be 0 or more, got -1.0"),
+    "std of levels": (lambda: ops.draw_levels(DRAW, ops.LogNormal(0.0, -1.0)),
+                      r"levels.std must be a number of 0 or more, got -1.0"),
+    "a mean of levels": (lambda: ops.draw_levels(DRAW, ops.LogNormal(torch.nan)),
+                         "levels.mean must be a finite number, got nan"),
+    "a factor": (lambda: ops.draw_levels(DRAW, ops.LogNormal(below=ops.Below(torch.inf))),
+                 "levels.below.factor must be a finite number, got inf"),
     "a table of one level": (lambda: ops.draw_levels(DRAW, grid(table=ONE[:1])), "levels.table must be .stride N . 1"),
     "thresholds": (lambda: ops.draw_levels(DRAW, grid(thresholds=ONE)), r"thresholds must be int64 \[2\], got torch"),
     "a batch without channels": (

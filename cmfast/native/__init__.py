@@ -22,6 +22,9 @@ import torch
 
 from cmfast import whole
 from cmfast.errors import Unavailable
+from cmfast.reference._common import recorded, traced, watched
+
+__all__ = ["recorded", "traced", "watched"]  # asked by all that is C
 
 #: What a compiler may use, by what PyTorch calls the CPU; of others nothing was measured.
 FLAGS = {
@@ -99,7 +102,9 @@ def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
         and x.dtype in dtypes
         and type(x) in _CLASSES
         and x.layout is torch.strided
-        and not (x.is_neg() or x._is_zerotensor() or functorch.is_legacy_batchedtensor(x))
+        and not (x.is_neg() or x._is_zerotensor() or torch._is_functional_tensor(x))
+        # What a transform, or is_grads_batched, wraps.
+        and not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
     )
 
 
@@ -110,24 +115,6 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def channels_last(x: torch.Tensor) -> bool:
     """Whether a batch of images or volumes lies so."""
     return x.ndim in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
-
-
-def watched() -> bool:
-    """Whether a mode, such as one that counts operations, a compiler or `torch.jit.trace` looks on, who see PyTorch's
-    operations alone."""
-    return traced() or bool(torch._C._len_torch_dispatch_stack())
-
-
-def traced() -> bool:
-    """Whether operations are written down, to be done again with other tensors."""
-    return torch.compiler.is_compiling() or recorded()
-
-
-def recorded() -> bool:
-    """The same, by `torch.jit.trace` or `make_fx`, who see PyTorch's operations alone, and not by a compiler."""
-    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    return torch._C._get_tracing_state() is not None or proxies is not None or bool(before_dispatch)
 
 
 def threads(work: int, least: int) -> int:

@@ -86,6 +86,8 @@ typedef struct {
 
 INLINE between between_of(long at, float scale, long count)
 {
+    if (scale == 1)
+        return (between){at, at, 0}; /* however many there are: float32 counts to 2^24 */
     float x = scale * (at + 0.5f) - 0.5f;
     x = x > 0 ? x : 0;
     long low = x;

@@ -95,7 +95,9 @@ def times(gradient: Tensor, grad: Tensor | None) -> Tensor | None:
     """A gradient [B, ...] of distances [B] whose own is 1, where their own is another."""
     if grad is None:
         return None
-    if not native.watched() and native.lies_here(grad, (DTYPE,)) and (grad.numpy() == 1).all():
+    # Not where the graph is kept: the next one to ask for it would be given the same memory.
+    once = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and not native.watched() and native.lies_here(grad, (DTYPE,)) and (grad.numpy() == 1).all():
         return gradient
     return gradient * grad.view(-1, *[1] * (gradient.ndim - 1))
 

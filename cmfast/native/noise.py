@@ -50,7 +50,7 @@ def normal(
 
 
 def levels(draw: Draw, of: Levels, cpu: str | None = None) -> tuple[Tensor, ...]:
-    """`reference.draw_levels` in float32 [B], of a table in float32: a number may be the next."""
+    """`reference.draw_levels` in float32 [B]: the same of a table, which is float32, and others within rounding."""
     table = thresholds = None
     intervals, stride, mean, std, below = 1, 1, 0.0, 0.0, (0.0, 0.0, 0.0)
     if isinstance(of, Grid):
@@ -60,7 +60,7 @@ def levels(draw: Draw, of: Levels, cpu: str | None = None) -> tuple[Tensor, ...]
     else:
         mean, std, below, count = of.mean, of.std, of.below or below, 1 if of.below is None else 2
     index, *numbers = words(draw._replace(draw=level_draw(draw)))
-    made = torch.empty(count, len(index), dtype=torch.float32, device="cpu").unbind()
+    made = tuple(torch.empty(len(index), dtype=torch.float32, device="cpu") for _ in range(count))
     functions(cpu).levels(
         *(made[i].data_ptr() if i < count else None for i in range(3)), index.data_ptr(), *numbers,
         None if table is None else table.data_ptr(), None if thresholds is None else thresholds.data_ptr(),

@@ -218,6 +218,13 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
+def finite(name: str, value: Any) -> None:
+    """A finite number."""
+    if not (isinstance(value, _NUMBERS) and -math.inf < value < math.inf):
+        _no_tensor(name, value)
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def part(name: str, value: Any) -> None:
     """A number in [0, 1)."""
     if not (isinstance(value, _NUMBERS) and 0 <= value < 1):

@@ -276,8 +276,8 @@ def _undisturbed() -> bool:
 def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Which path operation `name` takes for large tensors of a dtype on a device, and why not a faster one.
 
-    `triton`: the kernel. `C`: one pass on a CPU; where a graph is recorded, of losses and LPIPS alone. `in place`:
-    PyTorch in fewer passes. `reference`: the rest.
+    `triton`: the kernel. `C`: one pass on a CPU; where a graph is recorded, of losses and LPIPS alone, and of LPIPS's
+    maps in channels_last. `in place`: PyTorch in fewer passes. `reference`: the rest.
 
     Raises: ValueError: there is no such operation; the message lists those there are.
 
@@ -285,7 +285,9 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     ('reference', 'no kernel: a few numbers for each sample')
     """
     if name in SMALL:
-        return "reference", "no kernel: a few numbers for each sample"
+        here = (current_backend(), torch.device(device).type, dtype) == ("auto", "cpu", torch.float32)
+        by_c = name == "draw_levels" and here and steps.refusal() is None
+        return "C" if by_c else "reference", "no kernel: a few numbers for each sample"
     if name not in FUSED:
         raise ValueError(f"unknown operation {name!r}; known: {', '.join((*FUSED, *SMALL))}")
     chosen = current_backend()

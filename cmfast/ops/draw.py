@@ -10,7 +10,7 @@ from cmfast.native import noise as native_noise
 from cmfast.ops import _check
 from cmfast.ops._dispatch import INTEGERS, plain_on_cpu, use_kernel
 from cmfast.ops.noise import add_noise, add_noise_pair
-from cmfast.reference import Draw, Grid, Levels, LogNormal
+from cmfast.reference import Below, Draw, Grid, Levels, LogNormal
 
 
 class Drawn(NamedTuple):
@@ -29,8 +29,12 @@ class Drawn(NamedTuple):
 
 def _check_levels(levels: object, device: torch.device) -> None:
     if isinstance(levels, LogNormal):
-        if not levels.std >= 0:
-            raise ValueError(f"std must be 0 or more, got {levels.std}")
+        _check.finite("levels.mean", levels.mean)
+        _check.number("levels.std", levels.std)
+        if levels.below is not None and not isinstance(levels.below, Below):
+            raise TypeError(f"levels.below must be a Below, or None, got {levels.below!r}")
+        for name, value in () if levels.below is None else levels.below._asdict().items():
+            _check.finite(f"levels.below.{name}", value)
         return
     if not isinstance(levels, Grid):
         raise TypeError(f"levels must be a Grid or a LogNormal, got {type(levels).__name__}")

@@ -1,4 +1,4 @@
-"""Broadcasting and accumulation dtype, shared by the reference operations."""
+"""Broadcasting and accumulation dtype, shared by the reference operations; and who looks on at them."""
 
 import torch
 from torch import Tensor
@@ -50,3 +50,21 @@ def in_transform() -> bool:
 # Called while a region is traced, as `torch.compiler.assume_constant_result` has it: to Dynamo no answer of PyTorch's
 # here is None.
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
+
+
+def watched() -> bool:
+    """Whether somebody looks on who sees PyTorch's operations alone: a mode, such as one that counts them, a compiler,
+    `torch.jit.trace`, or forward-mode differentiation."""
+    return traced() or bool(torch._C._len_torch_dispatch_stack()) or torch.autograd.forward_ad._current_level >= 0
+
+
+def traced() -> bool:
+    """Whether operations are written down, to be done again with other tensors."""
+    return torch.compiler.is_compiling() or recorded()
+
+
+def recorded() -> bool:
+    """The same, by `torch.jit.trace` or `make_fx`, who see PyTorch's operations alone, and not by a compiler."""
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    return torch._C._get_tracing_state() is not None or proxies is not None or bool(before_dispatch)

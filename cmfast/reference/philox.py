@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmfast.reference._common import in_transform
+from cmfast.reference._common import in_transform, watched
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -62,9 +62,7 @@ def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: in
 
 def _for_numpy(inputs: tuple[int | Tensor, ...], counters: int) -> bool:
     """Whether NumPy makes the words: of plain tensors on the CPU, with nothing between that looks on."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
-        return False
-    if in_transform():
+    if watched() or in_transform():
         return False
     for tensor in inputs:
         if isinstance(tensor, Tensor) and (type(tensor) is not Tensor or tensor.device.type != "cpu"):

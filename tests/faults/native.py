@@ -94,10 +94,6 @@ WINOGRAD_C = [
 ]
 
 COMPILING = [
-    ("nobody looks on", "traced() or bool(torch._C._len_torch_dispatch_stack())", "traced()", _FAST + "no_idle_passes"),
-    ("graphs before dispatch have it", " or bool(before_dispatch)", "",
-     _STEPS + "a_graph_has_pytorchs_operations[denoise-True]"),
-    ("traces have it", "torch._C._get_tracing_state() is not None or", "", _WINOGRAD + "a_trace_is_not_of_it"),
     ("compiled in every process", "if folder is not None:\n        with contextlib.suppress(OSError):  # it is",
      "if False:\n        with contextlib.suppress(OSError):  # it is",
      _NATIVE + "compiled_once"),
@@ -107,6 +103,9 @@ COMPILING = [
     ("zeros that are nowhere", " or x._is_zerotensor()", "", _NATIVE + "what_lies_in_memory"),
     ("many gradients that look like one", " or functorch.is_legacy_batchedtensor(x)", "",
      _STEPS + "a_hook_of_many_gradients"),
+    ("what functionalize wraps", " or torch._is_functional_tensor(x)", "",
+     _NATIVE + "what_lies_in_memory"),
+    ("what transforms wrap", "functorch.is_functorch_wrapped_tensor(x) or ", "", _NATIVE + "what_lies_in_memory"),
     ("sparse tensors", "        and x.layout is torch.strided\n", "",
      _STEPS + "tensors_without_memory_of_their_own[sparse]"),
     ("every thread compiles", "with _one_at_a_time:", "if True:", _NATIVE + "threads_compile_once"),
@@ -255,6 +254,8 @@ NOISE_C = [
 ]
 
 LEVELS = [
+    ("levels of tensors", '_check.finite("levels.mean", levels.mean)', "pass", _NOISE + "levels_of_no_numbers[mean]"),
+    ("a tuple below", "not isinstance(levels.below, Below)", "False", _NOISE + "levels_of_no_numbers[a tuple]"),
     ("levels before who looks on", " or native.watched()", "", _NOISE + "levels_that_c_does_not_draw"),
     ("no gradient of a table", "not there or recorded or", "not there or", _NOISE + "levels_that_c_does_not_draw"),
     ("any table", " and plain_on_cpu(tables)", "", _NOISE + "levels_that_c_does_not_draw"),

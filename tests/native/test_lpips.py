@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import cmfast
@@ -270,6 +271,40 @@ def test_gradients_again():
     leaves, result = call.graph("auto", "features")
     first, second = (torch.autograd.grad(result.sum(), leaves["features"], retain_graph=True) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@each
+def test_a_gradient_is_nobody_elses(name):
+    """Though the one that is saved is the one of ones."""
+    make, first = CALLS[name]
+    leaves, result = make().graph("auto", first)
+    found = [torch.autograd.grad(result.sum(), leaves[first], retain_graph=keep)[0] for keep in (True, True, False)]
+    expected = found[0].clone()
+    for grad in found[:2]:
+        grad.mul_(3)
+    torch.testing.assert_close(found[2], expected)
+
+
+@each
+def test_gradients_within_transforms(name):
+    make, first = CALLS[name]
+    leaves, result = make().graph("auto", first)
+
+    def gradient(v):
+        return torch.autograd.grad(result, leaves[first], v, retain_graph=True)[0]
+
+    ones = torch.ones_like(result)
+    torch.testing.assert_close(torch.func.functionalize(gradient)(ones), gradient(ones))
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(gradient(forward_ad.make_dual(ones, 2 * ones)))
+    torch.testing.assert_close(tangent, 2 * primal)
+
+
+def test_more_pixels_than_float32_counts():
+    image = torch.zeros(1, 1, 1, 2**24 + 5)
+    image[..., -3:] = torch.tensor([1.0, 2.0, 3.0])
+    made = cmfast.ops.lpips_input(image, torch.zeros(1), torch.ones(1), value_range=(0, 1))
+    assert torch.equal(made, image)
 
 
 def test_resizing_is_pytorchs():

@@ -165,6 +165,8 @@ def test_what_lies_in_memory():
     assert native.lies_here(x, dtypes) and native.lies_here(torch.nn.Parameter(x), dtypes)
     for other in (torch._efficientzerotensor((2, 3)), torch._neg_view(x), x.to_sparse(), x.double(), x.to("meta")):
         assert not native.lies_here(other, dtypes)
+    assert not native.lies_here(torch._to_functional_tensor(x), dtypes)
+    assert not native.lies_here(torch._C._functorch._wrap_for_grad(x, 1), dtypes)
 
 
 def no_thread(self):

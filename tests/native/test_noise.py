@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cmfast
 from cmfast import ops, reference
@@ -148,13 +149,49 @@ def test_levels_by_any_number_of_threads():
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("batch", [0, 1, 37])
 def test_no_level_beyond_is_written(name, batch, monkeypatch):
-    flat = torch.full((3 * batch + 128,), 77.0)
-    index = torch.arange(batch)
-    monkeypatch.setattr(noise.torch, "empty", lambda *size, **_: flat[64 : 64 + size[0] * size[1]].view(size))
+    memory, index = [], torch.arange(batch)
+
+    def apart(size, **_):
+        memory.append(torch.full((size + 128,), 77.0))
+        return memory[-1][64 : 64 + size]
+
+    monkeypatch.setattr(noise.torch, "empty", apart)
     made = noise.levels(ops.Draw(5, index), LEVELS[name])
     monkeypatch.undo()
-    assert (flat[:64] == 77).all() and (flat[64 + len(made) * batch :] == 77).all()
+    assert len(made) == len(memory)
+    assert all((flat[:64] == 77).all() and (flat[64 + batch :] == 77).all() for flat in memory)
 
+
+def test_levels_that_are_written_over():
+    """Each is memory of its own, with a version of its own."""
+    x = torch.ones(5, requires_grad=True)
+    sigma, next_sigma = ops.draw_levels(ops.Draw(5, INDEX), LEVELS["below"])
+    y = (x * sigma).sum()
+    next_sigma.clamp_(min=1).mul_(x)
+    y.backward()
+    assert torch.equal(x.grad, sigma)
+
+
+@pytest.mark.parametrize("levels", [
+    ops.LogNormal(torch.tensor(1.0)), ops.LogNormal(0.0, torch.tensor(1.0)), ops.LogNormal(below=(0.5, 8.0, 1.0)),
+    ops.LogNormal(below=ops.Below(torch.tensor(0.5))),
+], ids=["mean", "std", "a tuple", "a tensor below"])  # fmt: skip
+def test_levels_of_no_numbers(levels):
+    with pytest.raises(TypeError, match="levels[.].* must be a "):
+        ops.draw_levels(ops.Draw(5, INDEX), levels)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_draws_for_any_sample(pre_dispatch):
+    """No numbers are part of it."""
+    calls = [
+        lambda index: ops.normal(3, index, (4,)), lambda index: ops.uniform_int(3, index, 1000),
+        lambda index: ops.draw_levels(ops.Draw(5, index), LEVELS["alike"])[0],
+        lambda index: ops.draw_levels(ops.Draw(5, index), LEVELS["below"])[1],
+    ]  # fmt: skip
+    for call in calls:
+        graph = make_fx(call, pre_dispatch=pre_dispatch)(torch.arange(5))
+        torch.testing.assert_close(graph(INDEX), call(INDEX))
 
 def test_levels_that_c_does_not_draw(monkeypatch):
     """Those with gradients, in another dtype, or before who looks on."""
