@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cmfast import whole
 from cmfast.errors import Unavailable
@@ -96,16 +97,19 @@ def refusal(functions: Callable[[], Any]) -> str | None:
 
 def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
-    functorch = torch._C._functorch  # pyright: ignore  # made at run time
-    return (
-        x.is_cpu
-        and x.dtype in dtypes
-        and type(x) in _CLASSES
-        and x.layout is torch.strided
-        and not (x.is_neg() or x._is_zerotensor() or torch._is_functional_tensor(x))
-        # What a transform, or is_grads_batched, wraps.
-        and not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
-    )
+    return x.dtype in dtypes and type(x) in _CLASSES and torch._C._dispatch_keys(x).raw_repr() in _plain()
+
+
+@functools.cache
+def _plain() -> frozenset[int]:
+    """What PyTorch dispatches by of tensors on the CPU, made in inference mode or not, where there is nothing more to
+    them: neither a sign or a layout of their own, nor whatever wraps them in a transform."""
+    with _disable_current_modes():
+        found = []
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                found.append(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+        return frozenset(found)
 
 
 #: Memory formats by numbers of dimensions.

@@ -96,7 +96,7 @@ def times(gradient: Tensor, grad: Tensor | None) -> Tensor | None:
     if grad is None:
         return None
     # Not where the graph is kept: the next one to ask for it would be given the same memory.
-    once = not torch._C._autograd._get_current_graph_task_keep_graph()
+    once = not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore  # it is not declared
     if once and not native.watched() and native.lies_here(grad, (DTYPE,)) and (grad.numpy() == 1).all():
         return gradient
     return gradient * grad.view(-1, *[1] * (gradient.ndim - 1))

@@ -249,7 +249,7 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
             return function
     if function.__name__ in IN_C:
         # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
-        fits = function.__name__ in WITH_GRADIENTS if records else not native.watched()
+        fits = function.__name__ in WITH_GRADIENTS if records else not torch._C._len_torch_dispatch_stack()
         return cast(Function, form) if fits and steps.fits(state) else function
     return cast(Function, form)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_PROXY, _PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor is float64, else float32: the dtype coefficients and sums are computed in."""
@@ -65,6 +67,6 @@ def traced() -> bool:
 
 def recorded() -> bool:
     """The same, by `torch.jit.trace` or `make_fx`, who see PyTorch's operations alone, and not by a compiler."""
-    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    return torch._C._get_tracing_state() is not None or proxies is not None or bool(before_dispatch)
+    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    proxies = torch._C._get_dispatch_mode(_PROXY) is not None
+    return torch._C._get_tracing_state() is not None or proxies or before_dispatch

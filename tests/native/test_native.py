@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cmfast import native
 from cmfast.errors import Unavailable
@@ -160,15 +162,35 @@ def test_threads_compile_once(source, commands):
     assert len(commands) == 2 and len(set(map(id, made))) == 1
 
 
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
 def test_what_lies_in_memory():
     x, dtypes = torch.ones(2, 3), (torch.float32,)
     assert native.lies_here(x, dtypes) and native.lies_here(torch.nn.Parameter(x), dtypes)
-    for other in (torch._efficientzerotensor((2, 3)), torch._neg_view(x), x.to_sparse(), x.double(), x.to("meta")):
+    with torch.inference_mode():
+        assert native.lies_here(torch.ones(2), dtypes) and native.lies_here(x[0], dtypes)
+    for other in (
+        torch._efficientzerotensor((2, 3)), torch._neg_view(x), x.to_sparse(), x.to_mkldnn(), x.double(), x.to("meta"),
+        torch._to_functional_tensor(x), TwoTensor(x, x), x.as_subclass(Named),
+    ):  # fmt: skip
         assert not native.lies_here(other, dtypes)
-    assert not native.lies_here(torch._to_functional_tensor(x), dtypes)
     said = []
-    torch.func.vmap(lambda row: said.append(native.lies_here(row, dtypes)) or row)(x)
-    assert said == [False]
+    for transform in (torch.func.vmap, torch.func.functionalize):
+        transform(lambda row: said.append(native.lies_here(row, dtypes)) or row)(x)
+    assert said == [False, False]
+
+
+def test_what_lies_in_memory_is_asked_before_a_mode():
+    """Whatever mode is there when it is asked first."""
+    native._plain.cache_clear()
+    try:
+        with FakeTensorMode(), torch.inference_mode():
+            assert len(native._plain()) == 2
+        assert native.lies_here(torch.ones(2), (torch.float32,))
+    finally:
+        native._plain.cache_clear()
 
 
 def no_thread(self):
