@@ -38,7 +38,7 @@ def _devices() -> Iterator[str]:
         ("GroupNorm", group_norm, "in C in float32 and bfloat16, in channels_last"),
         ("attention", attention, "in C in float32, without gradients"),
         ("noise from counters", noise, "in C in float32"),
-        ("steps and losses", steps, "in C for states of float32"),
+        ("steps, losses and LPIPS", steps, "in C for states of float32"),
         ("optimizers and averages", optimizer, "in C in float32"),
     ):
         why = functions.refusal()
