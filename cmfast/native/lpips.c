@@ -12,12 +12,13 @@ int omp_get_thread_num(void);
 
 long lpips_part(void) { return PIXELS; }
 
-INLINE float squares(const float *x, long count)
+/* In float64, as PyTorch's norms are on a CPU, whatever a compiler makes of the order. */
+INLINE double squares(const float *x, long count)
 {
-    float sum = 0;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long i = 0; i < count; i++)
-        sum += x[i] * x[i];
+        sum += (double)x[i] * x[i];
     return sum;
 }
 
