@@ -87,6 +87,7 @@ def test_pixels_that_are_no_numbers_stay_where_they_are(bad):
     call.tensors["image"][0, 1, 2, 2] = bad
     made = call.run("auto")
     assert (~made.isfinite()).nonzero().tolist() == [[0, 1, 2, 2]]
+    assert bool(made.isinf().any()) == (bad == torch.inf)
 
 
 def test_equal_maps_and_zeros(no_reference):
