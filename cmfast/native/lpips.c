@@ -108,7 +108,8 @@ typedef struct {
 } layout;
 
 /* What a channel is multiplied with, and what is added: ((x - low) / (high - low) - mean) / std. */
-INLINE void standard(float *factor, float *shift, const float *mean, const float *std, double low, double high, long channels)
+INLINE void standard(float *factor, float *shift, const float *mean, const float *std, double low, double high,
+                     long channels)
 {
     for (long c = 0; c < channels; c++) {
         factor[c] = 1 / ((high - low) * std[c]);
@@ -123,7 +124,8 @@ long lpips_room(long channels, long columns, int last)
 }
 
 /* A row of an image, of the columns of the resized one, for `group` channels from `first` on, each beside the others. */
-static void across(float *to, const float *image, layout it, const float *factor, const float *shift, long first, long group)
+static void across(float *to, const float *image, layout it, const float *factor, const float *shift, long first,
+                   long group)
 {
     const float scale = (float)it.width / it.columns;
 
@@ -207,7 +209,8 @@ void lpips_input_backward(float *out, float *rooms, const float *grad, const flo
                 for (long x = 0; x < it.columns; x++) {
                     between at = between_of(x, scale_x, it.width);
                     for (long c = plane; c < plane + group; c++) {
-                        float *to = line + (it.own == 1 ? 0 : c) * it.of_channel, value = room[x * group + c - plane] * factor[c];
+                        float *to = line + (it.own == 1 ? 0 : c) * it.of_channel;
+                        float value = room[x * group + c - plane] * factor[c];
                         to[at.low * it.of_column] += (1 - at.part) * value;
                         if (at.part != 0)
                             to[at.high * it.of_column] += at.part * value;
