@@ -193,9 +193,7 @@ class Multistep:
         for k in range(1, len(self._sigmas)):
             scale = (self._levels[k] ** 2 - SIGMA_MIN**2) ** 0.5
             x = self._step(x, self._sigmas[k - 1], labels).clamp(-1, 1) + scale * noise(k)
-        # On a CPU plain PyTorch's: to have our C compiled first would be no start-up of theirs.
-        to_uint8 = ops.to_uint8 if x.is_cuda else reference.to_uint8
-        return to_uint8(self._step(x, self._sigmas[-1], labels))
+        return ops.to_uint8(self._step(x, self._sigmas[-1], labels))
 
 
 class ConvolutionsAlone:

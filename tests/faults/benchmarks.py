@@ -139,8 +139,8 @@ FAULTS = {
         ("no clipping between steps", ".clamp(-1, 1) + scale * noise(k)", " + scale * noise(k)",
          SAMPLING + "test_two_steps"),
         ("a first step's noise again", "+ scale * noise(k)", "+ scale * noise(0)", SAMPLING + "test_two_steps"),
-        ("the level before", "return to_uint8(self._step(x, self._sigmas[-1], labels))",
-         "return to_uint8(self._step(x, self._sigmas[0], labels))", SAMPLING + "test_two_steps"),
+        ("the level before", "return ops.to_uint8(self._step(x, self._sigmas[-1], labels))",
+         "return ops.to_uint8(self._step(x, self._sigmas[0], labels))", SAMPLING + "test_two_steps"),
     ],
     "benchmarks/runs.py": [
         ("a share that is no percentage", 'round(100 * row["gb_per_s"] / copy, 2)', 'round(row["gb_per_s"] / copy, 2)',

@@ -70,6 +70,8 @@ DISPATCH = [
     ("forms for the CPU where a graph is recorded", "(recording and x.requires_grad)", "False",
      here("euler_step")),
     ("empty batches in C", " or state.numel() == 0:", ":", T_FORMS + "[group_norm_silu]"),
+    ("levels that nobody draws", 'return "C" if by_c else "reference"', 'return "reference"',
+     "tests/native/test_noise.py::test_explain_says_who_draws_levels"),
     ("who looks on sees nothing", "if records else not torch._C._len_torch_dispatch_stack()", "if records else True",
      "tests/native/test_steps.py::test_who_looks_on_sees_pytorchs[denoise]"),
 ]  # fmt: skip

@@ -135,6 +135,13 @@ def test_levels(name, cpu, monkeypatch):
     assert all(torch.equal(one, every[7:12]) for one, every in zip(some, found, strict=True))
 
 
+def test_explain_says_who_draws_levels():
+    assert ops.explain("draw_levels")[0] == "C" and ops.explain("scalings")[0] == "reference"
+    assert {ops.explain("draw_levels", dtype=torch.float64)[0], ops.explain("draw_levels", "cuda")[0]} == {"reference"}
+    with cmfast.backend("reference"):
+        assert ops.explain("draw_levels")[0] == "reference"
+
+
 def test_levels_by_any_number_of_threads():
     before, draw = torch.get_num_threads(), ops.Draw(5, torch.arange(5000))
     expected = ops.draw_levels(draw, LEVELS["below"])
