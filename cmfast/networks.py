@@ -70,6 +70,8 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
         reason: str | None = "the model is a function"
     elif compile == "regional":
         reason = "compile='regional' compiles the blocks of the network as given"
+    elif (kind := _kind(model)) not in ("cpu", "cuda"):
+        reason = f"what is fast was made for CPUs and GPUs by CUDA or ROCm, and the model is on a {kind} device"
     elif refresher(model) is not None and dtype in (None, input_dtype(model)):
         return model, "the model brings its own derived weights"
     else:
@@ -77,6 +79,11 @@ def _optimised(model: Any, optimize: str | bool, dtype: torch.dtype | None, comp
     if reason and optimize != "auto":
         raise Unavailable(f"optimize=True cannot be had: {reason}")
     return model, reason
+
+
+def _kind(model: nn.Module) -> str:
+    """Of device, of a model's weights."""
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
 def _fast(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:

@@ -1,5 +1,6 @@
 """The Sampler: images follow from (seed, index), whatever the batch."""
 
+import copy
 import threading
 
 import numpy as np
@@ -117,6 +118,8 @@ def test_explain(model):
     assert function.explain()["network"] == ("as given", "the model is a function")
     with pytest.raises(RuntimeError, match="optimize=True cannot be had: the model is a function"):
         Sampler(lambda x, sigma: x, image_shape=(1, 4, 4), optimize=True)
+    elsewhere = Sampler(copy.deepcopy(model).to("meta")).explain()["network"]
+    assert elsewhere[0] == "as given" and elsewhere[1].endswith("the model is on a meta device")
 
 
 def test_denoise(model):

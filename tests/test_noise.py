@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cmfast import Denoiser, Sampler, losses, noise, ops
+from cmfast.reference.philox import draw_words
 
 X = torch.empty(4, 3, 5, 5)
 
@@ -117,3 +122,24 @@ def test_seeds_that_are_none(seed):
         ops.uniform_int(seed, torch.arange(2), 9)
     with pytest.raises(TypeError, match="seed must be an integer"):
         Sampler(lambda x, sigma: 0.1 * x, 2, image_shape=(1, 4, 4)).sample(3, seed=seed)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where float64 would be on an mps device, which has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # as torch has it
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            assert not isinstance(x, Tensor) or x.device.type != "mps" or x.dtype != torch.float64, func
+        return result
+
+
+def test_a_device_without_float64_gets_the_noise_of_the_cpu() -> None:
+    with FakeTensorMode(), NoFloat64():
+        index, sigma = torch.empty(2, dtype=torch.int64, device="mps"), torch.empty((), device="mps")
+        draw = ops.Draw(index.sum(), index, 1)
+        x, *_ = ops.init_noise(draw, sigma, shape=(3, 5, 5))
+        made = x, ops.renoise(x, x, sigma, sigma, draw)[0], ops.normal(3, index, (3, 5, 5))
+        words = draw_words(7, index, 0, 3)
+    assert {(each.shape, each.dtype, each.device.type) for each in made} == {((2, 3, 5, 5), torch.float32, "mps")}
+    assert [(word.shape, word.device.type) for word in words] == 4 * [((2, 3), "mps")]

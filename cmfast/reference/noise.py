@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmfast.reference._common import compute_dtype, per_sample
-from cmfast.reference.philox import draw_words
+from cmfast.reference.philox import ON_CPU, draw_words, here
 from cmfast.reference.precondition import _denoise, scale_input
 
 
@@ -40,6 +40,8 @@ def normal(
     The transcendental functions run in float64: their float32 forms round differently in the tail of a vector
     than in its body, and noise must not depend on the batch size.
     """
+    if index.device.type in ON_CPU:
+        return normal(here(seed), index.cpu(), shape, draw=here(draw), dtype=dtype).to(index.device)
     numel = math.prod(shape)
     words = draw_words(seed, index, draw, -(-numel // 4))
     pairs = []

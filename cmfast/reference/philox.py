@@ -18,6 +18,8 @@ ROUNDS = 10
 #: Up to so many counters torch takes one thread (its grain size), and NumPy, which never has more, less time; of two
 #: threads it beats both.
 _SMALL, _FEW_THREADS = 32768, 2
+#: Devices whose random numbers the CPU makes: without float64 on them, they would be others.
+ON_CPU = ("mps",)
 #: Counters that are gone through at once: their buffers fit into a core's cache.
 _BLOCK = 8192
 
@@ -40,6 +42,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
 
 def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: int) -> tuple[Tensor, ...]:
     """The four Philox words of `groups` consecutive groups of elements, each int64 [B, groups]."""
+    if index.device.type in ON_CPU:
+        return tuple(word.to(index.device) for word in draw_words(here(seed), index.cpu(), here(draw), groups))
     if _for_numpy((index, seed, draw), index.shape[0] * groups):
         return _numpy_words(number(seed), index.numpy(), number(draw), groups)
     index = index.to(torch.int64)[:, None]
@@ -58,6 +62,11 @@ def draw_words(seed: int | Tensor, index: Tensor, draw: int | Tensor, groups: in
         ((index >> 32) & MASK).expand(shape),
     )
     return philox4x32(counter, seed)
+
+
+def here(x: int | Tensor) -> int | Tensor:
+    """On the CPU."""
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def _for_numpy(inputs: tuple[int | Tensor, ...], counters: int) -> bool:

@@ -164,6 +164,8 @@ WATCH = [
 ]  # fmt: skip
 
 NETWORKS = [
+    ("fast on any device", 'not in ("cpu", "cuda"):', 'not in ("cpu", "cuda", "meta"):',
+     "tests/test_engine.py::test_explain"),
     ("slower by a compiler", 'getattr(network, "faster_uncompiled", False) is True', "False",
      "tests/test_engine_compile.py::test_convolutions_of_its_own_are_not_compiled"),
     ("torch.compile gives up at eight", "    with torch._dynamo.config.patch(limits):\n", "    if True:\n",

@@ -161,6 +161,8 @@ REFERENCE_PHILOX = [
      T_WORDS + "test_numpys_words[a few]"),
     ("draw ignored", "draw_word.expand(shape)", "(0 * draw_word).expand(shape)",
      T_WORDS + "test_numpys_words[a few]"),
+    ("words of mps made there", "return tuple(word.to(index.device) for", "return tuple(word for",
+     "tests/test_noise.py::test_a_device_without_float64_gets_the_noise_of_the_cpu"),
     ("high word of NumPy's key is 0", "[seed & MASK, (seed >> 32) & MASK], np", "[seed & MASK, 0], np",
      T_WORDS + "test_numpys_words[a few]"),
     ("halves in one order", "keys[1::2] = keys[1::2, ::-1]", "pass", T_WORDS + "test_numpys_words[a few]"),
@@ -178,6 +180,8 @@ REFERENCE_PHILOX = [
 ]  # fmt: skip
 
 REFERENCE_NOISE = [
+    ("float64 where there is none", "    if index.device.type in ON_CPU:", "    if False:",
+     "tests/test_noise.py::test_a_device_without_float64_gets_the_noise_of_the_cpu"),
     ("radius without the factor 2", "torch.sqrt(-2 * torch.log(", "torch.sqrt(-torch.log(",
      T_FORMULAS + "TestCounterNoise::test_is_normal"),
     ("sigma_min forgotten in the noise's scale", "((level - sigma_min) * (level + sigma_min))", "(level * level)",
