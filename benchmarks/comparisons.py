@@ -15,7 +15,7 @@ AGREE = 0.15
 #: What cmfast is called where it is not called so: an operation inside a region that is compiled.
 OURS = ("cmfast", "auto")
 #: Not rivals: other ways of ours, and what measures a limit.
-OTHERS = ("kernel", "cmfast_compile", "cmfast_float32", "convolutions", "convolutions_unpacked")
+OTHERS = ("kernel", "cmfast_compile", "cmfast_again", "cmfast_float32", "convolutions", "convolutions_unpacked")
 
 
 @dataclass(frozen=True)

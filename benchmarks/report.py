@@ -30,6 +30,7 @@ WORST = 12
 NAMES = {
     "cmfast": "**cmfast**",
     "cmfast_compile": "cmfast, `compile=True`",
+    "cmfast_again": "cmfast, its second process on a machine",
     "reference": "plain PyTorch",
     "reference_channels_last": "plain PyTorch, channels_last",
     "inductor": "plain PyTorch under `torch.compile`",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,25 @@ def test_a_child_that_dies_says_why(tmp_path):
     trial = startup.Trial("no-such-network", 1, ("cmfast",))
     with pytest.raises(RuntimeError, match="no-such-network"):
         startup.child(trial, "cmfast", options, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("name", "finds"), [("cmfast", [[]]), ("cmfast_again", [[], ["made"]])])
+def test_a_second_process_finds_what_compilers_made(name, finds, monkeypatch):
+    found = []
+
+    def run(command, env, **options):
+        assert command[command.index("--provider") + 1] == "cmfast"
+        caches = [Path(env[cache]) for cache in startup.CACHES]
+        found.append(sorted({file.name for cache in caches for file in cache.glob("*")}))
+        for cache in caches:
+            cache.mkdir(exist_ok=True)
+            (cache / "made").touch()
+        return subprocess.CompletedProcess(command, 0, json.dumps({"begun": float(command[-1])}), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    before, options = time.time(), startup.SUITE.arguments(["--device", "cpu"])
+    said = startup.child(startup.Trial("tiny", 1, (name,)), name, options, torch.device("cpu"))
+    assert found == finds and before <= said["begun"] <= time.time()
 
 
 def test_what_compiles_starts_apart():
