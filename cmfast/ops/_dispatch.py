@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cmfast import native
 from cmfast.errors import Unavailable
@@ -144,7 +147,7 @@ def device_refusal(device: torch.device) -> str | None:
         return f"there are no kernels for {device.type} devices"
     if INTERPRETING:
         return "TRITON_INTERPRET is set, and the interpreter is for tensors on the CPU"
-    return None if torch.compiler.is_compiling() else _old_gpu(device.index)
+    return None if torch.compiler.is_compiling() else _old_gpu(device.index) or _first_launch(device.index)
 
 
 @functools.cache
@@ -155,6 +158,27 @@ def _old_gpu(index: int | None) -> str | None:
     if capability >= LEAST_CAPABILITY:
         return None
     return f"the GPU has compute capability {capability[0]}.{capability[1]}, and kernels need 8.0"
+
+
+@functools.cache
+def _first_launch(index: int | None) -> str | None:
+    """Why nothing can be launched on a GPU, as the smallest kernel shows; None if it can. Triton builds some C first,
+    for which many machines lack a compiler or Python's headers; and its PTX may be too new for a driver."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        with _disable_current_modes():
+            from cmfast.kernels.images import to_uint8_fwd
+
+            to_uint8_fwd(torch.zeros(1, 1, device="cuda" if index is None else f"cuda:{index}"), rounding="trunc")
+    except Exception as error:  # a compiler's, a linker's, a driver's, a file system's
+        if "out of memory" in str(error).lower():
+            raise
+        said = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        reason = f"no kernel can be launched, for which Triton needs a C compiler and Python's headers ({said})"
+        warnings.warn(f"{reason}: plain PyTorch serves, slower", stacklevel=2)
+        return reason
+    return None
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:

@@ -55,6 +55,13 @@ AUTOGRAD = [
 ]  # fmt: skip
 
 DISPATCH = [
+    ("a first launch that fails ends the run", "_old_gpu(device.index) or _first_launch(device.index)",
+     "_old_gpu(device.index)", "tests/ops/test_dispatch.py::test_where_nothing_can_be_launched_the_reference_serves"),
+    ("a full GPU is never launched on again", 'if "out of memory" in str(error).lower():', "if False:",
+     "tests/ops/test_dispatch.py::test_a_gpu_that_is_full_is_no_reason"),
+    ("a first launch by a mode that looks on", "        with _disable_current_modes():\n            from cmfast.kernels",
+     "        if True:\n            from cmfast.kernels",
+     "tests/ops/test_dispatch.py::test_a_gpu_that_is_full_is_no_reason"),
     ("a backward pass has a backend of its own",
      "if torch.compiler.is_compiling() or _chosen.get() is None:", "if True:",
      "tests/fast/test_changes.py::test_activations_made_again_keep_the_backend[optimised]"),

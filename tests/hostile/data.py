@@ -109,7 +109,7 @@ for what, at, value, said in [("encrypted", 8, 1, "encrypted"), ("an unknown com
         return path
 
 
-@kind("npz: a member said to be larger than the file", "is said to have")
+@kind("npz: a member said to be larger than the file", "is said to have|Overlapped entries")
 def _(folder, canary):
     path = archive(folder / "bad.npz", {"x.npy": npy(shape=(2**20, 8, 8, 3))})
     content = bytearray(path.read_bytes())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -97,6 +98,48 @@ def test_old_gpu(monkeypatch):
     _dispatch._old_gpu.cache_clear()
     assert "compute capability 7.0" in _dispatch._old_gpu(0)
     _dispatch._old_gpu.cache_clear()
+
+
+@pytest.fixture
+def gpu_without_launches(monkeypatch):
+    """A GPU for PyTorch, on which Triton fails as it does on a machine like this."""
+    import cmfast.kernels.images
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: made.append(device) or torch.empty(shape))
+    for asked in (_dispatch._old_gpu, _dispatch._first_launch):
+        asked.cache_clear()
+    yield lambda error: monkeypatch.setattr(cmfast.kernels.images, "to_uint8_fwd", mock.Mock(side_effect=error)), made
+    for asked in (_dispatch._old_gpu, _dispatch._first_launch):
+        asked.cache_clear()
+
+
+@pytest.mark.skipif(_dispatch.INTERPRETING, reason="Triton's interpreter is on, and is for the CPU")
+def test_where_nothing_can_be_launched_the_reference_serves(gpu_without_launches):
+    """A warning says so once, and why."""
+    fail, made = gpu_without_launches
+    fail(RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable" + 300 * " etc"))
+    with pytest.warns(UserWarning, match="a C compiler and Python's headers .RuntimeError: Failed to find"):
+        reason = _dispatch.device_refusal(torch.device("cuda", 1))
+    assert len(reason) < 300 and made == ["cuda:1"]
+    assert _dispatch.device_refusal(torch.device("cuda", 1)) == reason and len(made) == 1
+    assert _dispatch.explain("denoise", torch.device("cuda", 1)) == ("reference", reason)
+
+
+@pytest.mark.skipif(_dispatch.INTERPRETING, reason="Triton's interpreter is on, and is for the CPU")
+def test_a_gpu_that_is_full_is_no_reason(gpu_without_launches):
+    """Not to launch on it for ever."""
+    fail, _ = gpu_without_launches
+    fail(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        _dispatch.device_refusal(torch.device("cuda", 0))
+    found = []
+    fail(lambda x, rounding: found.append(type(x)))
+    with FakeTensorMode():  # whose tensors are no memory
+        assert _dispatch.device_refusal(torch.device("cuda", 0)) is None
+    assert found == [torch.Tensor]
 
 
 def test_a_view_that_negates_takes_the_reference(monkeypatch):
