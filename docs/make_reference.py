@@ -66,7 +66,9 @@ OTHERS = {
 }
 ENVIRONMENT = {
     "CMFAST_BACKEND": "`auto`, `triton` or `reference`, as `cmfast.backend` takes it, for a whole process",
+    "CMFAST_NATIVE": "0: no C is compiled for a CPU, and PyTorch's operations serve",
     "OMP_NUM_THREADS": "PyTorch's threads on a CPU",
+    "GOMP_SPINCOUNT": "how long these threads wait for each other before they sleep; commands but `bench` set 10000",
     "TRITON_INTERPRET": "1: with `CMFAST_BACKEND=triton` kernels run in Triton's interpreter, on a CPU, slowly",
     "TORCH_COMPILE_DISABLE": "1: nothing is compiled by `torch.compile`",
     "TORCHDYNAMO_DISABLE": "1: as `TORCH_COMPILE_DISABLE`",

@@ -30,6 +30,20 @@ def checkpoint(tmp_path_factory):
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
+@pytest.mark.parametrize(
+    "command, given, found",
+    [("info", {}, "10000"), ("info", {"GOMP_SPINCOUNT": "7"}, "7"), ("info", {"OMP_WAIT_POLICY": "active"}, None),
+     ("bench --list", {}, None)],
+)  # fmt: skip
+def test_threads_do_not_wait_for_long(command, given, found):
+    """Of what is set nothing is changed; and rivals are measured as they come."""
+    code = f"import os; from cmfast import cli; cli.main({command.split()}); print(os.environ.get('GOMP_SPINCOUNT'))"
+    settings = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in settings} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split()[-1] == str(found), done.stderr
+
+
 def test_png(checkpoint, tmp_path, capsys):
     out = tmp_path / "x.png"
     assert cli.main(["sample", "--model", checkpoint, "--num", "5", "--batch-size", "2", "--out", str(out)]) == 0
