@@ -130,6 +130,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
         if not saved.is_file():
             raise FileNotFoundError(f"there is no run to resume in {out}: no {saved}{_without_settings(out)}")
         settings = config.read(saved)
+        if arguments.recipe not in (None, settings.get("recipe")):
+            raise ValueError(
+                f"--recipe {arguments.recipe}: the run in {out} is of {settings.get('recipe')}, as which it goes on: "
+                "leave out --recipe, or begin another run in another folder"
+            )
     if arguments.config:
         settings |= config.read(arguments.config)
     given = {name: value for name, value in vars(arguments).items() if "." in name and value is not None}

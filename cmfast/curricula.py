@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmfast import schedules
-from cmfast.ops import Below, Grid
+from cmfast.ops import Below, Grid, _check
 
 #: ln sigma ~ N(mean, std^2), in iCT and ECT.
 MEAN, STD = -1.1, 2.0
@@ -25,20 +25,25 @@ def doubling_steps(total_steps: int, start_scales: int, end_scales: int) -> int:
     """K' = floor(K / (log2 floor(s1 / s0) + 1)), the steps of each stage of `doubling_stage`; 1 or more.
 
     K is total_steps, s0 start_scales, s1 end_scales.
+
+    Raises: TypeError: one that is no whole number. ValueError: one below 1, or s1 below s0.
     """
+    _check.whole("total_steps", total_steps, least=1)
+    _check.whole("end_scales", end_scales, least=_check.whole("start_scales", start_scales, least=1))
     return max(math.floor(total_steps / (math.log2(end_scales // start_scales) + 1)), 1)
 
 
 def doubling_stage(step: int, total_steps: int, start_scales: int, end_scales: int) -> tuple[int, int]:
     """The stage and N(step) = min(s0 2^floor(k / K'), s1) + 1: Song & Dhariwal 2023. No stage follows that of s1.
 
-    total_steps, start_scales, end_scales: as of `doubling_steps`.
+    total_steps, start_scales, end_scales: as of `doubling_steps`, step: from 0. Raises: as there.
 
     >>> [doubling_stage(step, 800, 10, 1280) for step in (0, 99, 100, 700, 800)]
     [(0, 11), (0, 11), (1, 21), (7, 1281), (7, 1281)]
     """
+    length = doubling_steps(total_steps, start_scales, end_scales)
     last = math.ceil(math.log2(end_scales / start_scales))
-    stage = min(step // doubling_steps(total_steps, start_scales, end_scales), last)
+    stage = min(_check.whole("step", step, least=0) // length, last)
     return stage, min(start_scales * 2**stage, end_scales) + 1
 
 
@@ -47,9 +52,17 @@ def stage_below(stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -
 
     Geng et al. 2024. The pair comes closer from stage to stage; r = 0 where the bracket is negative.
 
+    Raises: ValueError: a stage, k or b below 0, or q that is not above 1. TypeError: a stage that is no whole number.
+
     >>> stage_below(0)
     Below(factor=0.5, k=8.0, b=1.0)
     """
+    stage = _check.whole("stage", stage, least=0)
+    _check.positive("q", q)
+    if q <= 1:
+        raise ValueError(f"q must be above 1, so that pairs come closer from stage to stage, got {q}")
+    _check.number("k", k)
+    _check.number("b", b)
     return Below(q ** -(stage + 1.0), k, b)
 
 
@@ -121,8 +134,7 @@ def lognormal_grid(
 
 def _table(num_scales: int, sigma_min: float, sigma_max: float, rho: float, device: torch.device | str) -> Tensor:
     """The levels of a grid, falling, float32, with its ends exactly as given."""
-    if num_scales < 2:
-        raise ValueError(f"num_scales must be 2 or more, got {num_scales}")
+    num_scales = _check.whole("num_scales", num_scales, least=2)
     levels: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     sigmas = schedules.karras_sigmas(num_scales, dtype=torch.float64, append_zero=False, **levels)
     sigmas[0], sigmas[-1] = sigma_max, sigma_min

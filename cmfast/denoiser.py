@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ class Denoiser(nn.Module):
             which 0 or less is none.
 
     Raises: ValueError: not 0 < sigma_min < sigma_max, a rho that makes no noise levels of them, or num_classes below 1.
-        TypeError: an image_shape or num_classes that are no whole numbers.
+        TypeError: an image_shape or num_classes that are no whole numbers, another argument that is no number, a
+            network that is a Denoiser or nothing to call, or a preconditioner that is none.
 
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x))
     >>> x = torch.randn(2, 3, 8, 8)
@@ -57,6 +59,14 @@ class Denoiser(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(network, Denoiser):
+            raise TypeError("network is a Denoiser already, whose output would be scaled twice: take it as it is")
+        if not callable(network):
+            raise TypeError(f"network must be F(x, timesteps), a module or a function, got {type(network).__name__}")
+        if not isinstance(preconditioner, Preconditioner | None):
+            raise TypeError(f"preconditioner must be a cmfast.Preconditioner or None, got {preconditioner!r}")
+        for name, value in {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}.items():
+            _check.real(name, value)
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         # sigma ** (1 / rho) is then a number, and far enough from 1 to tell levels apart.
@@ -103,6 +113,7 @@ class Denoiser(nn.Module):
             shape or out of range (values are looked at on the CPU only).
         """
         if not isinstance(sigma, Tensor):
+            _check.real("sigma", sigma)
             sigma = torch.tensor(float(sigma), dtype=_check.sigma_dtype(x), device=x.device)
         self.check_labels(labels, x.shape[0])
         if overridden(self.preconditioner):
@@ -226,7 +237,12 @@ def unfused(model: object) -> str | None:
 
 
 def check_model(model: object) -> None:
-    """Raises: TypeError: a network F(x, timesteps) in the place of D(x, sigma), which takes the same arguments."""
+    """Raises: TypeError: a network F(x, timesteps) in the place of D(x, sigma), which takes the same arguments; or what
+    cannot be called, a file's name say."""
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(f"the model is a path, {os.fspath(model)!r}: cmfast.load makes a model of the file")
+    if not callable(model):
+        raise TypeError(f"the model must be a Denoiser, or D(x, sigma), got {type(model).__name__}")
     if getattr(model, "is_network", False):
         raise TypeError(
             f"the model is a {type(model).__name__}, a network F(x, timesteps): wrap it in cmfast.Denoiser(network), "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmfast import ops
 from cmfast.denoiser import Evaluator
-from cmfast.ops import _check
+from cmfast.ops import WEIGHTINGS, _check
 from cmfast.ops.losses import NORMS, _check_weight
 
 #: Distances between two denoised batches, by name.
@@ -70,7 +70,7 @@ class Measure:
     loss_norm, lpips, huber_c: as of `distance`. weighting: a name of `ops.WEIGHTINGS`, with sigma_data; a function of
     sigma; or weights [B].
 
-    Raises: ValueError: an unknown loss_norm.
+    Raises: ValueError: an unknown loss_norm or weighting, or sigma_data that is not positive.
     """
 
     loss_norm: str = "l2"
@@ -81,6 +81,9 @@ class Measure:
 
     def __post_init__(self) -> None:
         _check.choice("loss_norm", self.loss_norm, LOSS_NORMS)
+        if isinstance(self.weighting, str):
+            _check.choice("weighting", self.weighting, WEIGHTINGS)
+        _check.positive("sigma_data", self.sigma_data)
 
     def weight(self, sigma: Tensor, x: Tensor) -> Tensor:
         """Of each sample of x, [B] or scalar."""

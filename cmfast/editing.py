@@ -84,6 +84,7 @@ def edit(
 def _like(images: Tensor, x: Tensor, name: str) -> Tensor:
     """The images in the dtype of x."""
     _check.float_tensor(name, images)
+    _check.float_tensor("x", x)
     return images.to(x.dtype)
 
 
@@ -115,9 +116,9 @@ def colorize(model: Model, images: Tensor, x: Tensor, sigmas: Sigmas, **options:
     Args: images [B, 3, H, W] in [-1, 1]; model, x, sigmas and options as in `edit`.
     Raises: ValueError: images without three channels, or what `edit` refuses.
     """
+    images = _like(images, x, "images")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"colorize needs images [B, 3, H, W], got {list(images.shape)}")
-    images = _like(images, x, "images")
     basis = _orthogonal(np.asarray([0.2989, 0.5870, 0.1140])).to(images)
     mask = images.new_tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
 
@@ -143,11 +144,11 @@ def super_resolve(
     Raises: ValueError: other sizes, or what `edit` refuses.
     """
     patch_size = _check.whole("patch_size", patch_size, least=1)
+    images = _like(images, x, "images")
     if images.ndim != 4 or images.shape[-1] % patch_size or images.shape[-2] % patch_size:
         raise ValueError(
             f"super_resolve needs images [B, C, H, W] with H and W multiples of {patch_size}, got {list(images.shape)}"
         )
-    images = _like(images, x, "images")
     height, width = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     basis = _orthogonal(np.ones(patch_size**2)).to(images)
     mask = images.new_zeros(patch_size**2)

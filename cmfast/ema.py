@@ -48,8 +48,10 @@ class Averages:
         *,
         targets: Mapping[int, nn.Module] | None = None,
     ) -> None:
-        if isinstance(rates, str):
+        if isinstance(rates, str) or not isinstance(rates, Iterable):
             raise TypeError(f"rates must be a list, with a rate for each average, got {rates!r}")
+        if not isinstance(parameters, nn.Module | Iterable):
+            raise TypeError(f"parameters must be a module, or tensors and their names, got {parameters!r}")
         self.model = unwrap(parameters) if isinstance(parameters, nn.Module) else None
         pairs = list(_named(parameters))
         if not pairs:
@@ -166,8 +168,10 @@ class Averages:
     def copy_to(self, module: nn.Module, k: int) -> None:
         """Set a module's parameters to average k, each in its own dtype, and its buffers to those of the model.
 
-        Raises: ValueError: its parameters have other names or shapes.
+        Raises: ValueError: its parameters have other names or shapes. IndexError: no average has that number.
         """
+        if not 0 <= k < len(self):
+            raise IndexError(f"k must be the number of an average, from 0 to {len(self) - 1}, got {k}")
         parameters = self._parameters_of(unwrap(module))
         for parameter, average in zip(parameters, self._averages[k]):
             parameter.copy_(average if hasattr(parameter, "full_tensor") else whole(average))

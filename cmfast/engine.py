@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -214,7 +215,10 @@ class Sampler:
             return None
         if classes is None:
             return counter_labels(seed, torch.arange(n, device="cpu"), self.num_classes)
-        labels = torch.as_tensor(classes, device="cpu")
+        try:
+            labels = torch.as_tensor(classes, device="cpu")
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or one of more than 64 bits
+            raise ValueError(f"classes must be whole numbers, got {shorten(repr(classes), 100)}") from None
         if labels.numel() and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
             raise ValueError(f"classes must be whole numbers, got {labels.dtype}")
         labels = labels.to(torch.int64)
@@ -242,6 +246,8 @@ class Sampler:
             tensors alone it runs as a graph; a function or a draw is called for at each step.
         pixels: make uint8 [B, H, W, C] instead, with this rounding.
         """
+        if not isinstance(noise, ops.Draw):
+            _check.float_tensor("noise", noise)
         draws = noise_fn if noise_fn is None or callable(noise_fn) else list(noise_fn)
         values: Values = {} if isinstance(noise, ops.Draw) else {"noise": noise}
         if labels is not None:
@@ -277,7 +283,10 @@ class Sampler:
         >>> sampler.denoise(torch.ones(1, 1, 2, 2), 1.0).unique()
         tensor([0.5000])
         """
+        _check.float_tensor("x", x)
         number = not isinstance(sigma, Tensor)
+        if number:
+            _check.real("sigma", sigma)
         values: Values = {"x": x, "sigma": float(sigma) if number else sigma}
         if labels is not None:
             values["labels"] = labels

@@ -26,7 +26,7 @@ def read_levels(sigmas: Sigmas, *, least: int) -> list[float]:
         if isinstance(sigmas, str):
             raise TypeError
         levels = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"sigmas must be noise levels, a sequence or a tensor [n], got {sigmas!r}") from None
     if len(levels) < least:
         raise ValueError(f"sigmas needs {least} or more noise levels, got {len(levels)}")

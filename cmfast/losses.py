@@ -112,6 +112,8 @@ def _draw_indices(indices: Tensor | None, high: int, x_start: Tensor) -> Tensor:
         return torch.randint(0, high, (x_start.shape[0],), device=x_start.device)
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a torch.Tensor [B], got {type(indices).__name__}")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
     if indices.shape != (x_start.shape[0],):
         raise ValueError(f"indices must be [B] with B = {x_start.shape[0]}, got {list(indices.shape)}")
     if indices.device.type == "cpu" and indices.numel() and _check.has_values(indices):
@@ -191,7 +193,7 @@ def consistency_loss(
 
     Student and target (and a teacher that drops) see the same dropout mask. Returns per-sample `loss`, float32 [B].
     Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape or
-        (on a CPU) outside of the grid. TypeError: indices that are no tensor.
+        (on a CPU) outside of the grid. TypeError: indices that are no whole numbers, or num_scales.
 
     >>> terms = consistency_loss(lambda x, t: 0.5 * x, lambda x, t: 0.5 * x, torch.zeros(2, 1, 4, 4), num_scales=18)
     >>> terms["loss"].shape
@@ -200,8 +202,7 @@ def consistency_loss(
     _check.float_tensor("x_start", x_start)
     if target_model is None:
         raise ValueError("target_model is missing: give an average of the model, or the model itself")
-    if num_scales < 2:
-        raise ValueError(f"num_scales must be 2 or more, got {num_scales}")
+    num_scales = _check.whole("num_scales", num_scales, least=2)
     _check.choice("solver", solver, SOLVERS)
     measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
@@ -369,8 +370,7 @@ def progressive_distillation_loss(
         of the grid. TypeError: indices that are no tensor.
     """
     _check.float_tensor("x_start", x_start)
-    if num_scales < 1:
-        raise ValueError(f"num_scales must be 1 or more, got {num_scales}")
+    num_scales = _check.whole("num_scales", num_scales, least=1)
     measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     student, teacher = (evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))

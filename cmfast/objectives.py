@@ -121,6 +121,7 @@ class EDM(Objective):
 
     def __post_init__(self) -> None:
         _check.choice("weighting", self.weighting, WEIGHTINGS)
+        _check.finite("mean", self.mean)
         _positive(std=self.std, sigma_data=self.sigma_data)
 
     def _loss(
@@ -316,6 +317,7 @@ class ImprovedConsistencyTraining(Objective):
         _at_least(1, start_scales=self.start_scales, total_steps=self.total_steps)
         _at_least(self.start_scales, end_scales=self.end_scales)
         _noise_range(self.sigma_min, self.sigma_max)
+        _check.finite("mean", self.mean)
         _positive(std=self.std, rho=self.rho)
 
     def stage(self, step: int) -> Stage:
@@ -357,7 +359,9 @@ class EasyConsistencyTuning(Objective):
 
     def __post_init__(self) -> None:
         _at_least(1, steps_per_stage=self.steps_per_stage)
-        _positive(std=self.std, q=self.q)
+        _check.finite("mean", self.mean)
+        _positive(std=self.std)
+        curricula.stage_below(0, q=self.q, k=self.k, b=self.b)
 
     def stage(self, step: int) -> Stage:
         """floor(step / steps_per_stage); no stage follows the last: its pairs would soon be closer than float32 is."""
@@ -378,14 +382,12 @@ class EasyConsistencyTuning(Objective):
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
+        _check.positive(name, value)
 
 
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value}")
+        _check.whole(name, value, least=least)
 
 
 def _noise_range(sigma_min: float, sigma_max: float) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cmfast import ops
+from cmfast.ops import _check
 
 #: Names accepted where a preconditioning is chosen by a string.
 PRECONDITIONINGS = ("consistency", "edm")
@@ -25,7 +26,7 @@ class Preconditioner:
         boundary: the noise level at which D is the identity: sigma_min for a consistency model, 0 for EDM.
 
     Raises:
-        ValueError: sigma_data not positive, or boundary negative.
+        ValueError: sigma_data not positive, or boundary negative. TypeError: one that is no number.
 
     >>> Preconditioner().name, Preconditioner.edm().name
     ('consistency', 'edm')
@@ -35,6 +36,8 @@ class Preconditioner:
     boundary: float = 0.002
 
     def __post_init__(self) -> None:
+        for name in ("sigma_data", "boundary"):
+            _check.real(name, getattr(self, name))
         if not (math.isfinite(self.sigma_data) and self.sigma_data > 0):
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
         if not (math.isfinite(self.boundary) and self.boundary >= 0):

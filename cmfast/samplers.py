@@ -7,6 +7,7 @@ so that no step reads a tensor on the host: `sigmas` may be floats or a tensor, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -363,9 +364,14 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 def check_options(sampler: str, options: Mapping[str, Any]) -> None:
     """Raises: TypeError: an option that the sampler does not have, or a value that is none for it."""
-    parameters = inspect.signature(_AS.get(sampler, SAMPLERS[sampler])).parameters
+    parameters = _parameters(_AS.get(sampler, SAMPLERS[sampler]))
     known = [name for name in parameters if name not in _OWN]
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -465,7 +471,8 @@ def sample(
         (C, H, W) in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default: those of
         `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every
         step; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the sampler's.
-    Raises: ValueError: an unknown sampler, levels that do not fit it, or a draw without an image_shape.
+    Raises: ValueError: an unknown sampler, levels that do not fit it, or a draw without an image_shape. TypeError: an
+        option that the sampler does not have, or noise or an option that is none.
 
     >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")
     >>> images.shape
@@ -473,6 +480,10 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if options:
+        check_options(sampler, options)
+    if not isinstance(noise, ops.Draw):
+        _check.float_tensor("noise", noise)
     known = noise_range(model)
     levels = sampler_sigmas(sampler, **known) if sigmas is None else read_levels(sigmas, least=1)
     few = sampler in ("onestep", "multistep")

@@ -112,12 +112,15 @@ def multistep_sigmas(
 
     Raises: ValueError: an index that is not on the grid of num_scales levels, fewer than two, or with `increasing`
         indices that do not increase (the original takes any); or sigma_min, sigma_max and rho that make no grid.
-        TypeError: num_scales that is no whole number.
+        TypeError: num_scales or an index that is no whole number.
 
     >>> [round(sigma, 3) for sigma in multistep_sigmas((0, 22, 39), 40)]
     [80.0, 1.382, 0.002]
     """
     num_scales = _check.whole("num_scales", num_scales, least=1)
+    if isinstance(ts, str):
+        raise TypeError(f"ts must be whole numbers, such as (0, 22, 39), got {ts!r}")
+    ts = [_check.whole("ts", t) for t in ts]
     bad = [t for t in ts if not 0 <= t <= num_scales - 1]
     if bad:
         raise ValueError(f"ts are indices of {num_scales} levels, from 0 to {num_scales - 1}; got {bad[0]}")
@@ -209,7 +212,7 @@ def ema_and_scales(
     target_ema_mode, scale_mode: the pair before the colon. start_ema is mu0, start_scales s0, end_scales s1,
     total_steps K.
 
-    Raises: ValueError: another pair of modes; the message lists the known ones.
+    Raises: ValueError: another pair of modes, of which the message lists the known ones; or no steps to go by.
 
     >>> ema_and_scales("adaptive", 0.95, "progressive", 2, 150, 1000, 0)(0)
     (0.9025, 2)
@@ -219,6 +222,10 @@ def ema_and_scales(
     if modes not in known:
         pairs = ", ".join("/".join(pair) for pair in known)
         raise ValueError(f"unknown target_ema_mode/scale_mode {'/'.join(map(str, modes))}; known: {pairs}")
+    if scale_mode == "progressive":
+        _check.positive("total_steps", total_steps)
+    if scale_mode == "progdist":
+        _check.positive("distill_steps_per_iter", distill_steps_per_iter)
 
     def progressive(step: int) -> int:
         growth = (step / total_steps) * ((end_scales + 1) ** 2 - start_scales**2)

@@ -120,10 +120,17 @@ def unclipped(model_output, x, c_skip, c_out, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def load_unclipped(model_output_ptr, x_ptr, at, model_at, mask, c_skip, c_out, PLAIN: tl.constexpr):
-    """D before it is clamped, from memory; x is not read where the network is the denoiser (PLAIN)."""
+def load_both(model_output_ptr, x_ptr, at, model_at, mask, PLAIN: tl.constexpr):
+    """F and x; x is not read where the network is the denoiser (PLAIN). Before coefficients are made of a noise level,
+    so that all three are on their way at once: the compiler leaves loads where they stand."""
     model_output = load_state(model_output_ptr, model_at, mask)
-    x = model_output if PLAIN else load_state(x_ptr, at, mask)
+    return model_output, model_output if PLAIN else load_state(x_ptr, at, mask)
+
+
+@triton.jit
+def load_unclipped(model_output_ptr, x_ptr, at, model_at, mask, c_skip, c_out, PLAIN: tl.constexpr):
+    """D before it is clamped, from memory."""
+    model_output, x = load_both(model_output_ptr, x_ptr, at, model_at, mask, PLAIN)
     return unclipped(model_output, x, c_skip, c_out, PLAIN)
 
 
@@ -185,7 +192,8 @@ def store_noise_level(c_noise_ptr, row, planes, blocks, sigma, PLAIN: tl.constex
     """c_noise, written by the first program of each row, or of the batch where there is one level for all."""
     program = tl.program_id(0)
     if PER_ROW:
-        if program % (planes * blocks) == 0:
+        # By the divisions that `tile` has made; a third would be dear.
+        if (program % planes == 0) & (program // planes % blocks == 0):
             tl.store(c_noise_ptr + row, noise_level(sigma, PLAIN))
     else:
         if program == 0:

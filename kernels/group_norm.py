@@ -16,9 +16,10 @@ from cmfast.kernels.group_norm_tiles import (
     beside,
     cut,
     fold_jit,
+    group_means,
     kept,
     load_affine,
-    over_group,
+    of_channels,
     part_tile,
     room,
     sigmoid,
@@ -81,14 +82,14 @@ def _group_norm_whole_kernel(
     mask = (pixel < PIXELS)[:, None] & live[None, :]
     x_bias = load_state(x_bias_ptr, channel, live) if X_BIAS else tl.zeros((CHANNELS,), tl.float32)
     value = _load_total(total_ptr + start, x_ptr + start, residual_ptr + start, x_bias, at, mask, X_BIAS, RESIDUAL)
-    count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
-    center = tl.div_rn(over_group(tl.sum(value, 0), GROUP, GROUPS, CHANNELS), count)
+    count = tl.full((), PIXELS * GROUP, tl.float32)
+    center = of_channels(group_means(tl.sum(value, 0), count, GROUP, GROUPS, CHANNELS), GROUP, GROUPS, CHANNELS)
     value = tl.where(mask, value - center[None, :], 0.0)
-    rest = tl.div_rn(over_group(tl.sum(value, 0), GROUP, GROUPS, CHANNELS), count)
+    rest = of_channels(group_means(tl.sum(value, 0), count, GROUP, GROUPS, CHANNELS), GROUP, GROUPS, CHANNELS)
     value -= rest[None, :]
     squares = tl.sum(tl.where(mask, value * value, 0.0), 0)
-    variance = tl.div_rn(over_group(squares, GROUP, GROUPS, CHANNELS), count)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + as_float32(eps)))
+    variance = group_means(squares, count, GROUP, GROUPS, CHANNELS)
+    rstd = of_channels(tl.div_rn(1.0, tl.sqrt_rn(variance + as_float32(eps))), GROUP, GROUPS, CHANNELS)
     moments = moments_ptr + (row * (C // GROUP) + channel // GROUP) * 2
     leads = live & (tl.arange(0, CHANNELS) % GROUP == 0)
     tl.store(moments, center + rest, mask=leads)
@@ -123,10 +124,11 @@ def _group_norm_statistics_kernel(
     mask = (pixel < pixels)[:, None] & live[None, :]
     at = tile_offsets(row, pixel, channel, channels, pixels, LAST)
     value = _load_total(total_ptr, x_ptr, residual_ptr, x_bias, at, mask, X_BIAS, RESIDUAL)
-    center = tl.div_rn(tl.sum(value, 0), tl.minimum(pixels - start, ROWS).to(tl.float32))
+    # By one division for all channels. Any number near the mean serves as center.
+    center = tl.sum(value, 0) * tl.div_rn(1.0, tl.minimum(pixels - start, ROWS).to(tl.float32))
     value = tl.where(mask, value - center[None, :], 0.0)
     sums, squares = value, value * value
-    for step in range(1, STEPS):
+    for step in tl.range(1, STEPS, num_stages=3):
         pixel = start + step * ROWS + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & live[None, :]
         at = tile_offsets(row, pixel, channel, channels, pixels, LAST)
@@ -135,7 +137,7 @@ def _group_norm_statistics_kernel(
         sums += value
         squares += value * value
     total = tl.sum(sums, 0)
-    mean = tl.div_rn(total, tl.minimum(pixels - start, ROWS * STEPS).to(tl.float32))
+    mean = total * tl.div_rn(1.0, tl.minimum(pixels - start, ROWS * STEPS).to(tl.float32))
     to = (row * parts + part) * 2 * channels + channel
     tl.store(partial_ptr + to, center + mean, mask=live)
     tl.store(partial_ptr + (to + channels), tl.sum(squares, 0) - mean * total, mask=live)
@@ -207,7 +209,7 @@ def _group_norm_apply_kernel(
     of = row * 3 * channels + channel
     mean, gain = load_state(affine_ptr, of, live), load_state(affine_ptr, of + channels, live)
     offset = load_state(affine_ptr, of + channels + channels, live)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=3):
         pixel = start + step * ROWS + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & live[None, :]
         at = tile_offsets(row, pixel, channel, channels, pixels, LAST)

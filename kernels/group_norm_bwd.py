@@ -23,9 +23,10 @@ from cmfast.kernels.group_norm_tiles import (
     beside,
     cut,
     fold_jit,
+    group_means,
     kept,
     load_affine,
-    over_group,
+    of_channels,
     part_tile,
     room,
     sigmoid_and_rest,
@@ -129,9 +130,9 @@ def _group_norm_whole_bwd_kernel(
         seed, seed_high, draw, least, keep_scale, SILU, DROPOUT, SEED_TENSOR, DRAW_TENSOR, ROWS, CHANNELS,
     )
     s_1, s_2 = tl.sum(dz, 0), tl.sum(dz * xhat, 0)
-    count = tl.full((CHANNELS,), PIXELS * GROUP, tl.float32)
-    mean_1 = tl.div_rn(over_group(gain * s_1, GROUP, GROUPS, CHANNELS), count)
-    mean_2 = tl.div_rn(over_group(gain * s_2, GROUP, GROUPS, CHANNELS), count)
+    count = tl.full((), PIXELS * GROUP, tl.float32)
+    mean_1 = of_channels(group_means(gain * s_1, count, GROUP, GROUPS, CHANNELS), GROUP, GROUPS, CHANNELS)
+    mean_2 = of_channels(group_means(gain * s_2, count, GROUP, GROUPS, CHANNELS), GROUP, GROUPS, CHANNELS)
     grad = _store_grad(
         grad_x_ptr + start, grad_total_ptr + start, at, mask, dz, xhat, rstd, gain, mean_1, mean_2, TOTAL
     )
@@ -163,7 +164,7 @@ def _group_norm_sums_kernel(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     sums_1, sums_2 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=3):
         pixel = start + step * ROWS + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & live[None, :]
         at = tile_offsets(row, pixel, channel, channels, pixels, LAST)
@@ -238,7 +239,7 @@ def _group_norm_apply_bwd_kernel(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, row, channel, live, scale_stride, shift_stride, FILM
     )
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=3):
         pixel = start + step * ROWS + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & live[None, :]
         at = tile_offsets(row, pixel, channel, channels, pixels, LAST)

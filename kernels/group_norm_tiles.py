@@ -2,7 +2,9 @@
 
 Contiguous and channels_last batches go through the same kernels; the shape of a tile differs. Where the whole map of a
 few groups fits into the registers of a program (a slab), one launch does it all. Else there are three: sums over parts
-of the map for every channel, a fold of these for every group, and the pass that writes.
+of the map for every channel, a fold of these for every group, and the pass that writes. Loops over tiles are pipelined
+(`num_stages`): tiles to come are on their way, by shared memory, while one is computed with. Else each thread waits for
+one access of 16 bytes at a time, and all of them together ask for less than memory has on the way.
 """
 
 from __future__ import annotations
@@ -25,11 +27,16 @@ from cmfast.kernels.philox import load_word, words
 BLOCK, WHOLE = (2048, 1024), (16384, 8192)
 #: Channels of a tile in channels_last: one 128-byte line of bfloat16. Where planes lie apart a tile has 4.
 LINE = 64
-#: Pixels that a program sums or writes at most, unless there are more than PARTS times as many; sums that a program
-#: folds at a time.
-PART, PARTS, FOLD = 1024, 256, 2048
+#: Pixels that a program sums or writes at most, unless there are more than PARTS times as many; and at least, unless
+#: there are then no ENOUGH programs: sums of fewer are traffic to speak of. Sums that a program folds at a time.
+PART, LEAST, PARTS, FOLD = 1024, 256, 256, 2048
 #: Programs that keep a GPU busy: with fewer, time is that of the launches.
 ENOUGH = 512
+#: Programs that a GPU takes some turns for, in the last of which little of it stands idle.
+MANY = 4096
+#: Elements of a slab to a warp in either pass, where there are programs enough: with fewer threads fewer wait for each
+#: other at a sum, and two programs fit where one did. Counted in compiled programs, not timed.
+SHARE = (2048, 1024)
 #: Bytes of a pixel that memory moves at once.
 SECTOR = 32
 
@@ -77,15 +84,29 @@ def tile_offsets(row, pixel, channel, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
-def over_group(value, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """For each channel of a slab the sum over its group. value [CHANNELS]: 0 where there is no channel."""
+def _members(GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Which channels of a slab are of which group [GROUPS, CHANNELS]."""
+    return (tl.arange(0, CHANNELS) // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]
+
+
+@triton.jit
+def group_means(value, count, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The sum over each group of a slab, divided by count: [GROUPS, 1], or of one a scalar. There are no more divisions
+    than groups. value [CHANNELS]: 0 where there is no channel."""
     if GROUPS == 1:
-        return tl.zeros_like(value) + tl.sum(value, 0)
+        return tl.div_rn(tl.sum(value, 0), count)
     else:
-        k = tl.arange(0, CHANNELS)
-        member = (k // GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]
-        sums = tl.sum(tl.where(member, value[None, :], 0.0), 1)
-        return tl.sum(tl.where(member, sums[:, None], 0.0), 0)
+        sums = tl.sum(tl.where(_members(GROUP, GROUPS, CHANNELS), value[None, :], 0.0), 1)
+        return tl.div_rn(sums, tl.zeros_like(sums) + count)[:, None]
+
+
+@triton.jit
+def of_channels(of_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """For each channel of a slab [CHANNELS] what its group has. of_groups: as `group_means` returns it."""
+    if GROUPS == 1:
+        return tl.zeros((CHANNELS,), tl.float32) + of_groups
+    else:
+        return tl.sum(tl.where(_members(GROUP, GROUPS, CHANNELS), of_groups, 0.0), 0)
 
 
 @triton.jit
@@ -234,10 +255,12 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
     most = WHOLE[int(backward)] // power_of_two(pixels) if channels * pixels < 2**31 else 0
     slab = _slab(channels, group, units, most)
     # Slabs of less than a sector read more than they use.
-    if slab and (slab >= units[0] or batch * -(-channels // slab) <= ENOUGH):
+    slabs = batch * -(-channels // slab) if slab else 0
+    if slab and (slab >= units[0] or slabs <= ENOUGH):
         rows, block = power_of_two(pixels), max(4, power_of_two(slab))
         # Making the mask takes registers.
-        warps = max(1, min(16, rows * block // (256 if drops else 512)))
+        share = 256 if drops else SHARE[int(backward)] if slabs > ENOUGH else 512
+        warps = max(1, min(16, rows * block // share))
         return Cut(batch, channels, pixels, group, last, slab, rows, block, 1, warps)
     if last:
         block = max(4, min(LINE, power_of_two(channels)))
@@ -247,7 +270,8 @@ def cut(x: Tensor, num_groups: int, backward: bool, drops: bool) -> Cut:
         block = max(4, min(BLOCK[int(backward)] // rows, power_of_two(channels)))
     blocks = -(-pixels // rows)
     programs = batch * blocks * -(-channels // block)
-    steps = power_of_two(max(min(PART // rows, programs // ENOUGH), -(-blocks // PARTS), 1))
+    steps = max(min(PART // rows, programs // MANY), min(LEAST // rows, programs // ENOUGH))
+    steps = power_of_two(max(steps, -(-blocks // PARTS), 1))
     return Cut(batch, channels, pixels, group, last, 0, rows, block, steps, 4)
 
 

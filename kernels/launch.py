@@ -12,6 +12,8 @@ from torch import Tensor
 #: Elements of a program: two 16-byte accesses per thread in float32, one in bfloat16.
 BLOCK = 1024
 WARPS = 4
+#: Blocks that keep a GPU busy in twos as well.
+MANY = 2048
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -105,12 +107,13 @@ def plan(
     *levels: Tensor,
     rows: bool = False,
     planes: bool = False,
+    dear: bool = False,
 ) -> Plan:
     """The tiles for a launch over a batch [B, C, ...].
 
     Args: state, model: a dense tensor in the layout of all states, and one in that of all network inputs and outputs;
         levels: noise levels, each a scalar or [B]; rows: samples differ in more than their levels; planes: a program
-        must not reach over two channels.
+        must not reach over two channels; dear: what is computed takes as long as its accesses.
     """
     batch = state.shape[0]
     sample = state.numel() // max(batch, 1)
@@ -126,6 +129,8 @@ def plan(
         shape = (batch, 1, sample) if per_row or rows else (1, 1, batch * sample)
         last = False, False
     block = BLOCK if shape[2] > BLOCK // 2 else max(power_of_two(shape[2]), 128)
+    if dear and shape[2] > BLOCK and not (planes or last[0] or last[1]) and batch * sample > MANY * BLOCK:
+        block *= 2  # elements of a thread, which share what it computes once
     return Plan(batch, *shape, block, 1, WARPS, levels, per_row, *last)
 
 

@@ -44,14 +44,16 @@ def _add_noise_fwd_kernel(
     Grid (rows * planes * blocks,). Traffic: m + 3s bytes per element; s less if DRAWN, s less if not HAS_START.
     """
     row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    # While these are on their way, noise is made.
+    start = load_state(x_start_ptr, at, mask) if HAS_START else 0.0
+    level, scale = load_level(input_sigma_ptr, row, PER_ROW), load_level(sigma_ptr, row, PER_ROW)
     eps = noise_tile(
         noise_ptr, index_ptr, at, mask, planes, blocks, pixels, seed, seed_high, draw,
         DRAWN, SEED_TENSOR, DRAW_TENSOR, BLOCK,
     )
-    level = load_level(input_sigma_ptr, row, PER_ROW)
-    value = load_level(sigma_ptr, row, PER_ROW) * eps
+    value = scale * eps
     if HAS_START:
-        value += load_state(x_start_ptr, at, mask)
+        value += start
     store_state(x_t_ptr, at, value, mask)
     store_state(model_input_ptr, model_at, input_scale(level, sigma_data, PLAIN) * value, mask)
     store_noise_level(c_noise_ptr, row, planes, blocks, level, PLAIN, PER_ROW)
@@ -200,12 +202,12 @@ def _add_noise_pair_fwd_kernel(
     Grid (rows * planes * blocks,). Traffic: 2m + 4s bytes per element, 2m + 3s if DRAWN. Computes in float32.
     """
     row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    start = load_state(x_start_ptr, at, mask)
+    level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     eps = noise_tile(
         noise_ptr, index_ptr, at, mask, planes, blocks, pixels, seed, seed_high, draw,
         DRAWN, SEED_TENSOR, DRAW_TENSOR, BLOCK,
     )
-    start = load_state(x_start_ptr, at, mask)
-    level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     value, value_2 = start + level * eps, start + next_level * eps
     store_state(x_t_ptr, at, value, mask)
     store_state(model_input_ptr, model_at, input_scale(level, sigma_data, PLAIN) * value, mask)

@@ -56,7 +56,7 @@ def normal_fwd(
     seed: int | Tensor, index: Tensor, shape: tuple[int, ...], *, draw: int | Tensor, dtype: torch.dtype
 ) -> Tensor:
     out = torch.empty((index.shape[0], *shape), dtype=dtype, device=index.device)
-    plan(out, None, rows=True).run(_normal_fwd_kernel, out, index.contiguous(), **_counter(seed, draw))
+    plan(out, None, rows=True, dear=True).run(_normal_fwd_kernel, out, index.contiguous(), **_counter(seed, draw))
     return out
 
 
@@ -82,4 +82,4 @@ class Noise:
             self.options = {**_counter(0, 0), "DRAWN": False}
 
     def plan(self, state: Tensor, model: Tensor | None, *levels: Tensor) -> Plan:
-        return plan(state, model, *levels, rows=self.drawn, planes=self.planes)
+        return plan(state, model, *levels, rows=self.drawn, planes=self.planes, dear=self.drawn)

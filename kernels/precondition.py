@@ -14,6 +14,7 @@ from torch import Tensor
 from cmfast.kernels.common import (
     clamp,
     input_scale,
+    load_both,
     load_level,
     load_state,
     load_unclipped,
@@ -25,6 +26,7 @@ from cmfast.kernels.common import (
     through_clip,
     tile,
     tile_offsets,
+    unclipped,
 )
 from cmfast.kernels.images import pixels_of
 from cmfast.kernels.launch import dense, empty, gradients, outputs, plan, scaling
@@ -101,8 +103,9 @@ def _denoise_fwd_kernel(
     Grid (rows * planes * blocks,). Traffic: m + 2s bytes per element. Computes in float32.
     """
     row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    f, x = load_both(model_output_ptr, x_t_ptr, at, model_at, mask, PLAIN)
     c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
-    value = load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
+    value = unclipped(f, x, c_skip, c_out, PLAIN)
     store_state(denoised_ptr, at, clamp(value) if CLIP else value, mask)
 
 
@@ -186,8 +189,9 @@ def _denoise_to_uint8_fwd_kernel(
     row, plane, pixel, mask = tile(planes, blocks, pixels, BLOCK)
     at = offsets(row, plane, pixel, planes, pixels, STATE_LAST)
     model_at = offsets(row, plane, pixel, planes, pixels, MODEL_LAST)
+    f, x = load_both(model_output_ptr, x_t_ptr, at, model_at, mask, PLAIN)
     c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
-    value = clamp(load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN))
+    value = clamp(unclipped(f, x, c_skip, c_out, PLAIN))
     store_state(out_ptr, offsets(row, plane, pixel, planes, pixels, OUT_LAST), pixel_value(value, NEAREST), mask)
 
 

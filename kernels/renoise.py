@@ -17,6 +17,7 @@ from cmfast.kernels.common import (
     as_float32,
     clamp,
     input_scale,
+    load_both,
     load_grad,
     load_level,
     load_unclipped,
@@ -25,6 +26,7 @@ from cmfast.kernels.common import (
     store_state,
     through_clip,
     tile_offsets,
+    unclipped,
 )
 from cmfast.kernels.launch import dense, empty, gradients, outputs, plan, scaling
 from cmfast.kernels.normal import Noise, drawing_jit
@@ -57,13 +59,15 @@ def _renoise_fwd_kernel(
     Grid (rows * planes * blocks,). Traffic: 2m + 3s bytes per element, 2m + 2s if DRAWN. Computes in float32.
     """
     row, at, model_at, mask = tile_offsets(planes, blocks, pixels, STATE_LAST, MODEL_LAST, BLOCK)
+    # While these are on their way, noise is made.
+    f, x = load_both(model_output_ptr, x_t_ptr, at, model_at, mask, PLAIN)
+    level, next_level = load_level(sigma_ptr, row, PER_ROW), load_level(next_sigma_ptr, row, PER_ROW)
     eps = noise_tile(
         noise_ptr, index_ptr, at, mask, planes, blocks, pixels, seed, seed_high, draw,
         DRAWN, SEED_TENSOR, DRAW_TENSOR, BLOCK,
     )
-    next_level = load_level(next_sigma_ptr, row, PER_ROW)
-    c_skip, c_out = skip_and_out(load_level(sigma_ptr, row, PER_ROW), sigma_data, boundary, PLAIN)
-    value = load_unclipped(model_output_ptr, x_t_ptr, at, model_at, mask, c_skip, c_out, PLAIN)
+    c_skip, c_out = skip_and_out(level, sigma_data, boundary, PLAIN)
+    value = unclipped(f, x, c_skip, c_out, PLAIN)
     value = (clamp(value) if CLIP else value) + _noise_scale(next_level, sigma_min) * eps
     store_state(x_next_ptr, at, value, mask)
     store_state(model_input_ptr, model_at, input_scale(next_level, sigma_data, PLAIN) * value, mask)

@@ -6,7 +6,7 @@ Values of a tensor are looked at on the CPU only: on a GPU that would stop the s
 import math
 import operator
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -218,6 +218,12 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
+def real(name: str, value: Any) -> None:
+    """A number of any kind, a tensor's included."""
+    if not isinstance(value, (*_NUMBERS, Tensor)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def finite(name: str, value: Any) -> None:
     """A finite number."""
     if not (isinstance(value, _NUMBERS) and -math.inf < value < math.inf):
@@ -240,7 +246,11 @@ def _no_tensor(name: str, value: object) -> None:
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """The shape of a sample."""
-    shape = tuple(value) if isinstance(value, Iterable) else None
+    shape: tuple[Any, ...] | None
+    try:
+        shape = None if isinstance(value, Set | Mapping) else tuple(value)  # type: ignore[arg-type]  # or else:
+    except TypeError:
+        shape = None
     if shape is None or not all(isinstance(n, _INTEGERS) and type(n) is not bool and n >= 0 for n in shape):
         raise TypeError(f"{name} must be a shape of integers of 0 or more, got {value!r}")
     # NumPy's as Python's.

@@ -63,6 +63,8 @@ def check_averages(
     like: _lists.Like, averages: Iterable[Iterable[Tensor]], copies: Iterable[Tensor] | None
 ) -> tuple[_lists.Lists, _lists.Tensors | None]:
     """Both as lists."""
+    if not isinstance(averages, Iterable):
+        raise TypeError(f"averages must be a list of lists of tensors, got {type(averages).__name__}")
     groups = [_lists.check(f"averages[{k}]", tensors, like) for k, tensors in enumerate(averages)]
     _lists.one_dtype("averages", groups)
     return groups, None if copies is None else _lists.check("copies", copies, like)

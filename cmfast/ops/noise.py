@@ -31,8 +31,8 @@ def normal(
 ) -> Tensor:
     """N(0, 1) of shape [B, *shape] that depends on (seed, index[b], draw, element) alone: Philox4x32-10.
 
-    Args: seed: an integer or an integer scalar tensor; index: [B] sample indices, whose device the result is on;
-        draw: 0 for a sample's first draw, 1 for the next, and so on.
+    Args: seed: an integer, of which 64 bits count, or an integer scalar tensor; index: [B] sample indices, whose device
+        the result is on; draw: 0 for a sample's first draw, 1 for the next, and so on.
     Raises: TypeError: an index, seed or draw that is no integer, or a dtype that is not floating.
 
     >>> a = normal(7, torch.tensor([0, 1, 2]), (3, 4, 4))

@@ -230,6 +230,8 @@ class Trainer:
             raise ValueError(
                 f"{found} is of another configuration, so that it cannot be resumed:\n  " + "\n  ".join(different)
             )
+        if self.options.steps < (done := checkpoints.number(found)):
+            raise ValueError(f"steps must be {done} or more, as the run in {self.out} has, got {self.options.steps}")
         return found
 
     def _begin(self, held: ExitStack) -> None:

@@ -63,6 +63,10 @@ def approximations(program: CompiledKernel) -> list[str]:
     return sorted(set(re.findall(r"call.*@(llvm\.amdgcn\.(?:sqrt|rcp|log|exp2|sin|cos)[\w.]*)", program.asm["llir"])))
 
 
+#: A load of a loop that is pipelined, which goes to shared memory: its address, and its bytes.
+ASYNCHRONOUS = r"\bcp\.async\.c[ag]\.shared\.global[\w.:]*\s+\[[^\]]*\], *\[ *(%rd\d+)[^\]]*\], *(0x[\da-f]+|\d+)"
+
+
 def _declared(program: CompiledKernel) -> list[tuple[str, int, str]]:
     """("load" or "store", elements or 0 for a scalar, element type) of each access of the kernel."""
     ttir = program.asm["ttir"]
@@ -117,6 +121,9 @@ def _emitted_for(ptx: str) -> Iterator[tuple[str, int, int]]:
     for kind, vector, bits, register in re.findall(pattern, ptx):
         for argument in roots[register]:
             yield {"ld": "load", "st": "store"}[kind], argument, int(vector or 1) * int(bits) // 8
+    for register, width in re.findall(ASYNCHRONOUS, ptx):
+        for argument in roots[register]:
+            yield "load", argument, int(width, 0)
 
 
 def _narrow_tiles(program: CompiledKernel, exempt: tuple[str, ...]) -> list[str]:
@@ -148,6 +155,8 @@ def _emitted(program: CompiledKernel) -> Iterator[tuple[str, int]]:
     if "ptx" in program.asm:
         for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", program.asm["ptx"]):
             yield {"ld": "load", "st": "store"}[kind], int(vector or 1) * int(bits) // 8
+        for _, width in re.findall(ASYNCHRONOUS, program.asm["ptx"]):
+            yield "load", int(width, 0)
     else:
         pattern = r"\b(?:global|buffer|flat)_(load|store)_(?:[su]?(byte|short|dword(?:x\d)?))\w*"
         for kind, width in re.findall(pattern, program.asm["amdgcn"]):
@@ -197,7 +206,7 @@ def narrow_in_sass(program: CompiledKernel) -> list[str]:
     """The same in the cubin: as many 16-byte accesses as the PTX has, and no more of others."""
     sass = _tool("nvdisasm", "-c", cubin=program.asm["cubin"])
     faults = []
-    for kind, instruction in ("load", "LDG"), ("store", "STG"):
+    for kind, instruction in ("load", "LDG(?:STS)?"), ("store", "STG"):
         widths = [width for other, width in _emitted(program) if other == kind]
         found = re.findall(rf"\b{instruction}\.E\S*", sass)
         wide = sum(".128" in access for access in found)

@@ -45,6 +45,7 @@ def normalisations(draw):
     tiles = {
         "WHOLE": draw(st.sampled_from([(0, 0), (2048, 1024), (2**20, 2**20)])), "BLOCK": (256, 256),
         "PART": draw(st.sampled_from([16, 64])), "ENOUGH": draw(st.sampled_from([1, 16])), "FOLD": 32,
+        "MANY": draw(st.sampled_from([1, 16])), "LEAST": 16,
     }  # fmt: skip
     return norms.Norm(tensors, groups, norm.options), tiles
 

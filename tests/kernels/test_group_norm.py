@@ -38,7 +38,8 @@ def way(request, monkeypatch):
     if request.param == "one launch":
         monkeypatch.setattr(group_norm_tiles, "WHOLE", (2**20, 2**20))
     else:
-        for name, value in {"WHOLE": (0, 0), "BLOCK": (256, 128), "ENOUGH": 1, "PART": 64, "FOLD": 32}.items():
+        small = {"BLOCK": (256, 128), "ENOUGH": 1, "MANY": 1, "PART": 64, "LEAST": 32, "FOLD": 32}
+        for name, value in {"WHOLE": (0, 0), **small}.items():
             monkeypatch.setattr(group_norm_tiles, name, value)
     return request.param
 

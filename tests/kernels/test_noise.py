@@ -10,6 +10,7 @@ import triton.language as tl
 
 import cmfast
 from cmfast import ops, reference
+from cmfast.kernels import launch
 from cmfast.kernels.normal import _counter
 from cmfast.kernels.philox import box_muller, words
 from tests.ops.matrix import DTYPES, close, dtype_id
@@ -144,6 +145,32 @@ def test_seeds_and_draws_on_the_device(backend, dtype, device):
     with cmfast.backend(backend):
         expected = ops.normal(3, index, (105,), draw=1)
         assert torch.equal(ops.normal(seed, index.to(dtype), (105,), draw=draw), expected)
+
+
+def test_larger_blocks_make_the_same(device, monkeypatch):
+    """Of large batches, in which a thread makes more."""
+    x = torch.randn(2, 3, 37, 41, device=device)
+    draw, sigma = ops.Draw(3, torch.arange(2, device=device), 1), torch.tensor([2.0, 3.0], device=device)
+    blocks = []
+
+    def made():
+        with cmfast.backend("triton"):
+            yield ops.normal(3, draw.index, x.shape[1:])
+            yield from ops.renoise(x, x, sigma, sigma / 2, draw)
+            yield from ops.add_noise(x, draw, sigma)
+            for pair in ops.add_noise_pair(x, draw, sigma, sigma / 2):
+                yield from pair
+
+    def run(plan, kernel, *arguments, **constants):
+        blocks.append(plan.block)
+        plain(plan, kernel, *arguments, **constants)
+
+    plain = launch.Plan.run
+    monkeypatch.setattr(launch.Plan, "run", run)
+    expected = list(made())
+    monkeypatch.setattr(launch, "MANY", 0)
+    assert all(torch.equal(a, b) for a, b in zip(made(), expected, strict=True))
+    assert blocks == 4 * [launch.BLOCK] + 4 * [2 * launch.BLOCK]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 5, 5)], ids=str)

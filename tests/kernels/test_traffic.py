@@ -168,6 +168,7 @@ def test_group_norm(kind, launches, last, counter, monkeypatch):
     of the U-Net's large maps."""
     monkeypatch.setattr(group_norm_tiles, "WHOLE", (2**20, 2**20) if launches == 1 else (0, 0))
     monkeypatch.setattr(group_norm_tiles, "ENOUGH", 1)
+    monkeypatch.setattr(group_norm_tiles, "MANY", 1)
     norm = make((1, 16, 128, 64), 4, kind, dtype=torch.bfloat16, last=last)
     leaves, results = norm.graph("triton")
     forward, backward = (floors[launches == 3] for floors in NORMS[kind])

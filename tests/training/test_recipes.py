@@ -75,6 +75,12 @@ def test_resume_and_yaml(images, tmp_path, capsys):
     capsys.readouterr()
     assert train("--resume", "--out", tmp_path / "part", "--set", "options.warmup=5") == 2
     assert "options.warmup: 0, now 5" in capsys.readouterr().err
+    assert train("--resume", "--out", tmp_path / "part", "--recipe", "ct") == 2
+    assert "is of ect, as which it goes on: leave out --recipe" in capsys.readouterr().err
+    written = (tmp_path / "part" / "config.yaml").read_text()
+    assert train("--resume", "--out", tmp_path / "part", "--steps", 2) == 2
+    assert "steps must be 3 or more, as the run in" in capsys.readouterr().err
+    assert (tmp_path / "part" / "config.yaml").read_text() == written
     assert train(*data, "--out", tmp_path / "part") == 2 and "resume it" in capsys.readouterr().err
 
 
