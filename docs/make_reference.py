@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import cmfast
 from cmfast import cli, cli_train, recipes
@@ -96,7 +96,9 @@ def public(module: ModuleType) -> list[str]:
     found = []
     for name in names or mine:
         value = getattr(module, name)
-        if not (inspect.isclass(value) or inspect.isfunction(value)) or name in internal:
+        # Of Python 3.10, `Callable[...]` is a class, too.
+        a_class = inspect.isclass(value) and get_origin(value) is None
+        if not (a_class or inspect.isfunction(value)) or name in internal:
             continue
         if names or value.__module__ == module.__name__:
             found.append(name)
