@@ -274,6 +274,15 @@ def test_errors_are_those_of_diffusers():
             scheduler.step(x, t, x)
 
 
+def test_what_is_no_tensor_is_named():
+    scheduler, x = Ours(), torch.zeros(1, 3, 4, 4)
+    scheduler.set_timesteps(2)
+    with pytest.raises(TypeError, match="model_output must be a torch.Tensor, got NoneType"):
+        scheduler.step(None, scheduler.timesteps[0], x)
+    with pytest.raises(TypeError, match="sample must be a torch.Tensor, got ndarray"):
+        scheduler.step(x, scheduler.timesteps[0], x.numpy())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_add_noise(dtype):
     x, noise = torch.randn(3, 3, 4, 4, dtype=dtype), torch.randn(3, 3, 4, 4, dtype=dtype)

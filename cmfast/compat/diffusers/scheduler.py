@@ -143,6 +143,7 @@ class CMStochasticIterativeScheduler(_Base):
         `diffusers` has it. generator: of the noise. return_dict: an object with `prev_sample`; else a tuple.
 
         Raises: ValueError: an integer timestep. IndexError: one that is not in `timesteps`, or a step too many.
+            TypeError: model_output or sample that are no tensors of floating numbers.
         """
         if replaced(self, "get_scalings_for_boundary_condition"):  # then those are called, and not the fused step's
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -151,6 +152,8 @@ class CMStochasticIterativeScheduler(_Base):
             raise ValueError(
                 f"{type(self).__name__}.step() takes one of `scheduler.timesteps`, not its index, got {timestep}"
             )
+        _check.float_tensor("model_output", model_output)
+        _check.float_tensor("sample", sample)
         if not self.is_scale_input_called:
             logger.warning("scale_model_input was not called before step: the network's input must be scaled by it")
         if self.step_index is None:
