@@ -480,7 +480,7 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    if options:
+    if options and not torch.compiler.is_compiling():
         check_options(sampler, options)
     if not isinstance(noise, ops.Draw):
         _check.float_tensor("noise", noise)
