@@ -170,7 +170,7 @@ class Averages:
 
         Raises: ValueError: its parameters have other names or shapes. IndexError: no average has that number.
         """
-        if not 0 <= k < len(self):
+        if not -len(self) <= k < len(self):
             raise IndexError(f"k must be the number of an average, from 0 to {len(self) - 1}, got {k}")
         parameters = self._parameters_of(unwrap(module))
         for parameter, average in zip(parameters, self._averages[k]):

@@ -136,6 +136,7 @@ def test_types(name):
 def test_the_number_of_an_average():
     with pytest.raises(IndexError, match="k must be the number of an average, from 0 to 0, got 3"):
         AVERAGES.module(3)
+    assert torch.equal(AVERAGES.module(-1).weight, AVERAGES.module(0).weight)
 
 
 def test_what_is_close_to_these_is_taken():
