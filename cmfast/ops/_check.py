@@ -220,7 +220,7 @@ def number(name: str, value: Any) -> None:
 
 def real(name: str, value: Any) -> None:
     """A number of any kind, a tensor's included."""
-    if not isinstance(value, (*_NUMBERS, Tensor)):
+    if not (isinstance(value, (*_NUMBERS, Tensor)) or isinstance(value, np.ndarray) and value.ndim == 0):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 

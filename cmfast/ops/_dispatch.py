@@ -147,7 +147,7 @@ def device_refusal(device: torch.device) -> str | None:
         return f"there are no kernels for {device.type} devices"
     if INTERPRETING:
         return "TRITON_INTERPRET is set, and the interpreter is for tensors on the CPU"
-    return None if torch.compiler.is_compiling() else _old_gpu(device.index) or _first_launch(device.index)
+    return None if torch.compiler.is_compiling() else _old_gpu(device.index)
 
 
 @functools.cache
@@ -160,17 +160,31 @@ def _old_gpu(index: int | None) -> str | None:
     return f"the GPU has compute capability {capability[0]}.{capability[1]}, and kernels need 8.0"
 
 
-@functools.cache
-def _first_launch(index: int | None) -> str | None:
-    """Why nothing can be launched on a GPU, as the smallest kernel shows; None if it can. Triton builds some C first,
-    for which many machines lack a compiler or Python's headers; and its PTX may be too new for a driver."""
-    if not torch.cuda.is_available():
+#: What the first launch on each GPU showed: why there can be none, or None.
+_launches: dict[int | None, str | None] = {}
+
+
+def launch_refusal(device: torch.device) -> str | None:
+    """Why nothing can be launched on a GPU, as the smallest kernel shows, once; None if it can, or it is not known yet.
+
+    Triton builds some C first, for which many machines lack a compiler or Python's headers; and its PTX may be too new
+    for a driver. Asked where a kernel is about to be launched: inside of a transform the smallest one cannot be.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return None
+    if device.index not in _launches:
+        if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+            return None
+        _launches[device.index] = _first_launch(device)
+    return _launches[device.index]
+
+
+def _first_launch(device: torch.device) -> str | None:
     try:
         with _disable_current_modes():
             from cmfast.kernels.images import to_uint8_fwd
 
-            to_uint8_fwd(torch.zeros(1, 1, device="cuda" if index is None else f"cuda:{index}"), rounding="trunc")
+            to_uint8_fwd(torch.zeros(1, 1, device=device), rounding="trunc")
     except Exception as error:  # a compiler's, a linker's, a driver's, a file system's
         if "out of memory" in str(error).lower():
             raise
@@ -208,7 +222,7 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
             return "gradients of noise levels are inductor's inside torch.compile"
     elif native.recorded():
         return "torch.jit.trace and make_fx see PyTorch's operations alone"
-    return transform_refusal()
+    return transform_refusal() or launch_refusal(tensors[0].device)
 
 
 def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
@@ -319,6 +333,11 @@ def explain(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
         return "reference", "backend 'reference' was chosen"
     device = torch.device(device)
     reason = device_refusal(device) or dtype_refusal(dtype)
+    if reason is None:
+        try:
+            reason = launch_refusal(device)
+        except RuntimeError as error:  # it is full
+            reason = f"nothing can be launched now: {error}"
     if reason is None and (chosen == "triton" or device.type == "cuda"):
         return "triton", "inside torch.compile, only where it draws noise: inductor fuses the rest"
     reason = reason or "Triton's interpreter is for tests: backend 'triton' chooses it"

@@ -55,8 +55,15 @@ AUTOGRAD = [
 ]  # fmt: skip
 
 DISPATCH = [
-    ("a first launch that fails ends the run", "_old_gpu(device.index) or _first_launch(device.index)",
-     "_old_gpu(device.index)", "tests/ops/test_dispatch.py::test_where_nothing_can_be_launched_the_reference_serves"),
+    ("no first launch", "transform_refusal() or launch_refusal(tensors[0].device)", "transform_refusal()",
+     T_DISPATCH + "test_nothing_is_launched_for_a_trial_where_it_would_fail"),
+    ("a first launch in a transform", "transform_refusal() or launch_refusal(tensors[0].device)",
+     "launch_refusal(tensors[0].device) or transform_refusal()",
+     T_DISPATCH + "test_nothing_is_launched_for_a_trial_where_it_would_fail"),
+    ("a first launch in a capture", "not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()",
+     "not torch.cuda.is_available()", T_DISPATCH + "test_nothing_is_launched_for_a_trial_where_it_would_fail"),
+    ("a first launch for each call", "if device.index not in _launches:", "if True:",
+     T_DISPATCH + "test_where_nothing_can_be_launched_the_reference_serves"),
     ("a full GPU is never launched on again", 'if "out of memory" in str(error).lower():', "if False:",
      "tests/ops/test_dispatch.py::test_a_gpu_that_is_full_is_no_reason"),
     ("a first launch by a mode that looks on", "with _disable_current_modes():", "if True:",

@@ -100,46 +100,66 @@ def test_old_gpu(monkeypatch):
     _dispatch._old_gpu.cache_clear()
 
 
+GPU = torch.device("cuda", 1)
+
+
 @pytest.fixture
-def gpu_without_launches(monkeypatch):
-    """A GPU for PyTorch, on which Triton fails as it does on a machine like this."""
+def first_launch(monkeypatch):
+    """Of a GPU for PyTorch: what it does can be set, and is counted."""
     import cmfast.kernels.images
 
     made = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: made.append(device) or torch.empty(shape))
-    for asked in (_dispatch._old_gpu, _dispatch._first_launch):
-        asked.cache_clear()
-    yield lambda error: monkeypatch.setattr(cmfast.kernels.images, "to_uint8_fwd", mock.Mock(side_effect=error)), made
-    for asked in (_dispatch._old_gpu, _dispatch._first_launch):
-        asked.cache_clear()
+    monkeypatch.setattr(_dispatch, "_launches", {})
+    _dispatch._old_gpu.cache_clear()
+    yield lambda does: monkeypatch.setattr(cmfast.kernels.images, "to_uint8_fwd", mock.Mock(side_effect=does)), made
+    _dispatch._old_gpu.cache_clear()
 
 
 @pytest.mark.skipif(_dispatch.INTERPRETING, reason="Triton's interpreter is on, and is for the CPU")
-def test_where_nothing_can_be_launched_the_reference_serves(gpu_without_launches):
+def test_where_nothing_can_be_launched_the_reference_serves(first_launch):
     """A warning says so once, and why."""
-    fail, made = gpu_without_launches
-    fail(RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable" + 300 * " etc"))
+    does, made = first_launch
+    does(RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable" + 300 * " etc"))
     with pytest.warns(UserWarning, match="a C compiler and Python's headers .RuntimeError: Failed to find"):
-        reason = _dispatch.device_refusal(torch.device("cuda", 1))
-    assert len(reason) < 300 and made == ["cuda:1"]
-    assert _dispatch.device_refusal(torch.device("cuda", 1)) == reason and len(made) == 1
-    assert _dispatch.explain("denoise", torch.device("cuda", 1)) == ("reference", reason)
+        reason = _dispatch.launch_refusal(GPU)
+    assert len(reason) < 300 and made == [GPU]
+    assert _dispatch.launch_refusal(GPU) == reason and len(made) == 1
+    assert _dispatch.explain("denoise", GPU) == ("reference", reason)
 
 
 @pytest.mark.skipif(_dispatch.INTERPRETING, reason="Triton's interpreter is on, and is for the CPU")
-def test_a_gpu_that_is_full_is_no_reason(gpu_without_launches):
-    """Not to launch on it for ever."""
-    fail, _ = gpu_without_launches
-    fail(torch.OutOfMemoryError("CUDA out of memory"))
+def test_a_gpu_that_is_full_is_no_reason(first_launch):
+    """Not to launch on it for ever; what explains says so, and does not fail."""
+    does, _ = first_launch
+    does(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        _dispatch.device_refusal(torch.device("cuda", 0))
+        _dispatch.launch_refusal(GPU)
+    assert _dispatch.explain("denoise", GPU) == ("reference", "nothing can be launched now: CUDA out of memory")
     found = []
-    fail(lambda x, rounding: found.append(type(x)))
+    does(lambda x, rounding: found.append(type(x)))
     with FakeTensorMode():  # whose tensors are no memory
-        assert _dispatch.device_refusal(torch.device("cuda", 0)) is None
+        assert _dispatch.launch_refusal(GPU) is None
     assert found == [torch.Tensor]
+
+
+def test_nothing_is_launched_for_a_trial_where_it_would_fail(first_launch, monkeypatch):
+    """In a capture, whose graph it would be part of; in a transform, whose tensors are wrapped."""
+    does, made = first_launch
+    does(None)
+    monkeypatch.setattr(_dispatch, "device_refusal", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _dispatch.launch_refusal(GPU) is None and not made
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = mock.Mock(spec=torch.Tensor, device=GPU, dtype=torch.float32)
+    monkeypatch.setattr(_dispatch, "_subclass_refusal", lambda tensors: None)
+    said = []
+    torch.func.grad(lambda y: said.append(_dispatch.refusal([x], [])) or y.sum())(X)
+    assert said == ["torch.func transforms go through the reference path"] and not made
+    assert _dispatch.refusal([x], []) is None and made == [GPU]
 
 
 def test_a_view_that_negates_takes_the_reference(monkeypatch):
