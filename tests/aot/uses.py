@@ -16,6 +16,8 @@ from cmfast import ops
 from tests.ops.cases import CASES, OUTPUTS, flat
 
 ImageNet64, Odd, Tiny, Long = (4, 3, 64, 64), (3, 3, 35, 33), (4, 1, 8, 8), (2, 3, 256, 256)
+#: So many that programs are cut for the GPU to be busy, and not for it to have some at all.
+Many = (256, 3, 64, 64)
 
 #: The element types whose accesses need not be wide. Here states and network tensors, or pixels, lie in different
 #: orders: a program walks along the states, and through the others with a stride.
@@ -150,6 +152,12 @@ def _normalised() -> dict[str, Use]:
     counted = {"dropout": 0.1, "draw": ops.Draw(torch.tensor(7), index, torch.tensor(1))}
     calls = {
         "192 of 64x64": group_norm(192, 64, samples=256, film=True, training=True),
+        "192 of 64x64, float32, many": group_norm(192, 64, samples=64, dtype=f32, last=False, training=True),
+        "384 of 64x64, sum, many": group_norm(384, 64, samples=64, film=True, sums=True, training=True),
+        "384 of 16x16, many": group_norm(384, 16, samples=256, film=True, training=True),
+        # Of channels that fill a slab: AMD's program leaves out what is read for those that are none.
+        "256 of 16x16, float32, many": group_norm(256, 16, samples=256, dtype=f32, last=False, training=True),
+        "768 of 8x8, sum, many": group_norm(768, 8, samples=256, film=True, sums=True, training=True),
         "384 of 64x64, sum, dropout": group_norm(384, 64, film=True, sums=True, training=True, **drop),
         "384 of 16x16, sum": group_norm(384, 16, film=True, sums=True, training=True),
         "768 of 8x8, dropout": group_norm(768, 8, film=True, training=True, **counted),
@@ -327,7 +335,9 @@ def _listed() -> dict[str, Use]:
         "renoise, float16": Use(of_case("renoise", model=f16)),
         "renoise clipped": Use(of_case("renoise clipped", grads="f x noise")),
         "renoise drawn": Use(of_case("renoise drawn", grads="f")),
+        "renoise drawn, many": Use(of_case("renoise drawn", shape=Many)),
         "renoise drawn, float32": Use(of_case("renoise drawn", model=f32)),
+        "renoise drawn, float32, many": Use(of_case("renoise drawn", model=f32, shape=Many)),
         "renoise drawn by tensors": Use(drawn(ops.renoise, "f", "x", "sigma", "next", "noise", clip=True, **counter)),
         "renoise drawn, channels_last": Use(
             drawn(ops.renoise, "f", "x", "sigma", "next", "noise", clip=True, model_last=True), MIXED
@@ -402,6 +412,9 @@ def _listed() -> dict[str, Use]:
         "renoise drawn, odd": Use(of_case("renoise drawn", shape=Odd, grads="f"), UNALIGNED),
         "heun_corrector, odd": Use(of_case("heun_corrector", shape=Odd), UNALIGNED),
         "consistency_loss karras, odd": Use(of_case("consistency_loss karras", shape=Odd, grads="f"), UNALIGNED),
+        "normal, many": Use(_normal(Many)),
+        "add_noise drawn, many": Use(of_case("add_noise drawn", shape=Many)),
+        "add_noise_pair drawn, many": Use(of_case("add_noise_pair drawn", shape=Many)),
         "normal, odd": Use(_normal(Odd), UNALIGNED),
         "denoise, misaligned": Use(of_case("denoise", shift=1), UNALIGNED),
         **_normalised(),
