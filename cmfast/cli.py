@@ -61,9 +61,9 @@ def _make_writable() -> None:
 
 
 def _wait_briefly() -> None:
-    """Have GNU's OpenMP, which PyTorch's threads are, ask 10,000 times whether another is ready, some 0.4 ms, and then
-    sleep. By default it asks 300,000 times: where two threads have come to one core, as others use the cores, too, each
-    of a network's hundred loops then takes what a scheduler gives a process at once."""
+    """Have GNU's OpenMP, which PyTorch's threads are, ask 10,000 times whether another is ready, half a millisecond,
+    and then sleep. By default it asks 300,000 times: where two threads have come to one core, as others use the cores,
+    too, each of a network's hundred loops then takes what a scheduler gives a process at once."""
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "10000"
 

@@ -367,7 +367,7 @@ def progressive_distillation_loss(
     are from 0 to num_scales - 1. States are float32 where x_start is 16-bit. Returns per-sample `loss`, float32 [B].
 
     Raises: ValueError: unknown loss norm or weighting, num_scales below 1, indices of wrong shape or (on a CPU) outside
-        of the grid. TypeError: indices that are no tensor.
+        of the grid. TypeError: indices that are no whole numbers, or num_scales.
     """
     _check.float_tensor("x_start", x_start)
     num_scales = _check.whole("num_scales", num_scales, least=1)
