@@ -1,11 +1,6 @@
 """LPIPS against the lpips package and piq, on trunks with random weights: nothing is downloaded."""
 
 import copy
-import functools
-import subprocess
-import sys
-import urllib.error
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,30 +11,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmfast import perceptual
-from cmfast.ops.lpips import lpips_layer
 from cmfast.perceptual import LPIPS
 from cmfast.reference import lpips as reference
 from cmfast.tolerances import FLOOR
+from tests.perceptual_utils import EXTRA, MODELS, NETS, images, make, package_heads, random_weights
 
-ROOT = Path(__file__).parents[1]
-EXTRA = 'pip install "cmfast[lpips]"'
-MODELS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
-NETS = list(MODELS)
 MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}
-
-
-@functools.cache
-def random_weights(net):
-    """A state dict of the whole `features` of torchvision's model."""
-    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
-    with torch.device("meta"):
-        features = getattr(torchvision.models, MODELS[net])().features
-    generator = torch.Generator().manual_seed(2303)
-    weights = {}
-    for name, parameter in features.named_parameters():
-        std = (2 / parameter[0].numel()) ** 0.5 if name.endswith("weight") else 0.1
-        weights[name] = std * torch.randn(parameter.shape, generator=generator)
-    return weights
 
 
 def random_features(net):
@@ -48,20 +25,6 @@ def random_features(net):
         features = getattr(torchvision.models, MODELS[net])().features
     features.to_empty(device="cpu").load_state_dict(random_weights(net))
     return features
-
-
-@functools.cache
-def package_heads(net):
-    lpips = pytest.importorskip("lpips", reason=EXTRA)
-    path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@functools.cache
-def make(net, pooling=None):
-    """Ours. Shared between tests: change a deep copy."""
-    pytest.importorskip("lpips", reason=EXTRA)
-    return LPIPS(net, pooling=pooling, trunk_weights=random_weights(net))
 
 
 def make_lpips_package(net):
@@ -82,14 +45,6 @@ def make_piq():
         patch.setattr(piq.perceptual, "vgg16", lambda pretrained, progress: model)
         peer = piq.LPIPS(replace_pooling=True, reduction="none")
     return lambda x, y: peer((x + 1) / 2.0, (y + 1) / 2.0)
-
-
-def images(*shape, dtype=torch.float32, seed=0):
-    """A pair in [-1, 1], the second near the first."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-    y = (x + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(-1, 1)
-    return x.to(dtype), y.to(dtype)
 
 
 def value_and_grads(distance, x, y):
@@ -320,153 +275,6 @@ def test_target_costs_no_graph():
     assert traced[2:] == [True, True]
 
 
-def test_weights_are_seen_by_no_optimizer_and_no_checkpoint():
-    holder = nn.ModuleDict({"net": nn.Linear(2, 2), "lpips": make("alex")})
-    assert not list(make("alex").parameters())
-    assert not any(buffer.requires_grad for buffer in make("alex").buffers())
-    assert list(holder.state_dict()) == ["net.weight", "net.bias"]
-    holder.load_state_dict(nn.ModuleDict({"net": nn.Linear(2, 2)}).state_dict())
-    x, y = images(1, 3, 32, 32)
-    expected = make("alex")(x, y, resize=False)
-    assert torch.equal(copy.deepcopy(holder).train()["lpips"](x, y, resize=False), expected)
-
-
-def test_caller_keeps_their_weights():
-    """Neither shared nor changed."""
-    pytest.importorskip("torchvision", reason=EXTRA)
-    weights = {name: weight.clone() for name, weight in random_weights("alex").items()}
-    model = LPIPS("alex", trunk_weights=weights, pretrained=False)
-    before = model.trunk[0].weight.clone()
-    weights["0.weight"].zero_()
-    assert torch.equal(model.trunk[0].weight, before)
-
-
-def test_heads_that_are_parameters():
-    """As in `named_parameters()` of a module of the lpips package: they get no gradient, and a copy can be made."""
-    pytest.importorskip("torchvision", reason=EXTRA)
-    channels = perceptual._TRUNKS["alex"].channels
-    heads = {f"lin{i}.model.1.weight": nn.Parameter(torch.rand(1, n, 1, 1)) for i, n in enumerate(channels)}
-    model = LPIPS("alex", trunk_weights=random_weights("alex"), head_weights=heads)
-    x, y = images(1, 3, 32, 32)
-    assert not copy.deepcopy(model)(x, y, resize=False).requires_grad
-
-
-def test_import_is_lean():
-    code = "import sys, cmfast.perceptual; print({'torchvision', 'lpips', 'piq', 'scipy'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
-
-
-def test_constructor_does_not_import_lpips(monkeypatch):
-    pytest.importorskip("lpips", reason=EXTRA)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lpips"]:
-        monkeypatch.delitem(sys.modules, name)
-    LPIPS("alex", trunk_weights=random_weights("alex"))
-    assert "lpips" not in sys.modules
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_heads_are_those_of_the_package(net):
-    heads = torch.cat([weight.flatten() for weight in package_heads(net).values()])
-    assert torch.equal(make(net).heads, heads)
-
-
-def test_weights_from_files_and_whole_models(tmp_path):
-    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
-    whole = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    torch.save(whole, tmp_path / "trunk.pth")
-    torch.save(package_heads("squeeze"), tmp_path / "heads.pth")
-    files = {"trunk_weights": tmp_path / "trunk.pth", "head_weights": str(tmp_path / "heads.pth")}
-    model = LPIPS("squeeze", **files)
-    assert torch.equal(model.trunk[12].expand3x3.weight, whole["features.12.expand3x3.weight"])
-    assert torch.equal(model.heads, make("squeeze").heads)
-
-
-def test_download_that_fails_says_what_to_do_and_that_works(tmp_path, monkeypatch):
-    torchvision = pytest.importorskip("torchvision", reason=EXTRA)
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(OSError) as error:
-        LPIPS("squeeze")
-    cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-    url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
-    for words in "no route to host", url, str(cached), 'trunk_weights="squeezenet1_1-b8a52dc0.pth"':
-        assert words in str(error.value)
-
-    weights = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    torch.save(weights, cached)
-    model = LPIPS("squeeze", head_weights=package_heads("squeeze"))
-    assert torch.equal(model.trunk[0].weight, weights["features.0.weight"])
-
-
-@pytest.mark.parametrize("keep", [0, 100, 0.5], ids=str)
-@pytest.mark.parametrize("which", ["trunk", "head", "cached"])
-def test_damaged_weights_are_named_and_what_to_do(tmp_path, monkeypatch, which, keep):
-    pytest.importorskip("torchvision", reason=EXTRA)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    path = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-    path.parent.mkdir()
-    torch.save(package_heads("squeeze"), path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    given = {"trunk": {"trunk_weights": path}, "head": {"head_weights": path, "pretrained": False}, "cached": {}}
-    name, advice = {"cached": ("the trunk's weights", "remove it, and it is downloaded again")}.get(
-        which, (f"{which}_weights", "fetch it again")
-    )
-    with pytest.raises(ValueError, match=f"^{name}: {path} is no file of weights, .* damaged .*: {advice}$"):
-        LPIPS("squeeze", **given[which])
-    with pytest.raises(FileNotFoundError, match="^trunk_weights: there is no file .*/nowhere.pth"):
-        LPIPS("squeeze", trunk_weights=tmp_path / "nowhere.pth")
-
-
-@torch.no_grad()
-def test_random_weights_need_no_download_and_no_lpips(monkeypatch):
-    pytest.importorskip("torchvision", reason=EXTRA)
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
-    distances = []
-    for _ in range(2):
-        torch.manual_seed(2303)
-        distances.append(LPIPS("squeeze", pretrained=False)(*images(2, 3, 32, 32), resize=False))
-    assert torch.equal(*distances)
-    assert (distances[0] > 0.01).all()
-
-
-@pytest.mark.parametrize("package", ["torchvision", "lpips"])
-def test_missing_package_names_the_extra(package, monkeypatch):
-    weights = random_weights("alex")
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r'pip install "cmfast\[lpips\]"'):
-        LPIPS("alex", trunk_weights=weights)
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ({"net": "vgg19"}, ValueError, "unknown net 'vgg19'; known: vgg, alex, squeeze"),
-        ({"pooling": "mean"}, ValueError, "unknown pooling 'mean'; known: avg, max"),
-        ({"trunk_weights": 3}, TypeError, "trunk_weights must be a state dict or the path of one, got int"),
-        ({"trunk_weights": {}}, ValueError, "vgg16, with features.0.weight .* got no such entry"),
-        ({"trunk_weights": "nowhere.pth"}, FileNotFoundError, "nowhere.pth"),
-    ],
-)
-def test_constructor_errors(arguments, error, message):
-    pytest.importorskip("torchvision", reason=EXTRA)
-    with pytest.raises(error, match=message):
-        LPIPS(**arguments)
-
-
-def test_weights_of_another_network():
-    with pytest.raises(ValueError, match=r"features.0.weight \[64, 3, 11, 11\], got \[64, 3, 3, 3\]"):
-        LPIPS("alex", trunk_weights=random_weights("vgg"))
-    with pytest.raises(ValueError, match=r"head_weights must hold .* of \(64, 192, 384, 256, 256\) channels"):
-        LPIPS("alex", trunk_weights=random_weights("alex"), head_weights=package_heads("vgg"))
-
-
 @pytest.mark.parametrize(
     "x, target, message",
     [
@@ -495,67 +303,8 @@ def test_other_errors_of_forward():
         make("alex")(x.to("meta"), x.to("meta"))
 
 
-def layer_inputs(*shape, dtype=torch.float64, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    f, g = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return f.to(dtype), g.to(dtype), torch.rand(shape[1], generator=generator, dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-10], ids=["unit", "as small as epsilon"])
-def test_layer_is_the_formula(scale):
-    f, g, weight = layer_inputs(2, 5, 3, 4, scale=scale)
-    expected = torch.zeros(2, dtype=torch.float64)
-    for b in range(2):
-        for i in range(3):
-            for j in range(4):
-                u, v = f[b, :, i, j], g[b, :, i, j]
-                delta = u / (u.dot(u) ** 0.5 + 1e-10) - v / (v.dot(v) ** 0.5 + 1e-10)
-                expected[b] += weight.dot(delta**2) / 12
-    torch.testing.assert_close(lpips_layer(f, g, weight), expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
-def test_layer_gradcheck():
-    inputs = [tensor.requires_grad_() for tensor in layer_inputs(2, 3, 2, 2)]
-    torch.autograd.gradcheck(reference.lpips_layer, inputs, check_forward_ad=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_layer_accumulates_in_float32(dtype):
-    f, g, weight = layer_inputs(2, 512, 3, 3, dtype=dtype, scale=300)  # squares overflow float16
-    assert torch.equal(lpips_layer(f, g, weight), lpips_layer(f.float(), g.float(), weight.float()))
-
-
-def test_layer_compiles_in_one_graph():
-    inputs = layer_inputs(2, 3, 4, 4)
-    compiled = torch.compile(lpips_layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*inputs), lpips_layer(*inputs))
-
-
 @torch.no_grad()
 def test_lpips_compiles_in_one_graph():
     x, y = images(1, 3, 32, 32)
     compiled = torch.compile(make("alex"), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, y, resize=False), make("alex")(x, y, resize=False))
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"features": torch.zeros(3, 4)}, ValueError, r"features must be \[B, C, H, W\], got \[3, 4\]"),
-        ({"features": torch.zeros(2, 3, 4, 4).int()}, TypeError, "features must have a floating dtype"),
-        ({"target_features": torch.zeros(2, 3, 4, 5)}, ValueError, "target_features must have the shape of"),
-        ({"target_features": None}, TypeError, "target_features must be a torch.Tensor, got NoneType"),
-        ({"weight": torch.zeros(4)}, ValueError, r"weight must be \[C\] with C = 3, got \[4\]"),
-        ({"weight": torch.zeros(1, 3, 1, 1)}, ValueError, r"weight must be \[C\]"),
-        ({"weight": torch.zeros(3).long()}, TypeError, "weight must have a floating dtype, got torch.int64"),
-    ],
-)
-def test_layer_errors(change, error, message):
-    arguments = {
-        "features": torch.zeros(2, 3, 4, 4),
-        "target_features": torch.zeros(2, 3, 4, 4),
-        "weight": torch.zeros(3),
-    }
-    with pytest.raises(error, match=message):
-        lpips_layer(**(arguments | change))

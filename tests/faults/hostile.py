@@ -63,7 +63,7 @@ FAULTS = {
     ],
     "cmfast/perceptual.py": [
         ("a damaged file is a download that failed", "    if cached.is_file():", "    if False:",
-         "tests/test_perceptual.py::test_damaged_weights_are_named_and_what_to_do[cached-0.5]"),
+         "tests/test_perceptual_weights.py::test_damaged_weights_are_named_and_what_to_do[cached-0.5]"),
     ],
     "cmfast/training/lock.py": [
         ("a lock that is shared", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", _LOCK + "the_second_is_refused"),

@@ -140,7 +140,8 @@ REFERENCE = [
 ]  # fmt: skip
 
 MODULE = [
-    ("heads that are trained", "weights[name].detach()", "weights[name]", T_MODULE + "heads_that_are_parameters"),
+    ("heads that are trained", "weights[name].detach()", "weights[name]",
+     "tests/test_perceptual_weights.py::test_heads_that_are_parameters"),
     ("a graph for both images", "(x.requires_grad or target.requires_grad)",
      "target.requires_grad",
      T_MODULE + "target_costs_no_graph"),

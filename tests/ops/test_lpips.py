@@ -1,5 +1,4 @@
-"""The operations of LPIPS without kernels: what they are made of, refusals, torch.compile. `lpips_layer` itself:
-tests/test_perceptual.py."""
+"""The operations of LPIPS without kernels: what they are made of, refusals, torch.compile."""
 
 import numpy as np
 import pytest
@@ -105,3 +104,62 @@ def test_info_names_them():
         for name in ("lpips_input", "lpips_layer"):
             assert name in ops.FUSED and "GPU" in ops.explain(name)[1]
         assert ops.explain("lpips_layer")[0] == "C"
+
+
+def layer_inputs(*shape, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    f, g = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return f.to(dtype), g.to(dtype), torch.rand(shape[1], generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10], ids=["unit", "as small as epsilon"])
+def test_layer_is_the_formula(scale):
+    f, g, weight = layer_inputs(2, 5, 3, 4, scale=scale)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for b in range(2):
+        for i in range(3):
+            for j in range(4):
+                u, v = f[b, :, i, j], g[b, :, i, j]
+                delta = u / (u.dot(u) ** 0.5 + 1e-10) - v / (v.dot(v) ** 0.5 + 1e-10)
+                expected[b] += weight.dot(delta**2) / 12
+    torch.testing.assert_close(ops.lpips_layer(f, g, weight), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+def test_layer_gradcheck():
+    inputs = [tensor.requires_grad_() for tensor in layer_inputs(2, 3, 2, 2)]
+    torch.autograd.gradcheck(reference.lpips_layer, inputs, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_accumulates_in_float32(dtype):
+    f, g, weight = layer_inputs(2, 512, 3, 3, dtype=dtype, scale=300)  # squares overflow float16
+    assert torch.equal(ops.lpips_layer(f, g, weight), ops.lpips_layer(f.float(), g.float(), weight.float()))
+
+
+def test_layer_compiles_in_one_graph():
+    inputs = layer_inputs(2, 3, 4, 4)
+    compiled = torch.compile(ops.lpips_layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), ops.lpips_layer(*inputs))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"features": torch.zeros(3, 4)}, ValueError, r"features must be \[B, C, H, W\], got \[3, 4\]"),
+        ({"features": torch.zeros(2, 3, 4, 4).int()}, TypeError, "features must have a floating dtype"),
+        ({"target_features": torch.zeros(2, 3, 4, 5)}, ValueError, "target_features must have the shape of"),
+        ({"target_features": None}, TypeError, "target_features must be a torch.Tensor, got NoneType"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must be \[C\] with C = 3, got \[4\]"),
+        ({"weight": torch.zeros(1, 3, 1, 1)}, ValueError, r"weight must be \[C\]"),
+        ({"weight": torch.zeros(3).long()}, TypeError, "weight must have a floating dtype, got torch.int64"),
+    ],
+)
+def test_layer_errors(change, error, message):
+    arguments = {
+        "features": torch.zeros(2, 3, 4, 4),
+        "target_features": torch.zeros(2, 3, 4, 4),
+        "weight": torch.zeros(3),
+    }
+    with pytest.raises(error, match=message):
+        ops.lpips_layer(**(arguments | change))
