@@ -111,7 +111,7 @@ DIFFUSERS_PIPELINE = [
      OBSTACLES + "a_forward_pass_of_the_networks_own"),
     ("settings of register_to_config", "fast.scheduler = like(pipe.scheduler)",
      "fast.scheduler = CMStochasticIterativeScheduler.from_config(pipe.scheduler.config)",
-     ACCELERATED + "settings_of_register_to_config_are_kept[accelerate]"),
+     "tests/compat/test_diffusers_pipeline_files.py::test_settings_of_register_to_config_are_kept[accelerate]"),
     ("images made in a way of their own", " and not self._makes_images", "",
      OBSTACLES + "images_made_in_a_way_of_their_own[subclass-numpy_to_pil]"),
     ("labels of two kinds", "labels = labels.to(torch.int64)\n", "pass\n",
@@ -134,7 +134,7 @@ DIFFUSERS_NETWORK = [
 
 FAST = [
     ("saved under this module's name", "    Fast.__module__ = base.__module__\n", "",
-     ACCELERATED + "saved_with_an_optimised_network[DDPM]"),
+     "tests/compat/test_diffusers_pipeline_files.py::test_saved_with_an_optimised_network[DDPM]"),
     ("a timestep that is not cut off", "torch.full((1,), int(timestep),", "torch.full((1,), float(timestep),",
      "tests/fast/test_diffusers.py::test_forms_of_a_timestep[5.5]"),
     ("an attention without second derivatives", '_named(module.processor, "AttnProcessor2_0", f',

@@ -1,6 +1,7 @@
 """What stands in for openai's `cm`: its training."""
 
 TRAINED = "tests/compat/test_openai_train.py::test_"
+ENDS = "tests/compat/test_openai_train_ends.py::test_"
 DATA = "tests/compat/test_openai_data.py::test_"
 SCRIPTS = "tests/compat/test_openai_scripts.py::test_"
 OPENAI = "cmfast/compat/openai/"
@@ -9,18 +10,18 @@ TRAIN_LOOP = [
     ("losses noted of one shape alone", "[..., None].flatten(1).mean(1)", "",
      "tests/compat/test_openai_train.py::test_losses_of_any_shape_are_noted"),
     ("steps before resuming count twice", "self._log_step(self.step)", "self._log_step(self.step + self.resume_step)",
-     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[edm-3-False]"),
+     ENDS + "a_resumed_run_ends_where_an_uninterrupted_one_does[edm-3-False]"),
     ("gradients of each rank alone", "self.use_ddp = dist.get_world_size() > 1", "self.use_ddp = False",
      SCRIPTS + "training_on_two_ranks_and_on_from_there_on_one"),
     ("microbatches are averaged", 'loss = (losses["loss"] * weights).mean()',
      'loss = (losses["loss"] * weights).mean() * (len(micro) / len(batch))',
      TRAINED + "ends_where_the_original_does[edm]"),
     ("a learning rate below 0", "max(1 - self.step / self.lr_anneal_steps, 0)",
-     "(1 - self.step / self.lr_anneal_steps)", TRAINED + "consistency_ends_at_total_training_steps"),
+     "(1 - self.step / self.lr_anneal_steps)", ENDS + "consistency_ends_at_total_training_steps"),
     ("the last checkpoint is written twice", "                saved = self.step\n", "                pass\n",
-     TRAINED + "the_last_checkpoint_is_written_once[edm_loop]"),
+     ENDS + "the_last_checkpoint_is_written_once[edm_loop]"),
     ("averages from float16", "self._load_master_parameters()\n        self.opt", "self.opt",
-     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-True]"),
+     ENDS + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-True]"),
     ("ranges of timesteps are halves", "int(4 * t /", "int(2 * t /",
      TRAINED + "ends_where_the_original_does[consistency_training]"),
     ("timesteps taken for noise levels", "and not t.is_floating_point():", "and False:",
@@ -49,9 +50,9 @@ TRAIN_UTIL = [
     ("the optimizer remembers the stage before", "        self.opt = self._make_optimizer()\n", "",
      TRAINED + "a_new_stage_starts_anew"),
     ("the position in a stage is lost", "self.step = self.global_step - first", "self.step = self.global_step",
-     TRAINED + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-False]"),
+     ENDS + "a_resumed_run_ends_where_an_uninterrupted_one_does[progdist-3-False]"),
     ("it never ends", "self.global_step < self.total_training_steps:", "self.global_step < 9:",
-     TRAINED + "consistency_ends_at_total_training_steps"),
+     ENDS + "consistency_ends_at_total_training_steps"),
     ("the target is averaged once more than it is used", "self.ema_scale_fn(self.global_step)\n        update_ema(",
      "self.ema_scale_fn(self.global_step + 3)\n        update_ema(",
      TRAINED + "ends_where_the_original_does[consistency_training]"),
@@ -62,11 +63,11 @@ TRAIN_UTIL = [
 
 CHECKPOINTS = [
     ("written in place", 'written_whole(path) as unfinished, open(unfinished, "wb")', 'open(path, "wb")',
-     TRAINED + "a_crash_while_saving_loses_nothing"),
+     ENDS + "a_crash_while_saving_loses_nothing"),
     ("hooks of users are passed over", "hooks().get_blob_logdir()", "get_blob_logdir()",
      TRAINED + "hooks_that_users_replace"),
     ("a folder of users must be there", "    path.parent.mkdir(parents=True, exist_ok=True)\n", "",
-     TRAINED + "a_folder_of_users_is_made"),
+     ENDS + "a_folder_of_users_is_made"),
 ]  # fmt: skip
 
 FP16 = [
@@ -170,13 +171,13 @@ SPAWNED_CM = [
 LOOPS = [
     ("the grid ends at sigma_min", "low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)",
      "return schedules.karras_sigmas(n, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, device=device)",
-     "tests/compat/test_openai.py::test_churn_at_the_ends_of_the_grid[bounds0-17]"),
+     "tests/compat/test_openai_calls.py::test_churn_at_the_ends_of_the_grid[bounds0-17]"),
     ("the slope of an x that a callback changed", 'used.add_(info["x"] - before)', "pass",
-     "tests/compat/test_openai.py::test_a_callback_changes_x_and_not_the_slope[sample_heun]"),
+     "tests/compat/test_openai_calls.py::test_a_callback_changes_x_and_not_the_slope[sample_heun]"),
     ("a callback changes D behind the slope", "denoised.clone() if slope_first else denoised", "denoised",
-     "tests/compat/test_openai.py::test_a_callback_changes_x_and_not_the_slope[sample_euler]"),
+     "tests/compat/test_openai_calls.py::test_a_callback_changes_x_and_not_the_slope[sample_euler]"),
     ("a step without the D that a callback changed", "callback, slope_first=False)", "callback, slope_first=True)",
-     "tests/compat/test_openai.py::test_a_callback_changes_what_the_ancestral_sampler_goes_on_from[False]"),
+     "tests/compat/test_openai_calls.py::test_a_callback_changes_what_the_ancestral_sampler_goes_on_from[False]"),
 ]  # fmt: skip
 
 TRAINING_LOSSES = [

@@ -2,6 +2,7 @@
 
 _STEP = "tests/training/test_step.py::test_"
 _LOOP = "tests/training/test_loop.py::test_"
+_SHOWN = "tests/training/test_loop_pictures.py::test_"
 _PAIR = "tests/training/test_parallel.py::test_"
 _FROZEN = "tests/training/test_frozen.py::test_"
 _RECIPES = "tests/training/test_recipes.py::test_"
@@ -80,7 +81,7 @@ STEP = [
 
 LOOP = [
     ("TensorBoard's last lines are lost", "held.callback(self._board.close)", "pass",
-     _LOOP + "tensorboard_shows_no_step_twice"),
+     _SHOWN + "tensorboard_shows_no_step_twice"),
     ("a model is looked at after the data",
      "            check_models(model, objective, teacher_model, lpips)\n            check_data(model, data)\n",
      "            check_data(model, data)\n",
@@ -112,11 +113,11 @@ LOOP = [
      "self._report(bar)\n                    self.save()",
      _LOOP + "a_nan_between_two_readings_shows_before_a_checkpoint[a checkpoint]"),
     ("pictures on the CPU", "pictures.copy_on(average, self.step.device)", "average",
-     _LOOP + "pictures_are_drawn_where_the_model_is_trained"),
+     _SHOWN + "pictures_are_drawn_where_the_model_is_trained"),
     ("the others go on without a picture", "self.group.together(lambda: None if self.group.rank else self._p",
      "(lambda work: work())(lambda: None if self.group.rank else self._p", _PAIR + "both_wait_for_a_picture"),
     ("pictures as of any objective", "{**self.step.objective.sampling(self.step.stage), ", "{",
-     _LOOP + "pictures_are_drawn_as_the_objective_says"),
+     _SHOWN + "pictures_are_drawn_as_the_objective_says"),
     ("a NaN is saved unseen", "        if self.step.unread:", "        if False:",
      "tests/training/test_stop.py::test_a_nan_is_not_saved_unseen"),
     ("what another has written is written over", "        if newest and newest[0][0] > self.done:", "        if False:",
@@ -134,12 +135,12 @@ LOOP = [
 
 PICTURES = [
     ("the average itself is moved", "copy.deepcopy(model).to(device)", "model.to(device)",
-     _LOOP + "pictures_are_drawn_where_the_model_is_trained"),
+     _SHOWN + "pictures_are_drawn_where_the_model_is_trained"),
     ("one image at a time", "    for size in larger:", "    for size in ():",
-     _LOOP + "a_grid_is_drawn_as_memory_allows[8]"),
+     _SHOWN + "a_grid_is_drawn_as_memory_allows[8]"),
     ("the backend of the process", "    FigureCanvasAgg(figure)\n",
      "    FigureCanvasAgg(figure)\n    __import__('matplotlib').use('agg')\n",
-     _LOOP + "a_curve_leaves_matplotlib_as_it_was"),
+     _SHOWN + "a_curve_leaves_matplotlib_as_it_was"),
 ]  # fmt: skip
 
 CHECKPOINTS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from cmfast import Denoiser, Preconditioner, UNetModel
 from cmfast.data import ImageData
@@ -68,3 +69,25 @@ def trainer(name, out, options=OPTIONS, network=None, data=DATA, **more) -> Trai
 
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Exploding(nn.Module):
+    """A network whose output is NaN at one step of a run, as long as `at` says so."""
+
+    at: int | None = None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.calls = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.norm(self.conv(x) * (float("nan") if self.calls - 1 == self.at else 1.0))
+
+
+def exploding(out, at, options=OPTIONS, **more):
+    network = Exploding()
+    network.at = at
+    model = Denoiser(network, Preconditioner.edm(), image_shape=(3, 8, 8))
+    return Trainer(model, EDM(), ImageData(DATA.images), options, out, **more)
