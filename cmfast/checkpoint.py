@@ -387,7 +387,10 @@ def _first_bytes(path: Path) -> bytes:
     if not path.exists():
         if re.match(r"[a-z0-9]+:/", text := str(path)):  # of the two slashes of an address a Path keeps one
             raise FileNotFoundError(f"{text.replace(':/', '://', 1)} is an address, not a file: download it first")
-        raise FileNotFoundError(f"no such checkpoint: {path}")
+        message = f"no such checkpoint: {path}"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix and not path.parent.exists():
+            message += f"; of a model of the Hub give its folder: hf download {path} --local-dir {path.name}"
+        raise FileNotFoundError(message)
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path} is no regular file")  # to read a pipe is to wait
     with open(path, "rb") as file:

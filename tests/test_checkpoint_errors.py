@@ -31,6 +31,13 @@ def test_missing_files(tmp_path, monkeypatch):
     for address in ("https://host.org/models/model.pt", "gs://bucket/model.pt"):
         with pytest.raises(FileNotFoundError, match=f"^{address} is an address, not a file: download it first"):
             load(address)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="hf download openai/diffusers-cd --local-dir diffusers-cd$"):
+        load("openai/diffusers-cd")
+    (tmp_path / "runs").mkdir()
+    for here in ("runs/cd", "cd/model.pt", "cd"):
+        with pytest.raises(FileNotFoundError, match=f"^no such checkpoint: {here}$"):
+            load(here)
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "mnist.safetensors")
     with pytest.raises(FileNotFoundError, match="bundled model is missing"):
         load()
