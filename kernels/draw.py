@@ -19,12 +19,6 @@ from cmfast.kernels.launch import dense, empty, outputs, plan, scaling
 from cmfast.kernels.normal import Noise, _counter
 from cmfast.kernels.philox import box_muller, load_word, noise_tile, words
 
-#: How levels are drawn: by name on the host, as numbers in a kernel.
-LEVELS = ("alike", "thresholds", "lognormal", "below")
-_ALIKE, _THRESHOLDS, _LOGNORMAL, _BELOW = (tl.constexpr(i) for i in range(4))
-#: As in `reference.draw`.
-_LEVEL_DRAW = tl.constexpr(0xFFFFFFFD)
-
 # Besides seeds and draws, the number of intervals varies: as training goes on.
 levels_jit = triton.jit(do_not_specialize=["blocks", "seed", "seed_high", "draw", "intervals"])
 
@@ -43,7 +37,7 @@ def _exponential(x):
 def _index(word, thresholds_ptr, intervals, LEVELS: tl.constexpr, SEARCH: tl.constexpr):
     """Which interval a word chooses, int64: all alike, or as many as there are thresholds at or below it."""
     value = word.to(tl.int64)
-    if LEVELS == _ALIKE:
+    if LEVELS == "alike":
         return (value * intervals) >> 32
     else:
         index = value * 0
@@ -62,16 +56,17 @@ def _draw_levels(
     SEED_TENSOR: tl.constexpr, DRAW_TENSOR: tl.constexpr,
 ):
     """sigma, next_sigma and the level between of a row's sample, float32; those that there are not are sigma."""
-    number = _LEVEL_DRAW - load_word(draw, DRAW_TENSOR)
+    # The draw of levels, as in `reference.draw`.
+    number = 0xFFFFFFFD - load_word(draw, DRAW_TENSOR)
     w, w_2, _, _ = words(index_ptr, row, row * 0, seed, seed_high, number, SEED_TENSOR, False)
-    if LEVELS == _ALIKE or LEVELS == _THRESHOLDS:
+    if LEVELS == "alike" or LEVELS == "thresholds":
         at = table_ptr + _index(w, thresholds_ptr, intervals, LEVELS, SEARCH) * STRIDE
         return tl.load(at).to(tl.float32), tl.load(at + STRIDE).to(tl.float32), tl.load(at + STRIDE // 2).to(tl.float32)
     else:
         z, _ = box_muller(w, w_2)
         sigma = _exponential(as_float32(mean) + as_float32(std) * z)
         below = sigma
-        if LEVELS == _BELOW:
+        if LEVELS == "below":
             factor, k, b = as_float32(factor), as_float32(k), as_float32(b)
             below = tl.maximum(sigma * (1.0 - factor * (1.0 + k * sigmoid(-b * sigma))), 0.0)
         return sigma, below, sigma
@@ -114,7 +109,7 @@ def _draw_pair_fwd_kernel(
         store_noise_level(c_noise_2_ptr, row, planes, blocks, next_level, PLAIN, PER_ROW)
     if tl.program_id(0) % (planes * blocks) == 0:
         tl.store(sigma_ptr + row, level)
-        if LEVELS != _LOGNORMAL:
+        if LEVELS != "lognormal":
             tl.store(next_sigma_ptr + row, next_level)
         if STRIDE == 2:
             tl.store(mid_sigma_ptr + row, mid_level)
@@ -122,18 +117,19 @@ def _draw_pair_fwd_kernel(
 
 def _how(levels: Any, spare: Tensor) -> tuple[int, tuple[Tensor, Tensor], dict[str, Any]]:
     """How many levels are drawn, the tables they are drawn from, and how, by name."""
-    scalars = {"intervals": 1, "mean": 0.0, "std": 0.0, "factor": 0.0, "k": 0.0, "b": 0.0, "STRIDE": 1, "SEARCH": 0}
+    scalars: dict[str, Any] = {
+        "intervals": 1, "mean": 0.0, "std": 0.0, "factor": 0.0, "k": 0.0, "b": 0.0, "STRIDE": 1, "SEARCH": 0}
     if hasattr(levels, "table"):
         intervals, thresholds = levels.intervals, levels.thresholds
-        scalars |= {"intervals": intervals, "STRIDE": levels.stride, "LEVELS": LEVELS.index("alike")}
+        scalars |= {"intervals": intervals, "STRIDE": levels.stride, "LEVELS": "alike"}
         if thresholds is not None:
-            scalars |= {"LEVELS": LEVELS.index("thresholds"), "SEARCH": (intervals - 1).bit_length()}
+            scalars |= {"LEVELS": "thresholds", "SEARCH": (intervals - 1).bit_length()}
         tables = levels.table.contiguous(), spare if thresholds is None else thresholds.contiguous()
         return 1 + levels.stride, tables, scalars
-    scalars |= {"mean": float(levels.mean), "std": float(levels.std), "LEVELS": LEVELS.index("lognormal")}
+    scalars |= {"mean": float(levels.mean), "std": float(levels.std), "LEVELS": "lognormal"}
     if levels.below is not None:
         scalars |= {name: float(value) for name, value in levels.below._asdict().items()}
-        scalars["LEVELS"] = LEVELS.index("below")
+        scalars["LEVELS"] = "below"
     return 1 if levels.below is None else 2, (spare, spare), scalars
 
 

@@ -28,9 +28,6 @@ from cmfast.kernels.launch import Plan, dense, gradients, outputs, plan, power_o
 
 Grads = tuple[Tensor | None, ...]
 
-NORMS = ("l1", "l2", "huber")
-#: How a kernel makes weights of noise levels; given weights are number 0.
-WEIGHTINGS = ("given", "uniform", "snr", "snr+1", "karras", "truncated-snr")
 #: A sample of up to so many elements is summed by one program, in blocks of WHOLE_BLOCK; a longer one by several.
 WHOLE = 32768
 WHOLE_BLOCK = 4096
@@ -41,25 +38,22 @@ PARTS = 1024
 #: Programs that keep a GPU busy.
 ENOUGH = 512
 
-_L1, _L2, _HUBER = (tl.constexpr(i) for i in range(3))
-_GIVEN, _UNIFORM, _SNR, _SNR_PLUS_1, _KARRAS, _TRUNCATED_SNR = (tl.constexpr(i) for i in range(6))
-
 
 @triton.jit
 def _weight(weight_ptr, row, weight_sigma_data, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr):
     """A sample's weight: given, or from its noise level by snr = 1 / sigma^2."""
     level = load_level(weight_ptr, row, PER_ROW)
-    if WEIGHTING == _GIVEN:
+    if WEIGHTING == "given":
         return level
-    elif WEIGHTING == _UNIFORM:
+    elif WEIGHTING == "uniform":
         return tl.zeros_like(level) + 1.0
     else:
         snr = tl.div_rn(1.0, level * level)
-        if WEIGHTING == _SNR:
+        if WEIGHTING == "snr":
             return snr
-        elif WEIGHTING == _SNR_PLUS_1:
+        elif WEIGHTING == "snr+1":
             return snr + 1.0
-        elif WEIGHTING == _KARRAS:
+        elif WEIGHTING == "karras":
             weight_sigma_data = as_float32(weight_sigma_data)
             return snr + tl.div_rn(1.0, weight_sigma_data * weight_sigma_data)
         else:
@@ -72,7 +66,7 @@ def _finish(
     NORM: tl.constexpr, WEIGHTING: tl.constexpr, PER_ROW: tl.constexpr,
 ):
     """The distance and the loss of a row from its sum."""
-    if NORM == _HUBER:
+    if NORM == "huber":
         huber_c = as_float32(huber_c)
         # sqrt(s + c^2) - c without the cancellation.
         root = tl.sqrt_rn(total + huber_c * huber_c) + huber_c
@@ -145,7 +139,7 @@ def _loss_fwd_kernel(
             f_ptr, x_ptr, f_2_ptr, x_2_ptr, at, model_at, pixel < pixels, c_skip, c_out, c_skip_2, c_out_2,
             PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT,
         )
-        if NORM == _L1:
+        if NORM == "l1":
             total += tl.abs(delta)
         else:
             total += delta * delta
@@ -182,9 +176,9 @@ def _loss_bwd_kernel(
         PLAIN, FROM_OUTPUT, TARGET_FROM_OUTPUT,
     )
     scale = tl.load(grad_ptr + row).to(tl.float32) * _weight(weight_ptr, row, weight_sigma_data, WEIGHTING, PER_ROW)
-    if NORM == _L1:
+    if NORM == "l1":
         g = tl.div_rn(scale, as_float32(elements)) * tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, delta))
-    elif NORM == _L2:
+    elif NORM == "l2":
         g = tl.div_rn(2.0 * scale, as_float32(elements)) * delta
     else:
         # Zero where x = y and c = 0, where the square root has no slope.
@@ -231,7 +225,7 @@ def _measure(norm: str, huber_c: float, weighting: str = "given", weight_sigma_d
     """How a kernel makes distances and weights, by name."""
     return {
         "huber_c": float(huber_c), "weight_sigma_data": float(weight_sigma_data),
-        "NORM": NORMS.index(norm), "WEIGHTING": WEIGHTINGS.index(weighting),
+        "NORM": norm, "WEIGHTING": weighting,
     }
 
 

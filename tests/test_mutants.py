@@ -27,4 +27,5 @@ def test_each_fault_can_be_made(file):
 def test_each_test_is_there():
     for mutant in MUTANTS:
         file, *_, name = mutant.test.split("[")[0].split("::")
+        assert file.startswith("tests/"), mutant.name
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), mutant.name

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,16 @@ def refusal(functions: Callable[[], Any]) -> str | None:
 
 def lies_here(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether the numbers of a tensor are what lies in memory, of these dtypes, on the CPU."""
-    return x.dtype in dtypes and type(x) in _CLASSES and torch._C._dispatch_keys(x).raw_repr() in _plain()
+    return lie_here((x,), dtypes)
+
+
+def lie_here(tensors: Iterable[torch.Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """The same of each of them."""
+    plain, keys_of = _plain(), torch._C._dispatch_keys
+    for x in tensors:
+        if x.dtype not in dtypes or type(x) not in _CLASSES or keys_of(x).raw_repr() not in plain:
+            return False
+    return True
 
 
 @functools.cache

@@ -38,7 +38,10 @@ def fused(
         results = _tuple(forward(*inputs, **options))
     if c_noise:
         # Not in the function: AOTAutograd of torch 2.11 fails at results that are views and have no gradient.
-        results = tuple(x.expand(len(results[0])) if i in c_noise else x for i, x in enumerate(results))
+        batch = results[0].shape[0]
+        results = tuple(
+            x.expand(batch) if i in c_noise and x.shape[0] != batch else x for i, x in enumerate(results)
+        )
     returned: Any = results[: len(results) - keep]
     return returned[0] if len(returned) == 1 else returned
 

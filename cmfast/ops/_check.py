@@ -170,9 +170,13 @@ def parameter(name: str, value: object, shape: tuple[int, ...], letters: str, x:
 
 def _ends(x: Tensor) -> tuple[float, float]:
     """The least and the largest number; NaN where there is one."""
-    if x.ndim == 1 and x.shape[0] > FEW:
+    count = x.shape[0] if x.ndim else 1
+    if count == 1:
+        value = x.item()
+        return value, value
+    if count > FEW:
         return x.min().item(), x.max().item()
-    values = x.tolist() if x.ndim else [x.item()]
+    values = x.tolist()
     # Which do not tell of a NaN among others.
     return (math.nan, math.nan) if any(map(math.isnan, values)) else (min(values), max(values))
 

@@ -207,29 +207,29 @@ def refusal(tensors: list[Tensor], dtypes: list[torch.dtype], levels: bool = Tru
 
     levels: its tensors of one dimension or none are noise levels, whose gradients kernels do not know.
     """
-    reason = device_refusal(tensors[0].device)
+    device, compiling = tensors[0].device, torch.compiler.is_compiling()
+    reason = device_refusal(device)
     if reason is not None:
         return reason
-    reason = _subclass_refusal(tensors)
+    reason = _subclass_refusal(tensors, compiling)
     if reason is not None:
         return reason
     for dtype in [*(tensor.dtype for tensor in tensors if tensor.is_floating_point()), *dtypes]:
-        reason = dtype_refusal(dtype)
-        if reason is not None:
-            return reason
-    if torch.compiler.is_compiling():
+        if dtype not in KERNEL_DTYPES:
+            return dtype_refusal(dtype)
+    if compiling:
         if levels and torch.is_grad_enabled() and any(tensor.requires_grad and tensor.ndim <= 1 for tensor in tensors):
             return "gradients of noise levels are inductor's inside torch.compile"
     elif native.recorded():
         return "torch.jit.trace and make_fx see PyTorch's operations alone"
-    return transform_refusal() or launch_refusal(tensors[0].device)
+    return transform_refusal() or launch_refusal(device)
 
 
-def _subclass_refusal(tensors: Sequence[Tensor]) -> str | None:
+def _subclass_refusal(tensors: Sequence[Tensor], compiling: bool) -> str | None:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if not torch.compiler.is_compiling() and tensor.is_neg():
+        if not compiling and tensor.is_neg():
             return "a view that negates is not what lies in memory"
     return None
 
@@ -277,14 +277,13 @@ def plain(function: Function, *inputs: Any, state: Tensor) -> Function:
     form, dtypes = FORMS[function.__name__]
     if not _undisturbed() or state.numel() == 0:
         return function
-    records, recording = False, torch.is_grad_enabled()
-    for x in inputs:
-        if isinstance(x, Tensor):
-            if not native.lies_here(x, dtypes):
-                return function
-            records = records or (recording and x.requires_grad)
-        elif isinstance(x, Draw) and not all(native.lies_here(t, INTEGERS) for t in x if isinstance(t, Tensor)):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not native.lie_here(tensors, dtypes):
+        return function
+    for x in inputs if len(tensors) < len(inputs) else ():
+        if isinstance(x, Draw) and not native.lie_here([t for t in x if isinstance(t, Tensor)], INTEGERS):
             return function
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if function.__name__ in IN_C:
         # Gradients also before a mode that looks on: that of torch.utils.checkpoint is there for one of two passes.
         fits = function.__name__ in WITH_GRADIENTS if records else not torch._C._len_torch_dispatch_stack()
@@ -303,7 +302,7 @@ def plain_list(function: Function, tensors: Sequence[Tensor]) -> Function:
 def plain_on_cpu(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a form for the CPU may serve these tensors: memory of these dtypes, no transform, no other backend asked
     for, and nothing compiled or traced."""
-    return _undisturbed() and all(native.lies_here(x, dtypes) for x in tensors)
+    return _undisturbed() and native.lie_here(tensors, dtypes)
 
 
 def _undisturbed() -> bool:

@@ -11,7 +11,8 @@ def at(use: str) -> str:
 
 FAULTS = {
     "cmfast/ops/_autograd.py": [
-        ("c_noise is not expanded", "x.expand(len(results[0])) if i in c_noise else x", "x", one_level("scale_input")),
+        ("c_noise is not expanded", "x.expand(batch) if i in c_noise and x.shape[0] != batch else x", "x",
+         one_level("scale_input")),
         ("c_noise's gradient before it is expanded", "(value, grad) if value.shape == grad.shape else (value[:1], grad",
          "(value, grad) if True else (value[:1], grad", one_level("scale_input")),
     ],

@@ -120,7 +120,7 @@ DENOISER = [
 ]  # fmt: skip
 
 KERNEL = [
-    ("levels of another counter", "tl.constexpr(0xFFFFFFFD)", "tl.constexpr(0xFFFFFFFC)",
+    ("levels of another counter", "number = 0xFFFFFFFD", "number = 0xFFFFFFFC",
      _LEVELS.format("alike-1099511627779-3-False")),
     ("an index one too high", "return (value * intervals) >> 32", "return ((value * intervals) >> 32) * 0",
      _LEVELS.format("alike-1099511627779-3-False")),

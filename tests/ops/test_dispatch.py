@@ -155,7 +155,7 @@ def test_nothing_is_launched_for_a_trial_where_it_would_fail(first_launch, monke
     assert _dispatch.launch_refusal(GPU) is None and not made
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x = mock.Mock(spec=torch.Tensor, device=GPU, dtype=torch.float32)
-    monkeypatch.setattr(_dispatch, "_subclass_refusal", lambda tensors: None)
+    monkeypatch.setattr(_dispatch, "_subclass_refusal", lambda tensors, compiling: None)
     said = []
     torch.func.grad(lambda y: said.append(_dispatch.refusal([x], [])) or y.sum())(X)
     assert said == ["torch.func transforms go through the reference path"] and not made
