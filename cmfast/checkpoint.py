@@ -185,6 +185,7 @@ def save(
         "rho": denoiser.rho,
         "image_shape": denoiser.image_shape,
         "num_classes": denoiser.num_classes,
+        **({} if denoiser.bounded else {"bounded": False}),
         **({"consistency": True} if consistency else {}),
     }
     if methods := overridden(model.preconditioner):
@@ -359,7 +360,12 @@ def _build_denoiser(network: nn.Module, settings: dict[str, Any], preconditionin
     if image_shape is None and isinstance(network, UNetModel) and network.dims == 2:
         image_shape = (network.in_channels, network.image_size, network.image_size)
     return Denoiser(
-        network, preconditioner, **schedule, image_shape=image_shape, num_classes=settings.get("num_classes")
+        network,
+        preconditioner,
+        **schedule,
+        image_shape=image_shape,
+        num_classes=settings.get("num_classes"),
+        bounded=settings.get("bounded", True),
     )
 
 

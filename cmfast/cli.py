@@ -9,6 +9,7 @@ import select
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmfast import __version__, cli_train
@@ -169,6 +170,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     with ranks() as group:
         path = group.together(lambda: images.check_output(arguments.out))
         sampler = group.together(lambda: _sampler(arguments, group.local_rank if group.size > 1 else None))
+        group.together(lambda: _check_kind(path, sampler))
         labels = group.together(lambda: sampler.labels(num, seed=seed, classes=classes))
         start = time.perf_counter()
         bar = sys.stderr.isatty()
@@ -176,9 +178,17 @@ def _sample(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         if pixels is None:
             return
-        images.save(path, pixels, labels)
+        save = images.save if sampler.pixels else images.save_arrays
+        save(path, pixels, labels)
     by = f" by {group.size} processes" if group.size > 1 else ""
     print(f"{path}: {num} images in {seconds:.2f} s{by} ({num / seconds:.1f} images/s)")
+
+
+def _check_kind(path: Path, sampler: Sampler) -> None:
+    """ValueError where a picture is asked for, and what the sampler makes is none."""
+    if sampler.pixels is None and path.suffix.lower() != ".npz":
+        why = "pixels=None" if sampler.bounded else "the model's data have no range (bounded=False)"
+        raise ValueError(f"{path}: there is no picture, as {why}: give --out FILE.npz, which gets float32 numbers")
 
 
 def _sampler(arguments: argparse.Namespace, local_rank: int | None) -> Sampler:

@@ -33,9 +33,10 @@ class Denoiser(nn.Module):
             mode, and has x in the dtype of the batch.
         preconditioner: default: that of a consistency model.
         sigma_min, sigma_max, rho: the noise levels the model was trained for, used by schedules.
-        image_shape: (C, H, W) the model makes; None if not known.
+        image_shape: (C, H, W) the model makes, or (C, ...) of a signal or a video; None if not known.
         num_classes: number of classes; None: unconditional. Default: the network's own `num_classes`, if it has one, of
             which 0 or less is none.
+        bounded: whether the data lie in [-1, 1]. False, of latents, say: samplers clamp nothing, and make no pixels.
 
     Raises: ValueError: not 0 < sigma_min < sigma_max, a rho that makes no noise levels of them, or num_classes below 1.
         TypeError: an image_shape or num_classes that are no whole numbers, another argument that is no number, a
@@ -55,8 +56,9 @@ class Denoiser(nn.Module):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         rho: float = 7.0,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
         num_classes: int | None = None,
+        bounded: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(network, Denoiser):
@@ -82,6 +84,7 @@ class Denoiser(nn.Module):
             self.num_classes: int | None = _check.whole("num_classes", num_classes, least=1)
         else:
             self.num_classes = stated_classes(network)
+        self.bounded = _check.flag("bounded", bounded)
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -211,6 +214,11 @@ def stated_classes(network: Any) -> int | None:
     said = stated(network, "num_classes")
     count = 0 if said is None else _check.whole("num_classes of the network", said)
     return count if count > 0 else None
+
+
+def is_bounded(model: object) -> bool:
+    """Whether what a model makes lies in [-1, 1]: unless it says that it does not."""
+    return stated(model, "bounded") is not False
 
 
 def _intercepted(model: Denoiser) -> bool:
@@ -350,8 +358,9 @@ Model = Denoiser | DenoiserFn | Evaluator
 
 
 def evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
-    """The model as samplers and losses see it, with labels int64 [B] or None; clip: D is clamped to [-1, 1].
+    """The model as samplers and losses see it, with labels int64 [B] or None; clip: D is clamped to [-1, 1], if that is
+    where its data lie.
 
     One that is an `Evaluator` already keeps its own.
     """
-    return model if isinstance(model, Evaluator) else Evaluator(model, labels=labels, clip=clip)
+    return model if isinstance(model, Evaluator) else Evaluator(model, labels=labels, clip=clip and is_bounded(model))

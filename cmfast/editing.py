@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops
-from cmfast.denoiser import Model, evaluator, without_autocast
+from cmfast.denoiser import Model, evaluator, is_bounded, without_autocast
 from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn
 from cmfast.ops import _check
@@ -44,8 +44,8 @@ def edit(
 ) -> Tensor:
     """Images [B, C, H, W] that agree with `reference` where the transformed mask is 1.
 
-    At each level: D, clamped; y = mask transform(reference) + (1 - mask) transform(D); x = inverse(y) + noise of the
-    next level.
+    At each level: D, clamped (but of a model that is not `bounded`); y = mask transform(reference) + (1 - mask)
+    transform(D); x = inverse(y) + noise of the next level.
 
     Args:
         model: a `Denoiser`, or D(x, sigma[, labels]).
@@ -66,13 +66,14 @@ def edit(
     mask = _mask(mask, known, "the transformed image")
     known = torch.where(mask == 0, 0, known)  # not even a NaN of it
     sigma_min = least_sigma(model) if sigma_min is None else sigma_min
-    evaluate = evaluator(model, labels, clip=True)
+    clip = is_bounded(model)
+    evaluate = evaluator(model, labels, clip)
     levels = read_levels(sigmas, least=1)
     sigma = on_device([*levels, 0.0 if end_sigma is None else end_sigma], x)
     noise_scale = ((sigma - sigma_min) * (sigma + sigma_min)).clamp(min=0).sqrt()
     for i in range(len(levels)):
         model_output = evaluate(*evaluate.scale_input(x, sigma[i]))
-        denoised = ops.denoise(model_output, x, sigma[i], clip=True, **evaluate.scaling)
+        denoised = ops.denoise(model_output, x, sigma[i], clip=clip, **evaluate.scaling)
         edited = inverse(torch.lerp(transform(denoised), known, mask))
         if i + 1 == len(levels) and end_sigma is None:
             return edited

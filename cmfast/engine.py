@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, stated, stated_classes, unfused
+from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, is_bounded, stated, stated_classes, unfused
 from cmfast.graphs import Values
 from cmfast.levels import Sigmas
 from cmfast.memory import largest_that_fits, out_of_memory
@@ -18,7 +18,7 @@ from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
 from cmfast.ops import _check
 from cmfast.runner import Runner
-from cmfast.samplers import check_options, noise_range, sample, sampler_sigmas
+from cmfast.samplers import check_options, check_pixels, noise_range, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
 
 Classes = int | Sequence[int] | Tensor | None
@@ -43,7 +43,7 @@ class Sampler:
         steps, sigmas, ts, num_scales: one of the first three says which noise levels, as in
             `cmfast.samplers.sampler_sigmas`; by default one step, 18 for ODE solvers.
         sampler: `multistep`, `onestep`, `heun`, `euler`, `dpm`, `ancestral` or `progdist`.
-        image_shape: (C, H, W); needed where the model does not know it.
+        image_shape: (C, H, W), or (C, ...) of a signal or a video; needed where the model does not know it.
         compile: True or `whole`: `torch.compile` for the network, but for one whose own convolutions on a CPU are
             faster; `regional`: for its blocks; False, `auto`: no.
         cuda_graph: `auto`: on a GPU where nothing speaks against it; True: or an error; False: no.
@@ -51,10 +51,15 @@ class Sampler:
         noise: `counter`: it follows from (seed, index); or a generator on the model's device, drawn from in turn.
         optimize: `auto`: the network in fewer passes over memory where `cmfast.optimize` takes it; True: or an error.
         cache_size: how many shapes are kept ready; what was not used for longest goes.
+        bounded: whether what the model makes lies in [-1, 1] (default: what it says, else True). False, of latents,
+            say: nothing is clamped, and there are no pixels.
+        pixels: what `sample` and `stream` give: `trunc` or `nearest`: uint8 [n, H, W, C] with that rounding; None:
+            float32 [n, C, H, W]; `auto`: `trunc`, and None for data without a range.
         options: the sampler's own, such as `clip_denoised` or `s_churn`; a `noise_fn` draws what is added in between.
 
-    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, or no image shape. TypeError: an
-        option that the sampler does not have. RuntimeError: what was asked for with True cannot be had, and why.
+    Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, no image shape, or pixels of data
+        without a range. TypeError: an option that the sampler does not have. RuntimeError: what was asked for with
+        True cannot be had, and why.
 
     >>> sampler = Sampler(lambda x, sigma: 0.1 * x, batch_size=2, image_shape=(1, 8, 8))
     >>> images = sampler.sample(3, seed=0)
@@ -72,13 +77,15 @@ class Sampler:
         ts: Sequence[int] | None = None,
         num_scales: int = 40,
         sampler: str = "multistep",
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
         compile: str | bool = "auto",
         cuda_graph: str | bool = "auto",
         dtype: torch.dtype | None = None,
         noise: str | torch.Generator = "counter",
         optimize: str | bool = "auto",
         cache_size: int = 8,
+        bounded: bool | None = None,
+        pixels: str | None = "auto",
         **options: Any,
     ) -> None:
         batch_size = _check.whole("batch_size", batch_size, least=1)
@@ -97,6 +104,10 @@ class Sampler:
         self._model, self.batch_size, self.sampler, self.options = model, batch_size, sampler, options
         self.image_shape, self.num_scales, self.noise = _image_shape(shape), num_scales, noise
         self.num_classes = stated_classes(model)
+        self.bounded = is_bounded(model) if bounded is None else _check.flag("bounded", bounded)
+        self.pixels = pixels if pixels != "auto" else "trunc" if self.bounded else None
+        if self.pixels is not None:
+            check_pixels(self.pixels, self.bounded)
         self._range: dict[str, Any] = noise_range(model)
         self.sigmas = sampler_sigmas(sampler, steps=steps, sigmas=sigmas, ts=ts, num_scales=num_scales, **self._range)
         check_options(sampler, options)
@@ -151,23 +162,27 @@ class Sampler:
         self._runner.refresh()
 
     def sample(self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False) -> Tensor:
-        """n images, uint8 [n, H, W, C] on the CPU.
+        """n images, uint8 [n, H, W, C] on the CPU; float32 [n, C, H, W] of a sampler without pixels.
 
         Args: seed: noise, and labels if not given, follow from it and the sample's index alone;
             classes: one for all, or n of them; progress: show a bar.
         Raises: ValueError: n below 0, or classes that do not fit. torch.OutOfMemoryError: a batch does not fit; the
             message names the largest that does.
         """
-        channels, height, width = self.image_shape
         batches = [images for images, _ in self.stream(n, seed=seed, classes=classes, progress=progress)]
-        nothing = torch.empty(0, height, width, channels, dtype=torch.uint8, device="cpu")
-        return torch.cat(batches) if batches else nothing
+        return torch.cat(batches) if batches else self.empty(0)
+
+    def empty(self, n: int) -> Tensor:
+        """Memory for n of what `sample` gives, on the CPU."""
+        channels, *sizes = self.image_shape
+        if self.pixels is None:
+            return torch.empty(n, channels, *sizes, dtype=torch.float32, device="cpu")
+        return torch.empty(n, *sizes, channels, dtype=torch.uint8, device="cpu")
 
     def stream(
         self, n: int, *, seed: int = 0, classes: Classes = None, progress: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of (uint8 images [b, H, W, C], labels [b] or None) on the CPU; n images in all. Arguments as of
-        `sample`.
+        """Batches of (images, labels [b] or None) on the CPU; n images in all. Images and arguments as of `sample`.
 
         On a GPU a batch is handed out when the next one has been started, with the weights of that moment.
         """
@@ -239,7 +254,7 @@ class Sampler:
         noise_fn: NoiseFn | Sequence[Tensor] | None = None,
         pixels: str | None = None,
     ) -> Tensor:
-        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw.
+        """Images in [-1, 1], [B, C, H, W], from unit noise of that shape or a draw; data as they are, if not bounded.
 
         labels: int64 [B], of a class-conditional model.
         noise_fn: draws what steps add (default: torch's own generator), or holds it, a tensor for each draw. From
@@ -306,13 +321,13 @@ class Sampler:
         self, model: Any, noise: Tensor | ops.Draw, labels: Tensor | None, noise_fn: NoiseFn | None, pixels: str | None
     ) -> Tensor:
         """The sampler's algorithm, from noise to images or pixels."""
-        options = {"image_shape": self.image_shape, "pixels": pixels, **self.options}
+        options = {"image_shape": self.image_shape, "bounded": self.bounded, "pixels": pixels, **self.options}
         if noise_fn is not None and self.sampler in DRAWING:
             options["noise_fn"] = noise_fn
         return sample(model, noise, sampler=self.sampler, sigmas=self.sigmas, labels=labels, **options)
 
     def _make(self, index: range, seed: int, labels: Tensor | None, take: Callable[[Tensor], object]) -> None:
-        """Make the pixels of samples `index`, uint8 [B, H, W, C], and give them to `take`."""
+        """Make samples `index` as `sample` gives them, [B, ...], and give them to `take`."""
         # A batch that fails has drawn nothing: whoever tries again gets its images.
         state = self.noise.get_state() if isinstance(self.noise, torch.Generator) else None
         try:
@@ -352,14 +367,14 @@ class Sampler:
         def loop(model: Any, values: dict[str, Any]) -> Tensor:
             if generator is None:
                 counter = CounterNoise(values["seed"], values["index"])
-                return self._loop(model, counter.next(), values.get("labels"), own or counter, "trunc")
+                return self._loop(model, counter.next(), values.get("labels"), own or counter, self.pixels)
             drawn = _drawn_by(generator)
             like = torch.empty(len(index), *self.image_shape, dtype=torch.float32, device=values["index"].device)
             noise = drawn(like)
-            return self._loop(model, noise, values.get("labels"), own or drawn, "trunc")
+            return self._loop(model, noise, values.get("labels"), own or drawn, self.pixels)
 
         generators = [] if generator is None else [generator]
-        key = "pixels", self._settings()
+        key = "sample", self._settings()
         self._runner.run(key, loop, values, take, generators=generators, host_work=self._host_work())
 
     def _host_work(self) -> str | None:
@@ -370,19 +385,18 @@ class Sampler:
         """What a graph holds of this sampler's own, which may be changed between two calls."""
         plain = (bool, int, float, str)
         options = ((name, v if isinstance(v, plain) else id(v)) for name, v in self.options.items())
-        return self.sampler, tuple(self.sigmas), self.image_shape, *options
+        return self.sampler, tuple(self.sigmas), self.image_shape, self.bounded, self.pixels, *options
 
 
 #: Options of samplers that are called on the host between two steps.
 _CALLED = ("callback", "noise_fn", "progress")
 
 
-def _image_shape(shape: Any) -> tuple[int, int, int]:
+def _image_shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-    if len(sizes) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {shape!r}")
-    channels, height, width = (_check.whole("image_shape", size, least=1) for size in sizes)
-    return channels, height, width
+    if not sizes:
+        raise ValueError(f"image_shape must be (C, H, W), or (C, ...) of data that are no images, got {shape!r}")
+    return tuple(_check.whole("image_shape", size, least=1) for size in sizes)
 
 
 def _drawn_by(generator: torch.Generator) -> NoiseFn:

@@ -52,20 +52,30 @@ def save(
     path = check_output(path)
     pixels = _pixels(images)
     if path.suffix.lower() == ".npz":
-        pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
-        arrays = [pixels] + ([] if labels is None else [np.asarray(labels)])
-        if labels is not None and arrays[-1].shape != pixels.shape[:1]:
-            got = list(arrays[-1].shape)
-            raise ValueError(f"labels must be [N] with N = {len(pixels)}, one for each of the images, got {got}")
-        with written_whole(path) as unfinished, open(unfinished, "wb") as file:
-            np.savez(file, *arrays)
-        return path
+        return save_arrays(path, pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels, labels)
     from PIL import Image
 
     tiled = grid(pixels, columns=columns)
     picture = Image.fromarray(tiled[..., 0] if tiled.shape[-1] == 1 else tiled)
     with written_whole(path) as unfinished:
         picture.save(unfinished, format="PNG")
+    return path
+
+
+def save_arrays(
+    path: Path | str, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | Sequence[int] | None = None
+) -> Path:
+    """Write an .npz of `arr_0`, images [N, ...] of any dtype and shape as they are, and, if given, `arr_1`, labels [N].
+
+    Raises: ValueError: not as many labels, or a path that `check_output` refuses. OSError: it cannot be written.
+    """
+    path = check_output(path)
+    arrays = [np.asarray(images)] + ([] if labels is None else [np.asarray(labels)])
+    if labels is not None and arrays[-1].shape != arrays[0].shape[:1]:
+        got = list(arrays[-1].shape)
+        raise ValueError(f"labels must be [N] with N = {len(arrays[0])}, one for each of the images, got {got}")
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, *arrays)
     return path
 
 

@@ -269,7 +269,7 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
         factor = 2 ** (unet.num_levels - 1)
         if height % factor:
             raise ValueError(f"images are {height} x {width}, and this U-Net takes multiples of {factor}: image_size")
-        model = Denoiser(unet, image_shape=(channels, height, width))
+        model = Denoiser(unet, image_shape=(channels, height, width), bounded=images.bounded)
     # Those it learns are those it is sampled from.
     model.sigma_min, model.sigma_max, model.rho = (getattr(aim, name, getattr(model, name)) for name in LEVELS)
     sigma_data = model.preconditioner.sigma_data

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Evaluator, Model, evaluator, stated
+from cmfast.denoiser import Evaluator, Model, evaluator, is_bounded, stated
 from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
+from cmfast.ops.images import ROUNDINGS
 
 #: Called once a step with x, i, sigma, sigma_hat and denoised.
 Callback = Callable[[dict[str, Any]], None]
@@ -453,6 +454,13 @@ def least_sigma(model: object) -> float:
     return float(noise_range(model).get("sigma_min", schedules.SIGMA_MIN))
 
 
+def check_pixels(pixels: str, bounded: bool) -> None:
+    """Raises: ValueError: `pixels` is an unknown rounding, or is one and the data are not `bounded`."""
+    _check.choice("pixels", pixels, ROUNDINGS)
+    if not bounded:
+        raise ValueError(f"pixels={pixels!r} are made of data in [-1, 1], and bounded=False says that these are not")
+
+
 def sample(
     model: Model,
     noise: Tensor | ops.Draw,
@@ -462,17 +470,20 @@ def sample(
     labels: Tensor | None = None,
     image_shape: tuple[int, ...] | None = None,
     clip_denoised: bool = True,
+    bounded: bool | None = None,
     pixels: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels.
+    """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels; or data of any shape and range.
 
     Args: model: a `Denoiser`, or D(x, sigma[, labels]); noise: a tensor, or an `ops.Draw` for images of `image_shape`
-        (C, H, W) in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default: those of
-        `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every
-        step; pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or `"nearest"`; options: the sampler's.
-    Raises: ValueError: an unknown sampler, levels that do not fit it, or a draw without an image_shape. TypeError: an
-        option that the sampler does not have, or noise or an option that is none.
+        (C, H, W), or (C, ...), in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default:
+        those of `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at
+        every step (what comes out is clamped in any case); bounded: False, of data without a range such as latents:
+        clamp nothing (default: what the model says, else True); pixels: return uint8 [B, H, W, C] with this rounding,
+        `"trunc"` or `"nearest"`; options: the sampler's.
+    Raises: ValueError: an unknown sampler, levels that do not fit it, a draw without an image_shape, or pixels of data
+        without a range. TypeError: an option that the sampler does not have, or noise or an option that is none.
 
     >>> images = sample(lambda x, sigma: 0.1 * x, torch.randn(2, 1, 8, 8), sampler="euler")
     >>> images.shape
@@ -484,12 +495,15 @@ def sample(
         check_options(sampler, options)
     if not isinstance(noise, ops.Draw):
         _check.float_tensor("noise", noise)
+    bounded = is_bounded(model) if bounded is None else _check.flag("bounded", bounded)
+    if pixels is not None:
+        check_pixels(pixels, bounded)
     known = noise_range(model)
     levels = sampler_sigmas(sampler, **known) if sigmas is None else read_levels(sigmas, least=1)
     few = sampler in ("onestep", "multistep")
     if few and options.get("sigma_min") is None:
         options["sigma_min"] = least_sigma(model)
-    evaluate = evaluator(model, labels, clip_denoised)
+    evaluate = evaluator(model, labels, clip_denoised and bounded)
     drawn = isinstance(noise, ops.Draw)
     like = noise.index.new_empty(0, dtype=torch.float32) if isinstance(noise, ops.Draw) else noise
     level = on_device(levels[:1], like)[0]
@@ -504,4 +518,4 @@ def sample(
     if pixels is not None:
         return ops.to_uint8(x, rounding=pixels)
     # What a clipping model ends with is clamped already.
-    return x if ends and evaluate.clip else x.clamp(-1, 1)
+    return x if ends and evaluate.clip or not bounded else x.clamp(-1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cmfast.engine import Sampler
@@ -12,7 +11,8 @@ from cmfast.ranks import Ranks
 def sample(
     sampler: Sampler, n: int, group: Ranks, *, labels: Tensor | None = None, seed: int = 0, progress: bool = False
 ) -> Tensor | None:
-    """n images, uint8 [n, H, W, C], on rank 0; None elsewhere. labels: of all samples, as `sampler.labels` gives them.
+    """n images, as `sampler.sample` gives them, on rank 0; None elsewhere. labels: of all samples, as `sampler.labels`
+    gives them.
 
     Rank r makes whole batches r, r + size, r + 2 size, ... of those that one process would make.
 
@@ -21,14 +21,13 @@ def sample(
     from tqdm.auto import tqdm
 
     size = sampler.batch_size
-    channels, height, width = sampler.image_shape
     starts = range(0, n, size)
     mine = sampler.batches(starts[group.rank :: group.size], n, labels, seed=seed)
-    images = torch.empty(n if group.rank == 0 else 0, height, width, channels, dtype=torch.uint8)
+    images = sampler.empty(n if group.rank == 0 else 0)
     with tqdm(total=len(starts), unit="batch", disable=not progress or group.rank != 0) as bar:
         for first in starts[:: group.size]:
             batch = group.together(lambda: next(mine, None))
-            sent = torch.zeros(size, height, width, channels, dtype=torch.uint8)
+            sent = sampler.empty(size).zero_()
             if batch is not None:
                 sent[: len(batch[0])] = batch[0]
             for rank, part in enumerate(group.gather(sent)):

@@ -18,6 +18,8 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Numbers of a header that count something; no network has as many of it.
 COUNTS = 2**24
+#: Channels, and as many sizes as there are convolutions for.
+MOST_SIZES = 4
 _COUNTED = (
     "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "dims", "num_classes",
     "num_heads", "num_head_channels", "num_heads_upsample",
@@ -63,10 +65,12 @@ def check_settings(settings: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name} is {_short(value)}, expected a number")
     shape, classes = settings.get("image_shape"), settings.get("num_classes")
-    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(map(_count, shape))):
-        raise ValueError(f"image_shape is {_short(shape)}, expected three numbers")
+    if shape is not None and not (isinstance(shape, list) and 0 < len(shape) <= MOST_SIZES and all(map(_count, shape))):
+        raise ValueError(f"image_shape is {_short(shape)}, expected channels and sizes, three numbers mostly")
     if classes is not None and not _count(classes):
         raise ValueError(f"num_classes is {_short(classes)}, expected a number of them")
+    if not isinstance(bounded := settings.get("bounded", True), bool):
+        raise ValueError(f"bounded is {_short(bounded)}, expected true or false")
 
 
 def check_network(config: Mapping[str, Any], tensors: int) -> None:

@@ -385,7 +385,13 @@ def test_swapped_weights_that_are_kept():
     assert watch.change() is Change.STORAGE and watch.change() is Change.NOTHING
 
 
-@pytest.mark.parametrize("name, value", [("sigmas", [80.0, 5.0]), ("sampler", "euler"), ("options", {"s_churn": 9.0})])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("sigmas", [80.0, 5.0]), ("sampler", "euler"), ("options", {"s_churn": 9.0}), ("pixels", "nearest"),
+        ("pixels", None),
+    ],
+)  # fmt: skip
 def test_settings_that_change(name, value, emulated):
     """A sampler's own, written to after a graph was captured."""
     model = toy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import warnings
 import zipfile
@@ -35,28 +36,42 @@ FINGERPRINT_IMAGES = 64
 class ImageData(Dataset):
     """images [N, C, H, W], uint8 or float32 in [-1, 1], with labels int64 [N] or None. flip: as of `Dataset`.
 
-    Raises: TypeError: no tensors. ValueError: another shape or dtype, values beyond [-1, 1], a label that is negative
-        or has no image.
+    bounded: False: float32 [N, C, ...] of any finite values, such as latents, for a `Denoiser(bounded=False)`.
+
+    Raises: TypeError: no tensors. ValueError: another shape or dtype, values beyond [-1, 1], or not finite, a label
+        that is negative or has no image.
     """
 
     images: Tensor
     labels: Tensor | None = None
     flip: bool = False
+    bounded: bool = True
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        _check.flag("bounded", self.bounded)
         for name, given in (("images", images), ("labels", labels)):
             if given is not None and not isinstance(given, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}: torch.as_tensor makes one")
-        if images.ndim != 4:
-            raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
-        if images.dtype not in (torch.uint8, torch.float32):
-            raise ValueError(f"images must be uint8, or float32 in [-1, 1], got {images.dtype}")
+        if images.ndim != 4 and (self.bounded or images.ndim < 2):
+            expected = "[N, C, H, W]" if self.bounded else "[N, C, ...]"
+            raise ValueError(f"images must be {expected}, got {list(images.shape)}")
+        if self.flip and images.ndim != 4:
+            raise ValueError(f"flip mirrors images [N, C, H, W], and these are {list(images.shape)}")
+        if images.dtype != torch.float32 and (not self.bounded or images.dtype != torch.uint8):
+            expected = "uint8, or float32 in [-1, 1]" if self.bounded else "float32 where bounded=False"
+            raise ValueError(f"images must be {expected}, got {images.dtype}")
         if images.is_floating_point() and images.numel():
             low, high = (value.item() for value in images.aminmax())
-            if not (low >= -1 and high <= 1):
-                raise ValueError(f"float32 images must lie in [-1, 1], got values from {low:.6g} to {high:.6g}")
-            if 0 <= low < 0.5 < high:  # as torchvision's ToTensor makes them
+            if not self.bounded:
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise ValueError(f"images must be finite numbers, got values from {low:.6g} to {high:.6g}")
+            elif not (low >= -1 and high <= 1):
+                raise ValueError(
+                    f"float32 images must lie in [-1, 1], got values from {low:.6g} to {high:.6g}: "
+                    "of latents, or other data without a range, say bounded=False"
+                )
+            elif 0 <= low < 0.5 < high:  # as torchvision's ToTensor makes them
                 warnings.warn(
                     "float32 images lie in [-1, 1], of which these have the upper half alone, "
                     f"{low:.6g} to {high:.6g}: if they are in [0, 1], give 2 * images - 1",
@@ -78,10 +93,9 @@ class ImageData(Dataset):
         return len(self.images)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (C, ...) where it is not bounded."""
+        return tuple(self.images.shape[1:])
 
     @cached_property
     def num_classes(self) -> int | None:

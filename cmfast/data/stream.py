@@ -54,14 +54,16 @@ def to_unit(images: Tensor) -> Tensor:
 class Dataset(ABC):
     """Images of one shape, perhaps with labels.
 
-    flip  mirror every image left to right with probability 1/2, each time it is seen
+    flip     mirror every image left to right with probability 1/2, each time it is seen
+    bounded  they lie in [-1, 1], or are pixels; False: data without a range, such as latents
     """
 
     flip: bool
+    bounded: bool = True
 
     @property
     @abstractmethod
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
 
     @property

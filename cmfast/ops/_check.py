@@ -207,6 +207,13 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
+def flag(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def positive(name: str, value: Any, *, finite: bool = True) -> None:
     """A number above 0, finite or not. By comparisons, which torch.compile traces where a number varies: not
     math.isfinite."""

@@ -107,8 +107,7 @@ def draw_pair(
     _check.float_tensor("x_start", x_start)
     draw = _check.draw_for("draw", draw, x_start, "x_start")
     _check_levels(levels, x_start.device)
-    if not isinstance(pair, bool):
-        raise TypeError(f"pair must be True or False, got {pair!r}")
+    _check.flag("pair", pair)
     _check.sigma_data_value(sigma_data)
     _check.input_format(x_start, dtype, memory_format)
     if pair and isinstance(levels, LogNormal) and levels.below is None:

@@ -335,13 +335,16 @@ class Trainer:
     def _pictures(self, average: Denoiser) -> None:
         grid, curve = self.out / "samples" / f"step-{self.done:08d}.png", self.out / "loss.png"
         how = {**self.step.objective.sampling(self.step.stage), "image_shape": tuple(self.data.image_shape)}
-        for draw in (
+
+        def samples() -> None:
             # On a CPU it would take minutes, while a GPU is idle.
-            lambda: pictures.sample_grid(
-                pictures.copy_on(average, self.step.device), grid, seed=self.options.seed, **how
-            ),
-            lambda: pictures.plot_losses({self.out.name: self.losses()}, curve),
-        ):
+            model = pictures.copy_on(average, self.step.device)
+            pictures.sample_grid(model, grid, seed=self.options.seed, **how)
+
+        def losses() -> None:
+            pictures.plot_losses({self.out.name: self.losses()}, curve)
+
+        for draw in (samples, losses) if self.data.bounded else (losses,):  # latents are no picture
             try:
                 draw()
             except Exception as error:  # of whatever kind: a run is worth more than its pictures
@@ -377,6 +380,12 @@ def check_data(model: Denoiser, data: Any) -> None:
         raise ValueError(
             f"the model makes images {list(model.image_shape)} [C, H, W], the data has {list(data.image_shape)}: "
             "give image_size= and channels= to the data, or another model"
+        )
+    if model.bounded != data.bounded:
+        kind = "lie in [-1, 1]" if data.bounded else "have no range"
+        raise ValueError(
+            f"the data {kind} (bounded={data.bounded}) and the model's do not: "
+            f"make it a Denoiser(..., bounded={data.bounded}), or the data ImageData(..., bounded={model.bounded})"
         )
     if model.num_classes is not None and data.num_classes is None:
         raise ValueError(

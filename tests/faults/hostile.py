@@ -76,7 +76,7 @@ FAULTS = {
          _FAULTS + "a_process_that_dies_ends_the_others[0]"),
     ],
     "cmfast/images.py": [
-        ("a label of many numbers", "arrays[-1].shape != pixels.shape[:1]", "len(arrays[-1]) != len(pixels)",
+        ("a label of many numbers", "arrays[-1].shape != arrays[0].shape[:1]", "len(arrays[-1]) != len(arrays[0])",
          "tests/test_images.py::test_labels_of_other_images"),
         ("pictures over each other", '_check.whole("gap", gap, least=0)', "gap",
          "tests/test_images.py::test_a_gap_that_is_none"),

@@ -250,6 +250,8 @@ for what, change, said in [
     ("sigma_max is below sigma_min", lambda s: s | {"sigma_max": 0.001}, "need 0 < sigma_min < sigma_max"),
     ("rho is a list", lambda s: s | {"rho": [7]}, "rho is list"),
     ("image_shape is a number", lambda s: s | {"image_shape": 3}, "image_shape is 3"),
+    ("image_shape is long", lambda s: s | {"image_shape": [1] * 9}, "image_shape is .*, expected channels and sizes"),
+    ("bounded is a number", lambda s: s | {"bounded": 0}, "bounded is 0, expected true or false"),
     ("num_classes is text", lambda s: s | {"num_classes": "10"}, "num_classes is '10'"),
     ("a dtype that is a function", lambda s: s | {"dtype": "load"}, "damaged"),
     ("a version that is text", lambda s: s | {"version": "1"}, "damaged"),
