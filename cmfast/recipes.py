@@ -63,7 +63,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, Any] = {
     "recipe": None,
     "paths": {"data": None, "teacher": None, "init": None, "lpips_trunk": None, "lpips_head": None},
-    "data": {"image_size": None, "channels": None, "flip": False, "labelled": None, "skip_unreadable": False},
+    "data": {
+        "image_size": None, "channels": None, "flip": False, "labelled": None, "bounded": None,
+        "skip_unreadable": False,
+    },  # fmt: skip
     "network": "small",
     "dropout": None,
     "lpips": {"net": "vgg", "pretrained": True},
@@ -73,7 +76,9 @@ SETTINGS: dict[str, Any] = {
 #: What an objective has from the steps of its run, where it is not given.
 _OF_STEPS = ("total_steps", "steps_per_stage")
 #: What is in the group `data`, where it is not None.
-_KINDS = {"image_size": int, "channels": int, "flip": bool, "labelled": bool, "skip_unreadable": bool}
+_KINDS = {
+    "image_size": int, "channels": int, "flip": bool, "labelled": bool, "bounded": bool, "skip_unreadable": bool,
+}  # fmt: skip
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +200,8 @@ def _parts(given: Mapping[str, Any], device: torch.device | str, run: Path | Non
     opening = dict(settings["data"])
     if start is not None and opening["labelled"] is None:
         opening["labelled"] = start.num_classes is not None
+    if opening["bounded"] is None:
+        opening["bounded"] = start is None or start.bounded
     images = data.open_data(paths["data"], **opening, run=run)
     if by_hand and start is None and isinstance(settings["network"], dict):
         for name, value in _of_data(images).items():
@@ -245,7 +252,9 @@ def _levels(start: Denoiser, has: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def _of_data(images: Any) -> dict[str, Any]:
-    """What data say of a network."""
+    """What data say of a network. Raises: ValueError: they are no images."""
+    if len(images.image_shape) != 3:
+        raise ValueError(f"a new network is for [C, H, W], and the data are {list(images.image_shape)}: give --init")
     channels, height, _ = images.image_shape
     numbers = {"image_size": height, "in_channels": channels, "out_channels": channels}
     return {**numbers, "num_classes": images.num_classes}
@@ -257,19 +266,21 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
     if start is not None:
         model = copy.deepcopy(start)
     else:
+        numbers = _of_data(images)
         channels, height, width = images.image_shape
         if height != width:
             raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
         try:
             untrusted.check_network(fields, untrusted.COUNTS)
-            unet = UNetModel(**{**fields, **_of_data(images)})
+            unet = UNetModel(**{**fields, **numbers})
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise ValueError(f"network: {error}") from error
         factor = 2 ** (unet.num_levels - 1)
         if height % factor:
             raise ValueError(f"images are {height} x {width}, and this U-Net takes multiples of {factor}: image_size")
-        model = Denoiser(unet, image_shape=(channels, height, width), bounded=images.bounded)
+        model = Denoiser(unet, image_shape=(channels, height, width))
+    model.bounded = images.bounded
     # Those it learns are those it is sampled from.
     model.sigma_min, model.sigma_max, model.rho = (getattr(aim, name, getattr(model, name)) for name in LEVELS)
     sigma_data = model.preconditioner.sigma_data

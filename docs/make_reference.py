@@ -59,6 +59,8 @@ OTHERS = {
     "data do not say",
     "paths.lpips_trunk": "a file with the weights of LPIPS's trunk, as torchvision names them; default: downloaded",
     "paths.lpips_head": "a file with LPIPS's linear weights; default: those of the package `lpips`",
+    "data.bounded": "false: a .npz of latents, or other floats [N, C, ...] of any values; default: as the model to "
+    "start from says, or true",
     "data.labelled": "whether labels are used; default: as the model to start from has classes, else if there are any",
     "data.channels": "1 or 3: what images are converted to; default: as they are; a folder: 3",
     "lpips.net": "LPIPS's trunk: vgg, alex or squeeze",

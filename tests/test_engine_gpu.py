@@ -32,6 +32,17 @@ def small():
     return Denoiser(small_unet(num_classes=7), image_shape=(3, 8, 8)).eval().cuda()
 
 
+class Shifted(nn.Module):
+    """F of data of any shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x, timesteps):
+        return self.shift - 0.1 * x
+
+
 def plain(model, batch=3, **options):
     return Sampler(model, batch, cuda_graph=False, **options)
 
@@ -42,6 +53,17 @@ def test_a_graph_makes_the_same_bits(model, name):
     for options in ({}, {"seed": 5}, {"classes": 2}):
         assert torch.equal(graphed.sample(10, **options), plain(model, sampler=name).sample(10, **options))
     assert graphed.startup > 0
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 17), (4, 8, 12), (3, 4, 6, 5)], ids=str)
+@pytest.mark.parametrize("name", ["multistep", "heun"])
+def test_data_that_are_no_pictures(name, shape):
+    """Of any shape and range: float32 numbers, which go to the host as they are."""
+    model = Denoiser(Shifted(), image_shape=shape, bounded=False).cuda()
+    made = Sampler(model, 3, sampler=name, steps=4, cuda_graph=True).sample(7, seed=1)
+    assert made.dtype == torch.float32 and made.shape == (7, *shape) and made.abs().max() > 1
+    assert torch.equal(made, plain(model, sampler=name, steps=4).sample(7, seed=1))
+    torch.testing.assert_close(made, plain(model.cpu(), sampler=name, steps=4).sample(7, seed=1), rtol=1e-3, atol=1e-3)
 
 
 def test_given_noise_and_single_calls(model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cmfast
-from cmfast import Denoiser, Preconditioner, Sampler, UNetModel, cli, editing, ops, samplers
+from cmfast import Denoiser, Preconditioner, Sampler, UNetModel, cli, data, editing, ops, recipes, samplers
 from cmfast.data import ImageData
 from cmfast.exact import MixtureDenoiser
 from cmfast.objectives import EDM, ImprovedConsistencyTraining
@@ -123,25 +123,25 @@ def test_edits_are_not_clamped():
 @pytest.mark.parametrize("objective", [EDM(), ImprovedConsistencyTraining(total_steps=40)], ids=["edm", "ict"])
 def test_latents_are_trained_on(tmp_path, objective):
     """Their scale stays theirs, no grid of them is drawn, and the result knows what it makes."""
-    data = ImageData(3.0 * torch.randn(32, 4, 8, 8), bounded=False)
+    images = ImageData(3.0 * torch.randn(32, 4, 8, 8), bounded=False)
     options = TrainOptions(steps=4, batch_size=4, sample_interval=2, learning_rate=1e-3, averages=("0.5",))
     model = latents()
     model.preconditioner = Preconditioner.by_name(objective.preconditioning)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Trainer(model, objective, data, options, tmp_path).run(progress=False)
+        Trainer(model, objective, images, options, tmp_path).run(progress=False)
     assert not list(tmp_path.rglob("step-*.png")) and (tmp_path / "loss.png").is_file()
     assert cmfast.load(tmp_path / "model.safetensors").bounded is False
-    batch = next(data.batches(4, seed=0))
+    batch = next(images.batches(4, seed=0))
     assert batch.images.abs().max() > 3
 
 
 def test_data_and_model_agree(tmp_path):
     options = TrainOptions(steps=1, batch_size=4, learning_rate=1e-3)
     for bounded in (True, False):
-        data = ImageData(torch.zeros(8, 4, 8, 8), bounded=not bounded)
+        images = ImageData(torch.zeros(8, 4, 8, 8), bounded=not bounded)
         with pytest.raises(ValueError, match=rf"\(bounded={not bounded}\) and the model's do not: make it a Denoiser"):
-            Trainer(latents(bounded=bounded), EDM(sigma_data=1.0), data, options, tmp_path)
+            Trainer(latents(bounded=bounded), EDM(sigma_data=1.0), images, options, tmp_path)
 
 
 def test_the_command_writes_numbers(tmp_path, capsys):
@@ -156,6 +156,51 @@ def test_the_command_writes_numbers(tmp_path, capsys):
     assert cli.main([*arguments, str(tmp_path / "out.png"), "--option", "bounded=True"]) == 0
     assert cli.main([*arguments, str(tmp_path / "out.png"), "--option", "pixels=trunc"]) == 2
     assert "pixels='trunc' are made of data in [-1, 1]" in capsys.readouterr().err
+
+
+def test_the_command_trains_on_numbers(tmp_path, capsys):
+    """What `sample` writes is what `--data` reads; a model that starts from another one knows of what kind it is."""
+    latents_file, run = tmp_path / "latents.npz", tmp_path / "run"
+    np.savez(latents_file, 4.0 + np.random.default_rng(0).standard_normal((16, 4, 8, 8), np.float32))
+    network = ["model_channels=32", "num_res_blocks=1", "attention_resolutions=[]", "channel_mult=[1]"]
+    few = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    settings = ["data.bounded=False", *(f"network.{setting}" for setting in network)]
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ["train", "--recipe", "edm", "--data", str(latents_file), *few, "--out", str(run)]
+    assert cli.main(arguments) == 2
+    assert "of latents, or other data that are no images, say bounded=False" in capsys.readouterr().err
+    assert cli.main([*arguments, *options]) == 0, capsys.readouterr().err
+    made = tmp_path / "made.npz"
+    assert cli.main(["sample", "--model", str(run / "model.safetensors"), "--num", "8", "--out", str(made)]) == 0
+    again = ["train", "--recipe", "cd", "--loss-norm", "l2", "--teacher", str(run / "model.safetensors")]
+    assert cli.main([*again, "--data", str(made), *few, "--out", str(tmp_path / "cd")]) == 0
+    assert cmfast.load(tmp_path / "cd" / "model.safetensors").bounded is False
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 17), (5, 3, 4, 4)], ids=str)
+def test_numbers_of_a_file(tmp_path, shape):
+    values = np.random.default_rng(0).standard_normal(shape)
+    np.savez(tmp_path / "numbers.npz", data=values, y=np.arange(5))
+    opened = data.open_data(tmp_path / "numbers.npz", bounded=False)
+    assert opened.image_shape == shape[1:] and opened.num_classes == 5 and opened.bounded is False
+    assert torch.equal(opened.images, torch.from_numpy(values).float())
+    assert next(opened.batches(2, seed=0)).images.shape == (2, *shape[1:])
+
+
+def test_files_without_such_numbers(tmp_path):
+    np.savez(tmp_path / "pixels.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "numbers.npz", images=np.zeros((2, 4, 4, 4)))
+    for source, options, message in [
+        ("mnist", {}, "mnist is images, which lie in"),
+        (tmp_path, {}, "is images, which lie in"),
+        (tmp_path / "pixels.npz", {}, "images must be floating point where bounded=False, got uint8"),
+        (tmp_path / "numbers.npz", {"image_size": 2}, "image_size and channels are of images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            data.open_data(source, bounded=False, **options)
+    signals = ImageData(torch.zeros(8, 2, 16), bounded=False)
+    with pytest.raises(ValueError, match=r"a new network is for \[C, H, W\], and the data are \[2, 16\]: give --init"):
+        recipes._of_data(signals)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def open_data(
     channels: int | None = None,
     flip: bool = False,
     labelled: bool | None = None,
+    bounded: bool = True,
     skip_unreadable: bool = False,
     run: str | Path | None = None,
 ) -> Dataset:
@@ -32,6 +33,7 @@ def open_data(
     channels         1 (grey) or 3 (RGB); None: as they are, of a folder RGB
     flip             mirror images left to right, each time with probability 1/2
     labelled         True: labels are needed; False: they are left out; None: those that are found
+    bounded          False: a .npz file of floats [N, C, ...] of any values, such as latents, taken as they are
     skip_unreadable  files of a folder that are no images are skipped, with a warning, instead of an error
     run              the folder of a run, of `cmfast.training.Trainer`, that is to go on with a folder of images: those
                      that are gone since it began are then such files, and the others keep their places
@@ -47,20 +49,24 @@ def open_data(
     named = "the data" if isinstance(source, ImageData) else source
     if isinstance(source, ImageData):
         data = source
-    elif source == "mnist":
+    elif source == "mnist" and bounded:
         data = mnist()[0]
     else:
         path = Path(source)
+        if source == "mnist" or (_is_folder(path) and not bounded):
+            raise ValueError(f"{source} is images, which lie in [-1, 1]: bounded=False is for a .npz file")
         if _is_folder(path):
             return FolderData(
                 path, image_size=image_size, channels=channels, flip=flip, labelled=labelled,
                 skip_unreadable=skip_unreadable, run=run,
             )  # fmt: skip
-        data = read_npz(path)
+        data = read_npz(path, bounded=bounded)
     if not len(data):
         raise ValueError(f"{named} holds no images")
     if labelled and data.labels is None:
         raise ValueError(f"labelled=True, and {named} has no labels: a .npz file has them in {', '.join(LABEL_NAMES)}")
+    if not data.bounded and (image_size, channels) != (None, None):
+        raise ValueError("image_size and channels are of images: leave them out where bounded=False")
     images = fit_all(data.images, image_size, channels)
     return replace(data, images=images, labels=None if labelled is False else data.labels, flip=flip)
 

@@ -148,10 +148,11 @@ def mnist(*, held_out_per_class: int = 50) -> tuple[ImageData, ImageData]:
     )
 
 
-def read_npz(path: Path) -> ImageData:
-    """The images of a .npz file: an array [N, H, W, C] or [N, H, W], called as in `IMAGE_NAMES`, and perhaps labels
-    [N], called as in `LABEL_NAMES`. What was saved uncompressed is read when it is needed, and by all ranks once; but
-    floats are copied if they are not float32, or not at an address for these, as where numpy names them `arr_0`.
+def read_npz(path: Path, *, bounded: bool = True) -> ImageData:
+    """The images of a .npz file: an array [N, H, W, C] or [N, H, W], or of floats [N, C, ...] where `bounded` is False,
+    called as in `IMAGE_NAMES`, and perhaps labels [N], called as in `LABEL_NAMES`. What was saved uncompressed is read
+    when it is needed, and by all ranks once; but floats are copied if they are not float32, or not at an address for
+    these, as where numpy names them `arr_0`.
 
     Raises: ValueError: no such images in it, and why. OSError: it cannot be read.
     """
@@ -169,7 +170,8 @@ def read_npz(path: Path) -> ImageData:
             labels_name = _find(arrays.files, LABEL_NAMES)
             images = _array(path, arrays, images_name)
             labels = None if labels_name is None else _array(path, arrays, labels_name)
-        return ImageData(_images(images, images_name), None if labels is None else _labels(labels, str(labels_name)))
+        pixels = _images(images, images_name) if bounded else _numbers(images, images_name)
+        return ImageData(pixels, None if labels is None else _labels(labels, str(labels_name)), bounded=bounded)
     except Exception as error:  # a damaged archive leads its readers to whatever
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -202,13 +204,21 @@ def _images(array: np.ndarray, name: str) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape[1:]:
-        raise ValueError(f"{name} must be [N, H, W] or [N, H, W, C] with 1 or 3 channels C, got {list(array.shape)}")
+        hint = "; of latents, or other data that are no images, say bounded=False" if array.dtype.kind == "f" else ""
+        got = f"{list(array.shape)}{hint}"
+        raise ValueError(f"{name} must be [N, H, W] or [N, H, W, C] with 1 or 3 channels C, got {got}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8, or floating point in [-1, 1], got {array.dtype}")
-    if array.dtype.kind == "f":
-        # float32 stays mapped into memory, if it lies there where torch may read it.
-        array = array.astype(np.float32, copy=not array.flags.aligned)
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
+    images = _numbers(array, name) if array.dtype.kind == "f" else torch.from_numpy(array)
+    return images.permute(0, 3, 1, 2)
+
+
+def _numbers(array: np.ndarray, name: str) -> Tensor:
+    """Floats of any shape as a float32 tensor."""
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} must be floating point where bounded=False, got {array.dtype}")
+    # float32 stays mapped into memory, if it lies there where torch may read it.
+    return torch.from_numpy(array.astype(np.float32, copy=not array.flags.aligned))
 
 
 def _labels(array: np.ndarray, name: str) -> Tensor:

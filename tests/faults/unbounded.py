@@ -42,7 +42,19 @@ FAULTS = {
         ("latents for a model of images", "if model.bounded != data.bounded:", "if False:",
          TEST + "data_and_model_agree"),
     ],
+    "cmfast/recipes.py": [
+        ("latents of a teacher are images", "start is None or start.bounded", "True",
+         TEST + "the_command_trains_on_numbers"),
+        ("a model of latents makes pictures", "model.bounded = images.bounded", "pass",
+         TEST + "the_command_trains_on_numbers"),
+    ],
+    "cmfast/data/__init__.py": [
+        ("latents are resized", "if not data.bounded and (image_size", "if False and (image_size",
+         TEST + "files_without_such_numbers"),
+    ],
     "cmfast/data/arrays.py": [
+        ("channels of latents last", "else _numbers(images, images_name)",
+         "else _numbers(images, images_name).movedim(-1, 1)", TEST + "numbers_of_a_file[(5, 3, 17)]"),
         ("latents that are NaN", "if not (math.isfinite(low) and math.isfinite(high)):", "if False:",
          TEST + "refusals"),
     ],
