@@ -357,10 +357,13 @@ class Evaluator:
 Model = Denoiser | DenoiserFn | Evaluator
 
 
-def evaluator(model: Model, labels: Tensor | None, clip: bool) -> Evaluator:
+def evaluator(model: Model, labels: Tensor | None, clip: bool, *, bounded: bool | None = None) -> Evaluator:
     """The model as samplers and losses see it, with labels int64 [B] or None; clip: D is clamped to [-1, 1], if that is
-    where its data lie.
+    where the data lie: as `bounded` says, or else the model.
 
     One that is an `Evaluator` already keeps its own.
     """
-    return model if isinstance(model, Evaluator) else Evaluator(model, labels=labels, clip=clip and is_bounded(model))
+    if isinstance(model, Evaluator):
+        return model
+    bounded = is_bounded(model) if bounded is None else bounded
+    return Evaluator(model, labels=labels, clip=clip and bounded)

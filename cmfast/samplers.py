@@ -503,7 +503,7 @@ def sample(
     few = sampler in ("onestep", "multistep")
     if few and options.get("sigma_min") is None:
         options["sigma_min"] = least_sigma(model)
-    evaluate = evaluator(model, labels, clip_denoised and bounded)
+    evaluate = evaluator(model, labels, clip_denoised, bounded=bounded)
     drawn = isinstance(noise, ops.Draw)
     like = noise.index.new_empty(0, dtype=torch.float32) if isinstance(noise, ops.Draw) else noise
     level = on_device(levels[:1], like)[0]

@@ -6,12 +6,13 @@ FAULTS = {
     "cmfast/samplers.py": [
         ("what comes out is clamped", "or not bounded else x.clamp", "else x.clamp",
          TEST + "nothing_is_clamped[heun-(2,)]"),
-        ("D is clamped", "evaluator(model, labels, clip_denoised and bounded)",
-         "evaluator(model, labels, clip_denoised)", TEST + "nothing_is_clamped[heun-(2,)]"),
+        ("D is clamped", "clip_denoised, bounded=bounded)", "clip_denoised)", TEST + "nothing_is_clamped[heun-(2,)]"),
+        ("the model has the last word", "clip_denoised, bounded=bounded)", "clip_denoised and bounded)",
+         TEST + "the_model_says_it"),
         ("pixels of anything", "    if not bounded:\n        raise", "    if False:\n        raise", TEST + "refusals"),
     ],
     "cmfast/denoiser.py": [
-        ("D of latents is clamped", "clip=clip and is_bounded(model)", "clip=clip", TEST + "a_sampler_alone"),
+        ("D of latents is clamped", "clip=clip and bounded)", "clip=clip)", TEST + "a_sampler_alone"),
         ("a wrapper knows no range", 'stated(model, "bounded") is not False', 'getattr(model, "bounded", True)',
          TEST + "the_model_says_it"),
     ],
