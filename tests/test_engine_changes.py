@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cmfast import Denoiser, Sampler, runner
+from cmfast import Denoiser, Sampler, losses, runner
 from cmfast.precondition import Preconditioner
 from cmfast.watch import Change, Watch, evaluating
 from tests.graph_emulator import emulated_graphs  # noqa: F401  (the fixture `emulated`)
@@ -354,3 +354,35 @@ def test_tensors_without_memory_to_look_at(emulated, layout):
     assert torch.equal(sampler.sample(2), wanted)
     path, why = sampler.explain()["loop"]
     assert path == "eager" and why == f"a {model.network.table.layout} among the weights is not a plain tensor"
+
+
+class Conditioned(nn.Module):
+    """A network with an input that is no class: docs/migration.md."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.register_buffer("context", context)
+
+    def forward(self, x, timesteps):
+        return self.conv(x) + self.context[:, :, None, None]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_another_input_of_the_network(graph, emulated):
+    """Written in place it is used by the graph that there is; another tensor in its place is another graph's."""
+    torch.manual_seed(0)
+    model = Denoiser(Conditioned(torch.zeros(2, 3)), image_shape=(3, 8, 8))
+    sampler = Sampler(model, 2, steps=2, cuda_graph=graph)
+    made = [sampler.sample(2)]
+    for write in (lambda: model.network.context.copy_(torch.randn(2, 3)), lambda: replace_context(model)):
+        write()
+        made.append(sampler.sample(2))
+        assert torch.equal(made[-1], Sampler(copy.deepcopy(model), 2, steps=2, cuda_graph=False).sample(2))
+        assert not torch.equal(made[-1], made[-2])
+    losses.improved_consistency_loss(model, torch.zeros(2, 3, 8, 8), num_scales=11)["loss"].sum().backward()
+    assert model.network.conv.weight.grad.abs().sum() > 0 and model.network.context.grad is None
+
+
+def replace_context(model):
+    model.network.context = torch.randn(2, 3)
