@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -214,6 +215,19 @@ def stated_classes(network: Any) -> int | None:
     said = stated(network, "num_classes")
     count = 0 if said is None else _check.whole("num_classes of the network", said)
     return count if count > 0 else None
+
+
+def noise_range(model: object) -> dict[str, Any]:
+    """sigma_min, sigma_max and rho, as far as the model says them, and they can be those of levels: the networks of
+    NVlabs/edm say 0 and infinity, for any."""
+    said = {name: stated(model, name) for name in ("sigma_min", "sigma_max", "rho")}
+    return {name: value for name, value in said.items() if _is_level(value)}
+
+
+def _is_level(value: Any) -> bool:
+    if isinstance(value, Tensor):  # which is not read here
+        return True
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def is_bounded(model: object) -> bool:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Denoiser, DenoiserFn, Evaluator, check_model, is_bounded, stated, stated_classes, unfused
+from cmfast.denoiser import (
+    Denoiser,
+    DenoiserFn,
+    Evaluator,
+    check_model,
+    is_bounded,
+    noise_range,
+    stated,
+    stated_classes,
+    unfused,
+)
 from cmfast.graphs import Values
 from cmfast.levels import Sigmas
 from cmfast.memory import largest_that_fits, out_of_memory
@@ -18,7 +28,7 @@ from cmfast.networks import COMPILE
 from cmfast.noise import CounterNoise, GivenNoise, NoiseFn, counter_labels
 from cmfast.ops import _check
 from cmfast.runner import Runner
-from cmfast.samplers import check_options, check_pixels, noise_range, sample, sampler_sigmas
+from cmfast.samplers import check_options, check_pixels, sample, sampler_sigmas
 from cmfast.transfer import HostCopies
 
 Classes = int | Sequence[int] | Tensor | None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmfast import curricula, ops, schedules
-from cmfast.denoiser import Evaluator, Model, evaluator
+from cmfast.denoiser import Evaluator, Model, evaluator, noise_range
 from cmfast.distances import LOSS_NORMS, Measure, Perceptual, Weighting, distance
 from cmfast.dropout import Pairing, counts
 from cmfast.ops import _check
@@ -48,7 +48,7 @@ def denoising_loss(
     draw: ops.Draw | None = None,
     labels: Tensor | None = None,
     weighting: Weighting = "karras",
-    sigma_data: float = 0.5,
+    sigma_data: float | None = None,
 ) -> dict[str, Tensor]:
     """||D(x_start + sigma noise, sigma) - x_start||^2: the EDM objective, Karras et al. 2022, eq. 2.
 
@@ -58,7 +58,8 @@ def denoising_loss(
         noise: like x_start; drawn from torch's generator if not given.
         draw: what noise and dropout follow from, instead.
         labels: int64 [B], of a class-conditional model.
-        weighting: of snr(sigma), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
+        weighting: of snr(sigma), see `ops.loss_weight`; sigma_data: of the `karras` weighting (default: the
+            model's, else 0.5).
 
     Returns per-sample `xs_mse` (mean square error), `mse` (weighted) and `loss` (= mse), float32 [B].
     Raises: ValueError, TypeError: levels or noise that do not fit x_start, an unknown weighting.
@@ -79,8 +80,22 @@ def denoising_loss(
     with pairing:
         model_output = evaluate(*model_input)
     xs_mse = ops.consistency_loss(model_output, x_t, sigma, x_start, **evaluate.scaling)
-    mse = xs_mse * Measure(weighting=weighting, sigma_data=sigma_data).weight(sigma, x_start)
+    mse = xs_mse * Measure(weighting=weighting, sigma_data=_sigma_data(evaluate, sigma_data)).weight(sigma, x_start)
     return {"xs_mse": xs_mse, "mse": mse, "loss": mse}
+
+
+def _grid_range(model: Model, sigma_min: float | None, sigma_max: float | None, rho: float | None) -> dict[str, float]:
+    """The range of a grid: as given, else as the model says, else the original's."""
+    levels = {"sigma_min": schedules.SIGMA_MIN, "sigma_max": schedules.SIGMA_MAX, "rho": schedules.RHO}
+    levels |= {name: float(value) for name, value in noise_range(model).items()}
+    given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    return levels | {name: value for name, value in given.items() if value is not None}
+
+
+def _sigma_data(evaluate: Evaluator, given: float | None) -> float:
+    """Of the data: as given, else as the model's scalings say, else the original's."""
+    own: float | None = evaluate.scaling["sigma_data"] if given is None else given
+    return 0.5 if own is None else own
 
 
 def _drawing(draw: ops.Draw | None, x_start: Tensor, *instead: Tensor | None) -> ops.Draw:
@@ -168,10 +183,10 @@ def consistency_loss(
     lpips: Perceptual | None = None,
     huber_c: float | None = None,
     weighting: Weighting = "uniform",
-    sigma_data: float = 0.5,
-    sigma_min: float = schedules.SIGMA_MIN,
-    sigma_max: float = schedules.SIGMA_MAX,
-    rho: float = schedules.RHO,
+    sigma_data: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
 ) -> dict[str, Tensor]:
     """Consistency distillation with a teacher, consistency training without: Song et al. 2023, algorithms 2 and 3.
 
@@ -188,8 +203,9 @@ def consistency_loss(
         draw: what noise, indices and dropout follow from, instead.
         labels: int64 [B], of a class-conditional model.
         loss_norm, huber_c: as in `distances.distance`; lpips: the module for `loss_norm="lpips"`.
-        weighting: of snr(t), see `ops.loss_weight`; sigma_data: of the `karras` weighting.
-        sigma_min, sigma_max, rho: of the grid, in data units.
+        weighting: of snr(t), see `ops.loss_weight`; sigma_data: of the `karras` weighting (default: the
+            model's, else 0.5).
+        sigma_min, sigma_max, rho: of the grid, in data units (default: the model's, else 0.002, 80 and 7).
 
     Student and target (and a teacher that drops) see the same dropout mask. Returns per-sample `loss`, float32 [B].
     Raises: ValueError: unknown loss norm, weighting or solver, num_scales below 2, no target, indices of wrong shape or
@@ -204,9 +220,9 @@ def consistency_loss(
         raise ValueError("target_model is missing: give an average of the model, or the model itself")
     num_scales = _check.whole("num_scales", num_scales, least=2)
     _check.choice("solver", solver, SOLVERS)
-    measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
-    levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    levels = _grid_range(model, sigma_min, sigma_max, rho)
     student, target = (evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, target_model))
+    measure = Measure(loss_norm, lpips, huber_c, weighting, _sigma_data(student, sigma_data))
     pairing = Pairing(draw, x_start.device, model, target_model)
 
     options, training = student.input_options, teacher_model is None
@@ -251,9 +267,9 @@ def improved_consistency_loss(
     huber_c: float | None = None,
     mean: float = curricula.MEAN,
     std: float = curricula.STD,
-    sigma_min: float = schedules.SIGMA_MIN,
-    sigma_max: float = schedules.SIGMA_MAX,
-    rho: float = schedules.RHO,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
 ) -> dict[str, Tensor]:
     """iCT: (sqrt(||D(x_t, t) - D(x_t2, t2)||^2 + c^2) - c) / (t - t2), Song & Dhariwal 2023.
 
@@ -262,11 +278,12 @@ def improved_consistency_loss(
     of the sample vector, c = 0.00054 sqrt(D) unless `huber_c` is given. `num_scales`: see `curricula.doubling_stage`.
 
     Args: x_start [B, C, H, W] in [-1, 1]; draw: what levels, noise and dropout follow from, else torch's generator;
-        labels int64 [B], of a class-conditional model; sigma_min, sigma_max, rho: of the grid, in data units.
+        labels int64 [B], of a class-conditional model; sigma_min, sigma_max, rho: of the grid, in data units (default:
+        the model's, else 0.002, 80 and 7).
     Returns per-sample `loss`, float32 [B].
     """
-    levels = {"mean": mean, "std": std, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    grid = curricula.lognormal_grid(num_scales, device=x_start.device, **levels)
+    levels = _grid_range(model, sigma_min, sigma_max, rho)
+    grid = curricula.lognormal_grid(num_scales, mean=mean, std=std, device=x_start.device, **levels)
     return {"loss": _own_target_loss(model, x_start, grid, draw, labels, huber_c)}
 
 
@@ -355,10 +372,10 @@ def progressive_distillation_loss(
     lpips: Perceptual | None = None,
     huber_c: float | None = None,
     weighting: Weighting = "uniform",
-    sigma_data: float = 0.5,
-    sigma_min: float = schedules.SIGMA_MIN,
-    sigma_max: float = schedules.SIGMA_MAX,
-    rho: float = schedules.RHO,
+    sigma_data: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
 ) -> dict[str, Tensor]:
     """One student Euler step should land where two half-steps of the teacher do: Salimans & Ho 2022.
 
@@ -371,9 +388,9 @@ def progressive_distillation_loss(
     """
     _check.float_tensor("x_start", x_start)
     num_scales = _check.whole("num_scales", num_scales, least=1)
-    measure = Measure(loss_norm, lpips, huber_c, weighting, sigma_data)
-    levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    levels = _grid_range(model, sigma_min, sigma_max, rho)
     student, teacher = (evaluator(each, labels, clip=False).settle(x_start.dtype) for each in (model, teacher_model))
+    measure = Measure(loss_norm, lpips, huber_c, weighting, _sigma_data(student, sigma_data))
     pairing = Pairing(draw, x_start.device, model)
     if noise is None and draw is None:
         noise = torch.randn_like(x_start)

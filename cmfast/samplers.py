@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmfast import ops, schedules
-from cmfast.denoiser import Evaluator, Model, evaluator, is_bounded, stated
+from cmfast.denoiser import Evaluator, Model, evaluator, is_bounded, noise_range
 from cmfast.levels import Sigmas, on_device, read_levels
 from cmfast.noise import NoiseFn, take
 from cmfast.ops import _check
@@ -436,17 +436,6 @@ def sampler_sigmas(
     count = 18 if steps is None else steps
     count += sampler == "progdist"
     return schedules.karras_sigmas(count, dtype=torch.float64, device="cpu", **options).tolist()
-
-
-def _is_level(value: Any) -> bool:
-    return isinstance(value, Tensor) or (_is_number(value) and 0 < value < math.inf)  # a tensor is not read here
-
-
-def noise_range(model: object) -> dict[str, Any]:
-    """sigma_min, sigma_max and rho, as far as the model says them, and they can be those of levels: the networks of
-    NVlabs/edm say 0 and infinity, for any."""
-    said = {name: stated(model, name) for name in ("sigma_min", "sigma_max", "rho")}
-    return {name: value for name, value in said.items() if _is_level(value)}
 
 
 def least_sigma(model: object) -> float:

@@ -100,6 +100,32 @@ def test_a_function_is_as_good_a_model_as_a_denoiser():
         torch.testing.assert_close(loss(*mixed), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("name", ["denoising", "consistency", "improved_consistency", "progressive_distillation"])
+def test_a_model_brings_its_own_levels_and_data(name, drawn):
+    """As in samplers; what is given has the last word, and of a function levels and data are the original's."""
+    loss = getattr(losses, f"{name}_loss")
+    own = {"sigma_min": 0.05, "sigma_max": 9.0, "rho": 3.0}
+    x, function = torch.randn(4, 3, 8, 8), lambda x, sigma: 0.3 * x
+    model = Denoiser(lambda x, t: 0.3 * x, Preconditioner(2.0, 0.05), **own)
+
+    def terms(model, **options):
+        torch.manual_seed(1)
+        others = {"denoising": (x, torch.ones(4)), "improved_consistency": (x, 11)}.get(name, (model, x, 11))
+        weighting = {} if name == "improved_consistency" else {"weighting": "karras"}
+        draw = {"draw": ops.Draw(0, torch.arange(4))} if drawn else {}
+        return loss(model, *others, **weighting, **draw, **options)["loss"]
+
+    data = {} if name == "improved_consistency" else {"sigma_data": 2.0}
+    levels = {} if name == "denoising" else own
+    first = {} if name == "denoising" else {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    assert torch.equal(terms(model), terms(model, **levels, **data))
+    second = dict.fromkeys(data, 0.5)
+    for of_others in filter(None, (first, second)):
+        assert not torch.equal(terms(model), terms(model, **of_others))
+    assert torch.equal(terms(function), terms(function, **first, **second))
+
+
 def test_huber_c_grows_with_the_image():
     """c = 0.00054 sqrt(D): Song & Dhariwal 2023."""
     value = losses.distance(X, X + 0.001, torch.ones(4), loss_norm="huber")

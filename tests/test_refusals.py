@@ -149,7 +149,7 @@ CASES = {
         lambda: schedules.ema_and_scales("fixed", 0.9, "progdist", 2, 150, 1, 0), "distill_steps_per_iter must be pos"
     ),
     "an unknown weighting": (lambda: consistency(weighting="foo"), "unknown weighting 'foo'; known: "),
-    "no sigma_data": (lambda: consistency(sigma_data=None), "^sigma_data must be positive, got None"),
+    "a sigma_data of 0": (lambda: consistency(sigma_data=0.0), "^sigma_data must be positive, got 0.0"),
 }  # fmt: skip
 TYPES = {
     "a stage between stages": (lambda: ect(1.5), "stage must be a whole number, got 1.5"),

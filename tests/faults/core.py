@@ -10,6 +10,9 @@ PRECONDITIONER = [
 ]  # fmt: skip
 
 DENOISER = [
+    ("levels up to infinity", "not isinstance(value, bool) and 0 < float(value) < math.inf",
+     "not isinstance(value, bool)",
+     "tests/test_samplers.py::test_a_range_that_makes_no_levels_is_none"),
     ("clip forgotten in steps", '"clip": self.clip, "dtype": self.dtype', '"clip": False, "dtype": self.dtype',
      loop("euler.5.plain.bc.clip")),
     ("clip forgotten in D", "sigma, clip=self.clip, **self.scaling", "sigma, clip=False, **self.scaling",
@@ -54,6 +57,12 @@ SCHEDULES = [
 ]  # fmt: skip
 
 TRAINING_LOSSES = [
+    ("levels of the original for any model", "    levels |= {name: float(value) for", "    {name: float(value) for",
+     "tests/test_losses.py::test_a_model_brings_its_own_levels_and_data[consistency-True]"),
+    ("the model's levels, whatever is given", "for name, value in given.items() if", "for name, value in {}.items() if",
+     "tests/test_losses.py::test_a_model_brings_its_own_levels_and_data[consistency-True]"),
+    ("weights of the original's data", '= evaluate.scaling["sigma_data"] if', "= 0.5 if",
+     "tests/test_losses.py::test_a_model_brings_its_own_levels_and_data[denoising-True]"),
     ("noise in the dtype of pixels", '    _check.float_tensor("x_start", x_start)\n', "",
      "tests/test_losses.py::test_pixels_are_no_images_yet[given]", 3, 2),
     ("pixels for images", '    _check.float_tensor("x_start", x_start)\n', "",
@@ -107,8 +116,6 @@ SAMPLERS = [
     ("multistep: sigma_min of another model", "sigma_min = least_sigma(model) if sigma_min is None else sigma_min",
      "sigma_min = 0.002 if sigma_min is None else sigma_min",
      "tests/test_samplers.py::test_noise_ends_at_the_models_sigma_min"),
-    ("levels up to infinity", "_is_number(value) and 0 < value < math.inf", "value is not None",
-     "tests/test_samplers.py::test_a_range_that_makes_no_levels_is_none"),
     ("churn by too much", "min(s_churn / steps, 2**0.5 - 1)", "s_churn / steps", loop("heun.6.churn.bc.noclip")),
     ("a negative churn is none", "if not s_churn >= 0:", "if False:",
      "tests/compat/test_openai.py::test_errors_name_what_is_wrong[<lambda>-s_churn must be 0, .* or more, got -3.0]"),
