@@ -109,10 +109,12 @@ def sample_multistep(
     for i in _steps(len(levels), progress):
         model_output = evaluate(model_input, c_noise)
         _report(callback, evaluate, model_output, x, i, sigma[i], sigma[i])
-        if i + 1 == len(levels) and end_sigma is None:
+        if i + 1 == len(levels) and end_sigma is None:  # no return from here: the bar would stop one short of its end
             if pixels is not None:
-                return evaluate.pixels(model_output, x, sigma[i], pixels)
-            return evaluate.denoised(model_output, x, sigma[i])
+                x = evaluate.pixels(model_output, x, sigma[i], pixels)
+            else:
+                x = evaluate.denoised(model_output, x, sigma[i])
+            continue
         x, model_input, c_noise = ops.renoise(
             model_output,
             x,

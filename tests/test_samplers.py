@@ -75,6 +75,14 @@ def test_callback_sees_every_call():
     torch.testing.assert_close(calls[0]["denoised"], gaussian(NOISE[:2], torch.tensor([3.0, 3.0])).clamp(-1, 1))
 
 
+@pytest.mark.parametrize(("name", "calls"), [("onestep", 1), ("multistep", 2), ("euler", 2), ("heun", 2)])
+@pytest.mark.parametrize("pixels", [None, "trunc"])
+def test_a_bar_reaches_its_end(name, calls, pixels, capsys):
+    sigmas = [80.0, 1.5] if name in ("onestep", "multistep") else [80.0, 1.5, 0.0]
+    samplers.sample(gaussian, NOISE[:2], sampler=name, sigmas=sigmas, pixels=pixels, progress=True)
+    assert f"100%|██████████| {calls}/{calls}" in capsys.readouterr().err
+
+
 def test_midpoint_ancestral():
     """dx/dt = x over t in [0, 1]: e within the method's second order."""
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
