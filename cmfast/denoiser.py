@@ -162,9 +162,13 @@ class Denoiser(nn.Module):
 
     def network_output(self, model_input: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(c_in x, c_noise) [B, C, H, W]: the network alone, on a model_input that is scaled already; labels int64
-        [B]."""
+        [B].
+
+        Raises: TypeError: the network returned no tensor.
+        """
         c_noise = c_noise if getattr(self.network, "is_network", False) else _writable(c_noise)
-        return self.network(model_input, c_noise) if labels is None else self.network(model_input, c_noise, labels)
+        labelled = () if labels is None else (labels,)
+        return _output(self.network(model_input, c_noise, *labelled), self.network)
 
 
 def denoise_with(
@@ -178,6 +182,16 @@ def denoise_with(
     c_skip, c_out, c_in = (c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in scalings)
     model_output = network(c_in * x, ops.c_noise(sigma).expand(x.shape[0]))
     return model_output, c_skip * x + c_out * model_output
+
+
+def _output(output: Any, network: object) -> Tensor:
+    """What a network or model returned. Raises: TypeError: that is no tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{getattr(network, '__name__', type(network).__name__)} must return a torch.Tensor like x, got "
+            f"{type(output).__name__}: return the tensor in it; of a UNet2DModel cmfast.load makes a Denoiser"
+        )
+    return output
 
 
 def _writable(c_noise: Tensor) -> Tensor:
@@ -345,7 +359,8 @@ class Evaluator:
             self._check(self.labels, model_input.shape[0])
             self._check = None
         labels = () if self.labels is None else (self.labels,)
-        return self.model(model_input, c_noise if self._denoiser else _writable(c_noise), *labels)
+        output = self.model(model_input, c_noise if self._denoiser else _writable(c_noise), *labels)
+        return _output(output, self.model)
 
     @property
     def input_options(self) -> dict[str, Any]:

@@ -54,6 +54,10 @@ def sampler(**options):
     return cmfast.Sampler(cmfast.Denoiser(tenth, num_classes=3), 2, image_shape=(3, 4, 4), **options)
 
 
+def sampler_of(output):
+    return cmfast.Sampler(cmfast.Denoiser(lambda x, t: output(sample=x), image_shape=(3, 4, 4)), 2)
+
+
 def consistency(num_scales=18, **options):
     return losses.consistency_loss(D, D, X, num_scales, **options)
 
@@ -202,6 +206,16 @@ TYPES = {
         lambda: ops.ema_update_([X], None, [0.9]), "averages must be a list of lists of tensors, got NoneT"
     ),
     "a rate": (lambda: ema.Averages(torch.nn.Linear(1, 1), 0.99), "rates must be a list, .* got 0.99"),
+    "an output in a tuple": (
+        lambda: losses.improved_consistency_loss(cmfast.Denoiser(lambda x, t: (x,)), X, 11),
+        "<lambda> must return a torch.Tensor like x, got tuple",
+    ),
+    "an output of diffusers": (
+        lambda: sampler_of(SimpleNamespace).sample(2), "must return a torch.Tensor .* got SimpleNamespace: .*load"
+    ),
+    "a D in a list": (
+        lambda: losses.denoising_loss(lambda x, s: [x], X, ONE), "<lambda> must return a torch.Tensor .* got list"
+    ),
     "no parameters": (lambda: ema.Averages(None, [0.9]), "parameters must be a module, or .* got None"),
     "a shape of no order": (
         lambda: ops.normal(0, INDEX, {3, 4}), "shape must be a shape of integers of 0 or more, got {"
