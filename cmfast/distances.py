@@ -39,7 +39,7 @@ def distance(
     module given. loss_norm is one of these; weight scalar or [B].
 
     Raises: ValueError: unknown norm (the message lists the known ones), `lpips` without a module or with one that does
-        not return B distances, or a weight of another shape.
+        not return B distances, `l2-32` of other data than images, or a weight of another shape.
     """
     _check.choice("loss_norm", loss_norm, LOSS_NORMS)
     if loss_norm == "lpips":
@@ -52,6 +52,8 @@ def distance(
             raise ValueError(f"lpips must return B = {len(x)} distances, got {list(distances.shape)}")
         return distances.reshape(len(x)) * weight
     if loss_norm == "l2-32":
+        if x.ndim != 4:
+            raise ValueError(f"loss_norm='l2-32' is for images [B, C, H, W], got {list(x.shape)}: take l1, l2 or huber")
         x, target = (F.interpolate(image, size=32, mode="bilinear") for image in (x, target))
     if loss_norm == "huber":
         return ops.weighted_loss(x, target, weight, norm="huber", huber_c=huber_constant(x, huber_c))

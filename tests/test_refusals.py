@@ -154,6 +154,10 @@ CASES = {
     ),
     "an unknown weighting": (lambda: consistency(weighting="foo"), "unknown weighting 'foo'; known: "),
     "a sigma_data of 0": (lambda: consistency(sigma_data=0.0), "^sigma_data must be positive, got 0.0"),
+    "images of 32 x 32 from a signal": (
+        lambda: losses.distance(X[0], X[0], ONE[0], loss_norm="l2-32"),
+        r"loss_norm='l2-32' is for images \[B, C, H, W\], got \[3, 4, 4\]: take l1, l2 or huber",
+    ),
 }  # fmt: skip
 TYPES = {
     "a stage between stages": (lambda: ect(1.5), "stage must be a whole number, got 1.5"),
