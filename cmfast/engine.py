@@ -48,7 +48,8 @@ class Sampler:
     goes on where PyTorch can, and says so where not.
 
     Args:
-        model: a `Denoiser`, or any D(x, sigma[, labels]).
+        model: a `Denoiser`, or any D(x, sigma[, labels]); one with labels says by an attribute `num_classes` how many
+            classes it has.
         batch_size: images per network call. The last batch is filled up to it, and the surplus dropped.
         steps, sigmas, ts, num_scales: one of the first three says which noise levels, as in
             `cmfast.samplers.sampler_sigmas`; by default one step, 18 for ODE solvers.
@@ -236,7 +237,10 @@ class Sampler:
         n = _check.whole("n", n, least=0)
         if self.num_classes is None:
             if classes is not None:
-                raise ValueError("classes were given to an unconditional model: leave them out")
+                raise ValueError(
+                    "classes were given to an unconditional model: leave them out; "
+                    "a function D(x, sigma, labels) says by an attribute num_classes how many it has"
+                )
             return None
         if classes is None:
             return counter_labels(seed, torch.arange(n, device="cpu"), self.num_classes)

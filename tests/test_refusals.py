@@ -158,6 +158,10 @@ CASES = {
         lambda: losses.distance(X[0], X[0], ONE[0], loss_norm="l2-32"),
         r"loss_norm='l2-32' is for images \[B, C, H, W\], got \[3, 4, 4\]: take l1, l2 or huber",
     ),
+    "classes of a function": (
+        lambda: cmfast.Sampler(d, 2, image_shape=(3, 4, 4)).sample(2, classes=1),
+        "leave them out; a function D.x, sigma, labels. says by an attribute num_classes how many it has",
+    ),
 }  # fmt: skip
 TYPES = {
     "a stage between stages": (lambda: ect(1.5), "stage must be a whole number, got 1.5"),
