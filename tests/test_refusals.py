@@ -162,6 +162,9 @@ CASES = {
         lambda: cmfast.Sampler(d, 2, image_shape=(3, 4, 4)).sample(2, classes=1),
         "leave them out; a function D.x, sigma, labels. says by an attribute num_classes how many it has",
     ),
+    "a rate that is none, before there is a model": (
+        lambda: TrainOptions(1, 1, 1e-4, averages=("0.9", "foo")), "rate 'foo': could not convert"
+    ),
 }  # fmt: skip
 TYPES = {
     "a stage between stages": (lambda: ect(1.5), "stage must be a whole number, got 1.5"),

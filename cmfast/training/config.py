@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cmfast.ops import _check
+from cmfast.rates import parse_rate
 
 OPTIMIZERS = ("radam", "adam", "adamw")
 DECAYS = ("constant", "linear", "cosine")
@@ -60,7 +61,7 @@ class TrainOptions:
     workers          processes that decode images
     on_nan           stop: a NaN loss ends the run with the weights before it. skip: its step does nothing
 
-    Raises: ValueError: an unknown name, or a number out of range; the message says which.
+    Raises: ValueError: an unknown name, a rate that is none, or a number out of range; the message says which.
     """
 
     steps: int
@@ -103,6 +104,8 @@ class TrainOptions:
             raise ValueError(f"averages must be several rates, or a tuple of one, got {rate!r}: averages=({rate!r},)")
         if not self.averages:
             raise ValueError("averages must have one rate or more: the first average is the result of a run")
+        for rate in self.averages:
+            parse_rate(rate)
         if not self.learning_rate > 0 or math.isinf(self.learning_rate):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.max_norm is not None and not self.max_norm > 0:
