@@ -192,8 +192,11 @@ class Averages:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
 
-        Raises: ValueError: it has other rates, or averages of other parameters; the message names them.
+        Raises: ValueError: it is no such state, has other rates, or averages of other parameters; the message names
+            them.
         """
+        if missing := [name for name in ("rates", "averages", "step", "given") if name not in state]:
+            raise ValueError(f"this is no state of Averages: it has no {', '.join(missing)}")
         rates = [str(rate) for rate in self.schedules]
         if list(state["rates"]) != rates:
             raise ValueError(f"the state has averages with rates {list(state['rates'])}, not {rates}")

@@ -165,6 +165,9 @@ CASES = {
     "a rate that is none, before there is a model": (
         lambda: TrainOptions(1, 1, 1e-4, averages=("0.9", "foo")), "rate 'foo': could not convert"
     ),
+    "no state of averages": (
+        lambda: AVERAGES.load_state_dict(torch.nn.Linear(2, 1).state_dict()), "no state of Averages: it has no rates, "
+    ),
 }  # fmt: skip
 TYPES = {
     "a stage between stages": (lambda: ect(1.5), "stage must be a whole number, got 1.5"),
