@@ -385,6 +385,9 @@ def check_options(sampler: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"option {name} of the {sampler} sampler must be {what}, got {value!r}")
 
 
+ONE_OF_THREE = "give one of steps, sigmas and ts, not more"
+
+
 def sampler_sigmas(
     sampler: str,
     *,
@@ -412,7 +415,7 @@ def sampler_sigmas(
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     if sum(given is not None for given in (steps, sigmas, ts)) > 1:
-        raise ValueError("give one of steps, sigmas and ts, not more")
+        raise ValueError(ONE_OF_THREE)
     if steps is not None:
         steps = _check.whole("steps", steps, least=1)
     few = sampler in ("onestep", "multistep")
@@ -457,7 +460,9 @@ def sample(
     noise: Tensor | ops.Draw,
     *,
     sampler: str = "multistep",
+    steps: int | None = None,
     sigmas: Sigmas | None = None,
+    ts: Sequence[int] | None = None,
     labels: Tensor | None = None,
     image_shape: tuple[int, ...] | None = None,
     clip_denoised: bool = True,
@@ -468,11 +473,11 @@ def sample(
     """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels; or data of any shape and range.
 
     Args: model: a `Denoiser`, or D(x, sigma[, labels]); noise: a tensor, or an `ops.Draw` for images of `image_shape`
-        (C, H, W), or (C, ...), in float32; sampler: one of `SAMPLERS`; sigmas: its noise levels in data units (default:
-        those of `sampler_sigmas(sampler)`); labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at
-        every step (what comes out is clamped in any case); bounded: False, of data without a range such as latents:
-        clamp nothing (default: what the model says, else True); pixels: return uint8 [B, H, W, C] with this rounding,
-        `"trunc"` or `"nearest"`; options: the sampler's.
+        (C, H, W), or (C, ...), in float32; sampler: one of `SAMPLERS`; steps, sigmas or ts: its noise levels, as in
+        `sampler_sigmas`; labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every step (what
+        comes out is clamped in any case); bounded: False, of data without a range such as latents: clamp nothing
+        (default: what the model says, else True); pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or
+        `"nearest"`; options: the sampler's. A module stays in its mode: without `model.eval()` its dropout drops.
     Raises: ValueError: an unknown sampler, levels that do not fit it, a draw without an image_shape, or pixels of data
         without a range. TypeError: an option that the sampler does not have, or noise or an option that is none.
 
@@ -490,7 +495,12 @@ def sample(
     if pixels is not None:
         check_pixels(pixels, bounded)
     known = noise_range(model)
-    levels = sampler_sigmas(sampler, **known) if sigmas is None else read_levels(sigmas, least=1)
+    if sigmas is None:
+        levels = sampler_sigmas(sampler, steps=steps, ts=ts, **known)
+    elif steps is None and ts is None:
+        levels = read_levels(sigmas, least=1)
+    else:
+        raise ValueError(ONE_OF_THREE)
     few = sampler in ("onestep", "multistep")
     if few and options.get("sigma_min") is None:
         options["sigma_min"] = least_sigma(model)

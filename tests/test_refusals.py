@@ -207,7 +207,7 @@ TYPES = {
         lambda: cmfast.sample(D, X, sampler="heun", s_chrun=1), "unknown option s_chrun of the heun"
     ),
     "an option of others": (
-        lambda: cmfast.sample(D, X, steps=2), "unknown option steps of the multistep sampler; known: "
+        lambda: cmfast.sample(D, X, rho=2.0), "unknown option rho of the multistep sampler; known: "
     ),
     "noise of NumPy": (lambda: cmfast.sample(D, X.numpy()), "noise must be a torch.Tensor, got ndarray"),
     "no noise": (lambda: sampler().generate(None), "noise must be a torch.Tensor, got NoneType"),

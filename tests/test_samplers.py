@@ -75,6 +75,29 @@ def test_callback_sees_every_call():
     torch.testing.assert_close(calls[0]["denoised"], gaussian(NOISE[:2], torch.tensor([3.0, 3.0])).clamp(-1, 1))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("given", [{}, {"steps": 1}, {"steps": 3}, {"ts": (0, 22, 39)}], ids=str)
+def test_levels_of_a_single_call(sampler, given):
+    """Those of `sampler_sigmas`, for the range that the model says."""
+    model = Denoiser(lambda x, t: 0.3 * x, sigma_max=20.0)
+
+    def made(**levels):
+        torch.manual_seed(0)
+        return samplers.sample(model, NOISE, sampler=sampler, bounded=False, **levels)
+
+    if sampler == "onestep" and given not in ({}, {"steps": 1}):
+        with pytest.raises(ValueError, match="the onestep sampler takes one step"):
+            made(**given)
+        return
+    assert torch.equal(made(**given), made(sigmas=samplers.sampler_sigmas(sampler, sigma_max=20.0, **given)))
+
+
+def test_one_of_three():
+    for given in ({"steps": 2, "ts": (0, 39)}, {"steps": 2, "sigmas": [80.0]}, {"ts": (0, 39), "sigmas": [80.0]}):
+        with pytest.raises(ValueError, match="give one of steps, sigmas and ts, not more"):
+            samplers.sample(gaussian, NOISE, **given)
+
+
 @pytest.mark.parametrize(("name", "calls"), [("onestep", 1), ("multistep", 2), ("euler", 2), ("heun", 2)])
 @pytest.mark.parametrize("pixels", [None, "trunc"])
 def test_a_bar_reaches_its_end(name, calls, pixels, capsys):
