@@ -45,7 +45,8 @@ def edit(
     """Images [B, C, H, W] that agree with `reference` where the transformed mask is 1.
 
     At each level: D, clamped (but of a model that is not `bounded`); y = mask transform(reference) + (1 - mask)
-    transform(D); x = inverse(y) + noise of the next level.
+    transform(D); x = inverse(y) + noise of the next level. The model runs in the mode it is in: call `model.eval()`
+    where it has dropout.
 
     Args:
         model: a `Denoiser`, or D(x, sigma[, labels]).

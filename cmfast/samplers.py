@@ -472,12 +472,15 @@ def sample(
 ) -> Tensor:
     """Images in [-1, 1], [B, C, H, W], from unit noise of that shape; or pixels; or data of any shape and range.
 
+    The model runs in the mode it is in, and a new `Denoiser` is in training mode: call `model.eval()` where it has
+    dropout. A `Sampler` sees to that by itself.
+
     Args: model: a `Denoiser`, or D(x, sigma[, labels]); noise: a tensor, or an `ops.Draw` for images of `image_shape`
         (C, H, W), or (C, ...), in float32; sampler: one of `SAMPLERS`; steps, sigmas or ts: its noise levels, as in
         `sampler_sigmas`; labels int64 [B] if class-conditional; clip_denoised: clamp D to [-1, 1] at every step (what
         comes out is clamped in any case); bounded: False, of data without a range such as latents: clamp nothing
         (default: what the model says, else True); pixels: return uint8 [B, H, W, C] with this rounding, `"trunc"` or
-        `"nearest"`; options: the sampler's. A module stays in its mode: without `model.eval()` its dropout drops.
+        `"nearest"`; options: the sampler's.
     Raises: ValueError: an unknown sampler, levels that do not fit it, a draw without an image_shape, or pixels of data
         without a range. TypeError: an option that the sampler does not have, or noise or an option that is none.
 
