@@ -187,7 +187,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _check_kind(path: Path, sampler: Sampler) -> None:
     """ValueError where a picture is asked for, and what the sampler makes is none."""
     if sampler.pixels is None and path.suffix.lower() != ".npz":
-        why = "pixels=None" if sampler.bounded else "the model's data have no range (bounded=False)"
+        why = "these are no pixels" if sampler.bounded else "the model's data have no range (bounded=False)"
         raise ValueError(f"{path}: there is no picture, as {why}: give --out FILE.npz, which gets float32 numbers")
 
 

@@ -65,7 +65,7 @@ class Sampler:
         bounded: whether what the model makes lies in [-1, 1] (default: what it says, else True). False, of latents,
             say: nothing is clamped, and there are no pixels.
         pixels: what `sample` and `stream` give: `trunc` or `nearest`: uint8 [n, H, W, C] with that rounding; None:
-            float32 [n, C, H, W]; `auto`: `trunc`, and None for data without a range.
+            float32 [n, C, H, W]; `auto`: `trunc`, but None for data without a range, or of another shape than images.
         options: the sampler's own, such as `clip_denoised` or `s_churn`; a `noise_fn` draws what is added in between.
 
     Raises: ValueError: an unknown sampler, contradicting levels, a batch below 1, no image shape, or pixels of data
@@ -116,7 +116,8 @@ class Sampler:
         self.image_shape, self.num_scales, self.noise = _image_shape(shape), num_scales, noise
         self.num_classes = stated_classes(model)
         self.bounded = is_bounded(model) if bounded is None else _check.flag("bounded", bounded)
-        self.pixels = pixels if pixels != "auto" else "trunc" if self.bounded else None
+        made = "trunc" if self.bounded and len(self.image_shape) == 3 else None
+        self.pixels = made if pixels == "auto" else pixels
         if self.pixels is not None:
             check_pixels(self.pixels, self.bounded)
         self._range: dict[str, Any] = noise_range(model)

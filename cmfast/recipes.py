@@ -268,8 +268,6 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
     else:
         numbers = _of_data(images)
         channels, height, width = images.image_shape
-        if height != width:
-            raise ValueError(f"images are {height} x {width}, and a U-Net takes squares: give image_size")
         fields = dict(NETWORKS[network] if isinstance(network, str) else network)
         try:
             untrusted.check_network(fields, untrusted.COUNTS)
@@ -277,7 +275,7 @@ def _model(settings: Mapping[str, Any], aim: Objective, images: Any, start: Deno
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise ValueError(f"network: {error}") from error
         factor = 2 ** (unet.num_levels - 1)
-        if height % factor:
+        if height % factor or width % factor:
             raise ValueError(f"images are {height} x {width}, and this U-Net takes multiples of {factor}: image_size")
         model = Denoiser(unet, image_shape=(channels, height, width))
     model.bounded = images.bounded

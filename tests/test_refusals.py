@@ -113,9 +113,9 @@ CASES = {
     "a network's field": (
         lambda: recipes._model({"network": {"width": 3}}, None, pictures(8, 8), None), "network: .*width"
     ),
-    "a rectangle": (
-        lambda: recipes._model({"network": "tiny"}, None, pictures(8, 6), None),
-        "images are 8 x 6, and a U-Net takes squares: give image_size",
+    "an odd width": (
+        lambda: recipes._model({"network": "tiny"}, None, pictures(8, 7), None),
+        "images are 8 x 7, and this U-Net takes multiples of 4: image_size",
     ),
     "a setting of a group": (lambda: recipes.complete({"recipe": "ct", "paths": {"dat": ""}}), "paths knows no dat; "),
     "weights of another network": (

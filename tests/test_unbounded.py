@@ -109,7 +109,9 @@ def test_a_signal_is_saved_and_loaded(tmp_path):
     loaded = cmfast.load(tmp_path / "signal.safetensors")
     assert loaded.image_shape == (2, 8) and loaded.bounded is True
     made = Sampler(loaded, 2).sample(3)
-    assert made.shape == (3, 8, 2) and torch.equal(made, Sampler(model, 2).sample(3))
+    assert made.dtype == torch.float32 and made.shape == (3, 2, 8)  # which is no picture, if in [-1, 1]
+    assert torch.equal(made, Sampler(model, 2).sample(3)) and made.abs().max() <= 1
+    assert torch.equal(Sampler(loaded, 2, pixels="trunc").sample(3), ops.to_uint8(made))
 
 
 def test_edits_are_not_clamped():

@@ -200,6 +200,16 @@ def test_bare_weights_of_a_teacher_are_a_diffusion_model(recipe, images, tmp_pat
     assert start.preconditioner == run.step.model.preconditioner
 
 
+def test_rectangles(tmp_path):
+    """A new network for images that are no squares, which a file keeps."""
+    np.savez(tmp_path / "wide.npz", np.random.default_rng(0).integers(0, 256, (8, 8, 12, 3), np.uint8))
+    given = ["--recipe", "edm", "--data", tmp_path / "wide.npz", *SMALL, "--out", tmp_path / "run"]
+    assert train(*given) == 0
+    model = cmfast.load(tmp_path / "run" / "model.safetensors")
+    assert model.image_shape == (3, 8, 12)
+    assert cmfast.Sampler(model, 2, sampler="heun", steps=2).sample(2).shape == (2, 8, 12, 3)
+
+
 @pytest.mark.parametrize("recipe", ["cd", "pd"])
 def test_a_consistency_model_is_no_teacher(recipe, images, tmp_path):
     cmfast.save(cmfast.Denoiser(unet(), image_shape=(3, 8, 8)), tmp_path / "edm_model.safetensors")
